@@ -1,0 +1,43 @@
+# make demo, make test: each installs what it needs on first use, into .venv, from requirements.lock.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: help install demo test lint types bench test-s3 lock clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+install: .venv/installed  ## Make .venv from the lock file.
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: .venv/installed  ## Train on 1,797 handwritten digits with two workers, and classify a few.
+	@$(BIN)/python jobs/demo.py
+
+test: lint types  ## Lint, types and all tests.
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## Style and import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+types: .venv/installed  ## Types.
+	$(BIN)/mypy
+
+bench: .venv/installed  ## Measure against the peers and bare limits, side by side.
+	$(BIN)/python jobs/benchmark.py
+
+test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
+	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests
+
+lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
+	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
+		--no-header --quiet --upgrade --output-file requirements.lock
+
+clean:  ## Remove what the targets above made.
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info demo build

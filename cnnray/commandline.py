@@ -1,0 +1,74 @@
+"""What every job does around its one call: flags and YAML to a config, logs to stderr, one JSON line to stdout."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+Config = TypeVar("Config")
+
+EXIT_USAGE = 2
+EXIT_FAILURE = 1
+
+
+class _Parser(ArgumentParser):
+    """Flags spelt with dashes, and a mistake answered in one sentence."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        spelt = [n.replace("_", "-") if isinstance(n, str) and n.startswith("--") else n for n in names]
+        return super().add_argument(*spelt, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sentence = " ".join(str(message).split())
+        sys.stderr.write(f"{self.prog}: {sentence} (see --help)\n")
+        sys.exit(EXIT_USAGE)
+
+
+def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None = None) -> Config:
+    """A config from flags on top of `--config FILE`.
+
+    Args:
+        config_class: a dataclass; its fields are the flags, their docstrings the help.
+        prog: the job's name in messages.
+        arguments: the command line; None for this process's.
+
+    Raises:
+        SystemExit: with code 2 and one sentence on stderr for a mistake, 0 for `--help` and `--print-config`.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip(), print_config="--print-config")
+    parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags go on top.")
+    parser.add_class_arguments(config_class, as_group=False)
+    values = parser.parse_args(arguments)
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    try:
+        return config_class(**{name: values[name] for name in names})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
+    """Run a job's one call; its result becomes the last line of stdout, its errors one sentence on stderr.
+
+    Raises:
+        SystemExit: 0, 1 for an error that has a sentence, 130 for Ctrl-C. Other errors keep their traceback.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        result = job()
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; the same command goes on from the last checkpoint.\n")
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error) in (ValueError, RuntimeError):
+            raise
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(EXIT_FAILURE)
+    sys.stderr.flush()
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""From storage to pixels: knows nothing of models."""

@@ -1,0 +1,132 @@
+"""Encoded image bytes to pixels: the only decoder of the project.
+
+The rules, the same from training to HTTP:
+
+- EXIF orientation is applied; ICC profiles are ignored.
+- Grey, palette, CMYK, YCbCr and one-bit images become RGB by Pillow's conversions.
+- Transparency (alpha, or a transparent palette entry) is composited over white.
+- 16-bit grey is scaled to 8 bits by 1/257; of 16-bit colour the high byte is kept.
+- Floating-point images have no defined range and are refused.
+- Animated images give their first frame.
+- JPEGs whose both sides are at least twice the target are decoded at 1/2, 1/4 or 1/8 scale.
+- Resizing is bilinear with anti-aliasing.
+"""
+
+import io
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ResizeRule = Literal["stretch", "crop", "pad"]
+
+MAX_BYTES = 256 * 2**20
+"""Longest encoded image that is read, in bytes."""
+
+MAX_PIXELS = 100_000_000
+"""Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale)."""
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+)
+"""File name endings, in lower case, that a folder listing takes for images."""
+
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):  # noqa: N818 - it is the image that is bad, not the program
+    """An image that cannot be used.
+
+    Attributes:
+        reason: one of a few fixed words, for counting: `empty`, `too large`, `not an image`, `corrupt`,
+            `too many pixels`, `unsupported`; and from reading: `missing`, `access denied`, `unreadable`.
+        detail: what was found in this image.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArray[np.uint8]:
+    """Decode one image.
+
+    Args:
+        data: an encoded image (JPEG, PNG, GIF, BMP, WebP, TIFF, PPM or AVIF).
+        size: height and width of the result in pixels.
+        resize: `stretch` changes the aspect ratio, `crop` keeps it and cuts the longer side around the
+            centre, `pad` keeps it and fills the shorter side with black.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+
+    Raises:
+        BadImage: the bytes are no image that can be used; nothing else is raised for bad bytes.
+    """
+    if not data:
+        raise BadImage("empty")
+    if len(data) > MAX_BYTES:
+        raise BadImage("too large", f"{len(data)} bytes, at most {MAX_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            image.draft(None, (size, size))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {MAX_PIXELS}")
+            orientation = image.getexif().get(_ORIENTATION)
+            rgb = _to_rgb(image)
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not an image", f"starts with {data[:8]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels", str(error)) from None
+    except MemoryError:
+        raise BadImage("too many pixels", "no memory to decode it") from None
+    except Exception as error:
+        # Pillow's plugins raise whatever their parsers run into (OSError, SyntaxError, struct.error, ...).
+        raise BadImage("corrupt", str(error) or type(error).__name__) from None
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    return np.asarray(_resized(rgb, size, resize))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode.startswith("I"):
+        wide = np.clip(np.asarray(image, np.int64), 0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("unsupported", "floating-point pixels have no defined range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resized(image: Image.Image, size: int, resize: ResizeRule) -> Image.Image:
+    method = Image.Resampling.BILINEAR
+    if resize == "crop":
+        return ImageOps.fit(image, (size, size), method)
+    if resize == "pad":
+        return ImageOps.pad(image, (size, size), method)
+    return image.resize((size, size), method)
+
+
+RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)

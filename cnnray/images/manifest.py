@@ -1,0 +1,268 @@
+"""A folder, glob or table to a manifest: one row an image.
+
+A manifest is a pyarrow table with the columns
+
+- `id`: int64, unique, 0 ... N-1 in the order of the sorted `uri`s, so the same input gives the same ids;
+- `uri`: string, an absolute path or s3:// address;
+- `label`: string, or null where it is not known;
+- `split`: string, `train`, `validation` or `test`, or null where it is not decided;
+
+and whatever other columns a table of images brought along.
+"""
+
+import fnmatch
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from cnnray.images import storage
+from cnnray.images.decode import EXTENSIONS
+
+SPLITS = ("train", "validation", "test")
+_TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
+_LISTING_THREADS = 8
+
+
+class ManifestError(ValueError):
+    """An input that gives no usable manifest; the message is one sentence for the user."""
+
+
+def manifest_of(source: str, *, labelled: bool) -> pa.Table:
+    """The manifest of any accepted input.
+
+    Args:
+        source: on a local path or s3://, one of: a folder of class folders (`root/class/*`, or
+            `root/{train,validation,test}/class/*`); where no labels are needed any folder, searched at all
+            depths, or a glob; or a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and
+            `split`, whose relative paths are taken from the table's own folder.
+        labelled: whether every image must have a label, which a folder then takes from its class folders.
+
+    Returns:
+        the manifest, sorted by uri.
+
+    Raises:
+        ManifestError: no images, a class folder without images, one class only, a missing label or column,
+            or the same uri twice.
+        OSError: storage that cannot be read (see `storage`).
+    """
+    source = storage.absolute(source)
+    if source.lower().endswith(_TABLES) and storage.is_file(source):
+        table = _from_table(source)
+    elif any(character in source for character in "*?["):
+        table = _from_uris(_globbed(source))
+    elif not storage.exists(source):
+        raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
+    elif storage.is_file(source):
+        raise ManifestError(f"{source} is a file; expected a folder, or a {', '.join(_TABLES)} table.")
+    else:
+        table = _from_folder(source, labelled)
+    if not len(table):
+        raise ManifestError(f"{source} holds no images (looked for {', '.join(sorted(EXTENSIONS))}).")
+    _check_unique(table, source)
+    if labelled:
+        _check_labels(table, source)
+    table = table.sort_by("uri")
+    return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
+
+
+def class_names(manifest: pa.Table) -> list[str]:
+    """The distinct labels in sorted order: the order of a model's outputs."""
+    return sorted(label for label in pc.unique(manifest["label"]).to_pylist() if label is not None)
+
+
+def fingerprint(manifest: pa.Table) -> str:
+    """A hash of the manifest's ids, uris, labels and splits, in hexadecimal."""
+    digest = hashlib.sha256()
+    for column in ("id", "uri", "label", "split"):
+        for value in manifest[column].to_pylist():
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:32]
+
+
+def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.Table:
+    """Decide the split of a labelled manifest that has none: seeded, and stratified by class.
+
+    Of each class of n images, round(fraction * n) go to `validation`, but at least one stays in `train`.
+    (scikit-learn's stratified splitters refuse classes of one image and small fractions.)
+
+    Raises:
+        ManifestError: no image at all would be in `validation`.
+    """
+    labels = np.asarray(manifest["label"].to_pylist(), dtype=object)
+    split = np.full(len(manifest), "train", dtype=object)
+    generator = np.random.default_rng([seed, 0x5711])
+    for label in class_names(manifest):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        split[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = "validation"
+    if not (split == "validation").any():
+        raise ManifestError(
+            f"A validation fraction of {fraction} of {len(manifest)} images leaves none to validate on."
+        )
+    return _with_split(manifest, pa.array(split, pa.string()))
+
+
+def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
+    """One manifest of two: `train`'s rows as split `train` and `validation`'s as `validation`, with new ids.
+
+    Raises:
+        ManifestError: a uri is in both, or a label of `validation` is not in `train`.
+    """
+    unknown = sorted(set(class_names(validation)) - set(class_names(train)))
+    if unknown:
+        raise ManifestError(f"The validation images have labels that no training image has: {_some(unknown)}.")
+    columns = ["uri", "label"]
+    parts = [
+        _with_split(part.select(columns), pa.array([split] * len(part), pa.string()))
+        for part, split in ((train, "train"), (validation, "validation"))
+    ]
+    table = pa.concat_tables(parts)
+    _check_unique(table, "The training and validation images together")
+    table = table.sort_by("uri")
+    return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
+
+
+def rows_of(manifest: pa.Table, split: str) -> pa.Table:
+    """The rows of one split."""
+    return manifest.filter(pc.equal(manifest["split"], split))
+
+
+def write(manifest: pa.Table, uri: str) -> None:
+    """Write a manifest as Parquet, whole or not at all."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(manifest, buffer)
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def read(uri: str) -> pa.Table:
+    """Read a manifest that `write` wrote."""
+    return pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+
+def _from_folder(root: str, labelled: bool) -> pa.Table:
+    if not labelled:
+        return _from_uris([file.uri for file in storage.files(root) if _is_image(file.uri)])
+    folders = storage.folders(root)
+    names = {storage.name(folder) for folder in folders}
+    if "train" not in names or not names <= set(SPLITS):
+        return _from_class_folders(root, None)
+    return pa.concat_tables([_from_class_folders(folder, storage.name(folder)) for folder in folders])
+
+
+def _from_class_folders(root: str, split: str | None) -> pa.Table:
+    folders = storage.folders(root)
+    if not folders:
+        raise ManifestError(f"{root} has no sub-folders; expected one sub-folder of images for each class.")
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        found = pool.map(lambda folder: [f.uri for f in storage.files(folder) if _is_image(f.uri)], folders)
+        uris = dict(zip(map(storage.name, folders), found, strict=True))
+    empty = [label for label, images in uris.items() if not images]
+    if len(empty) == len(uris):
+        raise ManifestError(f"{root} holds no images in its sub-folders ({_some(list(uris))}).")
+    if empty:
+        raise ManifestError(f"These class folders of {root} hold no images: {_some(empty)}.")
+    labels = [label for label, images in uris.items() for _ in images]
+    return _from_uris([uri for images in uris.values() for uri in images], labels, split)
+
+
+def _from_uris(uris: list[str], labels: list[str] | None = None, split: str | None = None) -> pa.Table:
+    nulls = [None] * len(uris)
+    return pa.table(
+        {
+            "uri": pa.array(uris, pa.string()),
+            "label": pa.array(labels or nulls, pa.string()),
+            "split": pa.array([split] * len(uris), pa.string()),
+        }
+    )
+
+
+def _globbed(pattern: str) -> list[str]:
+    if not storage.is_s3(pattern):
+        return [path for path in map(str, Path("/").glob(pattern.lstrip("/"))) if _is_image(path)]
+    fixed = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
+    root = fixed.rpartition("/")[0]
+    return [f.uri for f in storage.files(root) if _is_image(f.uri) and fnmatch.fnmatchcase(f.uri, pattern)]
+
+
+def _is_image(uri: str) -> bool:
+    return PurePosixPath(uri).suffix.lower() in EXTENSIONS
+
+
+def _from_table(source: str) -> pa.Table:
+    data = pa.BufferReader(storage.read_bytes(source))
+    text = {column: pa.string() for column in ("uri", "label", "split")}
+    try:
+        if source.lower().endswith(".csv"):
+            # Labels such as 007 or NA are names, not numbers or nulls.
+            options = pyarrow.csv.ConvertOptions(
+                column_types=text,
+                strings_can_be_null=True,
+                null_values=[""],
+                quoted_strings_can_be_null=False,
+            )
+            table = pyarrow.csv.read_csv(data, convert_options=options)
+        elif source.lower().endswith(".parquet"):
+            table = pyarrow.parquet.read_table(data)
+        else:
+            table = pyarrow.json.read_json(data)
+    except pa.ArrowInvalid as error:
+        raise ManifestError(f"{source} cannot be read as a table: {str(error).splitlines()[0]}") from None
+    if "uri" not in table.column_names:
+        raise ManifestError(f"{source} has no column 'uri' (it has {_some(table.column_names)}).")
+    for column, kind in text.items():
+        values = table[column].cast(kind) if column in table.column_names else pa.nulls(len(table), kind)
+        table = table.drop_columns([column]) if column in table.column_names else table
+        table = table.append_column(column, values)
+    if table["uri"].null_count:
+        raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
+    wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
+    if wrong:
+        raise ManifestError(f"{source} names the splits {_some(wrong)}; expected {', '.join(SPLITS)}.")
+    folder = source.rpartition("/")[0]
+    uris = [_resolved(uri, folder) for uri in table["uri"].to_pylist()]
+    table = table.drop_columns([name for name in ("id",) if name in table.column_names])
+    return table.set_column(table.column_names.index("uri"), "uri", pa.array(uris, pa.string()))
+
+
+def _resolved(uri: str, folder: str) -> str:
+    return uri if storage.is_s3(uri) or uri.startswith("/") else storage.join(folder, uri)
+
+
+def _check_unique(table: pa.Table, source: str) -> None:
+    counts = pc.value_counts(table["uri"])
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    if twice:
+        raise ManifestError(f"{source}: the same image is listed more than once: {_some(twice)}.")
+
+
+def _check_labels(table: pa.Table, source: str) -> None:
+    if table["label"].null_count:
+        uri = table.filter(pc.is_null(table["label"]))["uri"][0].as_py()
+        raise ManifestError(
+            f"{source}: {table['label'].null_count} images have no label, {uri} for one; expected a class "
+            "folder, or a column 'label'."
+        )
+    names = class_names(table)
+    if len(names) < 2:
+        raise ManifestError(f"{source} has one class only ({names[0]}); a classifier needs at least two.")
+
+
+def _with_split(table: pa.Table, split: pa.Array) -> pa.Table:
+    position = table.column_names.index("split") if "split" in table.column_names else None
+    if position is None:
+        return table.append_column("split", split)
+    return table.set_column(position, "split", split)
+
+
+def _some(values: Sequence[str], most: int = 5) -> str:
+    """A few of `values`, for a message."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(repr(value) for value in values[:most]) + more

@@ -1,0 +1,129 @@
+"""Manifest rows to decoded images: the only place that reads with Ray Data."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+
+from cnnray.images import storage
+from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
+
+ROWS_PER_BLOCK = 256
+"""Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
+
+_BLOCK_BYTES = 64 * 2**20
+_THREADS = 4
+"""Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
+
+Batch = dict[str, npt.NDArray[Any]]
+
+
+def read_image(uri: str, size: int, resize: ResizeRule) -> npt.NDArray[np.uint8]:
+    """Read and decode one image.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+
+    Raises:
+        BadImage: it cannot be read or decoded. Nothing else is raised, whatever storage or bytes do.
+    """
+    try:
+        data = storage.read_bytes(uri, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise BadImage("missing", str(error)) from None
+    except PermissionError as error:
+        raise BadImage("access denied", str(error)) from None
+    except OverflowError as error:
+        raise BadImage("too large", str(error)) from None
+    except OSError as error:
+        raise BadImage("unreadable", str(error)) from None
+    return decode(data, size, resize)
+
+
+def decoded(
+    manifest: pa.Table, size: int, *, resize: ResizeRule = "stretch", cpus_per_task: float = 1.0
+) -> ray.data.Dataset:
+    """Stream the images of a manifest, one row out for each row in, in the manifest's order.
+
+    Reading and decoding are fused in one task a block of `ROWS_PER_BLOCK` rows (fewer where images are
+    large), so that pixels are only ever produced where memory for them is budgeted.
+
+    Args:
+        manifest: rows with `id` and `uri`; its other columns pass through.
+        size: height and width in pixels.
+        resize: see `decode`.
+        cpus_per_task: CPUs that Ray reserves for a task; below 1 where few CPUs are free (FACTS: a stream
+            whose task can never be scheduled waits for ever).
+
+    Returns:
+        A dataset of the manifest's columns and `image`, uint8 (size, size, 3), zeros where it could not be
+        decoded, and `error`, a string, empty where it could.
+    """
+    rows = min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
+    blocks = [manifest.slice(start, rows).combine_chunks() for start in range(0, len(manifest), rows)]
+    return ray.data.from_arrow(blocks).map_batches(
+        _read_and_decode,
+        fn_kwargs={"size": size, "resize": resize},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus_per_task,
+        zero_copy_batch=True,
+    )
+
+
+def be_quiet() -> None:
+    """Keep Ray Data in this process from announcing each execution; the jobs show progress of their own."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Batch]:
+    """The dataset's blocks as NumPy batches, in order and of the size that the tasks gave them."""
+    dataset.context.execution_options.preserve_order = True
+    yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
+
+
+def _read_and_decode(rows: pa.Table, size: int, resize: ResizeRule) -> dict[str, Any]:
+    def one(uri: str) -> tuple[npt.NDArray[np.uint8], str]:
+        try:
+            return read_image(uri, size, resize), ""
+        except BadImage as error:
+            return np.zeros((size, size, 3), np.uint8), str(error)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        images, errors = zip(*pool.map(one, rows["uri"].to_pylist()), strict=True)
+    columns = {name: rows[name].to_numpy() for name in rows.column_names}
+    return columns | {"image": np.stack(images), "error": np.asarray(errors, dtype=object)}
+
+
+def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
+    """Cut a stream of blocks into batches of the given sizes.
+
+    Raises:
+        RuntimeError: the blocks hold fewer or more rows than the sizes ask for.
+    """
+    held: Batch = {}
+    rows = 0
+    for size in sizes:
+        parts = [held] if rows else []
+        while rows < size:
+            block = next(blocks, None)
+            if block is None:
+                raise RuntimeError(f"The stream ended {size - rows} rows early.")
+            parts.append(block)
+            rows += len(block["id"])
+        joined = parts[0] if len(parts) == 1 else _concatenated(parts)
+        yield {name: values[:size] for name, values in joined.items()}
+        held = {name: values[size:] for name, values in joined.items()}
+        rows -= size
+    if rows or next(blocks, None) is not None:
+        raise RuntimeError("The stream holds more rows than were asked for.")
+
+
+def _concatenated(parts: list[Batch]) -> Batch:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,1 @@
+"""What is learnt, and what can be done with it on one machine; no Ray here."""

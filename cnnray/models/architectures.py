@@ -1,0 +1,189 @@
+"""The networks, by name. All take uint8 RGB (N, size, size, 3) and give float32 probabilities (N, classes).
+
+Scaling of the pixels is inside the network. The layer before the softmax is called `logits`.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+_OWN = {
+    # name: (filters of each convolution, block by block; units of the dense layer)
+    "vgg_bn": (((64, 64), (128, 128), (256, 256, 256), (512, 512)), 512),
+    "small_cnn": (((32, 32), (64, 64), (128,)), 128),
+}
+
+# keras.applications: name -> (function, how its published weights expect the pixels). `caffe`: BGR, ImageNet's
+# mean taken off; `torch`: 0...1, normalised by ImageNet's mean and deviation; `tf`: -1...1; `inside`: the
+# network scales by itself.
+_BACKBONES = {
+    "convnextbase": ("ConvNeXtBase", "inside"),
+    "convnextlarge": ("ConvNeXtLarge", "inside"),
+    "convnextsmall": ("ConvNeXtSmall", "inside"),
+    "convnexttiny": ("ConvNeXtTiny", "inside"),
+    "convnextxlarge": ("ConvNeXtXLarge", "inside"),
+    "densenet121": ("DenseNet121", "torch"),
+    "densenet169": ("DenseNet169", "torch"),
+    "densenet201": ("DenseNet201", "torch"),
+    **{f"efficientnetb{i}": (f"EfficientNetB{i}", "inside") for i in range(8)},
+    **{f"efficientnetv2b{i}": (f"EfficientNetV2B{i}", "inside") for i in range(4)},
+    "efficientnetv2l": ("EfficientNetV2L", "inside"),
+    "efficientnetv2m": ("EfficientNetV2M", "inside"),
+    "efficientnetv2s": ("EfficientNetV2S", "inside"),
+    "inceptionresnetv2": ("InceptionResNetV2", "tf"),
+    "inceptionv3": ("InceptionV3", "tf"),
+    "mobilenet": ("MobileNet", "tf"),
+    "mobilenetv2": ("MobileNetV2", "tf"),
+    "mobilenetv3large": ("MobileNetV3Large", "inside"),
+    "mobilenetv3small": ("MobileNetV3Small", "inside"),
+    "nasnetlarge": ("NASNetLarge", "tf"),
+    "nasnetmobile": ("NASNetMobile", "tf"),
+    "resnet101": ("ResNet101", "caffe"),
+    "resnet101v2": ("ResNet101V2", "tf"),
+    "resnet152": ("ResNet152", "caffe"),
+    "resnet152v2": ("ResNet152V2", "tf"),
+    "resnet50": ("ResNet50", "caffe"),
+    "resnet50v2": ("ResNet50V2", "tf"),
+    "vgg16": ("VGG16", "caffe"),
+    "vgg19": ("VGG19", "caffe"),
+    "xception": ("Xception", "tf"),
+}
+
+_SMALLEST = {
+    # keras.applications refuse, or cannot shrink, smaller images.
+    "inceptionresnetv2": 75,
+    "inceptionv3": 75,
+    "xception": 71,
+    "vgg_bn": 16,
+    "small_cnn": 8,
+}
+
+NAMES: tuple[str, ...] = (*_OWN, *_BACKBONES)
+"""Every architecture that `build` knows."""
+
+
+def smallest_image_size(architecture: str) -> int:
+    """The smallest image, in pixels a side, that the architecture's down-sampling leaves something of."""
+    return _SMALLEST.get(architecture, 32)
+
+
+def build(
+    architecture: str,
+    image_size: int,
+    classes: int,
+    *,
+    dropout: float = 0.5,
+    synchronized: bool = False,
+    weights: str | None = None,
+    dtype: str = "float32",
+) -> "keras.Model":
+    """Build a network.
+
+    Args:
+        architecture: one of `NAMES`.
+        image_size: height and width of the images in pixels.
+        classes: number of classes.
+        dropout: share of the last hidden layer's units dropped while training.
+        synchronized: whether batch norm takes its statistics over all workers' images.
+        weights: a local file of `keras.applications` weights without the classification layers
+            (`..._notop.h5`), for its backbones only; None starts at random.
+        dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`; the probabilities are float32
+            in any.
+
+    Returns:
+        keras.Model from uint8 (N, image_size, image_size, 3) to float32 (N, classes).
+
+    Raises:
+        ValueError: an unknown architecture, or weights that do not fit.
+    """
+    import keras
+
+    if architecture not in NAMES:
+        raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(NAMES)}.")
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        pixels = keras.Input((image_size, image_size, 3), dtype="uint8", name="image")
+        if architecture in _OWN:
+            if weights:
+                raise ValueError(f"{architecture} has no published weights; weights are for keras.applications.")
+            hidden = _convolutional(pixels, *_OWN[architecture], dropout=dropout, synchronized=synchronized)
+        else:
+            hidden = _backbone(pixels, architecture, dropout, weights)
+        logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
+        probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
+        model = keras.Model(pixels, probabilities, name=architecture)
+    finally:
+        keras.config.set_dtype_policy(previous)
+    if synchronized:
+        for layer in model._flatten_layers():  # backbones build their own batch norms
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.synchronized = True
+    return model
+
+
+def _convolutional(
+    pixels: "keras.KerasTensor",
+    blocks: tuple[tuple[int, ...], ...],
+    units: int,
+    *,
+    dropout: float,
+    synchronized: bool,
+) -> "keras.KerasTensor":
+    """The article's network: blocks of 3x3 convolution, batch norm and ReLU, each closed by pooling and dropout.
+
+    Its convolutions have no bias: the batch norm behind takes it off again (so the function is the same), and
+    Adam makes steps of the rounding noise that is such a bias's gradient. The momentum of its batch norms is
+    0.9, not Keras's 0.99, with which the statistics that inference reads lag hundreds of steps behind.
+    """
+    from keras import layers, regularizers
+
+    x = layers.Rescaling(1 / 255)(pixels)
+    for block in blocks:
+        for filters in block:
+            x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+            x = layers.BatchNormalization(momentum=0.9, synchronized=synchronized)(x)
+            x = layers.ReLU()(x)
+        x = layers.MaxPooling2D(2)(x)
+        x = layers.Dropout(0.25)(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dense(units, activation="relu", kernel_regularizer=regularizers.L2(0.01))(x)
+    return layers.Dropout(dropout)(x)
+
+
+def _backbone(
+    pixels: "keras.KerasTensor", architecture: str, dropout: float, weights: str | None
+) -> "keras.KerasTensor":
+    import keras
+
+    function, mode = _BACKBONES[architecture]
+    backbone = getattr(keras.applications, function)(
+        include_top=False, weights=None, input_shape=(*pixels.shape[1:3], 3), name=architecture
+    )
+    if weights:
+        try:
+            backbone.load_weights(weights)
+        except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{weights} does not hold weights of {architecture}: {reason}") from None
+    x = backbone(_scaled(pixels, mode))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.layers.Dropout(dropout)(x)
+
+
+def _scaled(pixels: "keras.KerasTensor", mode: str) -> "keras.KerasTensor":
+    from keras import layers
+
+    if mode == "inside":
+        # uint8 is not cast by the backbone's own first layer in every one of them.
+        return layers.Rescaling(1.0)(pixels)
+    if mode == "tf":
+        return layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)
+    if mode == "torch":
+        return layers.Rescaling(
+            [1 / (255 * deviation) for deviation in (0.229, 0.224, 0.225)],
+            offset=[-mean / deviation for mean, deviation in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))],
+        )(pixels)
+    centred = layers.Rescaling(1.0, offset=[-123.68, -116.779, -103.939])(pixels)
+    return centred[..., ::-1]

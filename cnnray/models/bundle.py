@@ -1,0 +1,170 @@
+"""Bundle: the one thing that passes between jobs.
+
+A folder, local or on S3, with `model.keras` (uint8 RGB at the bundle's size in, probabilities out) and
+`bundle.json` (`BundleInfo`). `bundle.json` is written last: a folder without it is no bundle.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnnray.images import storage
+from cnnray.images.decode import RESIZE_RULES, ResizeRule
+
+if TYPE_CHECKING:
+    import keras
+
+FORMAT_VERSION = 1
+_MODEL = "model.keras"
+_INFO = "bundle.json"
+_LIBRARIES = ("keras", "tensorflow", "numpy", "pillow", "cnnray")
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message is one sentence for the user."""
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that decide a bundle's answers."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except ModuleNotFoundError:  # cnnray itself runs from a working directory too
+            continue
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleInfo:
+    """What `bundle.json` holds."""
+
+    class_names: list[str]
+    """Names of the model's outputs, in order."""
+    image_size: int
+    """Height and width in pixels that the model takes."""
+    resize: ResizeRule = "stretch"
+    """How images of another shape are brought to that size (see `images.decode`)."""
+    architecture: str = ""
+    """Name of the network (see `models.architectures`)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of these very weights on the validation images."""
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax (1: not calibrated)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved training config."""
+    data_fingerprint: str = ""
+    """Hash of the manifest that the model was trained on."""
+    class_counts: dict[str, int] = field(default_factory=dict)
+    """Training images of each class."""
+    library_versions: dict[str, str] = field(default_factory=library_versions)
+    """Versions of the libraries that wrote the bundle."""
+    format_version: int = FORMAT_VERSION
+    """Version of this format."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: where it came from, what it says of itself, and its model."""
+
+    uri: str
+    info: BundleInfo
+    model: "keras.Model"
+
+    @classmethod
+    def load(cls, uri: str) -> "Bundle":
+        """Load a bundle from a local folder or s3://, without running any code found in it.
+
+        Raises:
+            BundleError: no bundle, one of a newer format, or one whose parts do not agree.
+            OSError: storage that cannot be read.
+        """
+        uri = storage.absolute(uri)
+        info = read_info(uri)
+        if storage.is_s3(uri):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, _MODEL)
+                path.write_bytes(storage.read_bytes(storage.join(uri, _MODEL)))
+                model = _load_model(path, uri)
+        else:
+            model = _load_model(Path(uri, _MODEL), uri)
+        _check_model(model, info, uri)
+        return cls(uri, info, model)
+
+
+def read_info(uri: str) -> BundleInfo:
+    """Read and check `bundle.json` alone.
+
+    Raises:
+        BundleError: it is missing, of a newer format, or does not hold what it should.
+    """
+    try:
+        found = json.loads(storage.read_bytes(storage.join(uri, _INFO)))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{uri} is not a bundle: it holds no {_INFO}.") from None
+    except ValueError as error:
+        raise BundleError(f"{uri}: {_INFO} is not JSON ({error}).") from None
+    if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):
+        raise BundleError(f"{uri}: {_INFO} has no format_version.")
+    if found["format_version"] > FORMAT_VERSION:
+        raise BundleError(
+            f"{uri} has format {found['format_version']}; this cnnray reads up to {FORMAT_VERSION}: update it."
+        )
+    unknown = set(found) - {item.name for item in fields(BundleInfo)}
+    try:
+        info = BundleInfo(**{key: value for key, value in found.items() if key not in unknown})
+    except TypeError as error:
+        raise BundleError(f"{uri}: {_INFO} is incomplete: {error}.") from None
+    names = info.class_names
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) > 1):
+        raise BundleError(f"{uri}: class_names in {_INFO} is not a list of at least two names.")
+    if len(set(names)) != len(names):
+        raise BundleError(f"{uri}: class_names in {_INFO} holds a name twice.")
+    if not (isinstance(info.image_size, int) and info.image_size > 0):
+        raise BundleError(f"{uri}: image_size in {_INFO} is {info.image_size!r}; expected pixels.")
+    if info.resize not in RESIZE_RULES:
+        raise BundleError(f"{uri}: resize in {_INFO} is {info.resize!r}; expected one of {RESIZE_RULES}.")
+    if not (isinstance(info.temperature, int | float) and info.temperature > 0):
+        raise BundleError(f"{uri}: temperature in {_INFO} is {info.temperature!r}; expected more than 0.")
+    return info
+
+
+def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
+    """Write a bundle into a local folder.
+
+    Raises:
+        BundleError: the model's output or input does not agree with `info`.
+    """
+    _check_model(model, info, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / _MODEL)
+    (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a bundle between folders, local or on S3, so that `target` is a bundle only once it is whole."""
+    storage.copy_folder(source, target, last=[_INFO])
+
+
+def _load_model(path: Path, uri: str) -> "keras.Model":
+    import keras
+
+    if not path.is_file():
+        raise BundleError(f"{uri} is not a bundle: it holds no {_MODEL}.")
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises what its parts run into: ValueError, TypeError, OSError, KeyError
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"{uri}: {_MODEL} cannot be loaded safely: {reason}") from None
+
+
+def _check_model(model: "keras.Model", info: BundleInfo, uri: str) -> None:
+    outputs = tuple(model.output_shape)
+    if outputs != (None, len(info.class_names)):
+        raise BundleError(f"{uri}: the model gives {outputs}, but there are {len(info.class_names)} class names.")
+    inputs = tuple(model.input_shape)
+    if inputs != (None, info.image_size, info.image_size, 3):
+        raise BundleError(f"{uri}: the model takes {inputs}, but image_size is {info.image_size}.")

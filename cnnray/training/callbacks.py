@@ -1,0 +1,119 @@
+"""Keras callbacks of a run, and the glue that lets them go on where they were."""
+
+import csv
+import io
+import logging
+import math
+import time
+from typing import Any
+
+import keras
+
+from cnnray.images import storage
+from cnnray.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+MONITOR = "val_loss"
+_REFRESH_SECONDS = 5.0
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Progress(keras.callbacks.Callback):
+    """One log line every few seconds: epoch, step, loss, accuracy, images/s, time left."""
+
+    def __init__(self, epochs: int, steps: int, images: int) -> None:
+        """
+        Args:
+            epochs: passes in all.
+            steps: steps of an epoch.
+            images: training images of an epoch.
+        """
+        super().__init__()
+        self._epochs, self._steps, self._images = epochs, steps, images
+        self._epoch = 0
+        self._shown = 0.0
+        self._rate = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Remember which epoch it is."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Show a line where the last one is old enough."""
+        now = time.monotonic()
+        if now - self._shown < _REFRESH_SECONDS or batch + 1 == self._steps:
+            return
+        if not logs or not logs["images_per_second"]:
+            return
+        self._shown = now
+        self._rate = logs["images_per_second"]
+        share = (batch + 1) / self._steps
+        left = self._images * (self._epochs - self._epoch - share) / max(self._rate, 1e-9)
+        log.info(
+            "epoch %d/%d  step %d/%d  loss %.4f  accuracy %.4f  %.0f images/s  %s left",
+            self._epoch + 1, self._epochs, batch + 1, self._steps, logs["loss"], logs["accuracy"],
+            self._rate, duration(left),
+        )  # fmt: skip
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Show the epoch's line."""
+        logs = logs or {}
+        left = (self._epochs - epoch - 1) * logs["seconds"]
+        log.info(
+            "epoch %d/%d  loss %.4f  accuracy %.4f  val_loss %.4f  val_accuracy %.4f  val_top_5_accuracy %.4f  "
+            "%.0f images/s  %s left",
+            epoch + 1, self._epochs, logs["loss"], logs["accuracy"], logs["val_loss"], logs["val_accuracy"],
+            logs["val_top_5_accuracy"], logs["images_per_second"], duration(left),
+        )  # fmt: skip
+        self._shown = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `3m10s` or `2h05m`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:
+    """The callbacks that change the training: they run on every worker, on the same logs."""
+    callbacks: list[keras.callbacks.Callback] = []
+    if config.early_stopping_patience is not None:
+        callbacks.append(keras.callbacks.EarlyStopping(MONITOR, patience=config.early_stopping_patience))
+    if config.reduce_on_plateau_patience is not None:
+        callbacks.append(
+            keras.callbacks.ReduceLROnPlateau(
+                MONITOR, factor=0.5, patience=config.reduce_on_plateau_patience, min_lr=1e-7
+            )
+        )
+    return callbacks
+
+
+def state_of(callbacks: list[keras.callbacks.Callback]) -> list[dict[str, Any]]:
+    """The plain attributes (counters, best values) of each callback, for JSON."""
+    return [
+        {name: value for name, value in vars(callback).items() if isinstance(value, _PLAIN)} for callback in callbacks
+    ]
+
+
+def restore(callbacks: list[keras.callbacks.Callback], states: list[dict[str, Any]]) -> None:
+    """Set what `state_of` gave; to be called after `on_train_begin`, which resets the callbacks."""
+    for callback, state in zip(callbacks, states, strict=True):
+        vars(callback).update(state)
+
+
+def write_history(history: list[dict[str, Any]], uri: str) -> None:
+    """Write the epochs' logs as CSV, whole or not at all."""
+    if not history:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    storage.write_bytes(uri, text.getvalue().encode())

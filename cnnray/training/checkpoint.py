@@ -1,0 +1,88 @@
+"""What a run needs to go on from where it was, in a folder that `ray.train.report` keeps.
+
+    bundle/               a bundle with the weights of this moment
+    optimizer.npz         the optimizer's variables in their order
+    progress.json         `Progress`
+    bad_images-R.jsonl    images that worker R could not read, where there were any
+
+Random seeds and the order of the images need no state: they are functions of (seed, epoch, step, worker).
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnnray.models import bundle
+from cnnray.models.bundle import BundleInfo
+from cnnray.training.sums import Sums
+
+if TYPE_CHECKING:
+    from cnnray.training.step import Steps
+
+BUNDLE = "bundle"
+_OPTIMIZER = "optimizer.npz"
+PROGRESS = "progress.json"
+
+BadImages = dict[int, dict[str, Any]]
+"""By id: `id`, `uri` and `error` of images that could not be read."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is. Everything is the same on all workers, but for `seen`, which rank 0 restores."""
+
+    epoch: int = 0
+    """The epoch that goes on; equal to the number of finished ones."""
+    step: int = 0
+    """Its next step."""
+    sums: Sums = field(default_factory=Sums)
+    """Over the steps of this epoch so far."""
+    seen: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """`epoch.tally` of the ids of this epoch so far, over all workers."""
+    epoch_seconds: float = 0.0
+    """Spent on the steps of this epoch so far."""
+    images: float = 0.0
+    """Trained on since the run began, without each process's first step."""
+    seconds: float = 0.0
+    """The time that these took."""
+    seconds_to_first_step: float = 0.0
+    """From the start of the job to the end of the first step."""
+    stopped: bool = False
+    """Whether a callback ended the training."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The logs of each finished epoch."""
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    """State of the callbacks."""
+
+
+def write(folder: Path, steps: "Steps", info: BundleInfo, progress: Progress) -> None:
+    """Write a checkpoint's folder, but for the bad images."""
+    bundle.save(steps.inference, info, folder / BUNDLE)
+    optimizer: dict[str, Any] = steps.optimizer_state()
+    np.savez(folder / _OPTIMIZER, **optimizer)
+    (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
+
+
+def write_bad_images(folder: Path, rank: int, bad_images: BadImages) -> None:
+    """Write the images that one worker could not read."""
+    lines = [json.dumps(row) + "\n" for row in bad_images.values()]
+    (folder / f"bad_images-{rank}.jsonl").write_text("".join(lines))
+
+
+def read_bad_images(lines_of_files: Iterable[bytes]) -> BadImages:
+    """The union of several workers' files."""
+    rows = [json.loads(line) for lines in lines_of_files for line in lines.splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def restore(folder: Path, steps: "Steps") -> Progress:
+    """Load a checkpoint's weights and optimizer, and return how far it was."""
+    with np.load(folder / _OPTIMIZER, allow_pickle=False) as optimizer:
+        steps.load(str(folder / BUNDLE / "model.keras"), dict(optimizer))
+    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    progress.sums = Sums(**progress.sums)  # type: ignore[arg-type]
+    return progress

@@ -1,0 +1,333 @@
+"""A training job from end to end: manifest, cluster, Ray Train's run, and the bundle."""
+
+import contextlib
+import csv
+import fcntl
+import functools
+import io
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from cnnray import cluster
+from cnnray.cluster import Resources
+from cnnray.images import manifest as manifests
+from cnnray.images import storage
+from cnnray.images.manifest import ManifestError
+from cnnray.models import bundle
+from cnnray.models.bundle import BundleInfo
+from cnnray.training.budget import Budget, budget_of, check_cpus
+from cnnray.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
+SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
+
+_WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or ended badly; the message is one sentence for the user."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train, and leave in `config.output`: `bundle/`, `history.csv`, `tensorboard/`, `config.yaml`,
+    `manifest.parquet`, `summary.json`, `checkpoints/`, and `bad_images.csv` where there were any.
+
+    A run that was interrupted goes on from its last checkpoint; one that is finished is not run again.
+
+    Returns:
+        What is also in `summary.json`: `bundle` (its uri), `epochs` (run in all), `metrics` (of the bundle's
+        weights), `images_per_second` (over the steps, without each worker's first), `seconds_to_first_step`
+        and `seconds` (of this call).
+
+    Raises:
+        ValueError, OSError, ClusterError, TrainingError: with a sentence for the user; what can be known before
+            Ray starts is raised before it, and before anything is written.
+    """
+    started = time.time()
+    if cluster.starts_own():
+        check_cpus(config, cluster.local_cpus())
+    with _alone(config.output):
+        earlier = _earlier_run(config)
+        if earlier is None:
+            manifest = _manifest(config)
+            _start_output(config, manifest)
+        else:
+            if (summary := _finished(config, earlier)) is not None:
+                log.info("%s is finished already; nothing was run.", config.output)
+                return summary
+            manifest = manifests.read(storage.join(config.output, MANIFEST))
+            _write_config(config)
+            log.info("going on with the run in %s", config.output)
+        _describe(manifest)
+        with cluster.connected(_WORKER_ENVIRONMENT) as found:
+            best, latest = _run(config, manifest, found, started)
+            return _finish(config, best, latest, started)
+
+
+# -- the output -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Keep a second run out of a local output for as long as this one lives.
+
+    Raises:
+        TrainingError: another run has it.
+    """
+    if storage.is_s3(output):
+        yield
+        return
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"--output {output} is a file; expected a folder.")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"Another run is writing to {output}; give this one another --output.") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            # A run that was refused leaves nothing behind.
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
+    """The config of the run that the output holds, if it is this one."""
+    try:
+        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.output, CONFIG)))
+    except FileNotFoundError:
+        if storage.exists(storage.join(config.output, BUNDLE)) and not config.overwrite:
+            raise TrainingError(f"{config.output} holds a bundle but no run; give another --output.") from None
+        return None
+    if config.overwrite:
+        for part in (BUNDLE, CHECKPOINTS, "tensorboard"):
+            storage.delete_folder(storage.join(config.output, part))
+        for part in (SUMMARY, BAD_IMAGES, "history.csv", CONFIG, MANIFEST):
+            storage.delete_file(storage.join(config.output, part))
+        return None
+    differences = config.differs_from(earlier)
+    if differences:
+        raise TrainingError(
+            f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite true."
+        )
+    if not storage.is_file(storage.join(config.output, MANIFEST)):
+        return None
+    return earlier
+
+
+def _finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        summary: dict[str, Any] = json.loads(storage.read_bytes(storage.join(config.output, SUMMARY)))
+    except FileNotFoundError:
+        return None
+    return None if config.epochs > int(earlier["epochs"]) else summary
+
+
+def _start_output(config: TrainConfig, manifest: pa.Table) -> None:
+    manifests.write(manifest, storage.join(config.output, MANIFEST))
+    _write_config(config)
+
+
+def _write_config(config: TrainConfig) -> None:
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
+    storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
+    storage.delete_file(storage.join(config.output, SUMMARY))
+
+
+# -- the data -------------------------------------------------------------------------------------------------
+
+
+def _manifest(config: TrainConfig) -> pa.Table:
+    """The run's manifest, with every row's split decided.
+
+    Raises:
+        ManifestError, OSError: with a sentence.
+    """
+    manifest = manifests.manifest_of(config.data, labelled=True)
+    if config.validation is not None:
+        if config.validation == config.data:
+            raise ManifestError("--validation is the same as --data.")
+        train_rows = manifests.rows_of(manifest, "train")
+        train_rows = train_rows if len(train_rows) else manifest
+        validation = manifests.manifest_of(config.validation, labelled=True)
+        manifest = manifests.with_validation(train_rows, validation)
+    elif manifest["split"].null_count == len(manifest):
+        manifest = manifests.split_off_validation(manifest, config.validation_fraction, config.seed)
+    elif manifest["split"].null_count:
+        raise ManifestError(f"{config.data}: some images have a split and some have none.")
+    elif not len(manifests.rows_of(manifest, "validation")):
+        train_rows = manifests.rows_of(manifest, "train").drop_columns(["id"])
+        train_rows = train_rows.add_column(0, "id", pa.array(range(len(train_rows)), pa.int64()))
+        manifest = manifests.split_off_validation(train_rows, config.validation_fraction, config.seed)
+    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+    missing = sorted(set(manifests.class_names(manifest)) - set(manifests.class_names(train)))
+    if missing:
+        raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
+    if len(train) < config.workers:
+        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.workers} workers.")
+    return manifest
+
+
+def _describe(manifest: pa.Table) -> None:
+    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+    classes = len(manifests.class_names(train))
+    log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
+
+
+# -- the run --------------------------------------------------------------------------------------------------
+
+
+def _run(config: TrainConfig, manifest: pa.Table, found: Resources, started: float) -> tuple[Any, Any]:
+    """Run Ray Train.
+
+    Returns:
+        The best and the latest checkpoint.
+    """
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from cnnray.training.assignment import Assignment
+    from cnnray.training.backend import MultiWorkerConfig, train_on_worker
+
+    shares = budget_of(config, found)
+    log.info(
+        "%d workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
+        config.workers, shares.cpus_per_worker, shares.threads_per_worker, config.gpus_per_worker,
+        shares.decode_cpus,
+    )  # fmt: skip
+    assignment = Assignment(
+        config=config,
+        info=_bundle_info(config, manifest),
+        manifest=storage.join(config.output, MANIFEST),
+        threads=shares.threads_per_worker,
+        decode_cpus=shares.decode_cpus,
+        stream_bytes=shares.stream_bytes,
+        cached=_cached(config, manifest, shares),
+        started=started,
+    )
+    filesystem, path = storage.arrow_filesystem(config.output)
+    trainer = DataParallelTrainer(
+        functools.partial(train_on_worker, assignment),
+        backend_config=MultiWorkerConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": shares.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="min"
+            ),
+        ),
+    )
+    if cluster.starts_own():
+        # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"Training failed: {_cause(error)}") from error
+    if result.return_value:
+        raise TrainingError(result.return_value)
+    return result.get_best_checkpoint("score", "min"), result.checkpoint
+
+
+def _cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> dict[str, list[Any]]:
+    """References to the decoded blocks of each split, where they are to be kept in memory."""
+    needed = len(manifest) * config.image_size**2 * 3
+    if config.cache == "none" or (config.cache == "auto" and needed > shares.cache_bytes):
+        return {}
+    from cnnray.images import stream
+    from cnnray.training.source import decode_into_memory
+
+    stream.be_quiet()
+
+    targets = {name: index for index, name in enumerate(manifests.class_names(manifest))}
+    labels = pa.array([targets[label] for label in manifest["label"].to_pylist()], pa.int64())
+    manifest = manifest.append_column("target", labels)
+    cached = {
+        split: decode_into_memory(
+            manifests.rows_of(manifest, split), config.image_size, config.resize, shares.decode_cpus
+        )
+        for split in ("train", "validation")
+    }
+    log.info("%d decoded images are kept in memory (%.0f MiB)", len(manifest), needed / 2**20)
+    return cached
+
+
+def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
+    counts = Counter(manifests.rows_of(manifest, "train")["label"].to_pylist())
+    return BundleInfo(
+        class_names=manifests.class_names(manifest),
+        image_size=config.image_size,
+        resize=config.resize,
+        architecture=config.architecture,
+        config=config.as_dict(),
+        data_fingerprint=manifests.fingerprint(manifest),
+        class_counts=dict(sorted(counts.items())),
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong on the workers."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+# -- the end --------------------------------------------------------------------------------------------------
+
+
+def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
+    from cnnray.training import checkpoint
+
+    target = storage.join(config.output, BUNDLE)
+    bundle.copy(storage.join(_uri(config, best), checkpoint.BUNDLE), target)
+    progress = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
+    files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
+    bad = checkpoint.read_bad_images(storage.read_bytes(uri) for uri in files)
+    if bad:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=["id", "uri", "error"])
+        writer.writeheader()
+        writer.writerows(bad[key] for key in sorted(bad))
+        storage.write_bytes(storage.join(config.output, BAD_IMAGES), text.getvalue().encode())
+        log.warning("%d images could not be read; they are listed in %s", len(bad), BAD_IMAGES)
+    summary = {
+        "bundle": target,
+        "epochs": progress["epoch"],
+        "metrics": bundle.read_info(target).metrics,
+        "images_per_second": round(progress["images"] / max(progress["seconds"], 1e-9), 2),
+        "seconds_to_first_step": round(progress["seconds_to_first_step"], 2),
+        "seconds": round(time.time() - started, 2),
+    }
+    storage.write_bytes(storage.join(config.output, SUMMARY), json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def _uri(config: TrainConfig, saved: Any) -> str:
+    """Where one of Ray's checkpoints is, as `storage` takes it."""
+    return f"s3://{saved.path}" if storage.is_s3(config.output) else str(saved.path)

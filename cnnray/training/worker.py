@@ -1,0 +1,292 @@
+"""What each of Ray Train's workers runs: the epochs, from where the last checkpoint left off."""
+
+import contextlib
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pyarrow as pa
+import ray.train
+import tensorflow as tf
+
+from cnnray.images import manifest as manifests
+from cnnray.images import storage, stream
+from cnnray.training import callbacks as glue
+from cnnray.training import checkpoint, epoch
+from cnnray.training.assignment import Assignment
+from cnnray.training.checkpoint import BadImages
+from cnnray.training.source import CachedSource, Source, StreamedSource
+from cnnray.training.step import Steps
+from cnnray.training.sums import Sums
+
+log = logging.getLogger(__name__)
+
+TENSORBOARD = "tensorboard"
+HISTORY = "history.csv"
+
+
+def run(assignment: Assignment) -> str:
+    """Train, as one worker of the group that Ray Train made.
+
+    Returns:
+        Why the run was given up, in a sentence for the user; empty where it was not. (Not raised: Ray Train
+        would take it for a lost worker and try again.)
+    """
+    _set_up(assignment)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        worker = _Worker(assignment)
+    # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
+    try:
+        worker.run()
+    except _GivenUp as reason:
+        return str(reason)
+    return ""
+
+
+def _set_up(assignment: Assignment) -> None:
+    """Configure this process: it runs nothing but this worker."""
+    # Not on the root logger: Ray's own, which have handlers of theirs, would come twice.
+    ours = logging.getLogger("cnnray")
+    ours.addHandler(logging.StreamHandler(sys.stderr))
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    stream.be_quiet()
+    for name in ("tensorflow", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(2)
+
+
+class _GivenUp(Exception):  # noqa: N818 - no error of the program
+    """Why all workers stop, in a sentence for the user."""
+
+
+class _Worker:
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.config = assignment.config
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        manifest = manifests.read(assignment.manifest)
+        targets = {name: index for index, name in enumerate(assignment.info.class_names)}
+        labels = pa.array([targets[label] for label in manifest["label"].to_pylist()], pa.int64())
+        manifest = manifest.append_column("target", labels)
+        train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+        self.train_source = self._source("train", train)
+        self.validation_source = self._source("validation", validation)
+        self.images, self.validation_images = len(train), len(validation)
+        self.expected = epoch.tally(train["id"].to_numpy())
+        self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
+        self.bad_images: BadImages = {}
+        self.compiled = False
+        with _local_weights(self.config.weights) as weights:
+            self.steps = Steps(self.config, len(targets), weights)
+
+    def _source(self, split: str, manifest: pa.Table) -> Source:
+        if split in self.assignment.cached:
+            return CachedSource(self.assignment.cached[split])
+        return StreamedSource(
+            manifest=manifest,
+            image_size=self.config.image_size,
+            resize=self.config.resize,
+            cpus_per_task=self.assignment.decode_cpus,
+            memory_bytes=self.assignment.stream_bytes,
+        )
+
+    # -- the run ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            _GivenUp: on all workers alike.
+        """
+        deciding = glue.deciding_callbacks(self.config)
+        tensorboard = _TensorBoardFolder(storage.join(self.config.output, TENSORBOARD))
+        shown: list[keras.callbacks.Callback] = []
+        if self.rank == 0:
+            shown = [
+                tensorboard.callback,
+                glue.Progress(self.config.epochs, len(self.bounds) - 1, self.images),
+            ]
+        self.deciding = deciding
+        callbacks = keras.callbacks.CallbackList([*deciding, *shown], model=self.steps.model)
+        self.steps.model.stop_training = False
+        callbacks.on_train_begin()
+        self.progress = self._restored()
+        while self.progress.epoch < self.config.epochs and not self.progress.stopped:
+            number = self.progress.epoch
+            callbacks.on_epoch_begin(number)
+            self._train_epoch(callbacks)
+            logs = self._end_epoch()
+            callbacks.on_epoch_end(number, logs)
+            self.progress.stopped = bool(self.steps.model.stop_training)
+            if self.rank == 0:
+                glue.write_history(self.progress.history, storage.join(self.config.output, HISTORY))
+                tensorboard.publish()
+            self._checkpoint(logs)
+        callbacks.on_train_end()
+        if self.rank == 0:
+            tensorboard.publish()
+
+    def _restored(self) -> checkpoint.Progress:
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return checkpoint.Progress()
+        with found.as_directory() as folder:
+            progress = checkpoint.restore(Path(folder), self.steps)
+            if self.rank == 0:
+                files = sorted(Path(folder).glob("bad_images-*.jsonl"))
+                self.bad_images = checkpoint.read_bad_images(file.read_bytes() for file in files)
+        if progress.callbacks:
+            glue.restore(self.deciding, progress.callbacks)
+        if self.rank == 0:
+            log.info("going on from epoch %d, step %d", progress.epoch + 1, progress.step)
+        else:
+            progress.seen = [0, 0, 0]
+        return progress
+
+    def _train_epoch(self, callbacks: keras.callbacks.CallbackList) -> None:
+        progress, every = self.progress, self.config.checkpoint_every_steps
+        order = epoch.order(self.config.seed, progress.epoch, self.images)
+        rows, sizes = epoch.rank_rows(order, self.bounds, progress.step, self.rank, self.world)
+        self.steps.seed_dropout(progress.epoch, progress.step, self.rank)
+        allowed_bad = self.config.max_bad_fraction * self.images
+        clock = time.monotonic()
+        for batch in self.train_source.batches(rows, sizes):
+            callbacks.on_train_batch_begin(progress.step)
+            good = self._good(batch)
+            bad = len(good) - int(good.sum())
+            sums = self.steps.train(batch["image"][good], batch["target"][good], bad)
+            now = time.monotonic()
+            took, clock = now - clock, now
+            progress.sums += sums
+            progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
+            progress.step += 1
+            progress.epoch_seconds += took
+            if self.compiled:
+                progress.images += sums.count
+                progress.seconds += took
+            elif not progress.seconds_to_first_step:
+                progress.seconds_to_first_step = time.time() - self.assignment.started
+            self.compiled = True
+            logs = progress.sums.metrics() | {"images_per_second": progress.images / max(progress.seconds, 1e-9)}
+            callbacks.on_train_batch_end(progress.step - 1, logs)
+            if progress.sums.bad > allowed_bad:
+                raise self._too_many_bad(progress.sums.bad, self.images, "training")
+            if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
+                self._checkpoint(None)
+                clock = time.monotonic()
+
+    def _end_epoch(self) -> dict[str, float]:
+        progress = self.progress
+        seen = self.steps.reduce(np.asarray(progress.seen, np.int64))
+        if not np.array_equal(seen, self.expected):
+            raise RuntimeError(
+                f"Epoch {progress.epoch + 1} saw other images than the manifest's: tally {seen.tolist()}, "
+                f"expected {self.expected.tolist()}."
+            )
+        self.steps.average_statistics()
+        self.steps.update_inference()
+        trained = progress.sums
+        validation = self._validate()
+        logs = trained.metrics() | validation.metrics("val_")
+        logs |= {
+            "learning_rate": float(keras.ops.convert_to_numpy(self.steps.optimizer.learning_rate)),
+            "images": trained.count,
+            "bad_images": trained.bad,
+            "images_per_second": trained.count / max(progress.epoch_seconds, 1e-9),
+            "seconds": progress.epoch_seconds,
+        }
+        progress.history.append({"epoch": progress.epoch + 1, **logs})
+        progress.epoch += 1
+        progress.step = 0
+        progress.sums, progress.seen, progress.epoch_seconds = Sums(), [0, 0, 0], 0.0
+        return logs
+
+    def _validate(self) -> Sums:
+        rows = np.arange(self.rank, self.validation_images, self.world)
+        size = math.ceil(self.config.batch_size / self.world)
+        sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
+        sums = Sums()
+        for batch in self.validation_source.batches(rows, sizes):
+            good = self._good(batch)
+            sums += self.steps.evaluate(batch["image"][good], batch["target"][good], size)
+            sums += Sums(bad=len(good) - int(good.sum()))
+        sums = Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
+        if sums.bad > self.config.max_bad_fraction * self.validation_images:
+            raise self._too_many_bad(sums.bad, self.validation_images, "validation")
+        return sums
+
+    # -- bad images and checkpoints --------------------------------------------------------------------
+
+    def _good(self, batch: dict[str, Any]) -> Any:
+        """bool (n,): which of a batch's images could be read; the others are remembered."""
+        good = batch["error"] == ""
+        for index in np.flatnonzero(~good):
+            row = {"id": int(batch["id"][index]), "uri": batch["uri"][index], "error": batch["error"][index]}
+            self.bad_images[row["id"]] = row
+        return good
+
+    def _too_many_bad(self, bad: float, images: int, what: str) -> _GivenUp:
+        example = next(iter(self.bad_images.values()), None)
+        shown = f", {example['uri']} for one ({example['error']})" if example else ""
+        return _GivenUp(
+            f"{bad:.0f} of {images} {what} images could not be read{shown}: more than "
+            f"--max-bad-fraction {self.config.max_bad_fraction} allows."
+        )
+
+    def _checkpoint(self, logs: dict[str, float] | None) -> None:
+        """Report a checkpoint; at the end of an epoch with its logs, inside one without."""
+        progress = self.progress
+        if logs is None:
+            self.steps.average_statistics()
+            self.steps.update_inference()
+        seen = self.steps.reduce(np.asarray(progress.seen, np.int64)).tolist()
+        progress.callbacks = glue.state_of(self.deciding)
+        metrics = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder)
+            if self.rank == 0:
+                info = replace(self.assignment.info, metrics=metrics)
+                checkpoint.write(written, self.steps, info, replace(progress, seen=seen))
+            if self.bad_images:
+                checkpoint.write_bad_images(written, self.rank, self.bad_images)
+            found = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
+            # Ray keeps the best by this metric; a checkpoint inside an epoch never is.
+            score = metrics.get(glue.MONITOR, math.nan)
+            report = {"epoch": progress.epoch, "step": progress.step, "score": score}
+            ray.train.report(report | metrics, checkpoint=found)
+
+
+class _TensorBoardFolder:
+    """TensorBoard's event files, written locally and then copied to the output."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._folder = tempfile.mkdtemp(prefix="cnnray-tensorboard-")
+        self.callback = keras.callbacks.TensorBoard(self._folder, write_graph=False)
+
+    def publish(self) -> None:
+        storage.copy_folder(self._folder, self._target)
+
+
+@contextlib.contextmanager
+def _local_weights(uri: str) -> Iterator[str | None]:
+    """A local copy of a file of weights for as long as it is needed; None for `none`."""
+    if uri == "none" or not storage.is_s3(uri):
+        yield None if uri == "none" else uri
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, storage.name(uri))
+        path.write_bytes(storage.read_bytes(uri))
+        yield str(path)

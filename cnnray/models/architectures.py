@@ -84,7 +84,8 @@ def build(
         architecture: one of `NAMES`.
         image_size: height and width of the images in pixels.
         classes: number of classes.
-        dropout: share of the last hidden layer's units dropped while training.
+        dropout: share of the last hidden layer's units dropped while training; after each block of the
+            article's networks half of it.
         synchronized: whether batch norm takes its statistics over all workers' images.
         weights: a local file of `keras.applications` weights without the classification layers
             (`..._notop.h5`), for its backbones only; None starts at random.
@@ -146,7 +147,7 @@ def _convolutional(
             x = layers.BatchNormalization(momentum=0.9, synchronized=synchronized)(x)
             x = layers.ReLU()(x)
         x = layers.MaxPooling2D(2)(x)
-        x = layers.Dropout(0.25)(x)
+        x = layers.Dropout(dropout / 2)(x)
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dense(units, activation="relu", kernel_regularizer=regularizers.L2(0.01))(x)
     return layers.Dropout(dropout)(x)

@@ -51,7 +51,7 @@ class TrainConfig:
     resize: ResizeRule = "stretch"
     """How: stretch to the square, crop its centre, or pad with black."""
     dropout: float = 0.5
-    """Share of units dropped in front of the last layer."""
+    """Share of units dropped in front of the last layer; after each block of vgg_bn and small_cnn half of it."""
     synchronized_batch_norm: bool = False
     """Whether batch norm takes its statistics over all workers' images; else each worker's own, averaged over
     the workers at every checkpoint."""

@@ -130,7 +130,7 @@ def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
         )
     if not storage.is_file(storage.join(config.output, MANIFEST)):
         return None
-    return earlier
+    return dict(earlier)
 
 
 def _finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ class Steps:
         self.model.compile(optimizer=self.optimizer)
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         self._seed = config.seed
+        self._synchronized = config.synchronized_batch_norm
         self._statistics = [
             variable
             for layer in self.model._flatten_layers()
@@ -96,10 +97,17 @@ class Steps:
             The sums over all workers' parts, before the update.
         """
         weights = np.ones(len(images), np.float32)
+        kept = []
         if not len(images):
-            # Batch norm has no mean of nothing: one black image that weighs nothing.
+            # TensorFlow has no convolution of nothing, and batch norm no mean: one black image, which weighs
+            # nothing, and leaves no trace in the statistics but where they are of all workers' images.
             images, targets, weights = _padding(images, 1), np.zeros(1, np.int64), np.zeros(1, np.float32)
-        return Sums(*self._compiled_train(images, targets, weights, np.float32(bad)).numpy().tolist())
+            if not self._synchronized:
+                kept = [variable.numpy() for variable in self._statistics]
+        sums = Sums(*self._compiled_train(images, targets, weights, np.float32(bad)).numpy().tolist())
+        for variable, value in zip(self._statistics, kept, strict=False):
+            variable.assign(value)
+        return sums
 
     def _train(self, images: Any, targets: Any, weights: Any, bad: Any) -> Any:
         return self._strategy.run(self._replica_step, args=(images, targets, weights, bad))

@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def write_digits(folder: Path, count: int, classes: int = 10) -> Path:
+    """The first `count` of scikit-learn's digits as PNG class folders."""
+    digits = load_digits()
+    chosen = np.flatnonzero(digits.target < classes)[:count]
+    for index in chosen:
+        path = folder / str(digits.target[index]) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).round().astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """200 digits of 10 classes."""
+    return write_digits(tmp_path_factory.mktemp("digits"), 200)
+
+
+@pytest.fixture(scope="session")
+def python():
+    """The interpreter to start jobs with."""
+    return sys.executable

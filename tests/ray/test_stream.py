@@ -1,0 +1,93 @@
+"""The training stream, the in-memory cache and Predictor see the same pixels; bad images keep their rows."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cnnray.images import stream
+from cnnray.images.decode import decode
+from cnnray.models import architectures, bundle
+from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.predictor import Predictor
+from cnnray.training.source import CachedSource, StreamedSource, decode_into_memory
+from tests.awkward import awkward_images, bad_images
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The awkward set, the bad one and a missing file, as bytes by name in the manifest's order, and the manifest."""
+    folder = tmp_path_factory.mktemp("awkward")
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    contents["missing.png"] = None
+    uris = [str(folder / name) for name in contents]
+    manifest = pa.table({"id": range(len(uris)), "uri": uris, "target": [0] * len(uris)})
+    return list(contents.values()), manifest
+
+
+@pytest.fixture(scope="module")
+def sources(files):
+    manifest = files[1]
+    streamed = StreamedSource(
+        manifest=manifest, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28
+    )
+    return streamed, CachedSource(decode_into_memory(manifest, SIZE, "stretch", 0.25))
+
+
+def _pixels_that_reach_the_network(contents, tmp_path):
+    class Recorded(Predictor):
+        def probabilities(self, images):
+            self.seen = images
+            return super().probabilities(images)
+
+    info = BundleInfo(class_names=["a", "b"], image_size=SIZE)
+    bundle.save(architectures.build("small_cnn", SIZE, 2), info, tmp_path)
+    predictor = Recorded(Bundle.load(str(tmp_path)))
+    return predictor.seen if predictor(contents) else None
+
+
+def test_same_bytes_same_pixels_on_every_path(files, sources, tmp_path):
+    contents, manifest = files
+    rows = np.random.default_rng(0).permutation(len(manifest))
+    sizes = [5, 1, len(rows) - 6]
+    streamed, cached = (
+        {name: np.concatenate([batch[name] for batch in batches]) for name in ("id", "image", "error", "target")}
+        for batches in (list(source.batches(rows, sizes)) for source in sources)
+    )
+    for columns in (streamed, cached):
+        assert columns["id"].tolist() == rows.tolist()
+    np.testing.assert_array_equal(streamed["image"], cached["image"])
+    assert streamed["error"].tolist() == cached["error"].tolist()
+    good = [index for index in range(len(rows)) if streamed["error"][index] == ""]
+    assert len(good) == len(awkward_images())
+    predicted = _pixels_that_reach_the_network([contents[rows[index]] for index in good], tmp_path)
+    np.testing.assert_array_equal(predicted, streamed["image"][good])
+    np.testing.assert_array_equal(predicted[0], decode(contents[rows[good[0]]], SIZE))
+
+
+def test_bad_images_are_rows_with_their_reason(files, sources):
+    _, manifest = files
+    (batch,) = sources[0].batches(np.arange(len(manifest)), [len(manifest)])
+    errors = {uri.rpartition("/")[2]: error for uri, error in zip(batch["uri"], batch["error"], strict=True) if error}
+    expected = {name: reason for name, (_, reason) in bad_images().items()} | {"missing.png": "missing"}
+    assert {name: error.split(":")[0] for name, error in errors.items()} == expected
+    assert not batch["image"][batch["error"] != ""].any()
+
+
+def test_blocks_are_small_and_in_order():
+    manifest = pa.table({"id": range(1000), "uri": [f"/nowhere/{i}.png" for i in range(1000)]})
+    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    assert [len(block["id"]) for block in blocks] == [256, 256, 256, 232]
+    assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
+
+
+def test_batches_of_refuses_too_few_and_too_many_rows():
+    blocks = [{"id": np.arange(3)}, {"id": np.arange(3, 5)}]
+    assert [batch["id"].tolist() for batch in stream.batches_of(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]
+    with pytest.raises(RuntimeError, match="2 rows early"):
+        list(stream.batches_of(iter(blocks), iter([7])))
+    with pytest.raises(RuntimeError, match="more rows"):
+        list(stream.batches_of(iter(blocks), iter([4])))

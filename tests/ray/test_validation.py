@@ -1,0 +1,77 @@
+"""Validation counts every image exactly once, whatever the sizes."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+
+from cnnray.images import manifest as manifests
+from cnnray.images.manifest import manifest_of
+from cnnray.models.bundle import BundleInfo
+from cnnray.training.assignment import Assignment
+from cnnray.training.config import TrainConfig
+from tests.ray.workers import on_workers
+
+SIZES = (1, 7, 64, 65)
+
+
+def _validate(rank, world, assignments):
+    import tensorflow as tf
+
+    from cnnray.images.decode import decode
+    from cnnray.training.worker import _Worker
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    results = {}
+    for size, assignment in assignments.items():
+        with strategy.scope():
+            worker = _Worker(assignment)
+        sums = worker._validate()
+        rows = manifests.rows_of(manifests.read(assignment.manifest), "validation").to_pylist()
+        with_data = [decode(open(row["uri"], "rb").read(), 16) for row in rows]
+        probabilities = np.asarray(worker.steps.inference(np.stack(with_data), training=False))
+        results[size] = sums.metrics(), sums.count, probabilities, [int(row["label"]) for row in rows]
+    return results
+
+
+@pytest.fixture(scope="module")
+def validated(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validation")
+    everything = manifest_of(str(digits), labelled=True)
+    assignments = {}
+    for size in SIZES:
+        split = np.where(np.arange(len(everything)) % (len(everything) // size) == 0, "validation", "train")
+        split[np.flatnonzero(split == "validation")[size:]] = "train"
+        table = everything.set_column(everything.column_names.index("split"), "split", pa.array(split))
+        path = str(folder / f"{size}.parquet")
+        manifests.write(table, path)
+        assignments[size] = Assignment(
+            config=TrainConfig(
+                data=str(digits), output=str(folder), architecture="small_cnn", image_size=16, batch_size=16
+            ),
+            info=BundleInfo(class_names=manifests.class_names(everything), image_size=16),
+            manifest=path,
+            threads=1,
+            decode_cpus=0.25,
+            stream_bytes=2**28,
+            cached={},
+            started=0.0,
+        )
+    return on_workers(_validate, 2, folder, assignments)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_validation_equals_scikit_learn(validated, size):
+    for rank in range(2):
+        metrics, count, probabilities, labels = validated[rank][size]
+        assert count == size == len(labels)
+        classes = np.arange(10)
+        exact = probabilities.astype(np.float64)
+        exact /= exact.sum(1, keepdims=True)
+        assert metrics["loss"] == pytest.approx(
+            log_loss(labels, exact, labels=classes), rel=1e-5
+        )
+        assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, probabilities.argmax(1)), abs=1e-12)
+        assert metrics["top_5_accuracy"] == pytest.approx(
+            top_k_accuracy_score(labels, probabilities, k=5, labels=classes), abs=1e-12
+        )

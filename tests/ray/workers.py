@@ -1,0 +1,45 @@
+"""Run a function on Ray Train's workers, as `driver` runs the training loop."""
+
+import functools
+import pickle
+import sys
+from pathlib import Path
+
+import ray.cloudpickle
+import ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from cnnray.models import startup
+from cnnray.training.backend import MultiWorkerConfig
+
+
+def on_workers(function, workers, folder, *arguments):
+    """Run `function(rank, world, *arguments)` inside a MultiWorkerMirroredStrategy's group.
+
+    Returns:
+        What each rank returned.
+    """
+    # Workers do not have the tests on their path.
+    for name in (function.__module__, __name__):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+    folder = Path(folder)
+    DataParallelTrainer(
+        functools.partial(_call, function, str(folder), arguments),
+        backend_config=MultiWorkerConfig(),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(
+            storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="WARNING")
+        ),
+    ).fit()
+    return [pickle.loads((folder / f"{workers}-{rank}.pickle").read_bytes()) for rank in range(workers)]
+
+
+def _call(function, folder, arguments):
+    startup.load_tensorflow(gpus=False)
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    result = function(rank, world, *arguments)
+    Path(folder, f"{world}-{rank}.pickle").write_bytes(pickle.dumps(result))

@@ -1,0 +1,134 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cnnray.images import manifest as manifests
+from cnnray.images.manifest import ManifestError, manifest_of
+
+
+def _touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_class_folders(tmp_path):
+    _touch(tmp_path, "b/2.JPG", "a/1.png", "a/deep/er/3.jpeg", "a/notes.txt", "a/.hidden.png", ".git/x.png")
+    manifest = manifest_of(str(tmp_path), labelled=True)
+    assert manifest["id"].to_pylist() == [0, 1, 2]
+    assert [uri.removeprefix(str(tmp_path)) for uri in manifest["uri"].to_pylist()] == [
+        "/a/1.png",
+        "/a/deep/er/3.jpeg",
+        "/b/2.JPG",
+    ]
+    assert manifest["label"].to_pylist() == ["a", "a", "b"]
+    assert manifest.equals(manifest_of(str(tmp_path), labelled=True))
+
+
+def test_split_folders(tmp_path):
+    _touch(tmp_path, "train/a/1.png", "train/b/1.png", "validation/a/2.png", "validation/b/2.png")
+    manifest = manifest_of(str(tmp_path), labelled=True)
+    assert manifest["split"].to_pylist() == ["train", "train", "validation", "validation"]
+    assert manifests.class_names(manifest) == ["a", "b"]
+
+
+def test_a_flat_folder_and_a_glob_need_no_labels(tmp_path):
+    _touch(tmp_path, "1.png", "sub/2.png", "sub/3.gif")
+    assert len(manifest_of(str(tmp_path), labelled=False)) == 3
+    assert len(manifest_of(f"{tmp_path}/**/*.png", labelled=False)) == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_tables(tmp_path, kind):
+    rows = [{"uri": "x/2.png", "label": "007", "who": "me"}, {"uri": "/y/1.png", "label": "NA", "who": "you"}]
+    path = tmp_path / f"images.{kind}"
+    if kind == "csv":
+        path.write_text("uri,label,who\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    manifest = manifest_of(str(path), labelled=True).to_pylist()
+    assert {row["uri"]: (row["label"], row["who"]) for row in manifest} == {
+        f"{tmp_path}/x/2.png": ("007", "me"),
+        "/y/1.png": ("NA", "you"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ([], "no sub-folders"),
+        (["1.png"], "no sub-folders"),
+        (["a/1.txt", "b/2.txt"], "holds no images"),
+        (["a/1.png", "b/2.txt"], "hold no images: 'b'"),
+        (["a/1.png", "a/2.png"], "one class only"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.txt"], "holds no images"),
+    ],
+)
+def test_bad_folders_get_one_sentence(tmp_path, files, sentence):
+    _touch(tmp_path, *files)
+    with pytest.raises(ManifestError, match=sentence) as error:
+        manifest_of(str(tmp_path), labelled=True)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("url,label\na.png,x\n", "no column 'uri'"),
+        ("uri,label\na.png,x\na.png,y\n", "listed more than once"),
+        ("uri,label\na.png,x\nb.png,\n", "have no label"),
+        ("uri,label,split\na.png,x,dev\nb.png,y,dev\n", "splits 'dev'"),
+        ("uri,label\n", "holds no images"),
+        ('uri,label\n"a.png,x\n', "cannot be read as a table|has no column|hold"),
+    ],
+)
+def test_bad_tables_get_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "images.csv"
+    path.write_text(text)
+    with pytest.raises(ManifestError, match=sentence):
+        manifest_of(str(path), labelled=True)
+
+
+def test_missing_folder_and_unknown_scheme(tmp_path):
+    with pytest.raises(ManifestError, match="does not exist"):
+        manifest_of(str(tmp_path / "nowhere"), labelled=True)
+    with pytest.raises(OSError, match="neither a local path nor"):
+        manifest_of("gs://bucket/x", labelled=True)
+
+
+def test_split_is_seeded_and_stratified(tmp_path):
+    _touch(tmp_path, *(f"a/{i}.png" for i in range(10)), *(f"b/{i}.png" for i in range(5)), "c/0.png")
+    manifest = manifest_of(str(tmp_path), labelled=True)
+    first, again, other = (manifests.split_off_validation(manifest, 0.2, seed) for seed in (1, 1, 2))
+    assert first.equals(again)
+    assert not first.equals(other)
+    held = manifests.rows_of(first, "validation")["label"].to_pylist()
+    assert (held.count("a"), held.count("b"), held.count("c")) == (2, 1, 0)
+
+
+def test_a_fraction_that_leaves_nothing_is_refused(tmp_path):
+    _touch(tmp_path, "a/0.png", "b/0.png")
+    with pytest.raises(ManifestError, match="leaves none"):
+        manifests.split_off_validation(manifest_of(str(tmp_path), labelled=True), 0.2, 0)
+
+
+def test_validation_may_not_repeat_or_add_labels(tmp_path):
+    _touch(tmp_path, "t/a/0.png", "t/b/0.png", "v/a/1.png", "v/z/1.png")
+    train, validation = (manifest_of(str(tmp_path / name), labelled=True) for name in ("t", "v"))
+    with pytest.raises(ManifestError, match="no training image has: 'z'"):
+        manifests.with_validation(train, validation)
+    with pytest.raises(ManifestError, match="more than once"):
+        manifests.with_validation(train, train)
+
+
+def test_written_and_read_back_whole(tmp_path):
+    _touch(tmp_path, "a/0.png", "b/0.png")
+    manifest = manifest_of(str(tmp_path), labelled=True)
+    manifests.write(manifest, str(tmp_path / "manifest.parquet"))
+    assert manifests.read(str(tmp_path / "manifest.parquet")).equals(manifest)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

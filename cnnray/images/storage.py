@@ -93,7 +93,7 @@ def _client() -> "S3Client":
     from botocore.config import Config
 
     checksums: Any = "when_required" if endpoint() else "when_supported"
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         config=Config(
             retries={"mode": "standard", "max_attempts": 6},

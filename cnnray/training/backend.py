@@ -14,9 +14,6 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 
-from cnnray.models import startup
-from cnnray.training.assignment import Assignment
-
 
 @dataclass
 class MultiWorkerConfig(BackendConfig):
@@ -52,11 +49,3 @@ def _set_tf_config(addresses: list[str], rank: int) -> None:
     os.environ["TF_CONFIG"] = json.dumps(
         {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
     )
-
-
-def train_on_worker(assignment: Assignment) -> str:
-    """What Ray Train runs on each worker: see `worker.run`."""
-    startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
-    from cnnray.training import worker
-
-    return worker.run(assignment)

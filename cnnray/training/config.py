@@ -1,6 +1,6 @@
 """What a training run is told: every field is a flag of jobs/train.py and a key of its YAML."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cnnray.images import storage
@@ -147,6 +147,10 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """The config as plain values, for YAML and JSON."""
         return asdict(self)
+
+    def with_changes(self, **changes: Any) -> "TrainConfig":
+        """This config with other values for some fields."""
+        return replace(self, **changes)
 
     def differs_from(self, earlier: dict[str, Any]) -> list[str]:
         """The flags in which this config asks for another training than `earlier` (an `as_dict`) did."""

@@ -22,8 +22,9 @@ from cnnray.cluster import Resources
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.manifest import ManifestError
-from cnnray.models import bundle
+from cnnray.models import bundle, startup
 from cnnray.models.bundle import BundleInfo
+from cnnray.training.assignment import Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
 
@@ -204,8 +205,7 @@ def _run(config: TrainConfig, manifest: pa.Table, found: Resources, started: flo
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from cnnray.training.assignment import Assignment
-    from cnnray.training.backend import MultiWorkerConfig, train_on_worker
+    from cnnray.training.backend import MultiWorkerConfig
 
     shares = budget_of(config, found)
     log.info(
@@ -326,6 +326,14 @@ def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict
     }
     storage.write_bytes(storage.join(config.output, SUMMARY), json.dumps(summary, indent=2).encode())
     return summary
+
+
+def train_on_worker(assignment: Assignment) -> str:
+    """What Ray Train runs on each worker: see `worker.run`."""
+    startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
+    from cnnray.training import worker
+
+    return worker.run(assignment)
 
 
 def _uri(config: TrainConfig, saved: Any) -> str:

@@ -1,5 +1,7 @@
 """Validation counts every image exactly once, whatever the sizes."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -28,7 +30,7 @@ def _validate(rank, world, assignments):
             worker = _Worker(assignment)
         sums = worker._validate()
         rows = manifests.rows_of(manifests.read(assignment.manifest), "validation").to_pylist()
-        with_data = [decode(open(row["uri"], "rb").read(), 16) for row in rows]
+        with_data = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
         probabilities = np.asarray(worker.steps.inference(np.stack(with_data), training=False))
         results[size] = sums.metrics(), sums.count, probabilities, [int(row["label"]) for row in rows]
     return results
@@ -68,9 +70,7 @@ def test_validation_equals_scikit_learn(validated, size):
         classes = np.arange(10)
         exact = probabilities.astype(np.float64)
         exact /= exact.sum(1, keepdims=True)
-        assert metrics["loss"] == pytest.approx(
-            log_loss(labels, exact, labels=classes), rel=1e-5
-        )
+        assert metrics["loss"] == pytest.approx(log_loss(labels, exact, labels=classes), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, probabilities.argmax(1)), abs=1e-12)
         assert metrics["top_5_accuracy"] == pytest.approx(
             top_k_accuracy_score(labels, probabilities, k=5, labels=classes), abs=1e-12

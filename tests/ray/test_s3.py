@@ -1,0 +1,141 @@
+"""The same on S3 as on a local path: against moto, and against Ceph's gateway by `make test-s3`."""
+
+import csv
+import io
+import json
+import uuid
+from pathlib import Path
+
+import boto3
+import pytest
+
+from cnnray.images import manifest as manifests
+from cnnray.images import storage
+from cnnray.images.manifest import ManifestError, manifest_of
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from cnnray.training.config import TrainConfig
+from cnnray.training.driver import TrainingError, train
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def bucket(s3_server):
+    name = f"cnnray-{uuid.uuid4().hex[:8]}"
+    storage._client.cache_clear()
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    return request.getfixturevalue("bucket") + "/some/prefix" if request.param == "s3" else str(tmp_path)
+
+
+def test_write_read_list_copy_delete(root, tmp_path_factory):
+    files = {"a/1.png": b"one", "a/b/2.png": b"two", "c.txt": b"", ".hidden/x": b"x", "a/.y": b"y"}
+    for name, data in files.items():
+        storage.write_bytes(storage.join(root, name), data)
+    assert storage.read_bytes(f"{root}/a/1.png") == b"one"
+    found = storage.files(root)
+    assert [(file.uri.removeprefix(root + "/"), file.size) for file in found] == [
+        ("a/1.png", 3), ("a/b/2.png", 3), ("c.txt", 0),
+    ]  # fmt: skip
+    assert storage.folders(root) == [f"{root}/a"]
+    assert storage.exists(f"{root}/a")
+    assert storage.is_file(f"{root}/c.txt")
+    assert not storage.is_file(f"{root}/a")
+    assert not storage.exists(f"{root}/nothing")
+    copied = str(tmp_path_factory.mktemp("copy"))
+    storage.copy_folder(root, copied, last=["c.txt"])
+    storage.copy_folder(copied, f"{root}/again")
+    assert storage.read_bytes(f"{root}/again/a/b/2.png") == b"two"
+    storage.delete_folder(f"{root}/a")
+    storage.delete_file(f"{root}/c.txt")
+    storage.delete_file(f"{root}/c.txt")
+    assert [file.uri for file in storage.files(f"{root}/again")] == [
+        f"{root}/again/{name}" for name in ("a/1.png", "a/b/2.png", "c.txt")
+    ]
+    assert not storage.exists(f"{root}/a")
+
+
+def test_errors_name_the_file(root):
+    storage.write_bytes(f"{root}/five", b"12345")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        storage.read_bytes(f"{root}/nothing")
+    with pytest.raises(OverflowError, match="5 bytes, at most 4"):
+        storage.read_bytes(f"{root}/five", max_bytes=4)
+    assert storage.read_bytes(f"{root}/five", max_bytes=5) == b"12345"
+
+
+def test_more_objects_than_one_page(bucket):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(1050)))
+    manifest = manifest_of(bucket, labelled=True)
+    assert len(manifest) == 1050
+    assert manifest["label"].to_pylist() == ["a"] * 525 + ["b"] * 525
+    assert len(manifest_of(f"{bucket}/*/00*.png", labelled=False)) == 100
+
+
+def test_missing_bucket_and_empty_prefix(bucket):
+    with pytest.raises((ManifestError, OSError), match="does not exist"):
+        manifest_of("s3://cnnray-there-is-no-such-bucket", labelled=True)
+    with pytest.raises(ManifestError, match="does not exist"):
+        manifest_of(f"{bucket}/nothing", labelled=True)
+
+
+def test_no_credentials_get_a_sentence(bucket, monkeypatch, tmp_path):
+    storage._client.cache_clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(PermissionError, match="No AWS credentials were found"):
+        storage.read_bytes(f"{bucket}/x")
+    storage._client.cache_clear()
+
+
+def test_an_unreachable_server_gets_a_sentence(bucket, monkeypatch):
+    storage._client.cache_clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(storage.StorageError, match="cannot be reached"):
+        storage.read_bytes(f"{bucket}/x")
+    storage._client.cache_clear()
+
+
+def test_train_from_s3_to_s3(bucket, digits):
+    storage.copy_folder(str(digits), f"{bucket}/digits")
+    storage.write_bytes(f"{bucket}/digits/3/bad.png", b"nothing")
+    config = TrainConfig(
+        data=f"{bucket}/digits",
+        output=f"{bucket}/runs/1",
+        architecture="small_cnn",
+        image_size=16,
+        epochs=2,
+        batch_size=64,
+        cpus_per_worker=0.5,
+        checkpoint_every_steps=2,
+        cache="none",
+    )
+    summary = train(config)
+    assert summary["bundle"] == f"{bucket}/runs/1/bundle"
+    read = {file.uri.removeprefix(f"{bucket}/runs/1/"): file.size for file in storage.files(f"{bucket}/runs/1")}
+    for name in ("bundle/bundle.json", "bundle/model.keras", "history.csv", "config.yaml", "manifest.parquet"):
+        assert read[name] > 0
+    assert any(name.startswith("tensorboard/train/events") for name in read)
+    bad = list(csv.DictReader(io.StringIO(storage.read_bytes(f"{bucket}/runs/1/bad_images.csv").decode())))
+    assert [row["uri"] for row in bad] == [f"{bucket}/digits/3/bad.png"]
+    rows = manifests.read(f"{bucket}/runs/1/manifest.parquet").to_pylist()[:3]
+    answers = Predictor(Bundle.load(summary["bundle"]))([storage.read_bytes(row["uri"]) for row in rows])
+    assert [len(answer.probabilities) for answer in answers] == [10] * 3
+    # A second time nothing is run; with more epochs it goes on from the checkpoint on S3.
+    assert train(config) == summary
+    assert train(config.with_changes(epochs=3))["epochs"] == 3
+    assert json.loads(storage.read_bytes(f"{bucket}/runs/1/summary.json"))["epochs"] == 3
+    with pytest.raises(TrainingError, match="holds a run with"):
+        train(config.with_changes(seed=5))
+    assert not Path("s3:").exists()

@@ -1,0 +1,233 @@
+"""Whole runs on the session's cluster: what they leave, what they survive, what they refuse."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray.cloudpickle
+import yaml
+
+from cnnray.images import manifest as manifests
+from cnnray.images.manifest import ManifestError
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from cnnray.training import driver
+from cnnray.training.config import TrainConfig
+from cnnray.training.driver import TrainingError, train
+from tests.awkward import bad_images
+from tests.runs import final_state, largest_difference
+
+EPOCHS = 2
+
+
+def _config(digits, output, **changes):
+    return TrainConfig(
+        data=str(digits),
+        output=str(output),
+        architecture="small_cnn",
+        image_size=16,
+        epochs=EPOCHS,
+        batch_size=32,
+        cpus_per_worker=0.5,
+        checkpoint_every_steps=2,
+        cache="none",
+    ).with_changes(**changes)
+
+
+def _recording(assignment, log, kill):
+    """The training loop, which also writes down the ids of every step, and may kill its worker at one."""
+    from cnnray.models import startup
+
+    startup.load_tensorflow(gpus=False)
+    from cnnray.training import worker
+
+    original, current = worker._Worker._train_epoch, {}
+
+    def train_epoch(self, callbacks):
+        current["worker"] = self
+        original(self, callbacks)
+
+    def tally(ids, exact=worker.epoch.tally):
+        if "worker" in current:
+            one = current["worker"]
+            place = (one.progress.epoch, one.progress.step, one.rank)
+            with Path(log, f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps([place, ids.tolist()]) + "\n")
+            if kill == place and not Path(log, "killed").exists():
+                Path(log, "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return exact(ids)
+
+    worker._Worker._train_epoch = train_epoch
+    worker.epoch.tally = tally
+    return worker.run(assignment)
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """Run with the ids of every step written down; gives the summary, the output and the steps."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def once(kill=None, **changes):
+        output, log = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("log")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver, "train_on_worker", lambda assignment: _recording(assignment, str(log), kill))
+            summary = train(_config(digits, output, **changes))
+        assert (log / "killed").exists() == (kill is not None)
+        steps = {}
+        for file in sorted(log.glob("*.jsonl"), key=lambda path: path.stat().st_ctime):
+            for line in file.read_text().splitlines():
+                place, ids = json.loads(line)
+                # A step that was run again after a loss had the same images.
+                assert steps.setdefault(tuple(place), ids) == ids
+        return summary, output, steps
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run):
+    return run()
+
+
+def _ids_by_epoch(steps):
+    return [
+        sorted(id_ for place, ids in steps.items() if place[0] == epoch for id_ in ids) for epoch in range(EPOCHS)
+    ]
+
+
+def test_what_a_run_leaves(undisturbed, digits):
+    summary, output, _ = undisturbed
+    assert {path.name for path in output.iterdir()} == {
+        "bundle", "checkpoints", "config.yaml", "history.csv", "manifest.parquet", "summary.json", "tensorboard",
+    }  # fmt: skip
+    assert json.loads((output / "summary.json").read_text()) == summary
+    assert set(summary) == {
+        "bundle", "epochs", "metrics", "images_per_second", "seconds_to_first_step", "seconds",
+    }  # fmt: skip
+    assert summary["epochs"] == EPOCHS
+    assert summary["images_per_second"] > 0
+    assert 0 < summary["seconds_to_first_step"] < summary["seconds"]
+    history = list(csv.DictReader((output / "history.csv").open()))
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    best = min(history, key=lambda row: float(row["val_loss"]))
+    assert summary["metrics"] == {name: float(best[name]) for name in summary["metrics"]}
+    assert set(summary["metrics"]) == {"val_loss", "val_accuracy", "val_top_5_accuracy"}
+    assert TrainConfig(**yaml.safe_load((output / "config.yaml").read_text())) == _config(digits, output)
+    assert list((output / "tensorboard").glob("*/events*"))
+
+
+def test_the_bundle_gives_the_metrics_that_it_states(undisturbed):
+    summary, output, _ = undisturbed
+    bundle = Bundle.load(summary["bundle"])
+    rows = manifests.rows_of(manifests.read(str(output / "manifest.parquet")), "validation").to_pylist()
+    answers = Predictor(bundle)([Path(row["uri"]).read_bytes() for row in rows])
+    right = [answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert np.mean(right) == pytest.approx(bundle.info.metrics["val_accuracy"], abs=1e-9)
+    labels = [bundle.info.class_names.index(row["label"]) for row in rows]
+    truth = [answer.probabilities[label] for answer, label in zip(answers, labels, strict=True)]
+    assert -np.log(truth).mean() == pytest.approx(bundle.info.metrics["val_loss"], rel=1e-4)
+    assert bundle.info.config["seed"] == 0
+    assert sum(bundle.info.class_counts.values()) + len(rows) == 200
+
+
+def test_each_epoch_sees_each_image_once(undisturbed):
+    _, output, steps = undisturbed
+    expected = manifests.rows_of(manifests.read(str(output / "manifest.parquet")), "train")["id"].to_pylist()
+    assert _ids_by_epoch(steps) == [sorted(expected)] * EPOCHS
+
+
+@pytest.mark.parametrize("kill", [(0, 3, 1), (1, 2, 0)])
+def test_a_killed_worker_changes_nothing(run, undisturbed, kill):
+    _, output, steps = run(kill=kill)
+    _, expected, expected_steps = undisturbed
+    assert steps == expected_steps
+    for found, wanted in zip(final_state(output), final_state(expected), strict=True):
+        assert largest_difference(found, wanted) <= 1e-5
+
+
+def test_kept_in_memory_gives_the_same(run, undisturbed):
+    _, output, steps = run(cache="memory", checkpoint_every_steps=None)
+    _, expected, expected_steps = undisturbed
+    assert steps == expected_steps
+    for found, wanted in zip(final_state(output), final_state(expected), strict=True):
+        assert largest_difference(found, wanted) <= 1e-5
+
+
+def test_a_lost_image_fails_the_epoch(digits, tmp_path):
+    def losing(assignment):
+        from cnnray.models import startup
+
+        startup.load_tensorflow(gpus=False)
+        from cnnray.training import worker
+
+        original = worker.epoch.rank_rows
+
+        def without_one(*arguments):
+            rows, sizes = original(*arguments)
+            return rows[1:], [sizes[0] - 1, *sizes[1:]]
+
+        worker.epoch.rank_rows = without_one
+        return worker.run(assignment)
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "train_on_worker", losing)
+        with pytest.raises(TrainingError, match="saw other images"):
+            train(_config(digits, tmp_path / "out", max_failures=0))
+
+
+def test_a_finished_run_is_not_run_again_but_goes_on_to_more_epochs(undisturbed, digits, tmp_path):
+    summary, output, _ = undisturbed
+    shutil.copytree(output, tmp_path / "out")
+    config = dataclasses.replace(_config(digits, tmp_path / "out"))
+    assert train(config) == summary
+    with pytest.raises(TrainingError, match=r"--learning-rate 0.001 \(now 0.1\)"):
+        train(config.with_changes(learning_rate=0.1))
+    longer = train(config.with_changes(epochs=3, early_stopping_patience=None, workers=1))
+    assert longer["epochs"] == 3
+    assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 3
+
+
+def test_a_second_run_into_the_same_output_is_refused(digits, tmp_path):
+    with driver._alone(str(tmp_path)), pytest.raises(TrainingError, match="Another run is writing"):
+        train(_config(digits, tmp_path))
+
+
+def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    names = ("empty.jpg", "html.jpg", "truncated.png")
+    for name in names:
+        (data / "3" / name).write_bytes(bad_images()[name][0])
+    train(_config(data, tmp_path / "out", max_bad_fraction=0.1, epochs=1))
+    listed = list(csv.DictReader((tmp_path / "out" / "bad_images.csv").open()))
+    assert {row["uri"].rpartition("/")[2]: row["error"].partition(":")[0] for row in listed} == {
+        name: bad_images()[name][1] for name in names
+    }
+    with pytest.raises(TrainingError, match=r"images could not be read, .*--max-bad-fraction 0.001"):
+        train(_config(data, tmp_path / "strict", max_bad_fraction=0.001))
+    assert not (tmp_path / "strict" / "bundle").exists()
+
+
+def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
+    config = _config(digits, tmp_path / "out", epochs=9, learning_rate=0.5, cache="memory", early_stopping_patience=1)
+    summary = train(config)
+    assert summary["epochs"] < 9
+    losses = [float(row["val_loss"]) for row in csv.DictReader((tmp_path / "out" / "history.csv").open())]
+    assert losses[-1] >= min(losses[:-1])
+    assert summary["metrics"]["val_loss"] == min(losses)
+
+
+def test_bad_input_leaves_nothing(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    with pytest.raises(ManifestError):
+        train(_config(tmp_path / "data", tmp_path / "out" / "deep"))
+    assert not (tmp_path / "out").exists()

@@ -40,7 +40,9 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
         SystemExit: with code 2 and one sentence on stderr for a mistake, 0 for `--help` and `--print-config`.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog, description=(config_class.__doc__ or "").strip(), print_config="--print-config")
+    parser = _Parser(
+        prog=prog, description=(config_class.__doc__ or "").strip(), print_config="--print-config", allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags go on top.")
     parser.add_class_arguments(config_class, as_group=False)
     values = parser.parse_args(arguments)

@@ -66,7 +66,7 @@ def decoded(
     """
     rows = min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
     blocks = [manifest.slice(start, rows).combine_chunks() for start in range(0, len(manifest), rows)]
-    return ray.data.from_arrow(blocks).map_batches(
+    return ray.data.from_blocks(blocks).map_batches(
         _read_and_decode,
         fn_kwargs={"size": size, "resize": resize},
         batch_size=None,

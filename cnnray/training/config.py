@@ -62,7 +62,7 @@ class TrainConfig:
     learning_rate: float = 0.001
     """Step size of the optimizer."""
     optimizer: Optimizer = "adam"
-    """The optimizer."""
+    """The optimizer; sgd has a momentum of 0.9."""
     precision: Precision = "float32"
     """Type that the network computes in; weights, statistics and the bundle stay float32."""
     early_stopping_patience: int | None = None
@@ -76,7 +76,7 @@ class TrainConfig:
     cpus_per_worker: float | None = None
     """CPUs of one worker, rounded up also its TensorFlow threads; null: three quarters of the cluster's CPUs
     shared by the workers, or 1 where they have GPUs."""
-    gpus_per_worker: float = 0
+    gpus_per_worker: float = 0.0
     """GPUs of one worker."""
     decode_cpus: float | None = None
     """CPUs that Ray reserves for one reading and decoding task; null: 1, or less where few are left."""
@@ -129,14 +129,18 @@ class TrainConfig:
             value = getattr(self, flag)
             if value is not None and not value > 0:
                 raise ValueError(f"{_flag(flag)} must be more than 0, not {value}.")
-        if self.gpus_per_worker < 0:
-            raise ValueError(f"--gpus-per-worker must not be negative, but is {self.gpus_per_worker}.")
+        if not 0 <= self.gpus_per_worker <= 1:
+            raise ValueError(
+                f"--gpus-per-worker must be 0 to 1, not {self.gpus_per_worker}: for more GPUs take more --workers."
+            )
         if self.batch_size < self.workers:
             raise ValueError(
                 f"--batch-size {self.batch_size} is over all workers: it must be at least --workers {self.workers}."
             )
         if self.max_failures < 0:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")
+        if self.weights not in ("none", "imagenet"):
+            object.__setattr__(self, "weights", storage.absolute(self.weights))
         for flag in ("data", "output", "validation"):
             value = getattr(self, flag)
             if value is not None:

@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
     with _alone(config.output):
+        if config.weights != "none" and not storage.is_file(config.weights):
+            raise TrainingError(f"--weights {config.weights} does not exist.")
         earlier = _earlier_run(config)
         if earlier is None:
             manifest = _manifest(config)

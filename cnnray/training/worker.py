@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,14 +53,10 @@ def run(assignment: Assignment) -> str:
 
 def _set_up(assignment: Assignment) -> None:
     """Configure this process: it runs nothing but this worker."""
-    # Not on the root logger: Ray's own, which have handlers of theirs, would come twice.
-    ours = logging.getLogger("cnnray")
-    ours.addHandler(logging.StreamHandler(sys.stderr))
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    # Ray Train has given the root logger its handlers, and the level INFO.
+    for name, level in (("", logging.WARNING), ("tensorflow", logging.WARNING), ("cnnray", logging.INFO)):
+        logging.getLogger(name).setLevel(level)
     stream.be_quiet()
-    for name in ("tensorflow", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)
     tf.config.threading.set_inter_op_parallelism_threads(2)
 

@@ -1,0 +1,70 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+class Job:
+    """A job in a process of its own, with its output in files."""
+
+    def __init__(self, command, folder, environment=None):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                env=variables | (environment or {}),
+            )  # fmt: skip
+
+    def wait(self, seconds):
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"not done after {seconds} s:\n{self.err.read_text()}") from None
+
+    def children(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self):
+        """End the job and all that it started."""
+        if self.process.poll() is None:
+            for child in self.children():
+                child.kill()
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def start_job(tmp_path_factory):
+    """Start `python jobs/NAME.py ...`."""
+    jobs = []
+
+    def start(name, *arguments, environment=None):
+        command = [sys.executable, f"jobs/{name}.py", *map(str, arguments)]
+        jobs.append(Job(command, tmp_path_factory.mktemp("job"), environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
+
+
+def until(condition, seconds, what):
+    """Wait for a condition, and give its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not come in {seconds} s")
+
+
+def checkpoints(output: Path):
+    return sorted((output / "checkpoints").glob("checkpoint_2*"))

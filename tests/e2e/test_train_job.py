@@ -1,0 +1,113 @@
+"""jobs/train.py as its users run it."""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import checkpoints, until
+from tests.runs import final_state, largest_difference
+
+FAST = (
+    "--architecture", "small_cnn", "--image-size", "16", "--batch-size", "16", "--epochs", "3",
+    "--checkpoint-every-steps", "3", "--cache", "none",
+)  # fmt: skip
+
+
+def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
+    job = start_job("train", "--data", digits, "--output", undisturbed, *FAST)
+    assert job.wait(150) == 0, job.err.read_text()
+    summary = json.loads(job.out.read_text().splitlines()[-1])
+    assert summary["epochs"] == 3
+
+    killed = start_job("train", "--data", digits, "--output", output, *FAST)
+    # The third checkpoint is in the middle of the first epoch (10 steps, a checkpoint every 3).
+    until(lambda: killed.process.poll() is not None or len(checkpoints(output)) >= 1, 120, "a checkpoint")
+    until(lambda: '"step":3' in _snapshot(output) or '"step":6' in _snapshot(output), 60, "a checkpoint in an epoch")
+    children = killed.children()
+    os.kill(killed.process.pid, signal.SIGKILL)
+    killed.process.wait()
+    assert not (output / "bundle").exists()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, [child.cmdline() for child in alive]
+
+    again = start_job("train", "--data", digits, "--output", output, *FAST)
+    assert again.wait(150) == 0, again.err.read_text()
+    assert "going on from epoch 1, step" in again.err.read_text()
+    for found, wanted in zip(final_state(output), final_state(undisturbed), strict=True):
+        assert largest_difference(found, wanted) <= 1e-5
+    found = json.loads(again.out.read_text().splitlines()[-1])["metrics"]
+    assert found == pytest.approx(summary["metrics"], rel=1e-5)
+
+
+def _snapshot(output):
+    path = output / "checkpoints" / "checkpoint_manager_snapshot.json"
+    return path.read_text() if path.exists() else ""
+
+
+MISTAKES = {
+    "mistyped flag": (["--data", "{digits}", "--output", "{out}", "--epoch", "3"], "--epoch"),
+    "no data flag": (["--output", "{out}"], "data"),
+    "missing folder": (["--data", "/nowhere", "--output", "{out}"], "/nowhere does not exist"),
+    "no images": (["--data", "{empty}", "--output", "{out}"], "no sub-folders"),
+    "size of 0": (["--data", "{digits}", "--output", "{out}", "--image-size", "0"], "--image-size must be"),
+    "size of 100000": (["--data", "{digits}", "--output", "{out}", "--image-size", "100000"], "--image-size must be"),
+    "not a number": (["--data", "{digits}", "--output", "{out}", "--epochs", "many"], "epochs"),
+    "unknown network": (["--data", "{digits}", "--output", "{out}", "--architecture", "resnet51"], "resnet51"),
+    "unknown precision": (["--data", "{digits}", "--output", "{out}", "--precision", "int8"], "precision"),
+    "too many workers": (["--data", "{digits}", "--output", "{out}", "--workers", "500", "--batch-size", "500"],
+                         "500 workers do not fit"),
+    "output is a file": (["--data", "{digits}", "--output", "{file}"], "is a file"),
+    "missing config": (["--data", "{digits}", "--output", "{out}", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    "mistyped key": (["--config", "{yaml}"], "epoch"),
+    "missing weights": (["--data", "{digits}", "--output", "{out}", "--architecture", "vgg16", "--image-size", "32",
+                         "--weights", "/no/such.h5"], "/no/such.h5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence_within_five_seconds(mistake, start_job, digits, tmp_path):
+    arguments, expected = MISTAKES[mistake]
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "c.yaml").write_text(f"data: {digits}\noutput: {out}\nepoch: 3\n")
+    places = {"digits": digits, "out": out, "empty": tmp_path / "empty", "file": tmp_path / "file",
+              "yaml": tmp_path / "c.yaml"}  # fmt: skip
+    started = time.monotonic()
+    job = start_job("train", *(argument.format(**places) for argument in arguments))
+    assert job.wait(30) != 0
+    assert time.monotonic() - started < 5
+    message = job.err.read_text()
+    assert expected in message
+    assert len(message.strip().splitlines()) == 1, message
+    assert job.out.read_text() == ""
+    assert not out.exists()
+
+
+def test_print_config_is_a_config_that_gives_itself(start_job, tmp_path):
+    first = start_job("train", "--data", "/d", "--output", "/o", "--epochs", "7", "--print-config")
+    assert first.wait(30) == 0, first.err.read_text()
+    (tmp_path / "c.yaml").write_text(first.out.read_text())
+    second = start_job("train", "--config", tmp_path / "c.yaml", "--print-config")
+    assert second.wait(30) == 0
+    assert second.out.read_text() == first.out.read_text()
+    assert "epochs: 7" in first.out.read_text()
+
+
+def test_help_explains_each_flag(start_job):
+    from dataclasses import fields
+
+    from cnnray.training.config import TrainConfig
+
+    job = start_job("train", "--help")
+    assert job.wait(30) == 0
+    options = job.out.read_text().partition("options:")[2]
+    for field in fields(TrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        explanation = options.partition(f"\n  {flag} ")[2].partition("(")[0].split()
+        assert len(explanation) > 3, flag

@@ -81,10 +81,7 @@ def endpoint() -> str | None:
 def cluster_environment() -> dict[str, str]:
     """Variables that processes on other nodes need to reach the same S3: address and region, no secrets."""
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-    variables = {key: os.environ[key] for key in names if os.environ.get(key)}
-    if endpoint():
-        variables["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"
-    return variables
+    return {key: os.environ[key] for key in names if os.environ.get(key)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,13 +140,32 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     options: dict[str, Any] = {"retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=6)}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if address := endpoint():
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         scheme, _, host = address.rpartition("://")
         options |= {"scheme": scheme or "https", "endpoint_override": host.rstrip("/")}
         region = region or "us-east-1"
     elif not region:
         region = pyarrow.fs.resolve_s3_region(_bucket_key(uri)[0])
-    return pyarrow.fs.S3FileSystem(region=region, **options), uri.removeprefix("s3://")
+    return _ArrowS3(region=region, **options), uri.removeprefix("s3://")
+
+
+class _ArrowS3(pyarrow.fs.S3FileSystem):
+    """S3 for pyarrow that says when to send checksums, in whatever process it is made or arrives.
+
+    AWS's C++ library takes that from the environment alone, and reads it whenever a client is made.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        if options.get("endpoint_override"):
+            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        self._options = options
+        super().__init__(**options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrow_s3, (self._options,)
+
+
+def _arrow_s3(options: dict[str, Any]) -> _ArrowS3:
+    return _ArrowS3(**options)
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert not (output / "bundle").exists()
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive, [child.cmdline() for child in alive]
+    _, alive = psutil.wait_procs(children, timeout=30)
+    # Ray's agents take a minute to notice that their raylet is gone.
+    assert {child.name() for child in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 
     again = start_job("train", "--data", digits, "--output", output, *FAST)
     assert again.wait(150) == 0, again.err.read_text()
@@ -42,6 +43,8 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
         assert largest_difference(found, wanted) <= 1e-5
     found = json.loads(again.out.read_text().splitlines()[-1])["metrics"]
     assert found == pytest.approx(summary["metrics"], rel=1e-5)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
 
 
 def _snapshot(output):

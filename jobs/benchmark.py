@@ -1,0 +1,36 @@
+"""Measure against peers and bare limits, side by side on this machine: make bench"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from cnnray import cluster, commandline
+
+MEASURES = ("ingest", "train", "all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__)
+    parser.add_argument("measure", nargs="?", default="all", choices=MEASURES, help="what to measure")
+    measure = parser.parse_args().measure
+
+    def job() -> dict[str, object]:
+        from cnnray.benchmarks import ingest, report, train
+        from cnnray.images import stream
+
+        comparisons = []
+        with tempfile.TemporaryDirectory() as folder, cluster.connected() as found:
+            stream.be_quiet()
+            if measure in ("ingest", "all"):
+                comparisons += ingest.ingest(Path(folder), found)
+            if measure in ("train", "all"):
+                comparisons += train.train(Path(folder), found)
+        print(f"{report.table(comparisons)}\n\n{report.machine()}")
+        return {"comparisons": [dataclasses.asdict(one) for one in comparisons], "machine": report.machine()}
+
+    commandline.run(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+import pytest
+
+from cnnray.cluster import ClusterError, Resources
+from cnnray.training.budget import budget_of
+from cnnray.training.config import TrainConfig
+
+
+def _config(**changes):
+    return TrainConfig(data="/d", output="/o").with_changes(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"batch_size": 1}, "at least --workers 2"),
+        ({"image_size": 15}, "16 to 4096 pixels for vgg_bn"),
+        ({"image_size": 100_000}, "--image-size must be"),
+        ({"architecture": "resnet50", "image_size": 31}, "32 to 4096"),
+        ({"validation_fraction": 0}, "--validation-fraction must be more than 0"),
+        ({"validation_fraction": 1.0}, "less than 1"),
+        ({"learning_rate": 0}, "--learning-rate must be more than 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be more than 0"),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
+        ({"gpus_per_worker": 2}, "take more --workers"),
+        ({"dropout": 1}, "--dropout"),
+        ({"weights": "imagenet"}, "fetch the notop weights"),
+        ({"data": ""}, "--data is empty"),
+        ({"checkpoint_every_steps": 0}, "--checkpoint-every-steps"),
+        ({"max_failures": -1}, "--max-failures"),
+    ],
+)
+def test_impossible_values_name_their_flag(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        _config(**changes)
+
+
+def _cluster(cpus, gpus=0.0):
+    return Resources(cpus=cpus, gpus=gpus, object_store_bytes=10**9, smallest_object_store_bytes=10**8, nodes=1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "per_worker", "threads", "decode"),
+    [(2, 2, 0.75, 1, 0.25), (2, 1, 1.0, 1, 0.5), (1, 1, 0.75, 1, 0.125), (8, 2, 3.0, 3, 1.0), (4, 4, 0.75, 1, 0.25)],
+)
+def test_the_default_shares_leave_cpus_to_decoding(cpus, workers, per_worker, threads, decode):
+    shares = budget_of(_config(workers=workers), _cluster(cpus))
+    assert (shares.cpus_per_worker, shares.threads_per_worker, shares.decode_cpus) == (per_worker, threads, decode)
+    assert workers * shares.cpus_per_worker + shares.decode_cpus <= cpus
+
+
+def test_gpu_workers_take_one_cpu_each():
+    shares = budget_of(_config(workers=4, gpus_per_worker=1.0), _cluster(16, 4))
+    assert (shares.cpus_per_worker, shares.decode_cpus) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cpus", "sentence"),
+    [
+        ({"workers": 3}, 2, "3 workers do not fit 2 CPUs"),
+        ({"cpus_per_worker": 2.0}, 2, "2 workers of 2 CPUs do not fit 2 CPUs"),
+        ({"cpus_per_worker": 1.0}, 2, "leave 0 of the cluster's 2 CPUs"),
+        ({"cpus_per_worker": 0.5, "decode_cpus": 1.5}, 2, "reading the images needs 1.5"),
+        ({"gpus_per_worker": 1.0}, 2, "do not fit a cluster of 0 GPUs"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(changes, cpus, sentence):
+    with pytest.raises(ClusterError, match=sentence):
+        budget_of(_config(**changes), _cluster(cpus))
+
+
+def test_fractions_of_cpus_make_room():
+    assert budget_of(_config(workers=4, cpus_per_worker=0.25), _cluster(2)).decode_cpus == 0.25
+
+
+def test_only_what_changes_the_training_forbids_going_on():
+    earlier = _config().as_dict()
+    assert _config(epochs=99, workers=1, cache="none").differs_from(earlier) == []
+    assert _config(seed=7).differs_from(earlier) == ["--seed 0 (now 7)"]

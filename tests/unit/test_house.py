@@ -1,0 +1,55 @@
+"""Rules of the house that a reader of one file does not see."""
+
+import subprocess
+import sys
+
+from importlinter import cli
+
+from tests.conftest import REPOSITORY
+
+
+def test_imports_point_down_only():
+    assert cli.lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), is_debug_mode=False) == 0
+
+
+def _tracked(*patterns):
+    found = subprocess.run(
+        ["git", "ls-files", "--", *patterns], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return [REPOSITORY / name for name in found.stdout.split()]
+
+
+def test_no_path_edits_and_no_index_addresses():
+    for path in _tracked("*.py"):
+        if path.name != "test_house.py":
+            assert "sys.path" not in path.read_text(), path
+    for path in _tracked("requirements.lock", "pyproject.toml", "Makefile"):
+        assert "index-url" not in path.read_text(), path
+        assert "https://" not in path.read_text() or path.name == "Makefile", path
+
+
+def test_importing_does_no_work(tmp_path):
+    """Every module can be imported without a network, a file written, logging configured or Ray started."""
+    modules = [
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for path in _tracked("cnnray/*.py")
+    ]
+    program = (
+        "import importlib, logging, os, socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "import ray\n"
+        "assert not ray.is_initialized()\n"
+        "assert not logging.getLogger('cnnray').handlers and not logging.getLogger('cnnray').level\n"
+        "assert not os.listdir('.')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_command_line_needs_neither_ray_nor_tensorflow():
+    program = (
+        "import sys\nimport cnnray.commandline, cnnray.training.config\n"
+        "loaded = {'ray', 'tensorflow', 'keras'} & set(sys.modules)\nassert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,168 @@
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from cnnray.images.decode import BadImage
+from cnnray.models import architectures, bundle
+from cnnray.models.bundle import Bundle, BundleError, BundleInfo
+from cnnray.models.predictor import Predictor
+from tests.awkward import awkward_images, bad_images
+
+TESTED = ("vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilenetv2")
+
+
+def _save(folder, architecture="small_cnn", size=32, **info):
+    model = architectures.build(architecture, size, 3)
+    stated = BundleInfo(class_names=["a", "b", "c"], image_size=size, architecture=architecture)
+    bundle.save(model, dataclasses.replace(stated, **info), folder)
+    return model
+
+
+@pytest.mark.parametrize("architecture", TESTED)
+def test_architectures_build_save_load_and_predict_the_same(architecture, tmp_path):
+    model = _save(tmp_path, architecture)
+    loaded = Bundle.load(str(tmp_path))
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    expected = np.asarray(model(images, training=False))
+    np.testing.assert_allclose(Predictor(loaded).probabilities(images), expected, atol=1e-6)
+    assert model.get_layer("logits").output.shape == (None, 3)
+    assert model.input.dtype == "uint8"
+
+
+def test_every_backbone_of_keras_is_known():
+    functions = {name for name in dir(keras.applications) if name[0].isupper()}
+    assert {function for function, _ in architectures._BACKBONES.values()} == functions
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"),
+    [
+        ("resnet50", "resnet"),
+        ("mobilenetv2", "mobilenet_v2"),
+        ("densenet121", "densenet"),
+        ("efficientnetb0", "efficientnet"),
+    ],
+)
+def test_backbones_scale_pixels_as_their_weights_expect(architecture, module):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
+    expected = getattr(keras.applications, module).preprocess_input(pixels.astype(np.float32))
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    scaled = keras.Model(image, architectures._scaled(image, architectures._BACKBONES[architecture][1]))
+    np.testing.assert_allclose(np.asarray(scaled(pixels)), expected, atol=1e-4)
+
+
+def test_vgg_bn_is_the_articles_network():
+    model = architectures.build("vgg_bn", 64, 10)
+    kinds = [type(layer).__name__ for layer in model.layers]
+    filters = [layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert filters == [64, 64, 128, 128, 256, 256, 256, 512, 512]
+    assert kinds.count("BatchNormalization") == 9
+    assert kinds.count("MaxPooling2D") == 4
+    assert [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)] == [0.25] * 4 + [0.5]
+    dense = next(layer for layer in model.layers if isinstance(layer, keras.layers.Dense))
+    assert (dense.units, float(dense.kernel_regularizer.l2)) == (512, pytest.approx(0.01))
+
+
+def test_weights_come_from_a_file_and_must_fit(tmp_path):
+    source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
+    path = str(tmp_path / "notop.weights.h5")
+    source.save_weights(path)
+    model = architectures.build("mobilenetv2", 32, 3, weights=path)
+    for found, expected in zip(model.get_layer("mobilenetv2").get_weights(), source.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="does not hold weights of vgg16"):
+        architectures.build("vgg16", 32, 3, weights=path)
+    with pytest.raises(ValueError, match="no published weights"):
+        architectures.build("small_cnn", 32, 3, weights=path)
+
+
+def test_predictor_answers_each_image_or_says_why_not(tmp_path):
+    _save(tmp_path)
+    predictor = Predictor(Bundle.load(str(tmp_path)))
+    awkward, bad = awkward_images(), bad_images()
+    mixed = [data for pair in zip(awkward.values(), [data for data, _ in bad.values()] * 9) for data in pair]  # noqa: B905
+    answers = predictor(mixed)
+    assert len(answers) == len(mixed)
+    for answer in answers[0::2]:
+        assert answer.probabilities.sum() == pytest.approx(1, abs=1e-5)
+        assert answer.top_k[0] == (answer.label, answer.confidence)
+        assert [score for _, score in answer.top_k] == sorted((s for _, s in answer.top_k), reverse=True)
+    assert all(isinstance(answer, BadImage) for answer in answers[1::2])
+    assert predictor([]) == []
+    assert [type(answer) for answer in predictor([b""])] == [BadImage]
+
+
+def test_answers_do_not_depend_on_the_grouping(tmp_path):
+    _save(tmp_path)
+    predictor = Predictor(Bundle.load(str(tmp_path)))
+    images = np.random.default_rng(0).integers(0, 256, (150, 32, 32, 3), np.uint8)
+    together = predictor.probabilities(images)
+    for size in (1, 3, 64, 100):
+        parts = [predictor.probabilities(images[start : start + size]) for start in range(0, 150, size)]
+        np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-5)
+
+
+def test_temperature_softens_and_keeps_the_order(tmp_path):
+    _save(tmp_path / "1")
+    _save(tmp_path / "2", temperature=2.0)
+    (tmp_path / "2" / "model.keras").write_bytes((tmp_path / "1" / "model.keras").read_bytes())
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    plain, soft = (Predictor(Bundle.load(str(tmp_path / name))).probabilities(images) for name in "12")
+    expected = np.sqrt(plain) / np.sqrt(plain).sum(1, keepdims=True)
+    np.testing.assert_allclose(soft, expected, atol=1e-6)
+
+
+def _spoil(folder, **changes):
+    path = folder / "bundle.json"
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not ...}
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"class_names": ["a", "b"]}, "but there are 2 class names"),
+        ({"class_names": ["a", "a", "b"]}, "holds a name twice"),
+        ({"class_names": "abc"}, "not a list"),
+        ({"class_names": ...}, "incomplete"),
+        ({"image_size": 64}, "but image_size is 64"),
+        ({"image_size": "32"}, "expected pixels"),
+        ({"resize": "squeeze"}, "expected one of"),
+        ({"temperature": 0}, "more than 0"),
+        ({"format_version": 99}, "update it"),
+        ({"format_version": ...}, "no format_version"),
+    ],
+)
+def test_bundles_whose_parts_do_not_agree_are_refused(changes, sentence, tmp_path):
+    _save(tmp_path)
+    _spoil(tmp_path, **changes)
+    with pytest.raises(BundleError, match=sentence):
+        Bundle.load(str(tmp_path))
+
+
+def test_what_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="holds no bundle"):
+        Bundle.load(str(tmp_path))
+    _save(tmp_path)
+    (tmp_path / "model.keras").write_bytes(b"PK not a model")
+    with pytest.raises(BundleError, match="cannot be loaded safely"):
+        Bundle.load(str(tmp_path))
+    (tmp_path / "bundle.json").write_text("{")
+    with pytest.raises(BundleError, match="not JSON"):
+        Bundle.load(str(tmp_path))
+
+
+def test_code_in_a_bundle_is_not_run(tmp_path):
+    _save(tmp_path)
+    image = keras.Input((32, 32, 3), dtype="uint8")
+    hidden = keras.layers.Lambda(lambda x: x * 2, output_shape=(32, 32, 3))(image)
+    logits = keras.layers.Dense(3, name="logits")(keras.layers.Flatten()(hidden))
+    keras.Model(image, keras.layers.Softmax()(logits)).save(tmp_path / "model.keras")
+    with pytest.raises(BundleError, match="cannot be loaded safely"):
+        Bundle.load(str(tmp_path))

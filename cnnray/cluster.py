@@ -39,14 +39,11 @@ def local_cpus() -> int:
 
 
 @contextlib.contextmanager
-def connected(worker_environment: dict[str, str] | None = None) -> Iterator[Resources]:
+def connected() -> Iterator[Resources]:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine for as long as it is needed.
 
     A job that was given by `ray job submit` finds RAY_ADDRESS set. Where Ray is connected already, that
     connection is used and left as it is.
-
-    Args:
-        worker_environment: variables for all of the job's processes, beside those that S3 needs.
 
     Raises:
         ClusterError: RAY_ADDRESS names no cluster that can be reached.
@@ -56,7 +53,10 @@ def connected(worker_environment: dict[str, str] | None = None) -> Iterator[Reso
     if ray.is_initialized():
         yield _resources()
         return
-    variables = storage.cluster_environment() | (worker_environment or {})
+    variables = {"TF_CPP_MIN_LOG_LEVEL": "2"} | storage.cluster_environment()
+    if starts_own():
+        # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS") or "local",

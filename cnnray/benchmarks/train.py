@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from cnnray.training import epoch
 from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
 
+log = logging.getLogger(__name__)
+
 SIZE, BATCH, CLASSES = 64, 64, 10
 
 
-def train(folder: Path, found: Resources, *, steps: int = 30, rounds: int = 3) -> list[Comparison]:
+def train(folder: Path, found: Resources, *, steps: int = 20, rounds: int = 3) -> list[Comparison]:
     """Measure `vgg_bn` at 64x64 with a global batch of 64.
 
     Args:
@@ -40,6 +43,7 @@ def train(folder: Path, found: Resources, *, steps: int = 30, rounds: int = 3) -
         two.append(measured["memory"][0])
         memory += measured["memory"]
         files += measured["files"]
+        log.info("fit %.1f, two workers %.1f, from files %.1f images/s", fit[-1], two[-1], files[-1])
     return [
         Comparison("vgg_bn 64x64, two workers", two, "one process, Model.fit", fit, 0.95),
         Comparison("the same, fed from JPEG files", files, "from memory", memory, 0.90),

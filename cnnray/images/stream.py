@@ -17,7 +17,7 @@ ROWS_PER_BLOCK = 256
 """Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
 
 _BLOCK_BYTES = 64 * 2**20
-_THREADS = 4
+_THREADS = {"local": 4, "s3": 16}
 """Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
 
 Batch = dict[str, npt.NDArray[Any]]
@@ -95,8 +95,9 @@ def _read_and_decode(rows: pa.Table, size: int, resize: ResizeRule) -> dict[str,
         except BadImage as error:
             return np.zeros((size, size, 3), np.uint8), str(error)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        images, errors = zip(*pool.map(one, rows["uri"].to_pylist()), strict=True)
+    uris = rows["uri"].to_pylist()
+    with ThreadPoolExecutor(_THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
+        images, errors = zip(*pool.map(one, uris), strict=True)
     columns = {name: rows[name].to_numpy() for name in rows.column_names}
     return columns | {"image": np.stack(images), "error": np.asarray(errors, dtype=object)}
 

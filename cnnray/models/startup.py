@@ -1,6 +1,7 @@
 """Loading TensorFlow and Keras in a process that is a job's own."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ def load_tensorflow(*, gpus: bool) -> None:
 
         if not gpus:
             tf.config.set_visible_devices([], "GPU")
+    logging.getLogger("tensorflow").setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

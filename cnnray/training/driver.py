@@ -1,17 +1,12 @@
 """A training job from end to end: manifest, cluster, Ray Train's run, and the bundle."""
 
-import contextlib
 import csv
-import fcntl
 import functools
 import io
 import json
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,13 +22,12 @@ from cnnray.models.bundle import BundleInfo
 from cnnray.training.assignment import Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
+from cnnray.training.lock import alone
 
 log = logging.getLogger(__name__)
 
 BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
-
-_WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +52,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     started = time.time()
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with _alone(config.output):
+    if f"{config.output}/".startswith(f"{config.data}/"):
+        raise TrainingError(
+            f"--output {config.output} lies in --data {config.data}, where its folders would be taken for classes."
+        )
+    with alone(config.output):
         if config.weights != "none" and not storage.is_file(config.weights):
             raise TrainingError(f"--weights {config.weights} does not exist.")
         earlier = _earlier_run(config)
@@ -73,43 +71,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             _write_config(config)
             log.info("going on with the run in %s", config.output)
         _describe(manifest)
-        with cluster.connected(_WORKER_ENVIRONMENT) as found:
+        with cluster.connected() as found:
             best, latest = _run(config, manifest, found, started)
             return _finish(config, best, latest, started)
 
 
 # -- the output -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _alone(output: str) -> Iterator[None]:
-    """Keep a second run out of a local output for as long as this one lives.
-
-    Raises:
-        TrainingError: another run has it.
-    """
-    if storage.is_s3(output):
-        yield
-        return
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"--output {output} is a file; expected a folder.")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"Another run is writing to {output}; give this one another --output.") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            # A run that was refused leaves nothing behind.
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
 
 
 def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
@@ -246,9 +213,6 @@ def _run(config: TrainConfig, manifest: pa.Table, found: Resources, started: flo
             ),
         ),
     )
-    if cluster.starts_own():
-        # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

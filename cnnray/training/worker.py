@@ -54,7 +54,7 @@ def run(assignment: Assignment) -> str:
 def _set_up(assignment: Assignment) -> None:
     """Configure this process: it runs nothing but this worker."""
     # Ray Train has given the root logger its handlers, and the level INFO.
-    for name, level in (("", logging.WARNING), ("tensorflow", logging.WARNING), ("cnnray", logging.INFO)):
+    for name, level in (("", logging.WARNING), ("cnnray", logging.INFO)):
         logging.getLogger(name).setLevel(level)
     stream.be_quiet()
     tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)

@@ -14,6 +14,7 @@ from cnnray.images import storage
 from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
+from cnnray.training import lock
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
 
@@ -105,6 +106,21 @@ def test_an_unreachable_server_gets_a_sentence(bucket, monkeypatch):
     with pytest.raises(storage.StorageError, match="cannot be reached"):
         storage.read_bytes(f"{bucket}/x")
     storage._client.cache_clear()
+
+
+def test_one_run_at_a_time(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.3)
+    with (
+        lock.alone(f"{bucket}/run"),
+        pytest.raises(lock.OutputInUseError, match="Another run is writing"),
+        lock.alone(f"{bucket}/run"),
+    ):
+        pass
+    assert not storage.exists(f"{bucket}/run")
+    # What a killed run left is taken over.
+    storage.write_bytes(f"{bucket}/run/.lock", b"killed 7")
+    with lock.alone(f"{bucket}/run"):
+        assert storage.read_bytes(f"{bucket}/run/.lock") != b"killed 7"
 
 
 def test_train_from_s3_to_s3(bucket, digits):

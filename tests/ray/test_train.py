@@ -18,7 +18,7 @@ from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import driver
+from cnnray.training import driver, lock
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
 from tests.awkward import bad_images
@@ -197,7 +197,7 @@ def test_a_finished_run_is_not_run_again_but_goes_on_to_more_epochs(undisturbed,
 
 
 def test_a_second_run_into_the_same_output_is_refused(digits, tmp_path):
-    with driver._alone(str(tmp_path)), pytest.raises(TrainingError, match="Another run is writing"):
+    with lock.alone(str(tmp_path)), pytest.raises(lock.OutputInUseError, match="Another run is writing"):
         train(_config(digits, tmp_path))
 
 
@@ -224,6 +224,11 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     losses = [float(row["val_loss"]) for row in csv.DictReader((tmp_path / "out" / "history.csv").open())]
     assert losses[-1] >= min(losses[:-1])
     assert summary["metrics"]["val_loss"] == min(losses)
+
+
+def test_an_output_inside_the_data_is_refused(digits):
+    with pytest.raises(TrainingError, match="would be taken for classes"):
+        train(_config(digits, digits / "out"))
 
 
 def test_bad_input_leaves_nothing(tmp_path):

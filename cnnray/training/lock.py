@@ -1,0 +1,116 @@
+"""One run at a time in an output."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cnnray.images import storage
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+REFRESH_SECONDS = 10.0
+_GIVEN_UP_AFTER = 3
+
+
+class OutputInUseError(RuntimeError):
+    """Another run has the output; the message is one sentence for the user."""
+
+
+@contextlib.contextmanager
+def alone(output: str) -> Iterator[None]:
+    """Keep other runs out of an output for as long as this one lives.
+
+    On a local path the system lets go of the lock with the process. On S3 the lock is an object that its holder
+    writes anew every `REFRESH_SECONDS`: one that nobody refreshes for three times as long was left by a run
+    that was killed, and is taken over. No clock is compared.
+
+    Raises:
+        OutputInUseError: another run has it.
+    """
+    with _alone_on_s3(output) if storage.is_s3(output) else _alone_locally(Path(output)):
+        yield
+
+
+@contextlib.contextmanager
+def _alone_locally(folder: Path) -> Iterator[None]:
+    if folder.exists() and not folder.is_dir():
+        raise OutputInUseError(f"--output {folder} is a file; expected a folder.")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(str(folder)) from None
+        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise _in_use(str(folder))  # its holder ended, and took it away, between the two lines above
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            # A run that was refused leaves nothing behind.
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+@contextlib.contextmanager
+def _alone_on_s3(output: str) -> Iterator[None]:
+    uri = storage.join(output, LOCK)
+    _wait_for_a_killed_run(uri, output)
+    mine = secrets.token_hex(8)
+    ended = threading.Event()
+
+    def refresh() -> None:
+        count = 0
+        while not ended.wait(REFRESH_SECONDS):
+            count += 1
+            with contextlib.suppress(OSError):  # the next one may get through
+                storage.write_bytes(uri, f"{mine} {count}".encode())
+
+    storage.write_bytes(uri, f"{mine} 0".encode())
+    time.sleep(REFRESH_SECONDS / 10)
+    if not _read(uri).startswith(mine):
+        raise _in_use(output)  # both found no lock, and the other wrote last
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        storage.delete_file(uri)
+
+
+def _wait_for_a_killed_run(uri: str, output: str) -> None:
+    found = _read(uri)
+    if not found:
+        return
+    log.info("%s has the lock of another run; waiting %.0f s to see whether it lives", output,
+             _GIVEN_UP_AFTER * REFRESH_SECONDS)  # fmt: skip
+    for _ in range(_GIVEN_UP_AFTER):
+        time.sleep(REFRESH_SECONDS)
+        now = _read(uri)
+        if not now:
+            return
+        if now != found:
+            raise _in_use(output)
+
+
+def _read(uri: str) -> str:
+    try:
+        return storage.read_bytes(uri).decode()
+    except FileNotFoundError:
+        return ""
+
+
+def _in_use(output: str) -> OutputInUseError:
+    return OutputInUseError(f"Another run is writing to {output}; give this one another --output.")

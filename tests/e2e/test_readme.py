@@ -1,0 +1,53 @@
+"""The README's commands are run as they stand, and what it says of the tree is true."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from tests.conftest import REPOSITORY, write_digits
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def _marked_blocks():
+    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_marked_blocks_run(tmp_path):
+    """In a folder that has what `make demo` made."""
+    blocks = _marked_blocks()
+    assert [language for language, _ in blocks] == ["sh", "python"]
+    write_digits(tmp_path / "demo" / "digits", 1797)
+    shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
+    for language, text in blocks:
+        text = text.replace(".venv/bin/python", sys.executable)
+        command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+        done = subprocess.run(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert answers[0].startswith("Prediction(label=")
+    assert answers[-1].startswith("not an image")
+
+
+def test_make_targets_and_flags_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    help_text = subprocess.run(
+        [sys.executable, "jobs/train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
+        assert flag in help_text, flag
+
+
+def test_the_tree_is_complete():
+    tree = README.partition("## The tree")[2]
+    named = set(re.findall(r"^\s+(\w+\.py)\s", tree, re.MULTILINE))
+    listed = subprocess.run(
+        ["git", "ls-files", "cnnray", "jobs"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+    files = {path.rpartition("/")[2] for path in listed if not path.startswith("cnnray/benchmarks/")}
+    assert files - {"__init__.py"} == named

@@ -130,6 +130,12 @@ def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
     return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
 
 
+def with_targets(manifest: pa.Table) -> pa.Table:
+    """A labelled manifest with the column `target`: int64, the label's place among `class_names`."""
+    order = pa.array(class_names(manifest), pa.string())
+    return manifest.append_column("target", pc.index_in(manifest["label"], order).cast(pa.int64()))
+
+
 def rows_of(manifest: pa.Table, split: str) -> pa.Table:
     """The rows of one split."""
     return manifest.filter(pc.equal(manifest["split"], split))

@@ -6,6 +6,9 @@ from typing import Any
 from cnnray.models.bundle import BundleInfo
 from cnnray.training.config import TrainConfig
 
+TENSORBOARD, HISTORY = "tensorboard", "history.csv"
+"""What the workers themselves write below the output."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:

@@ -90,7 +90,8 @@ class TrainConfig:
     max_failures: int = 3
     """Lost workers that a run survives, each from the last checkpoint."""
     overwrite: bool = False
-    """Whether what another run left in the output is deleted first."""
+    """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on
+    in any case."""
 
     def __post_init__(self) -> None:
         """

@@ -13,13 +13,12 @@ import pyarrow as pa
 import yaml
 
 from cnnray import cluster
-from cnnray.cluster import Resources
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle, startup
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.assignment import Assignment
+from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
 from cnnray.training.lock import alone
@@ -60,19 +59,23 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if config.weights != "none" and not storage.is_file(config.weights):
             raise TrainingError(f"--weights {config.weights} does not exist.")
         earlier = _earlier_run(config)
-        if earlier is None:
-            manifest = _manifest(config)
-            _start_output(config, manifest)
-        else:
-            if (summary := _finished(config, earlier)) is not None:
+        if earlier is not None and (summary := _finished(config, earlier)) is not None:
+            if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.output)
                 return summary
-            manifest = manifests.read(storage.join(config.output, MANIFEST))
-            _write_config(config)
-            log.info("going on with the run in %s", config.output)
+            earlier = None
+        manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else _manifest(config)
         _describe(manifest)
         with cluster.connected() as found:
-            best, latest = _run(config, manifest, found, started)
+            shares = budget_of(config, found)
+            # Nothing is written, or taken away, before all is known to be right.
+            if earlier is None:
+                _delete_run(config.output)
+                manifests.write(manifest, storage.join(config.output, MANIFEST))
+            else:
+                log.info("going on with the run in %s", config.output)
+            _write_config(config)
+            best, latest = _run(config, manifest, shares, started)
             return _finish(config, best, latest, started)
 
 
@@ -87,13 +90,9 @@ def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
         if storage.exists(storage.join(config.output, BUNDLE)) and not config.overwrite:
             raise TrainingError(f"{config.output} holds a bundle but no run; give another --output.") from None
         return None
-    if config.overwrite:
-        for part in (BUNDLE, CHECKPOINTS, "tensorboard"):
-            storage.delete_folder(storage.join(config.output, part))
-        for part in (SUMMARY, BAD_IMAGES, "history.csv", CONFIG, MANIFEST):
-            storage.delete_file(storage.join(config.output, part))
-        return None
     differences = config.differs_from(earlier)
+    if differences and config.overwrite:
+        return None
     if differences:
         raise TrainingError(
             f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite true."
@@ -111,9 +110,11 @@ def _finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | 
     return None if config.epochs > int(earlier["epochs"]) else summary
 
 
-def _start_output(config: TrainConfig, manifest: pa.Table) -> None:
-    manifests.write(manifest, storage.join(config.output, MANIFEST))
-    _write_config(config)
+def _delete_run(output: str) -> None:
+    for part in (BUNDLE, CHECKPOINTS, TENSORBOARD):
+        storage.delete_folder(storage.join(output, part))
+    for part in (SUMMARY, BAD_IMAGES, HISTORY, CONFIG, MANIFEST):
+        storage.delete_file(storage.join(output, part))
 
 
 def _write_config(config: TrainConfig) -> None:
@@ -165,7 +166,7 @@ def _describe(manifest: pa.Table) -> None:
 # -- the run --------------------------------------------------------------------------------------------------
 
 
-def _run(config: TrainConfig, manifest: pa.Table, found: Resources, started: float) -> tuple[Any, Any]:
+def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, started: float) -> tuple[Any, Any]:
     """Run Ray Train.
 
     Returns:
@@ -176,7 +177,6 @@ def _run(config: TrainConfig, manifest: pa.Table, found: Resources, started: flo
 
     from cnnray.training.backend import MultiWorkerConfig
 
-    shares = budget_of(config, found)
     log.info(
         "%d workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
         config.workers, shares.cpus_per_worker, shares.threads_per_worker, config.gpus_per_worker,
@@ -231,10 +231,7 @@ def _cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> dict[str
     from cnnray.training.source import decode_into_memory
 
     stream.be_quiet()
-
-    targets = {name: index for index, name in enumerate(manifests.class_names(manifest))}
-    labels = pa.array([targets[label] for label in manifest["label"].to_pylist()], pa.int64())
-    manifest = manifest.append_column("target", labels)
+    manifest = manifests.with_targets(manifest)
     cached = {
         split: decode_into_memory(
             manifests.rows_of(manifest, split), config.image_size, config.resize, shares.decode_cpus

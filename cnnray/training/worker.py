@@ -20,16 +20,13 @@ from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.training import callbacks as glue
 from cnnray.training import checkpoint, epoch
-from cnnray.training.assignment import Assignment
+from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.checkpoint import BadImages
 from cnnray.training.source import CachedSource, Source, StreamedSource
 from cnnray.training.step import Steps
 from cnnray.training.sums import Sums
 
 log = logging.getLogger(__name__)
-
-TENSORBOARD = "tensorboard"
-HISTORY = "history.csv"
 
 
 def run(assignment: Assignment) -> str:
@@ -71,10 +68,7 @@ class _Worker:
         self.config = assignment.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        manifest = manifests.read(assignment.manifest)
-        targets = {name: index for index, name in enumerate(assignment.info.class_names)}
-        labels = pa.array([targets[label] for label in manifest["label"].to_pylist()], pa.int64())
-        manifest = manifest.append_column("target", labels)
+        manifest = manifests.with_targets(manifests.read(assignment.manifest))
         train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
         self.train_source = self._source("train", train)
         self.validation_source = self._source("validation", validation)
@@ -84,7 +78,7 @@ class _Worker:
         self.bad_images: BadImages = {}
         self.compiled = False
         with _local_weights(self.config.weights) as weights:
-            self.steps = Steps(self.config, len(targets), weights)
+            self.steps = Steps(self.config, len(assignment.info.class_names), weights)
 
     def _source(self, split: str, manifest: pa.Table) -> Source:
         if split in self.assignment.cached:
@@ -105,16 +99,15 @@ class _Worker:
         Raises:
             _GivenUp: on all workers alike.
         """
-        deciding = glue.deciding_callbacks(self.config)
-        tensorboard = _TensorBoardFolder(storage.join(self.config.output, TENSORBOARD))
-        shown: list[keras.callbacks.Callback] = []
-        if self.rank == 0:
-            shown = [
-                tensorboard.callback,
-                glue.Progress(self.config.epochs, len(self.bounds) - 1, self.images),
-            ]
-        self.deciding = deciding
-        callbacks = keras.callbacks.CallbackList([*deciding, *shown], model=self.steps.model)
+        self.deciding = glue.deciding_callbacks(self.config)
+        with tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") as events:
+            shown: list[keras.callbacks.Callback] = []
+            if self.rank == 0:
+                progress = glue.Progress(self.config.epochs, len(self.bounds) - 1, self.images)
+                shown = [keras.callbacks.TensorBoard(events, write_graph=False), progress]
+            self._run(keras.callbacks.CallbackList([*self.deciding, *shown], model=self.steps.model), events)
+
+    def _run(self, callbacks: keras.callbacks.CallbackList, events: str) -> None:
         self.steps.model.stop_training = False
         callbacks.on_train_begin()
         self.progress = self._restored()
@@ -127,11 +120,11 @@ class _Worker:
             self.progress.stopped = bool(self.steps.model.stop_training)
             if self.rank == 0:
                 glue.write_history(self.progress.history, storage.join(self.config.output, HISTORY))
-                tensorboard.publish()
+                storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
             self._checkpoint(logs)
         callbacks.on_train_end()
         if self.rank == 0:
-            tensorboard.publish()
+            storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
 
     def _restored(self) -> checkpoint.Progress:
         found = ray.train.get_checkpoint()
@@ -193,6 +186,11 @@ class _Worker:
         self.steps.average_statistics()
         self.steps.update_inference()
         trained = progress.sums
+        if not math.isfinite(trained.loss):
+            raise _GivenUp(
+                f"The loss became {trained.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
+                f"(it was {self.config.learning_rate:g}), or use --precision float32."
+            )
         validation = self._validate()
         logs = trained.metrics() | validation.metrics("val_")
         logs |= {
@@ -261,18 +259,6 @@ class _Worker:
             score = metrics.get(glue.MONITOR, math.nan)
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
             ray.train.report(report | metrics, checkpoint=found)
-
-
-class _TensorBoardFolder:
-    """TensorBoard's event files, written locally and then copied to the output."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._folder = tempfile.mkdtemp(prefix="cnnray-tensorboard-")
-        self.callback = keras.callbacks.TensorBoard(self._folder, write_graph=False)
-
-    def publish(self) -> None:
-        storage.copy_folder(self._folder, self._target)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 import ray.cloudpickle
 import yaml
 
+from cnnray.cluster import ClusterError
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.bundle import Bundle
@@ -191,6 +192,13 @@ def test_a_finished_run_is_not_run_again_but_goes_on_to_more_epochs(undisturbed,
     assert train(config) == summary
     with pytest.raises(TrainingError, match=r"--learning-rate 0.001 \(now 0.1\)"):
         train(config.with_changes(learning_rate=0.1))
+    # What --overwrite would replace is still there when the new run cannot start.
+    with pytest.raises(ManifestError):
+        train(config.with_changes(overwrite=True, data="/nowhere"))
+    assert train(config) == summary
+    with pytest.raises(ClusterError, match="leave 0"):
+        train(config.with_changes(overwrite=True, cpus_per_worker=2.0))
+    assert train(config) == summary
     longer = train(config.with_changes(epochs=3, early_stopping_patience=None, workers=1))
     assert longer["epochs"] == 3
     assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 3
@@ -224,6 +232,13 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     losses = [float(row["val_loss"]) for row in csv.DictReader((tmp_path / "out" / "history.csv").open())]
     assert losses[-1] >= min(losses[:-1])
     assert summary["metrics"]["val_loss"] == min(losses)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(digits, tmp_path):
+    config = _config(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30, cache="memory")
+    with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
+        train(config)
+    assert not (tmp_path / "out" / "bundle").exists()
 
 
 def test_an_output_inside_the_data_is_refused(digits):

@@ -126,6 +126,14 @@ def test_validation_may_not_repeat_or_add_labels(tmp_path):
         manifests.with_validation(train, train)
 
 
+def test_targets_are_places_among_the_class_names(tmp_path):
+    _touch(tmp_path, "b/0.png", "a/1.png", "c/2.png")
+    manifest = manifests.with_targets(manifest_of(str(tmp_path), labelled=True))
+    assert dict(zip(manifest["label"].to_pylist(), manifest["target"].to_pylist(), strict=True)) == {
+        "a": 0, "b": 1, "c": 2,
+    }  # fmt: skip
+
+
 def test_written_and_read_back_whole(tmp_path):
     _touch(tmp_path, "a/0.png", "b/0.png")
     manifest = manifest_of(str(tmp_path), labelled=True)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -186,12 +187,13 @@ class _Worker:
         self.steps.average_statistics()
         self.steps.update_inference()
         trained = progress.sums
-        if not math.isfinite(trained.loss):
-            raise _GivenUp(
-                f"The loss became {trained.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
-                f"(it was {self.config.learning_rate:g}), or use --precision float32."
-            )
         validation = self._validate()
+        for what, sums in (("", trained), ("validation ", validation)):
+            if not math.isfinite(sums.loss):
+                raise _GivenUp(
+                    f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
+                    f"(it was {self.config.learning_rate:g}), or use --precision float32."
+                )
         logs = trained.metrics() | validation.metrics("val_")
         logs |= {
             "learning_rate": float(keras.ops.convert_to_numpy(self.steps.optimizer.learning_rate)),
@@ -255,8 +257,9 @@ class _Worker:
             if self.bad_images:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)
             found = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
-            # Ray keeps the best by this metric; a checkpoint inside an epoch never is.
-            score = metrics.get(glue.MONITOR, math.nan)
+            # Ray keeps the best by this metric; a checkpoint inside an epoch never is. (Ray's own snapshot makes
+            # null of nan and infinity, and fails on it when it is read again.)
+            score = metrics.get(glue.MONITOR, sys.float_info.max)
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
             ray.train.report(report | metrics, checkpoint=found)
 

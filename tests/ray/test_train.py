@@ -226,9 +226,11 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
-    config = _config(digits, tmp_path / "out", epochs=9, learning_rate=0.5, cache="memory", early_stopping_patience=1)
+    config = _config(
+        digits, tmp_path / "out", epochs=40, learning_rate=0.01, cache="memory", early_stopping_patience=1
+    )
     summary = train(config)
-    assert summary["epochs"] < 9
+    assert summary["epochs"] < 40
     losses = [float(row["val_loss"]) for row in csv.DictReader((tmp_path / "out" / "history.csv").open())]
     assert losses[-1] >= min(losses[:-1])
     assert summary["metrics"]["val_loss"] == min(losses)

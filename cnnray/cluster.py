@@ -1,6 +1,7 @@
 """The Ray cluster that a job runs on: found or started, and asked for what it has before anything waits."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -16,16 +17,47 @@ class ClusterError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a cluster has in all."""
+class Node:
+    """What one node has in all."""
 
     cpus: float
-    gpus: float
-    object_store_bytes: int
-    """Of the whole cluster."""
-    smallest_object_store_bytes: int
-    """Of the node that has least."""
-    nodes: int
+    gpus: float = 0.0
+    object_store_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has in all, node by node."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        """Of the whole cluster."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """Of the whole cluster."""
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def object_store_bytes(self) -> int:
+        """Of the whole cluster."""
+        return sum(node.object_store_bytes for node in self.nodes)
+
+    @property
+    def smallest_object_store_bytes(self) -> int:
+        """Of the node that has least."""
+        return min(node.object_store_bytes for node in self.nodes)
+
+    def room_for(self, cpus: float, gpus: float) -> int:
+        """How many processes of so many CPUs (more than 0) and GPUs fit, each on one node."""
+        slack = 1e-6
+        return sum(
+            min(int(node.cpus / cpus + slack), int(node.gpus / gpus + slack) if gpus else 2**31)
+            for node in self.nodes
+        )
 
 
 def starts_own() -> bool:
@@ -53,7 +85,11 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield _resources()
         return
+    # Ray refuses a variable that `ray job submit --runtime-env` has set already.
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
+    given = submitted.get("env_vars", {})
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2"} | storage.cluster_environment()
+    variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -68,7 +104,7 @@ def connected() -> Iterator[Resources]:
         raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
     try:
         found = _resources()
-        log.info("Ray %s: %d nodes, %g CPUs, %g GPUs", ray.__version__, found.nodes, found.cpus, found.gpus)
+        log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, len(found.nodes), found.cpus, found.gpus)
         yield found
     finally:
         ray.shutdown()
@@ -77,12 +113,14 @@ def connected() -> Iterator[Resources]:
 def _resources() -> Resources:
     import ray
 
-    total = ray.cluster_resources()
-    stores = [int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]]
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(
-        cpus=total.get("CPU", 0.0),
-        gpus=total.get("GPU", 0.0),
-        object_store_bytes=sum(stores),
-        smallest_object_store_bytes=min(stores, default=0),
-        nodes=len(stores),
+        tuple(
+            Node(
+                cpus=has.get("CPU", 0.0),
+                gpus=has.get("GPU", 0.0),
+                object_store_bytes=int(has.get("object_store_memory", 0)),
+            )
+            for has in found
+        )
     )

@@ -49,7 +49,7 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     try:
         return config_class(**{name: values[name] for name in names})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -49,8 +49,7 @@ def main() -> None:
     def job() -> dict[str, object]:
         from cnnray.training.driver import train
 
-        if not (folder / "digits").is_dir():
-            write_digits(folder / "digits")
+        write_digits(folder / "digits")
         config = TrainConfig(
             data=str(folder / "digits"),
             output=str(folder / "run"),

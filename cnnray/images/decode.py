@@ -25,7 +25,8 @@ MAX_BYTES = 256 * 2**20
 """Longest encoded image that is read, in bytes."""
 
 MAX_PIXELS = 100_000_000
-"""Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale)."""
+"""Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale). Beside it stands
+Pillow's own limit, 179 million pixels by the header."""
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}

@@ -13,6 +13,7 @@ and whatever other columns a table of images brought along.
 import fnmatch
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -158,7 +159,13 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
         return _from_uris([file.uri for file in storage.files(root) if _is_image(file.uri)])
     folders = storage.folders(root)
     names = {storage.name(folder) for folder in folders}
-    if "train" not in names or not names <= set(SPLITS):
+    others = names - set(SPLITS)
+    if "train" in names and (names & {"validation", "test"} or others & {"val", "valid"}) and others:
+        raise ManifestError(
+            f"{root} has the folders {_some(sorted(names))}; expected class folders, or only train, validation and "
+            "test with class folders in each."
+        )
+    if "train" not in names or others:
         return _from_class_folders(root, None)
     return pa.concat_tables([_from_class_folders(folder, storage.name(folder)) for folder in folders])
 
@@ -239,7 +246,10 @@ def _from_table(source: str) -> pa.Table:
 
 
 def _resolved(uri: str, folder: str) -> str:
-    return uri if storage.is_s3(uri) or uri.startswith("/") else storage.join(folder, uri)
+    if storage.is_s3(uri):
+        return uri
+    path = uri if uri.startswith("/") else storage.join(folder, uri)
+    return path if storage.is_s3(path) else os.path.normpath(path)  # ./a.png is a.png
 
 
 def _check_unique(table: pa.Table, source: str) -> None:

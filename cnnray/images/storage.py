@@ -340,7 +340,8 @@ def _copy_local(source: Path, target: Path) -> None:
 def delete_folder(uri: str) -> None:
     """Delete a folder and all that is below it; nothing happens where there is none."""
     if not is_s3(uri):
-        shutil.rmtree(uri, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(uri)
         return
     bucket = _bucket_key(uri)[0]
     for item in list(_pages(uri)):

@@ -108,17 +108,17 @@ def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]
     Raises:
         RuntimeError: the blocks hold fewer or more rows than the sizes ask for.
     """
-    held: Batch = {}
-    rows = 0
+    held = next(blocks, {"id": np.empty(0, np.int64)})
+    rows = len(held["id"])
     for size in sizes:
-        parts = [held] if rows else []
+        parts = [held]
         while rows < size:
             block = next(blocks, None)
             if block is None:
                 raise RuntimeError(f"The stream ended {size - rows} rows early.")
             parts.append(block)
             rows += len(block["id"])
-        joined = parts[0] if len(parts) == 1 else _concatenated(parts)
+        joined = held if len(parts) == 1 else _concatenated([part for part in parts if len(part["id"])])
         yield {name: values[:size] for name, values in joined.items()}
         held = {name: values[size:] for name, values in joined.items()}
         rows -= size

@@ -168,9 +168,25 @@ def _backbone(
         except (ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{weights} does not hold weights of {architecture}: {reason}") from None
+        if function.startswith("EfficientNetB"):
+            _scale_as_published(backbone)
     x = backbone(_scaled(pixels, mode))
     x = keras.layers.GlobalAveragePooling2D()(x)
     return keras.layers.Dropout(dropout)(x)
+
+
+def _scale_as_published(efficientnet: "keras.Model") -> None:
+    """Divide what the first version of EfficientNet normalises by the root of ImageNet's deviations once more.
+
+    Its published weights were trained so, and Keras adds a layer for it, but only where it fetches the weights
+    itself. Here the layer's variance takes the factor in, which is the same.
+    """
+    import keras
+    import numpy as np
+
+    normalization = next(layer for layer in efficientnet.layers if isinstance(layer, keras.layers.Normalization))
+    normalization.adapt_variance.assign(normalization.adapt_variance * np.asarray([0.229, 0.224, 0.225]))
+    normalization.finalize_state()
 
 
 def _scaled(pixels: "keras.KerasTensor", mode: str) -> "keras.KerasTensor":

@@ -144,8 +144,13 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
     (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
 
 
-def copy(source: str, target: str) -> None:
-    """Copy a bundle between folders, local or on S3, so that `target` is a bundle only once it is whole."""
+def replace(target: str, source: str) -> None:
+    """Make `target` a copy of the bundle `source`, local or on S3; it is a bundle only once it is whole.
+
+    Nothing of an earlier bundle is left, so exports of other weights are not either.
+    """
+    storage.delete_file(storage.join(target, _INFO))
+    storage.delete_folder(target)
     storage.copy_folder(source, target, last=[_INFO])
 
 

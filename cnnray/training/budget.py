@@ -23,6 +23,8 @@ class Budget:
     """Object store that one worker's stream may fill ahead."""
     cache_bytes: int
     """Largest decoded data set that is kept in the object store on `--cache auto`."""
+    store_bytes: int
+    """The smallest node's object store: the largest data set that `--cache memory` can keep."""
 
 
 def budget_of(config: TrainConfig, found: Resources) -> Budget:
@@ -39,7 +41,12 @@ def budget_of(config: TrainConfig, found: Resources) -> Budget:
             f"{config.workers} workers of {config.gpus_per_worker:g} GPUs do not fit a cluster of {found.gpus:g} "
             "GPUs: lower --workers or --gpus-per-worker."
         )
-    cpus = config.cpus_per_worker or _default_cpus(config, found.cpus)
+    cpus = config.cpus_per_worker or _default_cpus(config, found)
+    if (room := found.room_for(cpus, config.gpus_per_worker)) < config.workers:
+        raise ClusterError(
+            f"Only {room} of {config.workers} workers of {cpus:g} CPUs and {config.gpus_per_worker:g} GPUs fit the "
+            f"cluster's {len(found.nodes)} node(s): lower --workers or --cpus-per-worker."
+        )
     free = found.cpus - cpus * config.workers
     decode = config.decode_cpus or min(1.0, free / max(2, config.workers))
     if decode > free + 1e-9 or free <= 0:
@@ -53,6 +60,7 @@ def budget_of(config: TrainConfig, found: Resources) -> Budget:
         decode_cpus=math.floor(decode * 1000) / 1000,
         stream_bytes=int(found.object_store_bytes * _STREAMS_SHARE / config.workers),
         cache_bytes=int(found.smallest_object_store_bytes * _CACHE_SHARE),
+        store_bytes=found.smallest_object_store_bytes,
     )
 
 
@@ -71,8 +79,12 @@ def check_cpus(config: TrainConfig, cpus: float) -> None:
         )
 
 
-def _default_cpus(config: TrainConfig, cpus: float) -> float:
-    share = cpus * _WORKERS_SHARE / config.workers
+def _default_cpus(config: TrainConfig, found: Resources) -> float:
+    """The largest even share that fits the nodes: whole CPUs where there are as many."""
+    share = found.cpus * _WORKERS_SHARE / config.workers
     if config.gpus_per_worker:
         return min(1.0, share)
-    return float(math.floor(share)) if share >= 1 else math.floor(share * 1000) / 1000
+    for cpus in range(math.floor(share), 0, -1):
+        if found.room_for(cpus, 0) >= config.workers:
+            return float(cpus)
+    return math.floor(min(share, 1.0) * 1000) / 1000

@@ -120,6 +120,8 @@ class TrainConfig:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be more than 0, not {self.learning_rate}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be at least 0 and less than 2**32, not {self.seed}.")
         for flag in ("validation_fraction", "dropout", "max_bad_fraction"):
             value = getattr(self, flag)
             if not 0 <= value < 1:

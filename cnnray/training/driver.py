@@ -5,11 +5,15 @@ import functools
 import io
 import json
 import logging
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from cnnray import cluster
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
+# In the order of deleting: a run without its summary is not finished, and one without its config is none.
+_FILES, _FOLDERS = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST), (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
 class TrainingError(RuntimeError):
@@ -74,6 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 manifests.write(manifest, storage.join(config.output, MANIFEST))
             else:
                 log.info("going on with the run in %s", config.output)
+                _drop_torn_checkpoints(config.output)
             _write_config(config)
             best, latest = _run(config, manifest, shares, started)
             return _finish(config, best, latest, started)
@@ -87,8 +94,11 @@ def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
     try:
         earlier = yaml.safe_load(storage.read_bytes(storage.join(config.output, CONFIG)))
     except FileNotFoundError:
-        if storage.exists(storage.join(config.output, BUNDLE)) and not config.overwrite:
-            raise TrainingError(f"{config.output} holds a bundle but no run; give another --output.") from None
+        foreign = [part for part in (*_FOLDERS, *_FILES) if storage.exists(storage.join(config.output, part))]
+        if foreign:
+            raise TrainingError(
+                f"{config.output} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
+            ) from None
         return None
     differences = config.differs_from(earlier)
     if differences and config.overwrite:
@@ -111,16 +121,30 @@ def _finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _delete_run(output: str) -> None:
-    for part in (BUNDLE, CHECKPOINTS, TENSORBOARD):
-        storage.delete_folder(storage.join(output, part))
-    for part in (SUMMARY, BAD_IMAGES, HISTORY, CONFIG, MANIFEST):
+    for part in _FILES:
         storage.delete_file(storage.join(output, part))
+    for part in _FOLDERS:
+        storage.delete_folder(storage.join(output, part))
 
 
 def _write_config(config: TrainConfig) -> None:
+    storage.delete_file(storage.join(config.output, SUMMARY))
     text = yaml.safe_dump(config.as_dict(), sort_keys=False)
     storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
-    storage.delete_file(storage.join(config.output, SUMMARY))
+
+
+def _drop_torn_checkpoints(output: str) -> None:
+    """Start over where Ray's own list of checkpoints was cut off while it was written.
+
+    It is not written at once as a whole. The run then begins anew, and ends as it would have.
+    """
+    try:
+        json.loads(storage.read_bytes(storage.join(output, CHECKPOINTS, "checkpoint_manager_snapshot.json")))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        log.warning("the list of checkpoints in %s is damaged; starting over", output)
+        storage.delete_folder(storage.join(output, CHECKPOINTS))
 
 
 # -- the data -------------------------------------------------------------------------------------------------
@@ -132,7 +156,7 @@ def _manifest(config: TrainConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: with a sentence.
     """
-    manifest = manifests.manifest_of(config.data, labelled=True)
+    manifest = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
     if config.validation is not None:
         if config.validation == config.data:
             raise ManifestError("--validation is the same as --data.")
@@ -214,7 +238,7 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, started: float
         ),
     )
     try:
-        result = trainer.fit()
+        result = _interruptible(trainer.fit)
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Training failed: {_cause(error)}") from error
     if result.return_value:
@@ -222,9 +246,29 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, started: float
     return result.get_best_checkpoint("score", "min"), result.checkpoint
 
 
+def _interruptible(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread, where Ray Train leaves Ctrl-C to us: its own handler ends the process with 0."""
+    outcome: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome.result()
+
+
 def _cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> dict[str, list[Any]]:
     """References to the decoded blocks of each split, where they are to be kept in memory."""
+    manifest = manifest.filter(pc.is_in(manifest["split"], pa.array(["train", "validation"])))
     needed = len(manifest) * config.image_size**2 * 3
+    if config.cache == "memory" and needed > shares.store_bytes:
+        raise TrainingError(
+            f"--cache memory needs {needed / 2**30:.1f} GiB for the decoded images, and the smallest object store of "
+            f"the cluster has {shares.store_bytes / 2**30:.1f} GiB: use --cache none."
+        )
     if config.cache == "none" or (config.cache == "auto" and needed > shares.cache_bytes):
         return {}
     from cnnray.images import stream
@@ -268,7 +312,7 @@ def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict
     from cnnray.training import checkpoint
 
     target = storage.join(config.output, BUNDLE)
-    bundle.copy(storage.join(_uri(config, best), checkpoint.BUNDLE), target)
+    bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
     progress = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
     files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
     bad = checkpoint.read_bad_images(storage.read_bytes(uri) for uri in files)

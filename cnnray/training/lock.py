@@ -74,6 +74,9 @@ def _alone_on_s3(output: str) -> Iterator[None]:
         while not ended.wait(REFRESH_SECONDS):
             count += 1
             with contextlib.suppress(OSError):  # the next one may get through
+                if not _read(uri).startswith(mine):
+                    log.error("Another run has taken over %s; end one of the two.", output)
+                    return
                 storage.write_bytes(uri, f"{mine} {count}".encode())
 
     storage.write_bytes(uri, f"{mine} 0".encode())
@@ -87,7 +90,8 @@ def _alone_on_s3(output: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        storage.delete_file(uri)
+        if _read(uri).startswith(mine):
+            storage.delete_file(uri)
 
 
 def _wait_for_a_killed_run(uri: str, output: str) -> None:

@@ -42,7 +42,7 @@ class StreamedSource:
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """See `Source`."""
         if not len(rows):
-            return
+            return  # a worker without a validation image
         dataset = stream.decoded(
             self.manifest.take(pa.array(rows)),
             self.image_size,
@@ -69,11 +69,13 @@ class CachedSource:
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """See `Source`."""
-        for part in np.split(rows, np.cumsum(sizes)[:-1]):
-            places = [(self._blocks[self._block_of[row]], self._row_of[row]) for row in part]
+        start = 0
+        for size in sizes:
+            places = [(self._blocks[self._block_of[row]], self._row_of[row]) for row in rows[start : start + size]]
+            start += size
             yield {
-                name: np.stack([block[name][row] for block, row in places])
-                for name in ("id", "target", "image", "error", "uri")
+                name: np.stack([block[name][row] for block, row in places]) if places else column[:0]
+                for name, column in self._blocks[0].items()
             }
 
 

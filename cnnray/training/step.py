@@ -125,7 +125,10 @@ class Steps:
                 loss += tf.add_n(self._network.losses) / replica.num_replicas_in_sync
             loss = self.optimizer.scale_loss(loss)
         variables = self._network.trainable_variables
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        gradients = tape.gradient(loss, variables)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            gradients = _overflow_everywhere(replica, gradients)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return sums
 
     def _sums(self, logits: Any, targets: Any, weights: Any) -> Any:
@@ -211,6 +214,17 @@ def _optimizer(config: TrainConfig) -> Any:
     if config.precision == "float16":
         return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
+
+
+def _overflow_everywhere(replica: Any, gradients: list[Any]) -> list[Any]:
+    """Make all workers' gradients infinite where those of one have overflowed.
+
+    Keras's loss scaling looks at its own worker's gradients, and skips the update, with the all-reduce in it, where
+    they are not finite: a worker that skipped alone would leave the others waiting.
+    """
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
+    overflows = replica.all_reduce(tf.distribute.ReduceOp.SUM, 1.0 - tf.cast(finite, tf.float32))
+    return [tf.where(overflows > 0, tf.constant(np.inf, gradient.dtype), gradient) for gradient in gradients]
 
 
 def _cross_entropy(targets: Any, logits: Any) -> Any:

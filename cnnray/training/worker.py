@@ -210,7 +210,7 @@ class _Worker:
 
     def _validate(self) -> Sums:
         rows = np.arange(self.rank, self.validation_images, self.world)
-        size = math.ceil(self.config.batch_size / self.world)
+        size = math.ceil(min(self.config.batch_size, self.validation_images) / self.world)
         sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
         sums = Sums()
         for batch in self.validation_source.batches(rows, sizes):

@@ -47,6 +47,16 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
     assert not alive
 
 
+def test_ctrl_c_ends_the_job_with_a_sentence_and_leaves_a_run_that_goes_on(start_job, digits, tmp_path):
+    job = start_job("train", "--data", digits, "--output", tmp_path / "out", *FAST)
+    until(lambda: job.process.poll() is not None or '"step":3' in _snapshot(tmp_path / "out"), 120, "a checkpoint")
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(60) == 130, job.err.read_text()
+    assert "Interrupted; the same command goes on" in job.err.read_text().splitlines()[-1]
+    assert job.out.read_text() == ""
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
 def _snapshot(output):
     path = output / "checkpoints" / "checkpoint_manager_snapshot.json"
     return path.read_text() if path.exists() else ""
@@ -59,6 +69,8 @@ MISTAKES = {
     "no images": (["--data", "{empty}", "--output", "{out}"], "no sub-folders"),
     "size of 0": (["--data", "{digits}", "--output", "{out}", "--image-size", "0"], "--image-size must be"),
     "size of 100000": (["--data", "{digits}", "--output", "{out}", "--image-size", "100000"], "--image-size must be"),
+    "another scheme": (["--data", "gs://b/x", "--output", "{out}"], "neither a local path nor"),
+    "no bucket": (["--data", "{digits}", "--output", "s3://"], "names no bucket"),
     "not a number": (["--data", "{digits}", "--output", "{out}", "--epochs", "many"], "epochs"),
     "unknown network": (["--data", "{digits}", "--output", "{out}", "--architecture", "resnet51"], "resnet51"),
     "unknown precision": (["--data", "{digits}", "--output", "{out}", "--precision", "int8"], "precision"),

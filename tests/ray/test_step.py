@@ -70,9 +70,24 @@ def _train(rank, world, cases, batches):
             "averaged": averaged,
             "probabilities": probabilities,
             "lonely": lonely,
+            "overflow": _overflow(rank, steps, images, targets) if name == "float16" else None,
             "lonely_statistics": (before, [v.numpy() for v in steps._statistics]),
         }
     return results
+
+
+def _overflow(rank, steps, images, targets):
+    """A step in which the gradients of one worker alone are not finite: its loss scale, and what became of it."""
+    before = [v.numpy() for v in steps.model.trainable_variables]
+    scale = steps.optimizer.dynamic_scale.numpy()
+    if rank == 1:
+        steps.optimizer.scale_loss = lambda loss: loss * np.inf
+    import tensorflow as tf
+
+    steps._compiled_train = tf.function(steps._train)
+    steps.train(images[rank::2], targets[rank::2])
+    unmoved = all((v.numpy() == b).all() for v, b in zip(steps.model.trainable_variables, before, strict=True))
+    return unmoved, float(scale), float(steps.optimizer.dynamic_scale.numpy())
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +136,13 @@ def test_a_worker_without_images_takes_part_and_keeps_its_statistics(trained):
     assert _relative(after, before) == 0
     before, after = first["lonely_statistics"]
     assert _relative(after, before) > 1e-4
+
+
+def test_all_workers_skip_a_step_that_overflows_on_one(trained):
+    for result in trained[1:]:
+        unmoved, before, after = result["float16"]["overflow"]
+        assert unmoved
+        assert after == before / 2
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "float16"])

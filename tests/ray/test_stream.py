@@ -84,6 +84,15 @@ def test_blocks_are_small_and_in_order():
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
 
 
+def test_parts_of_steps_may_be_empty(sources):
+    rows = np.asarray([3, 1, 2])
+    for source in sources:
+        batches = list(source.batches(rows, [0, 2, 0, 1, 0]))
+        assert [batch["id"].tolist() for batch in batches] == [[], [3, 1], [], [2], []]
+        assert [batch["image"].shape for batch in batches] == [(n, SIZE, SIZE, 3) for n in (0, 2, 0, 1, 0)]
+        assert list(source.batches(rows[:0], [])) == []
+
+
 def test_batches_of_refuses_too_few_and_too_many_rows():
     blocks = [{"id": np.arange(3)}, {"id": np.arange(3, 5)}]
     assert [batch["id"].tolist() for batch in stream.batches_of(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]

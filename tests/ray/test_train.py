@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +83,19 @@ def run(digits, tmp_path_factory):
             patch.setattr(driver, "train_on_worker", lambda assignment: _recording(assignment, str(log), kill))
             summary = train(_config(digits, output, **changes))
         assert (log / "killed").exists() == (kill is not None)
-        steps = {}
+        steps, runs = {}, Counter()
         for file in sorted(log.glob("*.jsonl"), key=lambda path: path.stat().st_ctime):
             for line in file.read_text().splitlines():
                 place, ids = json.loads(line)
                 # A step that was run again after a loss had the same images.
                 assert steps.setdefault(tuple(place), ids) == ids
+                runs[tuple(place)] += 1
+        if kill:
+            # It went on from the last checkpoint (every second step): what was before was not run again.
+            again = {place for place, times in runs.items() if times > 1}
+            assert again == {
+                (kill[0], step, rank) for step in range(kill[1] // 2 * 2, kill[1] + 1) for rank in (0, 1)
+            }
         return summary, output, steps
 
     return once
@@ -241,6 +249,15 @@ def test_a_loss_that_is_no_number_ends_the_run(digits, tmp_path):
     with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
         train(config)
     assert not (tmp_path / "out" / "bundle").exists()
+
+
+def test_files_of_others_are_not_taken_for_a_run(digits, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "precious").touch()
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match=r"holds checkpoints, but no config\.yaml of a run"):
+            train(_config(digits, tmp_path, overwrite=overwrite))
+    assert (tmp_path / "checkpoints" / "precious").exists()
 
 
 def test_an_output_inside_the_data_is_refused(digits):

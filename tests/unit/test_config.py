@@ -1,6 +1,6 @@
 import pytest
 
-from cnnray.cluster import ClusterError, Resources
+from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
 
@@ -26,6 +26,8 @@ def _config(**changes):
         ({"dropout": 1}, "--dropout"),
         ({"weights": "imagenet"}, "fetch the notop weights"),
         ({"data": ""}, "--data is empty"),
+        ({"seed": -1}, "--seed must be"),
+        ({"seed": 2**32}, "--seed must be"),
         ({"checkpoint_every_steps": 0}, "--checkpoint-every-steps"),
         ({"max_failures": -1}, "--max-failures"),
     ],
@@ -35,8 +37,8 @@ def test_impossible_values_name_their_flag(changes, sentence):
         _config(**changes)
 
 
-def _cluster(cpus, gpus=0.0):
-    return Resources(cpus=cpus, gpus=gpus, object_store_bytes=10**9, smallest_object_store_bytes=10**8, nodes=1)
+def _cluster(*cpus, gpus=0.0):
+    return Resources(tuple(Node(cpus=each, gpus=gpus / len(cpus), object_store_bytes=10**9) for each in cpus))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_the_default_shares_leave_cpus_to_decoding(cpus, workers, per_worker, th
 
 
 def test_gpu_workers_take_one_cpu_each():
-    shares = budget_of(_config(workers=4, gpus_per_worker=1.0), _cluster(16, 4))
+    shares = budget_of(_config(workers=4, gpus_per_worker=1.0), _cluster(16, gpus=4))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (1.0, 1.0)
 
 
@@ -67,6 +69,15 @@ def test_gpu_workers_take_one_cpu_each():
 def test_a_cluster_that_is_too_small_is_refused(changes, cpus, sentence):
     with pytest.raises(ClusterError, match=sentence):
         budget_of(_config(**changes), _cluster(cpus))
+
+
+def test_shares_fit_single_nodes():
+    assert budget_of(_config(), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
+    assert budget_of(_config(workers=4), _cluster(2, 2, 2)).cpus_per_worker == 1.0
+    with pytest.raises(ClusterError, match="Only 1 of 2 workers of 3 CPUs and 0 GPUs fit the cluster's 3"):
+        budget_of(_config(cpus_per_worker=3.0), _cluster(4, 2, 2))
+    with pytest.raises(ClusterError, match="Only 0 of 2"):
+        budget_of(_config(gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
 
 
 def test_fractions_of_cpus_make_room():

@@ -67,6 +67,7 @@ def test_tables(tmp_path, kind):
         (["a/1.png", "b/2.txt"], "hold no images: 'b'"),
         (["a/1.png", "a/2.png"], "one class only"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.txt"], "holds no images"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"], "has the folders 'train', 'val'"),
     ],
 )
 def test_bad_folders_get_one_sentence(tmp_path, files, sentence):
@@ -81,6 +82,7 @@ def test_bad_folders_get_one_sentence(tmp_path, files, sentence):
     [
         ("url,label\na.png,x\n", "no column 'uri'"),
         ("uri,label\na.png,x\na.png,y\n", "listed more than once"),
+        ("uri,label\na.png,x\n./a.png,y\n", "listed more than once"),
         ("uri,label\na.png,x\nb.png,\n", "have no label"),
         ("uri,label,split\na.png,x,dev\nb.png,y,dev\n", "splits 'dev'"),
         ("uri,label\n", "holds no images"),

@@ -79,6 +79,25 @@ def test_weights_come_from_a_file_and_must_fit(tmp_path):
         architectures.build("small_cnn", 32, 3, weights=path)
 
 
+def test_efficientnet_sees_pixels_as_its_published_weights_were_trained(tmp_path):
+    deviation = np.asarray([0.229, 0.224, 0.225])
+    source = keras.applications.EfficientNetB0(include_top=False, weights=None, input_shape=(32, 32, 3))
+    layer = next(layer for layer in source.layers if isinstance(layer, keras.layers.Normalization))
+    layer.adapt_mean.assign([0.485, 0.456, 0.406])
+    layer.adapt_variance.assign(deviation**2)
+    source.save_weights(str(tmp_path / "notop.weights.h5"))
+    model = architectures.build("efficientnetb0", 32, 3, weights=str(tmp_path / "notop.weights.h5"))
+    bundle.save(model, BundleInfo(class_names=["a", "b", "c"], image_size=32), tmp_path)
+    for built in (model, Bundle.load(str(tmp_path)).model):
+        backbone = built.get_layer("efficientnetb0")
+        normalized = next(layer for layer in backbone.layers if isinstance(layer, keras.layers.Normalization))
+        pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.float32)
+        seen = np.asarray(keras.Model(backbone.inputs, normalized.output)(pixels))
+        # keras.applications.efficientnet: normalise, then Rescaling(1 / sqrt(deviation))
+        expected = (pixels / 255 - [0.485, 0.456, 0.406]) / deviation / np.sqrt(deviation)
+        np.testing.assert_allclose(seen, expected, atol=1e-4)
+
+
 def test_predictor_answers_each_image_or_says_why_not(tmp_path):
     _save(tmp_path)
     predictor = Predictor(Bundle.load(str(tmp_path)))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,8 +62,10 @@ class Resources:
 
 
 def starts_own() -> bool:
-    """Whether `connected` starts a Ray of its own on this machine: where RAY_ADDRESS names no cluster."""
-    return not os.environ.get("RAY_ADDRESS")
+    """Whether `connected` starts a Ray of its own on this machine: where RAY_ADDRESS names no cluster, and this
+    process has joined none."""
+    ray = sys.modules.get("ray")  # not imported for this: it takes a second
+    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
 
 
 def local_cpus() -> int:

@@ -39,7 +39,7 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
 
     again = start_job("train", "--data", digits, "--output", output, *FAST)
     assert again.wait(150) == 0, again.err.read_text()
-    assert re.search(r"going on from epoch [123], step [369]", again.err.read_text())
+    assert re.search(r"going on from epoch [123], step [0369]", again.err.read_text())
     for found, wanted in zip(final_state(output), final_state(undisturbed), strict=True):
         assert largest_difference(found, wanted) <= 1e-5
     found = json.loads(again.out.read_text().splitlines()[-1])["metrics"]

@@ -89,17 +89,20 @@ def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Ba
 
 
 def _read_and_decode(rows: pa.Table, size: int, resize: ResizeRule) -> dict[str, Any]:
-    def one(uri: str) -> tuple[npt.NDArray[np.uint8], str]:
-        try:
-            return read_image(uri, size, resize), ""
-        except BadImage as error:
-            return np.zeros((size, size, 3), np.uint8), str(error)
-
     uris = rows["uri"].to_pylist()
+    images = np.zeros((len(uris), size, size, 3), np.uint8)
+
+    def one(index: int) -> str:
+        try:
+            images[index] = read_image(uris[index], size, resize)
+        except BadImage as error:
+            return str(error)
+        return ""
+
     with ThreadPoolExecutor(_THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
-        images, errors = zip(*pool.map(one, uris), strict=True)
+        errors = list(pool.map(one, range(len(uris))))
     columns = {name: rows[name].to_numpy() for name in rows.column_names}
-    return columns | {"image": np.stack(images), "error": np.asarray(errors, dtype=object)}
+    return columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
 
 def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
@@ -109,22 +112,24 @@ def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]
         RuntimeError: the blocks hold fewer or more rows than the sizes ask for.
     """
     held = next(blocks, {"id": np.empty(0, np.int64)})
-    rows = len(held["id"])
     for size in sizes:
-        parts = [held]
-        while rows < size:
+        parts = []
+        while size > len(held["id"]):
+            parts.append(held)
+            size -= len(held["id"])
             block = next(blocks, None)
             if block is None:
-                raise RuntimeError(f"The stream ended {size - rows} rows early.")
-            parts.append(block)
-            rows += len(block["id"])
-        joined = held if len(parts) == 1 else _concatenated([part for part in parts if len(part["id"])])
-        yield {name: values[:size] for name, values in joined.items()}
-        held = {name: values[size:] for name, values in joined.items()}
-        rows -= size
-    if rows or next(blocks, None) is not None:
+                raise RuntimeError(f"The stream ended {size} rows early.")
+            held = block
+        parts.append({name: values[:size] for name, values in held.items()})
+        held = {name: values[size:] for name, values in held.items()}
+        yield _concatenated(parts)
+    if len(held["id"]) or next(blocks, None) is not None:
         raise RuntimeError("The stream holds more rows than were asked for.")
 
 
 def _concatenated(parts: list[Batch]) -> Batch:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    filled = [part for part in parts if len(part["id"])] or parts[-1:]
+    if len(filled) == 1:
+        return filled[0]
+    return {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}

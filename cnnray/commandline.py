@@ -1,6 +1,5 @@
 """What every job does around its one call: flags and YAML to a config, logs to stderr, one JSON line to stdout."""
 
-import dataclasses
 import json
 import logging
 import sys
@@ -46,9 +45,9 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
     parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags go on top.")
     parser.add_class_arguments(config_class, as_group=False)
     values = parser.parse_args(arguments)
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    values.pop("config")
     try:
-        return config_class(**{name: values[name] for name in names})
+        return config_class(**vars(values))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -40,7 +40,7 @@ def table(comparisons: list[Comparison]) -> str:
         verdict = "reached" if one.ratio >= one.target else "missed"
         lines.append(
             f"| {one.name} | {statistics.median(one.ours):.0f} | {one.peer} | {statistics.median(one.theirs):.0f} "
-            f"| {one.ratio:.2f} | {one.target:.2f} | {verdict} |"
+            f"| {one.ratio:.3f} | {one.target:.2f} | {verdict} |"
         )
     return "\n".join(lines)
 

@@ -57,8 +57,8 @@ def decoded(
         manifest: rows with `id` and `uri`; its other columns pass through.
         size: height and width in pixels.
         resize: see `decode`.
-        cpus_per_task: CPUs that Ray reserves for a task; below 1 where few CPUs are free (FACTS: a stream
-            whose task can never be scheduled waits for ever).
+        cpus_per_task: CPUs that Ray reserves for a task; below 1 where few CPUs are free (a stream whose task
+            can never be scheduled waits for ever, and says nothing).
 
     Returns:
         A dataset of the manifest's columns and `image`, uint8 (size, size, 3), zeros where it could not be

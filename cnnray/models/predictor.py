@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +53,10 @@ class Predictor:
         temperature = bundle.info.temperature
         size = bundle.info.image_size
 
-        @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
-        def run(images):  # type: ignore[no-untyped-def]
+        def run(images: Any) -> Any:
             return tf.nn.softmax(tf.cast(network(images, training=False), tf.float32) / temperature)
 
-        self._run = run
+        self._run = tf.function(run, input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
 
     def __call__(self, images: Sequence[bytes]) -> list[Prediction | BadImage]:
         """Classify encoded images: for each, in order, its prediction, or why it has none."""

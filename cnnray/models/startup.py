@@ -1,6 +1,7 @@
 """Loading TensorFlow and Keras in a process that is a job's own."""
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ def load_tensorflow(*, gpus: bool) -> None:
         gpus: whether TensorFlow may use the GPUs that the process sees.
     """
     with _without_stderr():
-        import keras  # noqa: F401
         import tensorflow as tf
 
+        importlib.import_module("keras")
         if not gpus:
             tf.config.set_visible_devices([], "GPU")
     logging.getLogger("tensorflow").setLevel(logging.WARNING)

@@ -83,6 +83,5 @@ def restore(folder: Path, steps: "Steps") -> Progress:
     """Load a checkpoint's weights and optimizer, and return how far it was."""
     with np.load(folder / _OPTIMIZER, allow_pickle=False) as optimizer:
         steps.load(str(folder / BUNDLE / "model.keras"), dict(optimizer))
-    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
-    progress.sums = Sums(**progress.sums)  # type: ignore[arg-type]
-    return progress
+    found = json.loads((folder / PROGRESS).read_text())
+    return Progress(**found | {"sums": Sums(**found["sums"])})

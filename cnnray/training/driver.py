@@ -77,11 +77,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             # Nothing is written, or taken away, before all is known to be right.
             if earlier is None:
                 _delete_run(config.output)
+                # First of all: an output that has other files and no config is taken for somebody else's.
+                _write_config(config)
                 manifests.write(manifest, storage.join(config.output, MANIFEST))
             else:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)
-            _write_config(config)
+                _write_config(config)
             best, latest = _run(config, manifest, shares, started)
             return _finish(config, best, latest, started)
 

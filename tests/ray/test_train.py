@@ -263,6 +263,21 @@ def test_files_of_others_are_not_taken_for_a_run(digits, tmp_path):
     assert (tmp_path / "checkpoints" / "precious").exists()
 
 
+def test_a_run_killed_before_its_manifest_was_written_starts_again(digits, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def killed(*_):
+        raise KilledError
+
+    monkeypatch.setattr(driver.manifests, "write", killed)
+    with pytest.raises(KilledError):
+        train(_config(digits, tmp_path / "out"))
+    # The same command gets as far again: what is there is not taken for somebody else's.
+    with pytest.raises(KilledError):
+        train(_config(digits, tmp_path / "out"))
+
+
 def test_an_output_inside_the_data_is_refused(digits):
     with pytest.raises(TrainingError, match="would be taken for classes"):
         train(_config(digits, digits / "out"))

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from cnnray.images import storage
+from cnnray.images import containers, storage
 from cnnray.images.decode import EXTENSIONS
 
 SPLITS = ("train", "validation", "test")
@@ -41,10 +42,15 @@ def manifest_of(source: str, *, labelled: bool) -> pa.Table:
     """The manifest of any accepted input.
 
     Args:
-        source: on a local path or s3://, one of: a folder of class folders (`root/class/*`, or
-            `root/{train,validation,test}/class/*`); where no labels are needed any folder, searched at all
-            depths, or a glob; or a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and
-            `split`, whose relative paths are taken from the table's own folder.
+        source: on a local path or s3://, one of
+
+            - a folder of class folders (`root/class/*`, or `root/{train,validation,test}/class/*`);
+            - where no labels are needed any folder, searched at all depths, or a glob;
+            - a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and `split`, whose relative paths
+              are taken from the table's own folder;
+            - a Parquet file that holds the images themselves (see `containers`), or a folder or glob of such files,
+              whose split is then that which their name begins with (`train-00000-of-00002.parquet`) where they
+              have no column `split`.
         labelled: whether every image must have a label, which a folder then takes from its class folders.
 
     Returns:
@@ -59,7 +65,9 @@ def manifest_of(source: str, *, labelled: bool) -> pa.Table:
     if source.lower().endswith(_TABLES) and storage.is_file(source):
         table = _from_table(source)
     elif any(character in source for character in "*?["):
-        table = _from_uris(_globbed(source))
+        table = _from_uris([uri for uri in _globbed(source) if _is_image(uri)])
+        if not len(table):
+            table = _from_shards(_globbed(source))
     elif not storage.exists(source):
         raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
     elif storage.is_file(source):
@@ -155,9 +163,16 @@ def read(uri: str) -> pa.Table:
 
 
 def _from_folder(root: str, labelled: bool) -> pa.Table:
-    if not labelled:
-        return _from_uris([file.uri for file in storage.files(root) if _is_image(file.uri)])
-    folders = storage.folders(root)
+    folders = storage.folders(root) if labelled else []
+    if not folders:
+        found = [file.uri for file in storage.files(root)]
+        images = [uri for uri in found if _is_image(uri)]
+        if not labelled and images:
+            return _from_uris(images)
+        if not images and any(map(_is_parquet, found)):
+            return _from_shards(found)
+        if not labelled:
+            return _from_uris([])
     names = {storage.name(folder) for folder in folders}
     others = names - set(SPLITS)
     if "train" in names and (names & {"validation", "test"} or others & {"val", "valid"}) and others:
@@ -199,49 +214,76 @@ def _from_uris(uris: list[str], labels: list[str] | None = None, split: str | No
 
 def _globbed(pattern: str) -> list[str]:
     if not storage.is_s3(pattern):
-        return [path for path in map(str, Path("/").glob(pattern.lstrip("/"))) if _is_image(path)]
+        return [str(path) for path in Path("/").glob(pattern.lstrip("/")) if path.is_file()]
     fixed = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
     root = fixed.rpartition("/")[0]
-    return [f.uri for f in storage.files(root) if _is_image(f.uri) and fnmatch.fnmatchcase(f.uri, pattern)]
+    return [file.uri for file in storage.files(root) if fnmatch.fnmatchcase(file.uri, pattern)]
 
 
 def _is_image(uri: str) -> bool:
     return PurePosixPath(uri).suffix.lower() in EXTENSIONS
 
 
+def _is_parquet(uri: str) -> bool:
+    return uri.lower().endswith(".parquet")
+
+
+def _from_shards(uris: list[str]) -> pa.Table:
+    """Of all Parquet files among `uris`, each with images in it."""
+    shards = [uri for uri in uris if _is_parquet(uri)]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        tables = list(pool.map(_from_shard, shards))
+    return pa.concat_tables(tables, promote_options="permissive") if tables else _from_uris([])
+
+
+def _from_shard(uri: str) -> pa.Table:
+    table = _from_table(uri)
+    stem = re.split(r"[-_.]", storage.name(uri))[0]
+    if stem in SPLITS and table["split"].null_count == len(table):
+        return _with_split(table, pa.array([stem] * len(table), pa.string()))
+    return table
+
+
 def _from_table(source: str) -> pa.Table:
-    data = pa.BufferReader(storage.read_bytes(source))
-    text = {column: pa.string() for column in ("uri", "label", "split")}
     try:
-        if source.lower().endswith(".csv"):
-            # Labels such as 007 or NA are names, not numbers or nulls.
-            options = pyarrow.csv.ConvertOptions(
-                column_types=text,
-                strings_can_be_null=True,
-                null_values=[""],
-                quoted_strings_can_be_null=False,
-            )
-            table = pyarrow.csv.read_csv(data, convert_options=options)
-        elif source.lower().endswith(".parquet"):
-            table = pyarrow.parquet.read_table(data)
-        else:
-            table = pyarrow.json.read_json(data)
-    except pa.ArrowInvalid as error:
+        table = containers.rows_of(source) if _is_parquet(source) else None
+        if table is None:
+            table = _of_addresses(source)
+        for column in ("uri", "label", "split"):
+            found = column in table.column_names
+            values = table[column].cast(pa.string()) if found else pa.nulls(len(table), pa.string())
+            table = (table.drop_columns([column]) if found else table).append_column(column, values)
+    except pa.ArrowException as error:
         raise ManifestError(f"{source} cannot be read as a table: {str(error).splitlines()[0]}") from None
-    if "uri" not in table.column_names:
-        raise ManifestError(f"{source} has no column 'uri' (it has {_some(table.column_names)}).")
-    for column, kind in text.items():
-        values = table[column].cast(kind) if column in table.column_names else pa.nulls(len(table), kind)
-        table = table.drop_columns([column]) if column in table.column_names else table
-        table = table.append_column(column, values)
-    if table["uri"].null_count:
-        raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
     wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
     if wrong:
         raise ManifestError(f"{source} names the splits {_some(wrong)}; expected {', '.join(SPLITS)}.")
+    return table.drop_columns([name for name in ("id",) if name in table.column_names])
+
+
+def _of_addresses(source: str) -> pa.Table:
+    """A table with a column `uri`, whose relative paths are made absolute."""
+    data = pa.BufferReader(storage.read_bytes(source))
+    if source.lower().endswith(".csv"):
+        # Labels such as 007 or NA are names, not numbers or nulls.
+        options = pyarrow.csv.ConvertOptions(
+            column_types={column: pa.string() for column in ("uri", "label", "split")},
+            strings_can_be_null=True,
+            null_values=[""],
+            quoted_strings_can_be_null=False,
+        )
+        table = pyarrow.csv.read_csv(data, convert_options=options)
+    elif _is_parquet(source):
+        table = pyarrow.parquet.read_table(data)
+    else:
+        table = pyarrow.json.read_json(data)
+    if "uri" not in table.column_names:
+        wanted = "'uri', or one of images" if _is_parquet(source) else "'uri'"
+        raise ManifestError(f"{source} has no column {wanted} (it has {_some(table.column_names)}).")
+    if table["uri"].null_count:
+        raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
     folder = source.rpartition("/")[0]
-    uris = [_resolved(uri, folder) for uri in table["uri"].to_pylist()]
-    table = table.drop_columns([name for name in ("id",) if name in table.column_names])
+    uris = [_resolved(uri, folder) for uri in table["uri"].cast(pa.string()).to_pylist()]
     return table.set_column(table.column_names.index("uri"), "uri", pa.array(uris, pa.string()))
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _LISTING_THREADS = 16
 _TRANSFER_THREADS = 8
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Forbidden"}
+_NOT_AS_IT_WAS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey"}
 _MISSING = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
 
 
@@ -298,6 +299,40 @@ def write_bytes(uri: str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def version_on_s3(uri: str) -> str | None:
+    """What changes whenever a file on S3 is written with other content; None where there is none."""
+    bucket, key = _bucket_key(uri)
+    try:
+        with _s3_errors(uri):
+            return str(_client().head_object(Bucket=bucket, Key=key)["ETag"])
+    except FileNotFoundError:
+        return None
+
+
+def write_on_s3_if(uri: str, data: bytes, version: str | None) -> str | None:
+    """Write a file on S3 only if it is still as it was: of two writers that saw the same version one succeeds.
+
+    Args:
+        uri: s3://.
+        data: its new content.
+        version: what it must still have, by `version_on_s3`; None: it must not exist.
+
+    Returns:
+        Its new version, or None where somebody else has written, or deleted, it.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = _bucket_key(uri)
+    condition: Any = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    with _s3_errors(uri):
+        try:
+            return str(_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
+        except ClientError as error:
+            if error.response["Error"]["Code"] in _NOT_AS_IT_WAS:
+                return None
+            raise
 
 
 def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:

@@ -1,5 +1,7 @@
 """Manifest rows to decoded images: the only place that reads with Ray Data."""
 
+import functools
+import itertools
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from cnnray.images import storage
+from cnnray.images import containers, storage
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
 ROWS_PER_BLOCK = 256
@@ -23,35 +25,14 @@ _THREADS = {"local": 4, "s3": 16}
 Batch = dict[str, npt.NDArray[Any]]
 
 
-def read_image(uri: str, size: int, resize: ResizeRule) -> npt.NDArray[np.uint8]:
-    """Read and decode one image.
-
-    Returns:
-        uint8 (size, size, 3), RGB.
-
-    Raises:
-        BadImage: it cannot be read or decoded. Nothing else is raised, whatever storage or bytes do.
-    """
-    try:
-        data = storage.read_bytes(uri, MAX_BYTES)
-    except FileNotFoundError as error:
-        raise BadImage("missing", str(error)) from None
-    except PermissionError as error:
-        raise BadImage("access denied", str(error)) from None
-    except OverflowError as error:
-        raise BadImage("too large", str(error)) from None
-    except OSError as error:
-        raise BadImage("unreadable", str(error)) from None
-    return decode(data, size, resize)
-
-
 def decoded(
     manifest: pa.Table, size: int, *, resize: ResizeRule = "stretch", cpus_per_task: float = 1.0
 ) -> ray.data.Dataset:
     """Stream the images of a manifest, one row out for each row in, in the manifest's order.
 
     Reading and decoding are fused in one task a block of `ROWS_PER_BLOCK` rows (fewer where images are
-    large), so that pixels are only ever produced where memory for them is budgeted.
+    large), so that pixels are only ever produced where memory for them is budgeted. A row group of a Parquet file
+    that holds images is one task; Ray cuts its rows into blocks of its target size.
 
     Args:
         manifest: rows with `id` and `uri`; its other columns pass through.
@@ -65,10 +46,11 @@ def decoded(
         decoded, and `error`, a string, empty where it could.
     """
     rows = min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
-    blocks = [manifest.slice(start, rows).combine_chunks() for start in range(0, len(manifest), rows)]
+    bounds = _task_bounds(manifest["uri"].to_pylist(), rows)
+    blocks = [manifest.slice(start, stop - start).combine_chunks() for start, stop in itertools.pairwise(bounds)]
     return ray.data.from_blocks(blocks).map_batches(
         _read_and_decode,
-        fn_kwargs={"size": size, "resize": resize},
+        fn_kwargs={"size": size, "resize": resize, "rows_per_block": rows},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus_per_task,
@@ -88,21 +70,58 @@ def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Ba
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
 
 
-def _read_and_decode(rows: pa.Table, size: int, resize: ResizeRule) -> dict[str, Any]:
-    uris = rows["uri"].to_pylist()
-    images = np.zeros((len(uris), size, size, 3), np.uint8)
+def _task_bounds(uris: list[str], rows: int) -> list[int]:
+    """Where to cut a manifest into tasks: every `rows` rows, but not within a row group, which is read as a whole."""
+    bounds = [0]
+    for index in range(1, len(uris)):
+        if index - bounds[-1] >= rows:
+            group = containers.group_of(uris[index])
+            if group is None or group != containers.group_of(uris[index - 1]):
+                bounds.append(index)
+    return [*bounds, len(uris)]
 
-    def one(index: int) -> str:
-        try:
-            images[index] = read_image(uris[index], size, resize)
-        except BadImage as error:
-            return str(error)
-        return ""
 
+def _read_and_decode(table: pa.Table, size: int, resize: ResizeRule, rows_per_block: int) -> Iterator[dict[str, Any]]:
+    uris = table["uri"].to_pylist()
+    sources = containers.encoded(uris)
+    decode_into = functools.partial(_decode_into, size=size, resize=resize)
     with ThreadPoolExecutor(_THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
-        errors = list(pool.map(one, range(len(uris))))
-    columns = {name: rows[name].to_numpy() for name in rows.column_names}
-    return columns | {"image": images, "error": np.asarray(errors, dtype=object)}
+        for start in range(0, len(table), rows_per_block):
+            rows = table.slice(start, rows_per_block)
+            images = np.zeros((len(rows), size, size, 3), np.uint8)
+            errors = list(pool.map(decode_into, images, itertools.islice(sources, len(rows))))
+            columns = {name: rows[name].to_numpy() for name in rows.column_names}
+            yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
+
+
+def _decode_into(pixels: npt.NDArray[np.uint8], source: str | bytes | BadImage, size: int, resize: ResizeRule) -> str:
+    try:
+        pixels[:] = decode(_bytes_of(source), size, resize)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+def _bytes_of(source: str | bytes | BadImage) -> bytes:
+    """The encoded image, read where `source` is a uri.
+
+    Raises:
+        BadImage: it cannot be read. Nothing else is raised, whatever storage does.
+    """
+    if isinstance(source, BadImage):
+        raise source
+    if isinstance(source, bytes):
+        return source
+    try:
+        return storage.read_bytes(source, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise BadImage("missing", str(error)) from None
+    except PermissionError as error:
+        raise BadImage("access denied", str(error)) from None
+    except OverflowError as error:
+        raise BadImage("too large", str(error)) from None
+    except OSError as error:
+        raise BadImage("unreadable", str(error)) from None
 
 
 def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:

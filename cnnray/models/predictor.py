@@ -56,7 +56,7 @@ class Predictor:
         def run(images: Any) -> Any:
             return tf.nn.softmax(tf.cast(network(images, training=False), tf.float32) / temperature)
 
-        self._run = tf.function(run, input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
+        self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
 
     def __call__(self, images: Sequence[bytes]) -> list[Prediction | BadImage]:
         """Classify encoded images: for each, in order, its prediction, or why it has none."""

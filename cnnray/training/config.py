@@ -34,7 +34,7 @@ class TrainConfig:
 
     data: str
     """Labelled images: a folder (or s3:// prefix) with one sub-folder a class, perhaps below train/ and
-    validation/, or a CSV, JSONL or Parquet table with the columns uri and label."""
+    validation/, or a CSV, JSONL or Parquet table with the columns uri and label, or Parquet with the images in it."""
     output: str
     """Folder or s3:// prefix for the bundle and all else that the run leaves. A run that was interrupted goes on
     when it is given the same output."""

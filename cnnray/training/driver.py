@@ -13,15 +13,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 
 from cnnray import cluster
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
-from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle, startup
 from cnnray.models.bundle import BundleInfo
+from cnnray.training import data
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
@@ -70,10 +69,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.info("%s is finished already; nothing was run.", config.output)
                 return summary
             earlier = None
-        manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else _manifest(config)
-        _describe(manifest)
+        manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else data.manifest_of_run(config)
+        data.describe(manifest)
         with cluster.connected() as found:
             shares = budget_of(config, found)
+            cached = data.is_cached(config, manifest, shares)
             # Nothing is written, or taken away, before all is known to be right.
             if earlier is None:
                 _delete_run(config.output)
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)
                 _write_config(config)
-            best, latest = _run(config, manifest, shares, started)
+            best, latest = _run(config, manifest, shares, cached, started)
             return _finish(config, best, latest, started)
 
 
@@ -149,50 +149,10 @@ def _drop_torn_checkpoints(output: str) -> None:
         storage.delete_folder(storage.join(output, CHECKPOINTS))
 
 
-# -- the data -------------------------------------------------------------------------------------------------
-
-
-def _manifest(config: TrainConfig) -> pa.Table:
-    """The run's manifest, with every row's split decided.
-
-    Raises:
-        ManifestError, OSError: with a sentence.
-    """
-    manifest = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
-    if config.validation is not None:
-        if config.validation == config.data:
-            raise ManifestError("--validation is the same as --data.")
-        train_rows = manifests.rows_of(manifest, "train")
-        train_rows = train_rows if len(train_rows) else manifest
-        validation = manifests.manifest_of(config.validation, labelled=True)
-        manifest = manifests.with_validation(train_rows, validation)
-    elif manifest["split"].null_count == len(manifest):
-        manifest = manifests.split_off_validation(manifest, config.validation_fraction, config.seed)
-    elif manifest["split"].null_count:
-        raise ManifestError(f"{config.data}: some images have a split and some have none.")
-    elif not len(manifests.rows_of(manifest, "validation")):
-        train_rows = manifests.rows_of(manifest, "train").drop_columns(["id"])
-        train_rows = train_rows.add_column(0, "id", pa.array(range(len(train_rows)), pa.int64()))
-        manifest = manifests.split_off_validation(train_rows, config.validation_fraction, config.seed)
-    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
-    missing = sorted(set(manifests.class_names(manifest)) - set(manifests.class_names(train)))
-    if missing:
-        raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
-    if len(train) < config.workers:
-        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.workers} workers.")
-    return manifest
-
-
-def _describe(manifest: pa.Table) -> None:
-    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
-    classes = len(manifests.class_names(train))
-    log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
-
-
 # -- the run --------------------------------------------------------------------------------------------------
 
 
-def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, started: float) -> tuple[Any, Any]:
+def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, started: float) -> tuple[Any, Any]:
     """Run Ray Train.
 
     Returns:
@@ -215,7 +175,7 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, started: float
         threads=shares.threads_per_worker,
         decode_cpus=shares.decode_cpus,
         stream_bytes=shares.stream_bytes,
-        cached=_cached(config, manifest, shares),
+        cached=data.decoded_into_memory(config, manifest, shares) if cached else {},
         started=started,
     )
     filesystem, path = storage.arrow_filesystem(config.output)
@@ -260,32 +220,6 @@ def _interruptible(function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=call, daemon=True).start()
     return outcome.result()
-
-
-def _cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> dict[str, list[Any]]:
-    """References to the decoded blocks of each split, where they are to be kept in memory."""
-    manifest = manifest.filter(pc.is_in(manifest["split"], pa.array(["train", "validation"])))
-    needed = len(manifest) * config.image_size**2 * 3
-    if config.cache == "memory" and needed > shares.store_bytes:
-        raise TrainingError(
-            f"--cache memory needs {needed / 2**30:.1f} GiB for the decoded images, and the smallest object store of "
-            f"the cluster has {shares.store_bytes / 2**30:.1f} GiB: use --cache none."
-        )
-    if config.cache == "none" or (config.cache == "auto" and needed > shares.cache_bytes):
-        return {}
-    from cnnray.images import stream
-    from cnnray.training.source import decode_into_memory
-
-    stream.be_quiet()
-    manifest = manifests.with_targets(manifest)
-    cached = {
-        split: decode_into_memory(
-            manifests.rows_of(manifest, split), config.image_size, config.resize, shares.decode_cpus
-        )
-        for split in ("train", "validation")
-    }
-    log.info("%d decoded images are kept in memory (%.0f MiB)", len(manifest), needed / 2**20)
-    return cached
 
 
 def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:

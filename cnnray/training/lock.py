@@ -65,24 +65,25 @@ def _alone_locally(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone_on_s3(output: str) -> Iterator[None]:
     uri = storage.join(output, LOCK)
-    _wait_for_a_killed_run(uri, output)
-    mine = secrets.token_hex(8)
-    ended = threading.Event()
+    mine, ended = secrets.token_hex(8), threading.Event()
+    version = storage.write_on_s3_if(uri, f"{mine} 0".encode(), _version_of_a_killed_run(uri, output))
+    if version is None:
+        raise _in_use(output)
 
     def refresh() -> None:
+        nonlocal version
         count = 0
         while not ended.wait(REFRESH_SECONDS):
             count += 1
             with contextlib.suppress(OSError):  # the next one may get through
-                if not _read(uri).startswith(mine):
+                written = storage.write_on_s3_if(uri, f"{mine} {count}".encode(), version)
+                if written is None and _is(mine, uri):
+                    written = storage.version_on_s3(uri)  # the answer to an earlier write was lost on its way
+                version = written
+                if version is None:
                     log.error("Another run has taken over %s; end one of the two.", output)
                     return
-                storage.write_bytes(uri, f"{mine} {count}".encode())
 
-    storage.write_bytes(uri, f"{mine} 0".encode())
-    time.sleep(REFRESH_SECONDS / 10)
-    if not _read(uri).startswith(mine):
-        raise _in_use(output)  # both found no lock, and the other wrote last
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
     try:
@@ -90,30 +91,32 @@ def _alone_on_s3(output: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        if _read(uri).startswith(mine):
+        if version is not None and storage.version_on_s3(uri) == version:
             storage.delete_file(uri)
 
 
-def _wait_for_a_killed_run(uri: str, output: str) -> None:
-    found = _read(uri)
-    if not found:
-        return
+def _is(mine: str, uri: str) -> bool:
+    try:
+        return storage.read_bytes(uri).decode().startswith(mine)
+    except FileNotFoundError:
+        return False
+
+
+def _version_of_a_killed_run(uri: str, output: str) -> str | None:
+    """The version of a lock that nobody refreshes; None where there is no lock."""
+    found = storage.version_on_s3(uri)
+    if found is None:
+        return None
     log.info("%s has the lock of another run; waiting %.0f s to see whether it lives", output,
              _GIVEN_UP_AFTER * REFRESH_SECONDS)  # fmt: skip
     for _ in range(_GIVEN_UP_AFTER):
         time.sleep(REFRESH_SECONDS)
-        now = _read(uri)
-        if not now:
-            return
+        now = storage.version_on_s3(uri)
+        if now is None:
+            return None
         if now != found:
             raise _in_use(output)
-
-
-def _read(uri: str) -> str:
-    try:
-        return storage.read_bytes(uri).decode()
-    except FileNotFoundError:
-        return ""
+    return found
 
 
 def _in_use(output: str) -> OutputInUseError:

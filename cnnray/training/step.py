@@ -62,12 +62,14 @@ class Steps:
             tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((None,), tf.float32),
         ]
-        self._compiled_train = tf.function(self._train, [*signature, tf.TensorSpec((), tf.float32)])
-        self._compiled_reduce = tf.function(self._reduce)
+        # Nothing here needs AutoGraph, whose files a killed worker would leave in the temporary folder.
+        self._compiled_train = tf.function(self._train, [*signature, tf.TensorSpec((), tf.float32)], autograph=False)
+        self._compiled_reduce = tf.function(self._reduce, autograph=False)
         inference = keras.Model(self.inference.inputs, self.inference.get_layer("logits").output)
         self._compiled_evaluate = tf.function(
             lambda images, targets, weights: self._sums(inference(images, training=False), targets, weights),
             signature,
+            autograph=False,
         )
 
     @staticmethod

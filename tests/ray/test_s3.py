@@ -7,10 +7,14 @@ import uuid
 from pathlib import Path
 
 import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from cnnray.images import manifest as manifests
-from cnnray.images import storage
+from cnnray.images import storage, stream
+from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
@@ -117,10 +121,38 @@ def test_one_run_at_a_time(bucket, monkeypatch):
     ):
         pass
     assert not storage.exists(f"{bucket}/run")
-    # What a killed run left is taken over.
+    # What a killed run left is taken over, by one of two that come at the same time.
     storage.write_bytes(f"{bucket}/run/.lock", b"killed 7")
     with lock.alone(f"{bucket}/run"):
         assert storage.read_bytes(f"{bucket}/run/.lock") != b"killed 7"
+
+
+def test_of_two_writers_one_succeeds(bucket):
+    uri = f"{bucket}/one"
+    assert storage.version_on_s3(uri) is None
+    first = storage.write_on_s3_if(uri, b"first", None)
+    assert first == storage.version_on_s3(uri) is not None
+    assert storage.write_on_s3_if(uri, b"late", None) is None
+    second = storage.write_on_s3_if(uri, b"second", first)
+    assert storage.write_on_s3_if(uri, b"late", first) is None
+    assert storage.read_bytes(uri) == b"second"
+    storage.delete_file(uri)
+    assert storage.write_on_s3_if(uri, b"late", second) is None
+    with pytest.raises(FileNotFoundError):
+        storage.write_on_s3_if("s3://cnnray-there-is-no-such-bucket/one", b"x", None)
+
+
+def test_parquet_with_images_on_s3(bucket, digits):
+    files = [file.uri for file in storage.files(str(digits))][:20]
+    table = pa.table({"image": [storage.read_bytes(uri) for uri in files], "label": ["ab"[i % 2] for i in range(20)]})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, row_group_size=8)
+    storage.write_bytes(f"{bucket}/data/train-0.parquet", buffer.getvalue())
+    manifest = manifest_of(f"{bucket}/data", labelled=True)
+    (block,) = stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    assert not any(block["error"])
+    expected = [decode(storage.read_bytes(uri), 8) for uri in files]
+    np.testing.assert_array_equal(block["image"], expected)
 
 
 def test_train_from_s3_to_s3(bucket, digits):

@@ -84,7 +84,7 @@ def _overflow(rank, steps, images, targets):
         steps.optimizer.scale_loss = lambda loss: loss * np.inf
     import tensorflow as tf
 
-    steps._compiled_train = tf.function(steps._train)
+    steps._compiled_train = tf.function(steps._train, autograph=False)
     steps.train(images[rank::2], targets[rank::2])
     unmoved = all((v.numpy() == b).all() for v, b in zip(steps.model.trainable_variables, before, strict=True))
     return unmoved, float(scale), float(steps.optimizer.dynamic_scale.numpy())

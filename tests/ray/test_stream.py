@@ -2,10 +2,12 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from cnnray.images import stream
 from cnnray.images.decode import decode
+from cnnray.images.manifest import manifest_of
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
@@ -77,10 +79,48 @@ def test_bad_images_are_rows_with_their_reason(files, sources):
     assert not batch["image"][batch["error"] != ""].any()
 
 
-def test_blocks_are_small_and_in_order():
+@pytest.mark.parametrize("nested", [False, True], ids=["binary", "hugging_face"])
+def test_images_inside_parquet_are_the_same(files, sources, tmp_path, nested):
+    contents, manifest = files
+    contents = [data for data in contents if data is not None]  # without the missing file
+    column = [{"bytes": data, "path": None} for data in contents] if nested else contents
+    pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "images.parquet", row_group_size=7)
+    held = manifest_of(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
+    source = StreamedSource(manifest=held, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28)
+    for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):
+        (expected,), (found,) = (list(s.batches(rows, [len(rows)])) for s in (sources[0], source))
+        for name in ("id", "image", "error"):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_parquet_that_breaks_off_gives_an_error_for_each_of_its_images(tmp_path):
+    path = tmp_path / "images.parquet"
+    images = [data * 50 for data in awkward_images().values() if len(data) < 10_000]
+    pyarrow.parquet.write_table(pa.table({"bytes": images}), path, row_group_size=5, compression="none")
+    manifest = manifest_of(str(path), labelled=False)
+    data = bytearray(path.read_bytes())
+    data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
+    path.write_bytes(data)
+    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(len(images)))
+    errors = np.concatenate([block["error"] for block in blocks]).tolist()
+    assert errors[0].startswith("unreadable: ")
+    assert errors[-1] == ""
+    path.unlink()
+    (block,) = stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    assert all(error.startswith("missing: ") for error in block["error"])
+
+
+def test_blocks_are_small_and_in_order(tmp_path):
     manifest = pa.table({"id": range(1000), "uri": [f"/nowhere/{i}.png" for i in range(1000)]})
     blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
     assert [len(block["id"]) for block in blocks] == [256, 256, 256, 232]
+    assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
+    # Row groups of Parquet are not cut.
+    pyarrow.parquet.write_table(pa.table({"bytes": [b"x"] * 1000}), tmp_path / "x.parquet", row_group_size=300)
+    manifest = manifest_of(str(tmp_path / "x.parquet"), labelled=False)
+    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    assert [len(block["id"]) for block in blocks] == [300, 300, 300, 100]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import ray.cloudpickle
 import yaml
@@ -165,9 +167,13 @@ def test_a_killed_worker_changes_nothing(run, undisturbed, kill):
         assert largest_difference(found, wanted) <= 1e-5
 
 
-def test_kept_in_memory_gives_the_same(run, undisturbed):
-    _, output, steps = run(cache="memory", checkpoint_every_steps=None)
+def test_kept_in_memory_and_from_parquet_gives_the_same(run, undisturbed, tmp_path):
     _, expected, expected_steps = undisturbed
+    rows = manifests.read(str(expected / "manifest.parquet"))
+    images = [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
+    table = pa.table({"image": images, "label": rows["label"], "split": rows["split"]})
+    pyarrow.parquet.write_table(table, tmp_path / "digits.parquet", row_group_size=50)
+    _, output, steps = run(data=str(tmp_path / "digits.parquet"), cache="auto", checkpoint_every_steps=None)
     assert steps == expected_steps
     for found, wanted in zip(final_state(output), final_state(expected), strict=True):
         assert largest_difference(found, wanted) <= 1e-5

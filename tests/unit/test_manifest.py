@@ -58,6 +58,50 @@ def test_tables(tmp_path, kind):
     }
 
 
+def _write_images(path, labels, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": pa.array([b"x"] * len(labels), pa.binary()), "label": labels, **columns})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+def test_parquet_with_the_images_in_it(tmp_path):
+    path = tmp_path / "images.parquet"
+    _write_images(path, ["b", "a", "b"], uri=["x", "x", "z"], who=[1, 2, 3])
+    manifest = manifest_of(str(path), labelled=True)
+    assert manifest["uri"].to_pylist() == [
+        f"{path}#{place}" for place in ("000000-000000000", "000000-000000001", "000001-000000000")
+    ]
+    assert manifest.drop_columns(["id", "uri"]).to_pylist() == [
+        {"original_uri": "x", "label": "b", "split": None, "who": 1},
+        {"original_uri": "x", "label": "a", "split": None, "who": 2},
+        {"original_uri": "z", "label": "b", "split": None, "who": 3},
+    ]
+
+
+def test_parquet_shards_name_their_split_and_labels_as_hugging_face_does(tmp_path):
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    images = pa.array([{"bytes": b"x", "path": "1.png"}] * 3)
+    table = pa.table({"image": images, "label": [1, 0, -1]}).replace_schema_metadata(metadata)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    for source in (tmp_path, tmp_path / "*.parquet"):
+        manifest = manifest_of(str(source), labelled=False)
+        assert manifest["split"].to_pylist() == ["test"] * 3 + ["train"] * 6
+        assert manifest["label"].to_pylist() == ["dog", "cat", None] * 3
+    with pytest.raises(ManifestError, match="3 images have no label"):
+        manifest_of(str(tmp_path), labelled=True)
+
+
+def test_parquet_without_images_or_addresses_is_refused(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "x.parquet")
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ManifestError, match="no column 'uri', or one of images"):
+        manifest_of(str(tmp_path / "x.parquet"), labelled=False)
+    with pytest.raises(ManifestError, match=r"y.parquet cannot be read as a table"):
+        manifest_of(str(tmp_path / "y.parquet"), labelled=False)
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [

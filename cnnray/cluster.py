@@ -96,6 +96,8 @@ def connected() -> Iterator[Resources]:
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        # Ray ends idle processes beyond one a CPU, which then start anew (1 to 2 s) with every epoch's tasks.
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * local_cpus()))
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS") or "local",

@@ -16,7 +16,7 @@ from cnnray.training.source import StreamedSource
 SIZE = 224
 
 
-def ingest(folder: Path, found: Resources, *, images: int = 3000, rounds: int = 5) -> list[Comparison]:
+def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 5) -> list[Comparison]:
     """Measure, on a cluster of this machine's cores, each way once in every round.
 
     Args:

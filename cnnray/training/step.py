@@ -116,12 +116,11 @@ class Steps:
 
     def _replica_step(self, images: Any, targets: Any, weights: Any, bad: Any) -> Any:
         replica = tf.distribute.get_replica_context()
+        # Waits for the other workers to begin the step, not for their forward pass as a sum of losses would.
+        count = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
         with tf.GradientTape() as tape:
             logits = self._network(images, training=True)
-            losses = _cross_entropy(targets, logits) * weights
-            sums = tf.concat([self._sums(logits, targets, weights), [bad]], 0)
-            sums = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(sums))
-            loss = tf.reduce_sum(losses) / tf.maximum(sums[0], 1.0)
+            loss = tf.reduce_sum(_cross_entropy(targets, logits) * weights) / tf.maximum(count, 1.0)
             if self._network.losses:
                 # Weight penalties are the same on every worker, and the workers' gradients are summed.
                 loss += tf.add_n(self._network.losses) / replica.num_replicas_in_sync
@@ -131,7 +130,8 @@ class Steps:
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = _overflow_everywhere(replica, gradients)
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        return sums
+        sums = tf.concat([self._sums(logits, targets, weights), [bad]], 0)
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, sums)
 
     def _sums(self, logits: Any, targets: Any, weights: Any) -> Any:
         logits = tf.cast(logits, tf.float32)

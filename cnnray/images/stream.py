@@ -1,28 +1,21 @@
 """Manifest rows to decoded images: the only place that reads with Ray Data."""
 
-import functools
 import itertools
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from cnnray.images import containers, storage
-from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
+from cnnray.images import containers, reading
+from cnnray.images.decode import ResizeRule
+from cnnray.images.reading import Batch
 
 ROWS_PER_BLOCK = 256
 """Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
 
 _BLOCK_BYTES = 64 * 2**20
-_THREADS = {"local": 4, "s3": 16}
-"""Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
-
-Batch = dict[str, npt.NDArray[Any]]
 
 
 def decoded(
@@ -49,7 +42,7 @@ def decoded(
     bounds = _task_bounds(manifest["uri"].to_pylist(), rows)
     blocks = [manifest.slice(start, stop - start).combine_chunks() for start, stop in itertools.pairwise(bounds)]
     return ray.data.from_blocks(blocks).map_batches(
-        _read_and_decode,
+        reading.decoded_blocks,
         fn_kwargs={"size": size, "resize": resize, "rows_per_block": rows},
         batch_size=None,
         batch_format="pyarrow",
@@ -79,49 +72,6 @@ def _task_bounds(uris: list[str], rows: int) -> list[int]:
             if group is None or group != containers.group_of(uris[index - 1]):
                 bounds.append(index)
     return [*bounds, len(uris)]
-
-
-def _read_and_decode(table: pa.Table, size: int, resize: ResizeRule, rows_per_block: int) -> Iterator[dict[str, Any]]:
-    uris = table["uri"].to_pylist()
-    sources = containers.encoded(uris)
-    decode_into = functools.partial(_decode_into, size=size, resize=resize)
-    with ThreadPoolExecutor(_THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
-        for start in range(0, len(table), rows_per_block):
-            rows = table.slice(start, rows_per_block)
-            images = np.zeros((len(rows), size, size, 3), np.uint8)
-            errors = list(pool.map(decode_into, images, itertools.islice(sources, len(rows))))
-            columns = {name: rows[name].to_numpy() for name in rows.column_names}
-            yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
-
-
-def _decode_into(pixels: npt.NDArray[np.uint8], source: str | bytes | BadImage, size: int, resize: ResizeRule) -> str:
-    try:
-        pixels[:] = decode(_bytes_of(source), size, resize)
-    except BadImage as error:
-        return str(error)
-    return ""
-
-
-def _bytes_of(source: str | bytes | BadImage) -> bytes:
-    """The encoded image, read where `source` is a uri.
-
-    Raises:
-        BadImage: it cannot be read. Nothing else is raised, whatever storage does.
-    """
-    if isinstance(source, BadImage):
-        raise source
-    if isinstance(source, bytes):
-        return source
-    try:
-        return storage.read_bytes(source, MAX_BYTES)
-    except FileNotFoundError as error:
-        raise BadImage("missing", str(error)) from None
-    except PermissionError as error:
-        raise BadImage("access denied", str(error)) from None
-    except OverflowError as error:
-        raise BadImage("too large", str(error)) from None
-    except OSError as error:
-        raise BadImage("unreadable", str(error)) from None
 
 
 def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:

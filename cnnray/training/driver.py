@@ -18,13 +18,13 @@ import yaml
 from cnnray import cluster
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
+from cnnray.images.lock import alone
 from cnnray.models import bundle, startup
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
-from cnnray.training.lock import alone
 
 log = logging.getLogger(__name__)
 

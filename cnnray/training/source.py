@@ -12,7 +12,7 @@ import ray.data
 
 from cnnray.images import stream
 from cnnray.images.decode import ResizeRule
-from cnnray.images.stream import Batch
+from cnnray.images.reading import Batch
 
 
 class Source(Protocol):

@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from cnnray.images import lock, storage, stream
 from cnnray.images import manifest as manifests
-from cnnray.images import storage, stream
 from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import lock
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
 

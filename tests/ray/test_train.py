@@ -18,11 +18,12 @@ import ray.cloudpickle
 import yaml
 
 from cnnray.cluster import ClusterError
+from cnnray.images import lock
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import driver, lock
+from cnnray.training import driver
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
 from tests.awkward import bad_images

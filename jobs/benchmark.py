@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnnray import cluster, commandline
 
-MEASURES = ("ingest", "train", "all")
+MEASURES = ("ingest", "train", "export", "all")
 
 
 def main() -> None:
@@ -16,17 +16,22 @@ def main() -> None:
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import ingest, report, train
+        from cnnray.benchmarks import export, ingest, report, train
         from cnnray.images import stream
 
-        comparisons = []
-        with tempfile.TemporaryDirectory() as folder, cluster.connected() as found:
-            stream.be_quiet()
-            if measure in ("ingest", "all"):
-                comparisons += ingest.ingest(Path(folder), found)
-            if measure in ("train", "all"):
-                comparisons += train.train(Path(folder), found)
-        print(f"{report.table(comparisons)}\n\n{report.machine()}")
+        comparisons, formats = [], ""
+        with tempfile.TemporaryDirectory() as folder:
+            if measure != "export":
+                with cluster.connected() as found:
+                    stream.be_quiet()
+                    if measure in ("ingest", "all"):
+                        comparisons += ingest.ingest(Path(folder), found)
+                    if measure in ("train", "all"):
+                        comparisons += train.train(Path(folder), found)
+            if measure in ("export", "all"):
+                of_engines, formats = export.export(Path(folder))
+                comparisons += of_engines
+        print(f"{formats}\n{report.table(comparisons)}\n\n{report.machine()}")
         return {"comparisons": [dataclasses.asdict(one) for one in comparisons], "machine": report.machine()}
 
     commandline.run(job)

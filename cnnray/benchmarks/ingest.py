@@ -25,7 +25,7 @@ def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 
         images: number of JPEGs of 500x375, brought to 224x224.
         rounds: how often.
     """
-    manifest = manifest_of(str(write_photos(folder / "photos", images)), labelled=True)
+    manifest = manifest_of(str(write_photos(folder / "photos_to_read", images)), labelled=True)
     manifest = manifest.append_column("target", [np.zeros(len(manifest), np.int64)])
     paths = manifest["uri"].to_pylist()
     processes = max(1, int(found.cpus))

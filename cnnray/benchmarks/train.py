@@ -35,7 +35,9 @@ def train(folder: Path, found: Resources, *, steps: int = 16, rounds: int = 3) -
         steps: steps in each measurement.
         rounds: how often each is measured, in turns.
     """
-    config = TrainConfig(data=str(write_photos(folder / "photos", steps * BATCH)), output=str(folder / "out"))
+    config = TrainConfig(
+        data=str(write_photos(folder / "photos_of_steps", steps * BATCH)), output=str(folder / "out")
+    )
     fit, two, memory, files = [], [], [], []
     for _ in range(rounds):
         fit.append(_model_fit(int(found.cpus), steps))

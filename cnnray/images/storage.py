@@ -325,14 +325,18 @@ def write_on_s3_if(uri: str, data: bytes, version: str | None) -> str | None:
     from botocore.exceptions import ClientError
 
     bucket, key = _bucket_key(uri)
-    condition: Any = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    # Ceph compares the version without the quotes that it gives it with.
+    conditions: list[Any] = (
+        [{"IfMatch": version}, {"IfMatch": version.strip('"')}] if version else [{"IfNoneMatch": "*"}]
+    )
     with _s3_errors(uri):
-        try:
-            return str(_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
-        except ClientError as error:
-            if error.response["Error"]["Code"] in _NOT_AS_IT_WAS:
-                return None
-            raise
+        for condition in conditions:
+            try:
+                return str(_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in _NOT_AS_IT_WAS:
+                    raise
+    return None
 
 
 def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:

@@ -1,14 +1,18 @@
 """Bundle: the one thing that passes between jobs.
 
-A folder, local or on S3, with `model.keras` (uint8 RGB at the bundle's size in, probabilities out) and
-`bundle.json` (`BundleInfo`). `bundle.json` is written last: a folder without it is no bundle.
+A folder, local or on S3, with `model.keras` (uint8 RGB at the bundle's size in, probabilities out), `bundle.json`
+(`BundleInfo`), and what export adds (see `formats`). `bundle.json` is written last: a folder without it is no bundle.
 """
 
+import contextlib
+import functools
 import json
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cnnray.images import storage
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     import keras
 
 FORMAT_VERSION = 1
-_MODEL = "model.keras"
+MODEL = "model.keras"
 _INFO = "bundle.json"
 _LIBRARIES = ("keras", "tensorflow", "numpy", "pillow", "cnnray")
 
@@ -60,6 +64,8 @@ class BundleInfo:
     """Hash of the manifest that the model was trained on."""
     class_counts: dict[str, int] = field(default_factory=dict)
     """Training images of each class."""
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What was measured of each exported file, and of `keras`, by format (see `export`)."""
     library_versions: dict[str, str] = field(default_factory=library_versions)
     """Versions of the libraries that wrote the bundle."""
     format_version: int = FORMAT_VERSION
@@ -68,31 +74,49 @@ class BundleInfo:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle: where it came from, what it says of itself, and its model."""
+    """A bundle: where it is and what it says of itself. Its model and files are read when they are asked for."""
 
     uri: str
     info: BundleInfo
-    model: "keras.Model"
 
     @classmethod
     def load(cls, uri: str) -> "Bundle":
-        """Load a bundle from a local folder or s3://, without running any code found in it.
+        """Read and check what a bundle says of itself.
 
         Raises:
-            BundleError: no bundle, one of a newer format, or one whose parts do not agree.
+            BundleError: no bundle, one of a newer format, or one that does not hold what it should.
             OSError: storage that cannot be read.
         """
         uri = storage.absolute(uri)
-        info = read_info(uri)
-        if storage.is_s3(uri):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, _MODEL)
-                path.write_bytes(storage.read_bytes(storage.join(uri, _MODEL)))
-                model = _load_model(path, uri)
-        else:
-            model = _load_model(Path(uri, _MODEL), uri)
-        _check_model(model, info, uri)
-        return cls(uri, info, model)
+        return cls(uri, read_info(uri))
+
+    @functools.cached_property
+    def model(self) -> "keras.Model":
+        """The Keras model, loaded without running any code found in it.
+
+        Raises:
+            BundleError: it cannot be loaded safely, or does not agree with `info`.
+            OSError: storage that cannot be read.
+        """
+        with self.local_copy(MODEL) as path:
+            model = _load_model(path, self.uri)
+        _check_model(model, self.info, self.uri)
+        return model
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file or folder of the bundle on a local path, fetched from S3 for as long as it is needed."""
+        uri = storage.join(self.uri, name)
+        if not storage.is_s3(uri):
+            yield Path(uri)
+            return
+        with tempfile.TemporaryDirectory(prefix="cnnray-bundle-") as folder:
+            path = Path(folder, name)
+            if storage.is_file(uri):
+                path.write_bytes(storage.read_bytes(uri))
+            else:
+                storage.copy_folder(uri, str(path))
+            yield path
 
 
 def read_info(uri: str) -> BundleInfo:
@@ -129,6 +153,8 @@ def read_info(uri: str) -> BundleInfo:
         raise BundleError(f"{uri}: resize in {_INFO} is {info.resize!r}; expected one of {RESIZE_RULES}.")
     if not (isinstance(info.temperature, int | float) and info.temperature > 0):
         raise BundleError(f"{uri}: temperature in {_INFO} is {info.temperature!r}; expected more than 0.")
+    if not (isinstance(info.exports, dict) and all(isinstance(report, dict) for report in info.exports.values())):
+        raise BundleError(f"{uri}: exports in {_INFO} is not a table of formats.")
     return info
 
 
@@ -138,10 +164,18 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
     Raises:
         BundleError: the model's output or input does not agree with `info`.
     """
+    import keras
+
     _check_model(model, info, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder / _MODEL)
-    (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
+    # The same layers without the optimizer, whose variables would be two thirds of the file.
+    keras.Model(model.inputs, model.outputs, name=model.name).save(folder / MODEL)
+    write_info(str(folder), info)
+
+
+def write_info(uri: str, info: BundleInfo) -> None:
+    """Write `bundle.json`."""
+    storage.write_bytes(storage.join(uri, _INFO), (json.dumps(asdict(info), indent=2) + "\n").encode())
 
 
 def replace(target: str, source: str) -> None:
@@ -158,12 +192,28 @@ def _load_model(path: Path, uri: str) -> "keras.Model":
     import keras
 
     if not path.is_file():
-        raise BundleError(f"{uri} is not a bundle: it holds no {_MODEL}.")
+        raise BundleError(f"{uri} is not a bundle: it holds no {MODEL}.")
+    _check_archive(path, uri)
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises what its parts run into: ValueError, TypeError, OSError, KeyError
         reason = " ".join(str(error).split())[:300]
-        raise BundleError(f"{uri}: {_MODEL} cannot be loaded safely: {reason}") from None
+        raise BundleError(f"{uri}: {MODEL} cannot be loaded safely: {reason}") from None
+
+
+def _check_archive(path: Path, uri: str) -> None:
+    """
+    Raises:
+        BundleError: it is no zip archive, or one whose members lie outside of it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise BundleError(f"{uri}: {MODEL} cannot be loaded safely: it is not a Keras archive.") from None
+    for name in map(PurePosixPath, names):
+        if name.is_absolute() or ".." in name.parts:
+            raise BundleError(f"{uri}: {MODEL} cannot be loaded safely: it holds the path {str(name)!r}.")
 
 
 def _check_model(model: "keras.Model", info: BundleInfo, uri: str) -> None:

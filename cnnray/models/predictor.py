@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnray.images.decode import BadImage, decode
+from cnnray.models import engines
 from cnnray.models.bundle import Bundle
-
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Batches are padded up to one of these, so that the compiled function meets few shapes."""
 
 _DECODING_THREADS = 4
 
@@ -32,31 +29,24 @@ class Prediction:
 
 
 class Predictor:
-    """Classifies encoded images with a bundle.
+    """Classifies encoded images with a bundle."""
 
-    The network runs as one compiled TensorFlow function. Probabilities are softmax(logits / temperature);
-    they depend on the grouping into batches by less than 1e-5.
-    """
-
-    def __init__(self, bundle: Bundle, *, top_k: int = 5) -> None:
+    def __init__(
+        self, bundle: Bundle, *, engine: str = engines.KERAS, top_k: int = 5, threads: int | None = None
+    ) -> None:
         """
         Args:
             bundle: what `Bundle.load` gave.
+            engine: one of `engines.ENGINES`; the bundle must have been exported to it (`keras` is always there).
             top_k: length of `Prediction.top_k`, cut to the number of classes.
-        """
-        import keras
-        import tensorflow as tf
+            threads: CPU threads of the engine; None: as many as this process may use.
 
+        Raises:
+            BundleError: the bundle cannot be loaded, or was not exported to this engine.
+        """
         self.bundle = bundle
         self._top_k = min(top_k, len(bundle.info.class_names))
-        network = keras.Model(bundle.model.inputs, bundle.model.get_layer("logits").output)
-        temperature = bundle.info.temperature
-        size = bundle.info.image_size
-
-        def run(images: Any) -> Any:
-            return tf.nn.softmax(tf.cast(network(images, training=False), tf.float32) / temperature)
-
-        self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
+        self._engine = engines.engine_of(bundle, engine, threads)
 
     def __call__(self, images: Sequence[bytes]) -> list[Prediction | BadImage]:
         """Classify encoded images: for each, in order, its prediction, or why it has none."""
@@ -85,15 +75,7 @@ class Predictor:
         Returns:
             float32 (N, classes).
         """
-        results = np.empty((len(images), len(self.bundle.info.class_names)), np.float32)
-        largest = BATCH_SIZES[-1]
-        for start in range(0, len(images), largest):
-            batch = images[start : start + largest]
-            padded = next(size for size in BATCH_SIZES if size >= len(batch))
-            if padded > len(batch):
-                batch = np.concatenate([batch, np.zeros((padded - len(batch), *batch.shape[1:]), np.uint8)])
-            results[start : start + largest] = self._run(batch).numpy()[: len(images) - start]
-        return results
+        return self._engine(images)
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         names = self.bundle.info.class_names

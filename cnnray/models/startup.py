@@ -16,7 +16,7 @@ def load_tensorflow(*, gpus: bool) -> None:
     Args:
         gpus: whether TensorFlow may use the GPUs that the process sees.
     """
-    with _without_stderr():
+    with without_stderr():
         import tensorflow as tf
 
         importlib.import_module("keras")
@@ -26,7 +26,8 @@ def load_tensorflow(*, gpus: bool) -> None:
 
 
 @contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
+    """Turn the whole process's stderr away, also of libraries that know no logger. For programs only."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

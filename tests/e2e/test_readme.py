@@ -1,5 +1,6 @@
 """The README's commands are run as they stand, and what it says of the tree is true."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,9 +18,10 @@ def _marked_blocks():
 def test_marked_blocks_run(tmp_path):
     """In a folder that has what `make demo` made."""
     blocks = _marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "python"] * 2
     write_digits(tmp_path / "demo" / "digits", 1797)
     shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
+    printed = []
     for language, text in blocks:
         text = text.replace(".venv/bin/python", sys.executable)
         command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
@@ -27,18 +29,25 @@ def test_marked_blocks_run(tmp_path):
             command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
+        printed.append(done.stdout.splitlines())
+    trained, answers, exported, answers_of_int8 = printed
+    assert json.loads(trained[-1])["epochs"] == 3
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
+    assert len(json.loads(exported[-1])["formats"]) == 6
+    assert answers_of_int8[0].startswith("[Prediction(label=")
 
 
 def test_make_targets_and_flags_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    help_text = subprocess.run(
-        [sys.executable, "jobs/train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout
+    help_text = "".join(
+        subprocess.run(
+            [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout
+        for job in ("train", "export")
+    )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
         assert flag in help_text, flag
 

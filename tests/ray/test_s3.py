@@ -17,6 +17,7 @@ from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
+from cnnray.models.export import ExportConfig, export
 from cnnray.models.predictor import Predictor
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
@@ -179,6 +180,11 @@ def test_train_from_s3_to_s3(bucket, digits):
     rows = manifests.read(f"{bucket}/runs/1/manifest.parquet").to_pylist()[:3]
     answers = Predictor(Bundle.load(summary["bundle"]))([storage.read_bytes(row["uri"]) for row in rows])
     assert [len(answer.probabilities) for answer in answers] == [10] * 3
+    export(ExportConfig(bundle=summary["bundle"], calibration=f"{bucket}/digits", formats="saved_model,onnx"))
+    assert storage.is_file(f"{summary['bundle']}/saved_model/saved_model.pb")
+    exported = Predictor(Bundle.load(summary["bundle"]), engine="onnx")
+    again = exported([storage.read_bytes(row["uri"]) for row in rows])
+    assert [answer.label for answer in again] == [answer.label for answer in answers]
     # A second time nothing is run; with more epochs it goes on from the checkpoint on S3.
     assert train(config) == summary
     assert train(config.with_changes(epochs=3))["epochs"] == 3

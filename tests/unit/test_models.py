@@ -1,6 +1,9 @@
 import dataclasses
 import itertools
 import json
+import pickle
+import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -158,13 +161,14 @@ def _spoil(folder, **changes):
         ({"temperature": 0}, "more than 0"),
         ({"format_version": 99}, "update it"),
         ({"format_version": ...}, "no format_version"),
+        ({"exports": ["onnx"]}, "not a table of formats"),
     ],
 )
 def test_bundles_whose_parts_do_not_agree_are_refused(changes, sentence, tmp_path):
     _save(tmp_path)
     _spoil(tmp_path, **changes)
     with pytest.raises(BundleError, match=sentence):
-        Bundle.load(str(tmp_path))
+        _ = Bundle.load(str(tmp_path)).model
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
@@ -172,8 +176,11 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         Bundle.load(str(tmp_path))
     _save(tmp_path)
     (tmp_path / "model.keras").write_bytes(b"PK not a model")
-    with pytest.raises(BundleError, match="cannot be loaded safely"):
-        Bundle.load(str(tmp_path))
+    with pytest.raises(BundleError, match="cannot be loaded safely: it is not a Keras archive"):
+        _ = Bundle.load(str(tmp_path)).model
+    (tmp_path / "model.keras").unlink()
+    with pytest.raises(BundleError, match=r"holds no model\.keras"):
+        _ = Bundle.load(str(tmp_path)).model
     (tmp_path / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="not JSON"):
         Bundle.load(str(tmp_path))
@@ -186,4 +193,28 @@ def test_code_in_a_bundle_is_not_run(tmp_path):
     logits = keras.layers.Dense(3, name="logits")(keras.layers.Flatten()(hidden))
     keras.Model(image, keras.layers.Softmax()(logits)).save(tmp_path / "model.keras")
     with pytest.raises(BundleError, match="cannot be loaded safely"):
-        Bundle.load(str(tmp_path))
+        _ = Bundle.load(str(tmp_path)).model
+
+
+class _Executed:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_pickle_in_a_bundle_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _save(tmp_path)
+    (tmp_path / "model.keras").write_bytes(pickle.dumps(_Executed()))
+    with pytest.raises(BundleError, match="cannot be loaded safely: it is not a Keras archive"):
+        _ = Bundle.load(str(tmp_path)).model
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("path", ["../outside.txt", "/tmp/outside.txt", "assets/../../outside.txt"])
+def test_a_path_that_climbs_out_of_a_bundle_is_refused(path, tmp_path):
+    _save(tmp_path / "bundle")
+    with zipfile.ZipFile(tmp_path / "bundle" / "model.keras", "a") as archive:
+        archive.writestr(path, "outside")
+    with pytest.raises(BundleError, match=r"cannot be loaded safely: it holds the path '.*outside\.txt'"):
+        _ = Bundle.load(str(tmp_path / "bundle")).model
+    assert {found.name for found in tmp_path.iterdir()} == {"bundle"}

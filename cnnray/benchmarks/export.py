@@ -1,0 +1,138 @@
+"""Every architecture in every format: trained on handwritten digits, exported by the job, measured side by side."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from cnnray.benchmarks.report import Comparison
+from cnnray.models import bundle as bundles
+from cnnray.models import startup
+from cnnray.models.bundle import Bundle, BundleInfo
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = {
+    # name: epochs, learning rate; from random weights
+    "vgg_bn": (6, 1e-3),
+    "small_cnn": (8, 1e-3),
+    "resnet50": (8, 1e-3),
+    "efficientnetb0": (12, 1e-3),
+    "vgg16": (10, 1e-4),
+    "mobilenetv2": (12, 1e-3),
+}
+SIZE = 32
+_BATCH = 32
+
+Images = npt.NDArray[np.uint8]
+
+
+def export(folder: Path, *, rounds: int = 5) -> tuple[list[Comparison], str]:
+    """Train, export and measure.
+
+    Args:
+        folder: where digits and bundles are written.
+        rounds: how often each speed is measured, in turns.
+
+    Returns:
+        Speeds of `vgg_bn` at 64x64, and a Markdown table of all architectures and formats at 32x32.
+    """
+    startup.load_tensorflow(gpus=False)
+    train, targets, held_out = _digits(folder / "digits")
+    lines: list[str] = []
+    for architecture in ARCHITECTURES:
+        bundle = _trained(architecture, train, targets, folder / architecture)
+        lines += _table_of(architecture, bundle, held_out)
+    return _speeds(folder / "speed", held_out, rounds), "\n".join(lines)
+
+
+def _digits(folder: Path) -> tuple[Images, npt.NDArray[np.int64], Path]:
+    """scikit-learn's digits: images and targets to train on, and a folder of the held out ones."""
+    found = load_digits()
+    pixels = np.kron((found.images * 255 / 16).round(), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
+    train, test, targets, test_targets = train_test_split(
+        np.repeat(pixels[..., None], 3, -1), found.target, test_size=0.3, random_state=0, stratify=found.target
+    )
+    for index, (image, target) in enumerate(zip(test, test_targets, strict=True)):
+        path = folder / str(target) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return train, targets.astype(np.int64), folder
+
+
+def _trained(architecture: str, images: Images, targets: npt.NDArray[np.int64], folder: Path) -> str:
+    import keras
+
+    from cnnray.models import architectures
+
+    epochs, learning_rate = ARCHITECTURES[architecture]
+    keras.utils.set_random_seed(0)
+    model = architectures.build(architecture, SIZE, 10)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.9  # of so few steps the slow average of 0.99 would still hold its start
+    model.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    history = model.fit(images, targets, batch_size=_BATCH, epochs=epochs, verbose=0)
+    log.info("%s: training accuracy %.4f", architecture, history.history["accuracy"][-1])
+    names = [str(digit) for digit in range(10)]
+    bundles.save(model, BundleInfo(class_names=names, image_size=SIZE, architecture=architecture), folder)
+    return str(folder)
+
+
+def _exported(bundle: str, data: Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """What export measured of each format, with those that it refused left out."""
+    from cnnray.models.export import ExportConfig, ExportError
+    from cnnray.models.export import export as run
+
+    try:
+        run(ExportConfig(bundle=bundle, calibration=str(data), **options))
+    except ExportError as error:
+        log.info("%s", error)
+    return Bundle.load(bundle).info.exports
+
+
+def _table_of(architecture: str, bundle: str, held_out: Path) -> list[str]:
+    """The table that export writes into the bundle, with the architecture's name in the first row."""
+    _exported(bundle, held_out)
+    head, rule, *rows = Path(bundle, "export.md").read_text().splitlines()
+    return [f"**{architecture}**", "", head, rule, *rows, ""]
+
+
+def _speeds(folder: Path, data: Path, rounds: int) -> list[Comparison]:
+    """Engines against `model.predict`, and int8 against float32 ONNX, on `vgg_bn` at 64x64."""
+    from cnnray.models import architectures, engines, verification
+
+    info = BundleInfo(class_names=[str(digit) for digit in range(10)], image_size=64, architecture="vgg_bn")
+    bundles.save(architectures.build("vgg_bn", 64, 10), dataclasses.replace(info), folder)
+    # Untrained weights are as fast as any; their answers are noise, whatever the format.
+    _exported(str(folder), data, formats="onnx,onnx-int8,litert,litert-int8", max_accuracy_drop=1.0)
+    bundle = Bundle.load(str(folder))
+    images = np.random.default_rng(0).integers(0, 256, (_BATCH, 64, 64, 3), np.uint8)
+    model = bundle.model
+
+    def predict(batch: Images) -> Any:
+        return model.predict(batch, batch_size=_BATCH, verbose=0)
+
+    ways: dict[str, Any] = {"predict": predict}
+    ways |= {name: engines.engine_of(bundle, name) for name in ("keras", "onnx", "onnx-int8", "litert-int8")}
+    rates: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            for size, rate in verification.speeds(way, images).items():
+                rates.setdefault((name, size), []).append(rate)
+    return [
+        Comparison(f"vgg_bn 64x64, {ours}, batch {size}", rates[ours, size], theirs, rates[theirs, size], aim)
+        for ours, theirs, size, aim in (
+            ("onnx-int8", "predict", "32", 3.0),
+            ("litert-int8", "predict", "32", 3.0),
+            ("onnx-int8", "onnx", "32", 2.0),
+            ("onnx-int8", "predict", "1", 3.0),
+            ("keras", "predict", "1", 1.0),
+        )
+    ]

@@ -1,0 +1,280 @@
+"""Engines: what runs a bundle's network on decoded images.
+
+Each is called with uint8 (N, size, size, 3) and gives float32 probabilities (N, classes), by the temperature that the
+bundle has now. How images are grouped into batches changes a probability by less than 1e-5 (int8 engines: not at all
+in LiteRT, by rounding in ONNX Runtime).
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.formats import FORMATS
+
+log = logging.getLogger(__name__)
+
+Images = npt.NDArray[np.uint8]
+Probabilities = npt.NDArray[np.float32]
+
+KERAS = "keras"
+ENGINES = (KERAS, *(name for name, form in FORMATS.items() if form.engine != "tensorflow"))
+"""What can be asked for by name, beside `auto`."""
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Of the compiled Keras function: batches are padded up to one of these, so that it meets few shapes."""
+_LITERT_BATCH_SIZES = (32, 8, 1)
+
+
+class Engine(Protocol):
+    """Runs a network."""
+
+    def __call__(self, images: Images) -> Probabilities:
+        """Probabilities float32 (N, classes) of images uint8 (N, size, size, 3)."""
+        ...
+
+
+class FileEngine(Engine, Protocol):
+    """Runs an exported file."""
+
+    shape: tuple[int, ...]
+    """(height, width, 3) of the images that it takes."""
+    classes: int
+    """Number of probabilities that it gives."""
+
+
+def usable_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def engine_of(bundle: Bundle, name: str, threads: int | None = None) -> Engine:
+    """Load an engine.
+
+    Args:
+        bundle: with the file that the engine runs.
+        name: one of `ENGINES`.
+        threads: CPU threads of one call; None: as many as this process may use.
+
+    Raises:
+        BundleError: the bundle does not hold what the engine runs, or holds something else.
+    """
+    threads = threads or usable_threads()
+    if name == KERAS:
+        return KerasEngine(bundle, threads)
+    if name not in ENGINES:
+        raise BundleError(f"No engine is called {name!r}; there are {', '.join(ENGINES)}.")
+    report = bundle.info.exports.get(name)
+    if report is None:
+        there = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
+        raise BundleError(f"{bundle.uri} was not exported to {name} (it has {there}): run jobs/export.py.")
+    with bundle.local_copy(FORMATS[name].path) as path:
+        if not path.is_file():
+            raise BundleError(f"{bundle.uri} lists an export to {name}, but holds no {FORMATS[name].path}.")
+        engine = file_engine(name, path, threads, bundle)
+    exported = float(report.get("temperature", 1.0))
+    return engine if exported == bundle.info.temperature else _Tempered(engine, exported / bundle.info.temperature)
+
+
+def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
+    """The engine of an exported file, whatever its bundle says of it.
+
+    Raises:
+        BundleError: the file cannot be run, or its shapes are not the bundle's.
+    """
+    classes_of: dict[str, Callable[[Path, int], FileEngine]] = {
+        "onnx": OnnxEngine,
+        "litert": LiteRTEngine,
+        "tensorflow": SavedModelEngine,
+    }
+    try:
+        engine: FileEngine = classes_of[FORMATS[name].engine](path, threads)
+    except Exception as error:  # the engines' libraries raise exceptions of their own
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"{bundle.uri}: {path.name} cannot be loaded: {reason}") from None
+    size, classes = bundle.info.image_size, len(bundle.info.class_names)
+    if engine.shape != (size, size, 3) or engine.classes != classes:
+        raise BundleError(
+            f"{bundle.uri}: {path.name} takes {engine.shape} and gives {engine.classes} probabilities; the bundle "
+            f"has images of {size}x{size} and {classes} classes."
+        )
+    return engine
+
+
+class KerasEngine:
+    """The Keras model as one compiled TensorFlow function; on a GPU where TensorFlow sees one."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        import keras
+        import tensorflow as tf
+
+        _set_threads(threads)
+        network = keras.Model(bundle.model.inputs, bundle.model.get_layer("logits").output)
+        temperature, size = bundle.info.temperature, bundle.info.image_size
+        self._classes = len(bundle.info.class_names)
+
+        def run(images: Any) -> Any:
+            return tf.nn.softmax(tf.cast(network(images, training=False), tf.float32) / temperature)
+
+        self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
+        results = np.empty((len(images), self._classes), np.float32)
+        largest = BATCH_SIZES[-1]
+        for start in range(0, len(images), largest):
+            batch = images[start : start + largest]
+            padded = next(size for size in BATCH_SIZES if size >= len(batch))
+            if padded > len(batch):
+                batch = np.concatenate([batch, np.zeros((padded - len(batch), *batch.shape[1:]), np.uint8)])
+            results[start : start + largest] = self._run(batch).numpy()[: len(images) - start]
+        return results
+
+
+class OnnxEngine:
+    """An ONNX file in ONNX Runtime, on the CPU."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.shape = tuple(self._session.get_inputs()[0].shape[1:])
+        self.classes = self._session.get_outputs()[0].shape[-1]
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
+        parts = [
+            self._session.run(["probabilities"], {"image": images[start : start + BATCH_SIZES[-1]]})[0]
+            for start in range(0, len(images), BATCH_SIZES[-1])
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+
+
+class SavedModelEngine:
+    """A SavedModel in TensorFlow; its verification needs it."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import tensorflow as tf
+
+        _set_threads(threads)
+        self._signature = tf.saved_model.load(path).signatures["serving_default"]
+        (pixels,) = self._signature.structured_input_signature[1].values()
+        self.shape = tuple(pixels.shape[1:])
+        self.classes = int(self._signature.structured_outputs["probabilities"].shape[-1])
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
+        parts = [
+            self._signature(image=images[start : start + BATCH_SIZES[-1]])["probabilities"].numpy()
+            for start in range(0, len(images), BATCH_SIZES[-1])
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+
+
+class LiteRTEngine:
+    """A LiteRT file in its interpreter, one for each of three batch sizes."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._content, self._threads = path.read_bytes(), threads
+        self._interpreters: dict[int, Any] = {}
+        self._lock = threading.Lock()  # an interpreter holds its call's tensors
+        interpreter = self._interpreter(1)
+        self.shape = tuple(interpreter.get_input_details()[0]["shape"][1:].tolist())
+        output = interpreter.get_output_details()[0]
+        self.classes = int(output["shape"][-1])
+        self._scale, self._zero = output["quantization"]
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
+        with self._lock:
+            parts = [self._run(images[start:stop]) for start, stop in _cut(len(images), _LITERT_BATCH_SIZES)]
+        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+
+    def _run(self, images: Images) -> Probabilities:
+        interpreter = self._interpreter(len(images))
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], images)
+        interpreter.invoke()
+        found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        if found.dtype == np.float32:
+            return np.asarray(found)
+        probabilities = (found.astype(np.float32) - self._zero) * np.float32(self._scale)
+        # Each is rounded by itself to a 256th, so that their sum is not quite 1 (or 0, where there are very many).
+        return np.asarray(probabilities / np.maximum(probabilities.sum(1, keepdims=True), self._scale), np.float32)
+
+    def _interpreter(self, batch_size: int) -> Any:
+        from ai_edge_litert.interpreter import Interpreter
+
+        if batch_size not in self._interpreters:
+            interpreter = Interpreter(model_content=self._content, num_threads=self._threads)
+            details = interpreter.get_input_details()[0]
+            interpreter.resize_tensor_input(details["index"], (batch_size, *details["shape"][1:]))
+            interpreter.allocate_tensors()
+            self._interpreters[batch_size] = interpreter
+        return self._interpreters[batch_size]
+
+
+def _set_threads(threads: int) -> None:
+    import tensorflow as tf
+
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+    except RuntimeError:  # TensorFlow runs already, with the threads that the process has given it
+        log.debug("TensorFlow keeps its %d threads", tf.config.threading.get_intra_op_parallelism_threads())
+
+
+class _Tempered:
+    """The probabilities of an engine at another temperature than its file was made with."""
+
+    def __init__(self, engine: Engine, exponent: float) -> None:
+        self._engine, self._exponent = engine, exponent
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`: softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised."""
+        powers = self._engine(images) ** np.float32(self._exponent)
+        return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
+
+
+def _cut(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Cut `count` images into batches of the given sizes, the largest first."""
+    start = 0
+    for size in sizes:
+        while count - start >= size:
+            yield start, start + size
+            start += size
+
+
+def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
+    """The engine that `auto` stands for: on a GPU Keras; else the fastest whose export was verified.
+
+    An int8 engine is only chosen where its accuracy was measured on labelled images.
+
+    Args:
+        bundle: with what export measured in its `info.exports`.
+        gpus: whether the process has a GPU.
+        batch_size: images in a call; the measurement at 1 or at 32 is taken, whichever is nearer.
+    """
+    if gpus:
+        log.info("engine keras: there is a GPU")
+        return KERAS
+    key = "1" if batch_size < 6 else "32"
+    speeds = {
+        name: float(report["images_per_second"][key])
+        for name, report in bundle.info.exports.items()
+        if name in ENGINES and (name == KERAS or FORMATS[name].tolerance or report["accuracy"] is not None)
+    }
+    if not speeds:
+        log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
+        return KERAS
+    chosen = max(speeds, key=lambda name: speeds[name])
+    measured = ", ".join(f"{name} {speed:.0f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
+    log.info("engine %s: the fastest by export's measurement at batch %s (images/s: %s)", chosen, key, measured)
+    return chosen

@@ -1,0 +1,88 @@
+"""An engine against the Keras model on the same images: how far apart, how right, how fast."""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cnnray.models.engines import Engine, Images, Probabilities
+
+MEASURED_BATCH_SIZES = (1, 32)
+_ROUNDS = 3
+_SECONDS_A_ROUND = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was measured of one exported format."""
+
+    path: str
+    """Of the file, or folder, in the bundle."""
+    bytes: int
+    max_difference: float
+    """Largest difference of any probability of any image from the Keras model's."""
+    top_1_agreement: float
+    """Share of the images for which both have the same most probable class."""
+    accuracy: float | None
+    """On the labelled images; None where there are no labels."""
+    images_per_second: dict[str, float]
+    """By batch size, with all of this process's CPUs: the median of three rounds."""
+    temperature: float
+    """That of the bundle when it was exported."""
+    images: int
+    """How many were compared."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def accuracy(probabilities: Probabilities, targets: npt.NDArray[np.int64] | None) -> float | None:
+    """Share of images whose most probable class is their target (int64 (N,)); None without targets."""
+    return None if targets is None else float((probabilities.argmax(1) == targets).mean())
+
+
+def speeds(engine: Engine, images: Images) -> dict[str, float]:
+    """Images/s of an engine at each of `MEASURED_BATCH_SIZES`."""
+    found = {}
+    for size in MEASURED_BATCH_SIZES:
+        batch = np.resize(images, (size, *images.shape[1:]))
+        engine(batch)
+        found[str(size)] = round(statistics.median(_rate(engine, batch) for _ in range(_ROUNDS)), 2)
+    return found
+
+
+def _rate(engine: Engine, batch: Images) -> float:
+    calls, start = 0, time.perf_counter()
+    while (took := time.perf_counter() - start) < _SECONDS_A_ROUND or not calls:
+        engine(batch)
+        calls += 1
+    return calls * len(batch) / took
+
+
+def table(reports: dict[str, dict[str, Any]], refused: dict[str, str]) -> str:
+    """The reports, and why others were refused, as Markdown."""
+    lines = [
+        "| format | MiB | of Keras's | largest difference | same top-1 | accuracy | images/s at 1 | at 32 | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    keras = reports["keras"]
+    for name, report in reports.items():
+        speed, right = report["images_per_second"], report["accuracy"]
+        cells = [
+            name,
+            f"{report['bytes'] / 2**20:.2f}",
+            f"{report['bytes'] / keras['bytes']:.2f}",
+            f"{report['max_difference']:.1e}",
+            f"{report['top_1_agreement']:.4f}",
+            "" if right is None else f"{right:.4f}",
+            f"{speed['1']:.0f}",
+            f"{speed['32']:.0f}",
+            f"{speed['32'] / keras['images_per_second']['32']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {name} | refused: {reason} | | | | | | | |" for name, reason in refused.items()]
+    return "\n".join(lines)

@@ -1,0 +1,341 @@
+"""Every architecture to every format, and what export refuses."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnray.images.decode import BadImage
+from cnnray.images.manifest import ManifestError
+from cnnray.models import bundle as bundles
+from cnnray.models import engines, formats, verification
+from cnnray.models.bundle import Bundle, BundleError, BundleInfo
+from cnnray.models.export import ExportConfig, ExportError, export
+from cnnray.models.formats import FORMATS
+from cnnray.models.predictor import Predictor
+from tests.awkward import awkward_images, bad_images
+from tests.networks import CLASSES, coloured_noise, fitted
+from tests.unit.test_models import TESTED
+
+SIZE = 32
+NAMES = ["red", "green", "blue"]
+FLOAT_ENGINES = [name for name in engines.ENGINES if name != "keras" and FORMATS[name].tolerance]
+
+
+def _write_images(folder, count=96, seed=1):
+    images, targets = coloured_noise(count, SIZE, seed)
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
+        path = folder / NAMES[target] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "_SECONDS_A_ROUND", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Labelled images of three classes."""
+    return _write_images(tmp_path_factory.mktemp("colours"))
+
+
+def _save(folder, architecture, **info):
+    model = fitted(architecture, SIZE, *coloured_noise(96, SIZE))
+    stated = BundleInfo(class_names=NAMES, image_size=SIZE, architecture=architecture)
+    bundles.save(model, dataclasses.replace(stated, **info), folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, data):
+    """A bundle of `small_cnn` in every format, and the JSON line of its export."""
+    folder = tmp_path_factory.mktemp("exported")
+    _save(folder, "small_cnn", temperature=1.5)
+    return folder, export(ExportConfig(bundle=str(folder), calibration=str(data)))
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A copy of that bundle to spoil."""
+    return Path(shutil.copytree(exported[0], tmp_path / "bundle"))
+
+
+def _content(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("architecture", [name for name in TESTED if name != "small_cnn"])
+def test_every_architecture_to_every_format(architecture, data, tmp_path):
+    _save(tmp_path, architecture)
+    found = export(ExportConfig(bundle=str(tmp_path), calibration=str(data), calibration_images=48))["formats"]
+    assert list(found) == list(FORMATS)
+    for name, report in found.items():
+        assert report["accuracy"] >= 0.99
+        assert (tmp_path / report["path"]).exists()
+        assert report["max_difference"] <= (FORMATS[name].tolerance or 0.5)
+    weights = found["litert"]["bytes"]
+    assert found["litert-float16"]["bytes"] < 0.6 * weights
+    assert found["litert-int8"]["bytes"] < 0.4 * weights
+    assert found["onnx-int8"]["bytes"] < 0.4 * weights
+
+
+def test_what_an_export_leaves(exported):
+    folder, summary = exported
+    assert summary["bundle"] == str(folder)
+    stated = json.loads((folder / "bundle.json").read_text())["exports"]
+    assert stated == summary["formats"] | {"keras": stated["keras"]}
+    for report in stated.values():
+        path = folder / report["path"]
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        assert report["bytes"] == sum(file.stat().st_size for file in files)
+        assert (report["accuracy"], report["images"], report["temperature"]) == (1.0, 96, 1.5)
+        assert set(report["images_per_second"]) == {"1", "32"}
+    table = (folder / "export.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["keras", *FORMATS]
+    assert {path.name for path in folder.iterdir()} == {
+        "bundle.json", "export.md", "model.keras", *(form.path for form in FORMATS.values()),
+    }  # fmt: skip
+
+
+PLAIN = {
+    "onnx": """
+        import onnxruntime
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+        (found,) = session.run(["probabilities"], {"image": images})
+        stated = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    """,
+    "litert": """
+        import zipfile
+        from ai_edge_litert.interpreter import Interpreter
+        interpreter = Interpreter(f"{folder}/model.tflite")
+        place = interpreter.get_input_details()[0]["index"]
+        interpreter.resize_tensor_input(place, images.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(place, images)
+        interpreter.invoke()
+        found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        stated = json.loads(zipfile.ZipFile(f"{folder}/model.tflite").read("cnnray.json"))
+    """,
+    "saved_model": """
+        import tensorflow as tf
+        loaded = tf.saved_model.load(f"{folder}/saved_model")
+        answers = loaded.signatures["serving_default"](image=images)
+        found = answers["probabilities"].numpy()
+        assert answers["class_names"].numpy().tolist() == [[b"red", b"green", b"blue"]] * len(images)
+        encoded = [tf.io.encode_png(image).numpy() for image in images]
+        from_bytes = loaded.signatures["encoded"](image_bytes=tf.constant(encoded))["probabilities"].numpy()
+        assert np.abs(from_bytes - found).max() < 1e-6
+        stated = json.load(open(f"{folder}/saved_model/assets.extra/cnnray.json"))
+    """,
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_files_run_without_cnnray(name, exported, tmp_path):
+    folder, _ = exported
+    images, _ = coloured_noise(9, SIZE, seed=2)
+    expected = Predictor(Bundle.load(str(folder))).probabilities(images)
+    np.savez(tmp_path / "images.npz", images=images, expected=expected)
+    program = "\n".join(
+        [
+            "import json, sys\nimport numpy as np",
+            f"folder, saved = {str(folder)!r}, np.load({str(tmp_path / 'images.npz')!r})",
+            "images = saved['images']",
+            *(line.removeprefix(" " * 8) for line in PLAIN[name].splitlines()),
+            "assert np.abs(found - saved['expected']).max() < 1e-5",
+            "assert stated['class_names'] == ['red', 'green', 'blue'], stated",
+            "assert (stated['image_size'], stated['resize'], stated['temperature']) == (32, 'stretch', 1.5), stated",
+            "assert 'uint8' in stated['preprocessing']",
+            "assert not any(name.startswith('cnnray') for name in sys.modules)",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_awkward_images_through_every_engine(exported):
+    images = [data for pair in zip(awkward_images().values(), _cycled_bad(), strict=False) for data in pair]
+    bundle = Bundle.load(str(exported[0]))
+    expected = Predictor(bundle)(images)
+    for name in engines.ENGINES:
+        answers = Predictor(bundle, engine=name)(images)
+        assert [isinstance(answer, BadImage) for answer in answers] == [False, True] * (len(images) // 2)
+        tolerance = 0.2 if name == "keras" or not FORMATS[name].tolerance else FORMATS[name].tolerance
+        for answer, wanted in zip(answers[0::2], expected[0::2], strict=True):
+            assert np.abs(answer.probabilities - wanted.probabilities).max() <= tolerance
+            if name in FLOAT_ENGINES:
+                assert answer.label == wanted.label
+
+
+def _cycled_bad():
+    bad = [data for data, _ in bad_images().values()]
+    return [bad[index % len(bad)] for index in range(len(awkward_images()))]
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_answers_do_not_depend_on_the_grouping(name, exported):
+    predictor = Predictor(Bundle.load(str(exported[0])), engine=name)
+    images, _ = coloured_noise(75, SIZE, seed=3)
+    together = predictor.probabilities(images)
+    assert together.dtype == np.float32
+    assert together.shape == (75, CLASSES)
+    np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
+    for size in (1, 7, 33):
+        parts = [predictor.probabilities(images[start : start + size]) for start in range(0, 75, size)]
+        np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-5)
+    assert predictor.probabilities(images[:0]).shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("name", FLOAT_ENGINES)
+def test_engines_follow_a_temperature_that_was_fitted_after_the_export(name, copy):
+    bundle = Bundle.load(str(copy))
+    bundles.write_info(str(copy), dataclasses.replace(bundle.info, temperature=4.0))
+    changed = Bundle.load(str(copy))
+    images, _ = coloured_noise(9, SIZE, seed=4)
+    expected = Predictor(changed).probabilities(images)
+    assert np.abs(expected - Predictor(bundle).probabilities(images)).max() > 0.01
+    found = Predictor(changed, engine=name).probabilities(images)
+    np.testing.assert_allclose(found, expected, atol=FORMATS[name].tolerance)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+
+
+def _wrong(network, path, write=FORMATS["onnx"].write):
+    """Makes a file of the network with its classes in another order."""
+    logits = network.bundle.model.get_layer("logits")
+    kernel, bias = logits.get_weights()
+    logits.set_weights([kernel[:, ::-1], bias[::-1]])
+    write(formats.Network(network.bundle, network.calibration), path)
+    logits.set_weights([kernel, bias])
+
+
+@pytest.mark.parametrize(
+    ("name", "labelled", "sentence"),
+    [
+        ("onnx", True, r"onnx was refused: a probability differs from Keras's by .*, more than 0.0001"),
+        ("onnx-int8", True, r"onnx-int8 was refused: accuracy 0\.\d+ instead of 1.0000"),
+        ("onnx-int8", False, r"onnx-int8 was refused: agreement with Keras 0\.\d+ instead of 1.0000"),
+    ],
+)
+def test_a_format_that_is_not_the_same_is_refused_and_not_left_behind(
+    name, labelled, sentence, data, copy, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=_wrong))
+    if not labelled:
+        shutil.copytree(data / "red", tmp_path / "flat")
+        for other in ("green", "blue"):
+            shutil.copytree(data / other, tmp_path / "flat", dirs_exist_ok=True)
+        data = tmp_path / "flat"
+    before = _content(copy)
+    with pytest.raises(ExportError, match=sentence):
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=f"{name},litert"))
+    assert not (copy / FORMATS[name].path).exists()
+    left = Bundle.load(str(copy)).info.exports
+    assert name not in left
+    assert (left["litert"]["accuracy"] is None) != labelled
+    assert f"| {name} | refused" in (copy / "export.md").read_text()
+    others = [path for path in before if path not in ("bundle.json", "export.md", "model.tflite", FORMATS[name].path)]
+    assert {path: _content(copy)[path] for path in others} == {path: before[path] for path in others}
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "other classes", "one label more"])
+def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_path):
+    folder, sentence = tmp_path / "calibration", "does not exist"
+    if case == "empty":
+        folder.mkdir()
+        sentence = "holds no images"
+    if case == "unreadable":
+        for name in NAMES:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "1.png").write_bytes(b"nothing")
+        sentence = r"no image can be read, .*blue/1.png for one \(not an image"
+    if case == "other classes":
+        for name in NAMES:
+            shutil.copytree(data / name, folder / f"dark {name}")
+        sentence = "has the label 'dark blue', which is no class of"
+    if case == "one label more":
+        shutil.copytree(data, folder)
+        shutil.copytree(data / "red", folder / "violet")
+        sentence = "has the label 'violet', which is no class of"
+    before = _content(copy)
+    with pytest.raises(ManifestError, match=sentence):
+        export(ExportConfig(bundle=str(copy), calibration=str(folder)))
+    assert _content(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"formats": "onnx,onx"}, "--formats 'onnx,onx': expected some of saved_model"),
+        ({"formats": ""}, "--formats ''"),
+        ({"calibration_images": 0}, "--calibration-images must be at least 1"),
+        ({"max_accuracy_drop": 2}, "--max-accuracy-drop"),
+        ({"threads": 0}, "--threads"),
+        ({"bundle": "gs://x"}, "neither a local path nor"),
+    ],
+)
+def test_impossible_flags_are_refused(changes, sentence):
+    with pytest.raises((ValueError, OSError), match=sentence):
+        ExportConfig(**{"bundle": "/b", "calibration": "/c"} | changes)
+
+
+def test_engines_that_are_not_there_get_a_sentence(copy):
+    with pytest.raises(BundleError, match="No engine is called 'tensorrt'; there are keras, onnx"):
+        Predictor(Bundle.load(str(copy)), engine="tensorrt")
+    (copy / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"lists an export to onnx, but holds no model\.onnx"):
+        Predictor(Bundle.load(str(copy)), engine="onnx")
+    (copy / "model.tflite").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match=r"model\.tflite cannot be loaded"):
+        Predictor(Bundle.load(str(copy)), engine="litert")
+    info = Bundle.load(str(copy)).info
+    bundles.write_info(str(copy), dataclasses.replace(info, exports={}))
+    with pytest.raises(BundleError, match=r"was not exported to litert-int8 \(it has keras\): run jobs/export.py"):
+        Predictor(Bundle.load(str(copy)), engine="litert-int8")
+    bundles.write_info(str(copy), dataclasses.replace(info, class_names=["a", "b"]))
+    with pytest.raises(BundleError, match="gives 3 probabilities; the bundle has images of 32x32 and 2 classes"):
+        Predictor(Bundle.load(str(copy)), engine="onnx-int8")
+
+
+def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
+    bundle = Bundle.load(str(exported[0]))
+
+    def with_speeds(labelled=True, **speeds):
+        accuracy = 1.0 if labelled else None
+        exports = {
+            name.replace("_", "-"): {"accuracy": accuracy, "images_per_second": {"1": one, "32": many}}
+            for name, (one, many) in speeds.items()
+        }
+        return dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, exports=exports))
+
+    measured = with_speeds(keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), litert_int8=(40, 80))
+    assert engines.choose(measured, gpus=False, batch_size=32) == "onnx-int8"
+    assert engines.choose(measured, gpus=False, batch_size=1) == "litert-int8"
+    assert engines.choose(measured, gpus=True, batch_size=32) == "keras"
+    caplog.set_level("INFO")
+    unlabelled = with_speeds(False, keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), saved_model=(99, 99))
+    assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
+    assert "engine onnx: the fastest by export's measurement at batch 32 (images/s: onnx 60, keras 50)" in caplog.text
+    assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
+
+
+def test_formats_say_how_pixels_are_prepared(exported):
+    stated = formats.metadata(Bundle.load(str(exported[0])))
+    assert stated["architecture"] == "small_cnn"
+    assert stated["class_names"] == NAMES

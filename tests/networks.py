@@ -20,6 +20,7 @@ def coloured_noise(count, size, seed=0):
 
 def fitted(architecture, size, images, targets):
     """A network of random weights, whose logits tell the images' targets."""
+    keras.utils.set_random_seed(0)
     model = architectures.build(architecture, size, CLASSES)
     logits = model.get_layer("logits")
     network = keras.Model(model.inputs, logits.input)

@@ -95,6 +95,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     bundle = Bundle.load(config.bundle)
     calibration, images, targets = _images(config, bundle)
+    startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before
     with alone(bundle.uri):
         return _export(config, bundle, calibration, images, targets)
 
@@ -138,15 +139,17 @@ def _export(
                 images=len(images),
             )
             reason = _reason_to_refuse(config, name, report, stated)
-            storage.delete_folder(target) if path.is_dir() else storage.delete_file(target)
+            # What the bundle lists is there, and whole, at any moment.
             reports.pop(name, None)
+            bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
+            storage.delete_folder(target) if path.is_dir() else storage.delete_file(target)
             if reason:
                 refused[name] = reason
             else:
-                reports[name] = report.as_dict()
                 storage.copy_folder(folder, bundle.uri)
+                reports[name] = report.as_dict()
+                bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
         log.info("%s: %s", name, reason or _summary(report))
-        bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
     text = verification.table(reports, refused)
     storage.write_bytes(storage.join(bundle.uri, REPORT), f"{text}\n".encode())
     log.info("%s", text)

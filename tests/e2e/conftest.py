@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ class Job:
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                env=variables | (environment or {}),
+                env=variables | (environment or {}), preexec_fn=_listen_to_ctrl_c,
             )  # fmt: skip
 
     def wait(self, seconds):
@@ -39,6 +40,11 @@ class Job:
                 child.kill()
             self.process.kill()
             self.process.wait()
+
+
+def _listen_to_ctrl_c():
+    # A shell that starts the tests in its background has them, and what they start, ignore it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

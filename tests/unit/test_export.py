@@ -79,7 +79,13 @@ def _content(folder):
     }
 
 
-@pytest.mark.parametrize("architecture", [name for name in TESTED if name != "small_cnn"])
+LARGE = ("resnet50", "vgg16")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.long if name in LARGE else ()) for name in TESTED if name != "small_cnn"],
+)
 def test_every_architecture_to_every_format(architecture, data, tmp_path):
     _save(tmp_path, architecture)
     found = export(ExportConfig(bundle=str(tmp_path), calibration=str(data), calibration_images=48))["formats"]

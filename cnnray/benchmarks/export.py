@@ -1,6 +1,5 @@
 """Every architecture in every format: trained on handwritten digits, exported by the job, measured side by side."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def _speeds(folder: Path, data: Path, rounds: int) -> list[Comparison]:
     from cnnray.models import architectures, engines, verification
 
     info = BundleInfo(class_names=[str(digit) for digit in range(10)], image_size=64, architecture="vgg_bn")
-    bundles.save(architectures.build("vgg_bn", 64, 10), dataclasses.replace(info), folder)
+    bundles.save(architectures.build("vgg_bn", 64, 10), info, folder)
     # Untrained weights are as fast as any; their answers are noise, whatever the format.
     _exported(str(folder), data, formats="onnx,onnx-int8,litert,litert-int8", max_accuracy_drop=1.0)
     bundle = Bundle.load(str(folder))

@@ -41,7 +41,7 @@ def alone(output: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone_locally(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
-        raise OutputInUseError(f"--output {folder} is a file; expected a folder.")
+        raise OutputInUseError(f"{folder} is a file; expected a folder.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
@@ -120,4 +120,4 @@ def _version_of_a_killed_run(uri: str, output: str) -> str | None:
 
 
 def _in_use(output: str) -> OutputInUseError:
-    return OutputInUseError(f"Another run is writing to {output}; give this one another --output.")
+    return OutputInUseError(f"Another run is writing to {output}; wait for its end, or write elsewhere.")

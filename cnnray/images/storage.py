@@ -145,8 +145,13 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         options |= {"scheme": scheme or "https", "endpoint_override": host.rstrip("/")}
         region = region or "us-east-1"
     elif not region:
-        region = pyarrow.fs.resolve_s3_region(_bucket_key(uri)[0])
+        region = _region_of(_bucket_key(uri)[0])
     return _ArrowS3(region=region, **options), uri.removeprefix("s3://")
+
+
+@functools.cache
+def _region_of(bucket: str) -> str:
+    return str(pyarrow.fs.resolve_s3_region(bucket))  # a request
 
 
 class _ArrowS3(pyarrow.fs.S3FileSystem):

@@ -160,7 +160,7 @@ class OnnxEngine:
 
 
 class SavedModelEngine:
-    """A SavedModel in TensorFlow; its verification needs it."""
+    """A SavedModel in TensorFlow. Only its verification uses it: `KerasEngine` is as fast."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import tensorflow as tf

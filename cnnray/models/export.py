@@ -97,7 +97,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     calibration, images, targets = _images(config, bundle)
     startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before
     with alone(bundle.uri):
-        return _export(config, bundle, calibration, images, targets)
+        # Read again: another export may have ended since.
+        return _export(config, Bundle.load(config.bundle), calibration, images, targets)
 
 
 def _export(
@@ -142,7 +143,10 @@ def _export(
             # What the bundle lists is there, and whole, at any moment.
             reports.pop(name, None)
             bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-            storage.delete_folder(target) if path.is_dir() else storage.delete_file(target)
+            if path.is_dir():
+                storage.delete_folder(target)
+            else:
+                storage.delete_file(target)
             if reason:
                 refused[name] = reason
             else:

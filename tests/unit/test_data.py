@@ -15,7 +15,7 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
     ("uris", "cache", "store", "expected"),
     [
         (FILES, "auto", 10**6, True),
-        (FILES, "auto", 4 * 10**5, False),  # less than a fifth would be left
+        (FILES, "auto", 4 * 10**5, False),  # more than a fifth of it
         (FILES, "auto", 10**4, False),
         (FILES, "none", 10**6, False),
         (FILES, "memory", 10**5, True),

@@ -16,6 +16,7 @@ from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, formats, verification
+from cnnray.models import export as export_job
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.export import ExportConfig, ExportError, export
 from cnnray.models.formats import FORMATS
@@ -341,6 +342,19 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
     assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
     assert "engine onnx: the fastest by export's measurement at batch 32 (images/s: onnx 60, keras 50)" in caplog.text
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
+
+
+def test_what_another_export_added_meanwhile_is_kept(data, copy, monkeypatch):
+    info = Bundle.load(str(copy)).info
+    bundles.write_info(str(copy), dataclasses.replace(info, exports={}))
+
+    def images(*arguments, read=export_job._images):
+        bundles.write_info(str(copy), info)  # the other one ends
+        return read(*arguments)
+
+    monkeypatch.setattr(export_job, "_images", images)
+    export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
+    assert set(Bundle.load(str(copy)).info.exports) == set(info.exports)
 
 
 def test_formats_say_how_pixels_are_prepared(exported):

@@ -152,11 +152,11 @@ class OnnxEngine:
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        parts = [
-            self._session.run(["probabilities"], {"image": images[start : start + BATCH_SIZES[-1]]})[0]
-            for start in range(0, len(images), BATCH_SIZES[-1])
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+
+        def run(batch: Images) -> Probabilities:
+            return np.asarray(self._session.run(["probabilities"], {"image": batch})[0])
+
+        return _in_batches(run, images, self.classes)
 
 
 class SavedModelEngine:
@@ -166,18 +166,29 @@ class SavedModelEngine:
         import tensorflow as tf
 
         _set_threads(threads)
-        self._signature = tf.saved_model.load(path).signatures["serving_default"]
+        signatures = tf.saved_model.load(path).signatures
+        self._signature, self._encoded = signatures["serving_default"], signatures["encoded"]
         (pixels,) = self._signature.structured_input_signature[1].values()
         self.shape = tuple(pixels.shape[1:])
         self.classes = int(self._signature.structured_outputs["probabilities"].shape[-1])
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        parts = [
-            self._signature(image=images[start : start + BATCH_SIZES[-1]])["probabilities"].numpy()
-            for start in range(0, len(images), BATCH_SIZES[-1])
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+
+        def run(batch: Images) -> Probabilities:
+            return np.asarray(self._signature(image=batch)["probabilities"])
+
+        return _in_batches(run, images, self.classes)
+
+    def of_encoded(self, images: Images) -> Probabilities:
+        """The same of the images as PNG files, by the signature that takes such."""
+        import tensorflow as tf
+
+        def run(batch: Images) -> Probabilities:
+            encoded = tf.stack([tf.io.encode_png(image) for image in batch])
+            return np.asarray(self._encoded(image_bytes=encoded)["probabilities"])
+
+        return _in_batches(run, images, self.classes)
 
 
 class LiteRTEngine:
@@ -241,6 +252,12 @@ class _Tempered:
         """See `Engine`: softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised."""
         powers = self._engine(images) ** np.float32(self._exponent)
         return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
+
+
+def _in_batches(run: Callable[[Images], Probabilities], images: Images, classes: int) -> Probabilities:
+    largest = BATCH_SIZES[-1]
+    parts = [run(images[start : start + largest]) for start in range(0, len(images), largest)]
+    return np.concatenate(parts) if parts else np.empty((0, classes), np.float32)
 
 
 def _cut(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -110,50 +110,44 @@ def _export(
 ) -> dict[str, Any]:
     threads = config.threads or engines.usable_threads()
     keras = engines.engine_of(bundle, engines.KERAS, threads)
-    expected = keras(images)
+    expected, temperature = keras(images), bundle.info.temperature
     with bundle.local_copy(bundles.MODEL) as path:
-        size = path.stat().st_size
-    stated = Report(
-        path=bundles.MODEL, bytes=size, max_difference=0.0, top_1_agreement=1.0,
-        accuracy=verification.accuracy(expected, targets), images_per_second=verification.speeds(keras, images),
-        temperature=bundle.info.temperature, images=len(images),
-    )  # fmt: skip
+        stated = verification.report(keras, path, images, expected, targets, temperature)
     log.info("comparing on %d images; Keras: accuracy %s", len(images), _shown(stated.accuracy))
     reports, refused = bundle.info.exports | {engines.KERAS: stated.as_dict()}, {}
     network = Network(bundle, calibration)
-    for name in config.names:
-        target = storage.join(bundle.uri, FORMATS[name].path)
-        with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-            path = Path(folder, FORMATS[name].path)
+
+    def made(name: str, path: Path) -> Report | str:
+        """What was measured of a format that is now at `path`, or why it is refused."""
+        try:
             with startup.without_stderr():  # the converters tell of each pass
                 FORMATS[name].write(network, path)
                 engine = engines.file_engine(name, path, threads, bundle)
-                found = engine(images)
-            report = Report(
-                path=FORMATS[name].path,
-                bytes=sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
-                max_difference=float(np.abs(found - expected).max()),
-                top_1_agreement=float((found.argmax(1) == expected.argmax(1)).mean()),
-                accuracy=verification.accuracy(found, targets),
-                images_per_second=verification.speeds(engine, images),
-                temperature=bundle.info.temperature,
-                images=len(images),
-            )
-            reason = _reason_to_refuse(config, name, report, stated)
+                report = verification.report(engine, path, images, expected, targets, temperature)
+        except OSError:  # a full disk says nothing of the format
+            raise
+        except Exception as error:  # converters and engines raise whatever they run into
+            log.debug("%s", name, exc_info=True)
+            return f"it cannot be made: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        return _reason_to_refuse(config, name, report, stated) or report
+
+    for name in config.names:
+        form = FORMATS[name]
+        with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
+            found = made(name, Path(folder, form.path))
             # What the bundle lists is there, and whole, at any moment.
             reports.pop(name, None)
             bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-            if path.is_dir():
-                storage.delete_folder(target)
-            else:
-                storage.delete_file(target)
-            if reason:
-                refused[name] = reason
+            delete = storage.delete_folder if form.engine == "tensorflow" else storage.delete_file
+            delete(storage.join(bundle.uri, form.path))
+            if isinstance(found, str):
+                refused[name] = found
+                log.warning("%s is refused: %s", name, found)
             else:
                 storage.copy_folder(folder, bundle.uri)
-                reports[name] = report.as_dict()
+                reports[name] = found.as_dict()
                 bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-        log.info("%s: %s", name, reason or _summary(report))
+                log.info("%s: %s", name, _summary(found))
     text = verification.table(reports, refused)
     storage.write_bytes(storage.join(bundle.uri, REPORT), f"{text}\n".encode())
     log.info("%s", text)

@@ -112,7 +112,8 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
         "class_names": info.class_names,
         "image_size": info.image_size,
         "resize": info.resize,
-        "preprocessing": "RGB pixels as uint8, resized with anti-aliasing; scaling is inside the network",
+        "preprocessing": "RGB pixels as uint8: EXIF orientation applied, transparency over white, resized by bilinear "
+        "interpolation with anti-aliasing; scaling is inside the network",
         "temperature": info.temperature,
         "architecture": info.architecture,
     }
@@ -124,6 +125,8 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
 def _write_saved_model(network: Network, path: Path) -> None:
     import tensorflow as tf
 
+    from cnnray.models import graph_decode
+
     info, module = network.bundle.info, tf.Module()
     module.weights = [variable.value for variable in network.bundle.model.variables]
     pixels = network.function()
@@ -133,8 +136,7 @@ def _write_saved_model(network: Network, path: Path) -> None:
         return {"probabilities": pixels(image), "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
 
     def decoded(data: Any) -> Any:
-        image = tf.io.decode_image(data, channels=3, expand_animations=False)
-        return tf.cast(tf.round(_resized(tf, image, info.image_size, info.resize)), tf.uint8)
+        return graph_decode.decode(data, info.image_size, info.resize)
 
     def answers_to_bytes(image_bytes: Any) -> dict[str, Any]:
         return answers(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.uint8))
@@ -147,18 +149,6 @@ def _write_saved_model(network: Network, path: Path) -> None:
     extra = path / "assets.extra" / METADATA
     extra.parent.mkdir()
     extra.write_text(json.dumps(metadata(network.bundle), indent=2))
-
-
-def _resized(tf: Any, image: Any, size: int, rule: str) -> Any:
-    if rule == "pad":
-        return tf.image.resize_with_pad(image, size, size, antialias=True)
-    if rule == "crop":
-        sides = tf.shape(image)[:2]
-        short = tf.reduce_min(sides)
-        top, left = tf.unstack((sides - short) // 2)
-        image = tf.image.crop_to_bounding_box(image, top, left, short, short)
-    image = tf.image.resize(image, (size, size), antialias=True)
-    return tf.ensure_shape(image, (size, size, 3))
 
 
 # -- ONNX -----------------------------------------------------------------------------------------------------

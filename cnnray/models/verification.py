@@ -3,12 +3,13 @@
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.models.engines import Engine, Images, Probabilities
+from cnnray.models.engines import Engine, Images, Probabilities, SavedModelEngine
 
 MEASURED_BATCH_SIZES = (1, 32)
 _ROUNDS = 3
@@ -23,7 +24,8 @@ class Report:
     """Of the file, or folder, in the bundle."""
     bytes: int
     max_difference: float
-    """Largest difference of any probability of any image from the Keras model's."""
+    """Largest difference of any probability of any image from the Keras model's; of a SavedModel, by both of its
+    signatures."""
     top_1_agreement: float
     """Share of the images for which both have the same most probable class."""
     accuracy: float | None
@@ -40,9 +42,36 @@ class Report:
         return asdict(self)
 
 
-def accuracy(probabilities: Probabilities, targets: npt.NDArray[np.int64] | None) -> float | None:
-    """Share of images whose most probable class is their target (int64 (N,)); None without targets."""
-    return None if targets is None else float((probabilities.argmax(1) == targets).mean())
+def report(
+    engine: Engine,
+    path: Path,
+    images: Images,
+    expected: Probabilities,
+    targets: npt.NDArray[np.int64] | None,
+    temperature: float,
+) -> Report:
+    """Run an engine and compare.
+
+    Args:
+        engine: what runs the file.
+        path: of the file or folder, by the name that it has in the bundle.
+        images: uint8 (N, size, size, 3).
+        expected: the Keras model's probabilities, float32 (N, classes).
+        targets: int64 (N,), or None where there are no labels.
+        temperature: the bundle's.
+    """
+    found = engine(images)
+    answers = [found, engine.of_encoded(images)] if isinstance(engine, SavedModelEngine) else [found]
+    return Report(
+        path=path.name,
+        bytes=sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
+        max_difference=float(np.max([np.abs(answer - expected).max() for answer in answers])),
+        top_1_agreement=float((found.argmax(1) == expected.argmax(1)).mean()),
+        accuracy=None if targets is None else float((found.argmax(1) == targets).mean()),
+        images_per_second=speeds(engine, images),
+        temperature=temperature,
+        images=len(images),
+    )
 
 
 def speeds(engine: Engine, images: Images) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """Every architecture to every format, and what export refuses."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
-from cnnray.models import engines, formats, verification
+from cnnray.models import engines, formats, graph_decode, verification
 from cnnray.models import export as export_job
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.export import ExportConfig, ExportError, export
@@ -261,6 +264,38 @@ def test_a_format_that_is_not_the_same_is_refused_and_not_left_behind(
     assert f"| {name} | refused" in (copy / "export.md").read_text()
     others = [path for path in before if path not in ("bundle.json", "export.md", "model.tflite", FORMATS[name].path)]
     assert {path: _content(copy)[path] for path in others} == {path: before[path] for path in others}
+
+
+def _cannot(network, path):
+    path.write_bytes(b"a part")
+    raise RuntimeError("an operation that\n is not known")
+
+
+def test_a_format_that_cannot_be_made_is_refused_and_the_others_are_made(data, copy, monkeypatch):
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=_cannot))
+    with pytest.raises(ExportError, match="onnx was refused: it cannot be made: an operation that is not known"):
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx,litert"))
+    assert not (copy / "model.onnx").exists()
+    assert "onnx" not in Bundle.load(str(copy)).info.exports
+    Predictor(Bundle.load(str(copy)), engine="litert")
+
+
+def test_a_full_disk_leaves_the_bundle_as_it_was(data, copy, monkeypatch):
+    def full(network, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
+    before = _content(copy)
+    with pytest.raises(OSError, match="No space left"):
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
+    assert _content(copy) == before
+
+
+def test_the_signature_of_encoded_images_is_proven_too(data, copy, monkeypatch):
+    monkeypatch.setattr(graph_decode, "decode", lambda data, size, rule: tf.zeros((size, size, 3), tf.uint8))
+    with pytest.raises(ExportError, match="saved_model was refused: a probability differs from Keras's by"):
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="saved_model"))
+    assert not (copy / "saved_model").exists()
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "other classes", "one label more"])

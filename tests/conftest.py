@@ -1,4 +1,6 @@
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,15 @@ def write_digits(folder: Path, count: int, classes: int = 10) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[index] * 255 / 16).round().astype(np.uint8)).save(path)
     return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """Write a tar file of these members."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,35 @@
-"""Parquet files that hold the images themselves: one address an image, and reading row group by row group.
+"""Files that hold many images: Parquet and tar. Each image has an address, and runs of them are read at once.
 
-An image's uri is `FILE.parquet#GROUP-ROW`: the number of the row group in the file and of the row in the group,
-padded with zeros so that sorted uris are in the file's order. Parquet cannot give one row without reading its group
-from the start, so images are read in that order, each group once.
+- In Parquet, `FILE.parquet#GROUP-ROW`: the number of the row group in the file and of the row in the group. One row
+  cannot be had without reading its group from the start, so images are read in that order, each group once.
+- In tar, as WebDataset writes its shards, `FILE.tar#OFFSET-SIZE-NAME`: where the image is in the file, in bytes, and
+  what it is called there. Images that follow one another are read together.
+
+Numbers are padded with zeros, so that sorted uris are in the file's order.
 """
 
 import itertools
 import json
 import re
+import tarfile
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from cnnray.images import storage
-from cnnray.images.decode import BadImage
+from cnnray.images.decode import EXTENSIONS, MAX_BYTES, BadImage
+
+ENDINGS = (".parquet", ".tar")
 
 _ADDRESS = re.compile(r"(.+\.parquet)#(\d{6,})-(\d{9,})", re.IGNORECASE | re.DOTALL)
+_TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
+_BYTES_AT_ONCE = 8 * 2**20
+"""Read from a tar file with one request."""
 
 
 def group_of(uri: str) -> tuple[str, int] | None:
@@ -41,12 +51,21 @@ def image_column(schema: pa.Schema) -> str | None:
 
 
 def rows_of(file: str) -> pa.Table | None:
-    """The rows of a Parquet file that holds images, without reading these.
+    """One row for each image that a file holds, without reading Parquet's images.
 
     Returns:
-        `uri` and the file's other columns (a `uri` among them as `original_uri`), or None where the file has no
-        column of images. Numbers of a Hugging Face `label` become its names.
+        `uri`, and of Parquet the file's other columns (a `uri` among them as `original_uri`; numbers of a Hugging
+        Face `label` become its names), of tar `key`, and `label` where members `KEY.cls` name it. None for a Parquet
+        file without a column of images.
+
+    Raises:
+        pa.ArrowException: the file is damaged.
+        OSError: storage that cannot be read.
     """
+    return _rows_of_tar(file) if file.lower().endswith(".tar") else _rows_of_parquet(file)
+
+
+def _rows_of_parquet(file: str) -> pa.Table | None:
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
         column = image_column(schema)
@@ -68,11 +87,25 @@ def rows_of(file: str) -> pa.Table | None:
 def encoded(uris: Sequence[str]) -> Iterator[str | bytes | BadImage]:
     """What there is to decode for each uri, in order: its bytes where a container holds them, read as they are asked
     for; the uri itself where it is a file of its own; or why it cannot be read."""
-    for group, run in itertools.groupby(uris, group_of):
-        if group is None:
+    for (file, group), run in itertools.groupby(uris, _holder):
+        if file is None:
             yield from run
+        elif group is None:
+            yield from _from_tar(file, [_place(uri) for uri in run])
         else:
-            yield from _from_group(*group, [int(uri.rpartition("-")[2]) for uri in run])
+            yield from _from_group(file, group, [int(uri.rpartition("-")[2]) for uri in run])
+
+
+def _holder(uri: str) -> tuple[str | None, int | None]:
+    """The file that holds an image, and of Parquet the row group."""
+    group = group_of(uri)
+    if group is not None:
+        return group
+    found = _TAR_ADDRESS.fullmatch(uri)
+    return (found[1] if found else None), None
+
+
+# -- Parquet --------------------------------------------------------------------------------------------------
 
 
 def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes | BadImage]:
@@ -106,6 +139,72 @@ def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[
         if done == len(rows):
             return
     raise IndexError(f"it has {start} rows, and row {rows[done]} was asked for")
+
+
+# -- tar ------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_tar(file: str) -> pa.Table:
+    uris, keys, labels = [], [], {}
+    # As a stream, which a bucket gives faster than a request for each member's header.
+    filesystem, path = storage.arrow_filesystem(file)
+    try:
+        with (
+            filesystem.open_input_stream(path, buffer_size=_BYTES_AT_ONCE) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if not member.isreg() or member.issparse() or name.startswith("."):
+                    continue
+                key = f"{folder}/{name.partition('.')[0]}".lstrip("/")
+                if PurePosixPath(name).suffix.lower() in EXTENSIONS:
+                    uris.append(f"{file}#{member.offset_data:012d}-{member.size:09d}-{member.name}")
+                    keys.append(key)
+                elif name.endswith(".cls") and (content := archive.extractfile(member)):
+                    labels[key] = content.read().decode().strip()
+    except (tarfile.TarError, UnicodeDecodeError, EOFError) as error:
+        raise pa.ArrowInvalid(f"{error} (of tar files, only whole ones that are not compressed are read)") from None
+    columns = {"uri": uris, "key": keys} | ({"label": [labels.get(key) for key in keys]} if labels else {})
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _place(uri: str) -> tuple[int, int]:
+    """Offset and size of a member."""
+    found = _TAR_ADDRESS.fullmatch(uri)
+    return (int(found[2]), int(found[3])) if found else (0, 0)
+
+
+def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
+    given = 0
+    try:
+        filesystem, path = storage.arrow_filesystem(file)
+        with filesystem.open_input_file(path) as opened:
+            start, held = 0, b""
+            for offset, size in places:
+                if size > MAX_BYTES:
+                    yield BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
+                    given += 1
+                    continue
+                if not start <= offset <= offset + size <= start + len(held):
+                    start, held = offset, opened.read_at(_until(places[given:]), offset)
+                data = held[offset - start : offset - start + size]
+                yield data if len(data) == size else BadImage("unreadable", f"{file} ends before it")
+                given += 1
+    except (OSError, pa.ArrowException) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        for _ in places[given:]:
+            yield BadImage(reason, f"{file}: {str(error).splitlines()[0]}")
+
+
+def _until(places: list[tuple[int, int]]) -> int:
+    """Bytes to read from the first place on: as far as images follow one another closely."""
+    start, end = places[0][0], sum(places[0])
+    for offset, size in places[1:]:
+        if not end <= offset <= end + _BYTES_AT_ONCE // 8 or offset + size - start > _BYTES_AT_ONCE:
+            break
+        end = offset + size
+    return end - start
 
 
 def _opened(file: str) -> Any:

@@ -30,7 +30,7 @@ from cnnray.images import containers, storage
 from cnnray.images.decode import EXTENSIONS
 
 SPLITS = ("train", "validation", "test")
-_TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
+_TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
 _LISTING_THREADS = 8
 
 
@@ -48,9 +48,9 @@ def manifest_of(source: str, *, labelled: bool) -> pa.Table:
             - where no labels are needed any folder, searched at all depths, or a glob;
             - a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and `split`, whose relative paths
               are taken from the table's own folder;
-            - a Parquet file that holds the images themselves (see `containers`), or a folder or glob of such files,
-              whose split is then that which their name begins with (`train-00000-of-00002.parquet`) where they
-              have no column `split`.
+            - a Parquet or tar file that holds the images themselves (see `containers`), or a folder or glob of such
+              files, whose split is then that which their name begins with (`train-00000-of-00002.parquet`) where
+              they have no column `split`.
         labelled: whether every image must have a label, which a folder then takes from its class folders.
 
     Returns:
@@ -169,7 +169,7 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
         images = [uri for uri in found if _is_image(uri)]
         if not labelled and images:
             return _from_uris(images)
-        if not images and any(map(_is_parquet, found)):
+        if not images and any(map(_is_shard, found)):
             return _from_shards(found)
         if not labelled:
             return _from_uris([])
@@ -224,13 +224,13 @@ def _is_image(uri: str) -> bool:
     return PurePosixPath(uri).suffix.lower() in EXTENSIONS
 
 
-def _is_parquet(uri: str) -> bool:
-    return uri.lower().endswith(".parquet")
+def _is_shard(uri: str) -> bool:
+    return uri.lower().endswith(containers.ENDINGS)
 
 
 def _from_shards(uris: list[str]) -> pa.Table:
-    """Of all Parquet files among `uris`, each with images in it."""
-    shards = [uri for uri in uris if _is_parquet(uri)]
+    """Of all Parquet and tar files among `uris`, each with images in it."""
+    shards = [uri for uri in uris if _is_shard(uri)]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         tables = list(pool.map(_from_shard, shards))
     return pa.concat_tables(tables, promote_options="permissive") if tables else _from_uris([])
@@ -246,7 +246,7 @@ def _from_shard(uri: str) -> pa.Table:
 
 def _from_table(source: str) -> pa.Table:
     try:
-        table = containers.rows_of(source) if _is_parquet(source) else None
+        table = containers.rows_of(source) if _is_shard(source) else None
         if table is None:
             table = _of_addresses(source)
         for column in ("uri", "label", "split"):
@@ -258,7 +258,7 @@ def _from_table(source: str) -> pa.Table:
     wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
     if wrong:
         raise ManifestError(f"{source} names the splits {_some(wrong)}; expected {', '.join(SPLITS)}.")
-    return table.drop_columns([name for name in ("id",) if name in table.column_names])
+    return table.rename_columns({"id": "original_id"}) if "id" in table.column_names else table
 
 
 def _of_addresses(source: str) -> pa.Table:
@@ -273,12 +273,12 @@ def _of_addresses(source: str) -> pa.Table:
             quoted_strings_can_be_null=False,
         )
         table = pyarrow.csv.read_csv(data, convert_options=options)
-    elif _is_parquet(source):
+    elif source.lower().endswith(".parquet"):
         table = pyarrow.parquet.read_table(data)
     else:
         table = pyarrow.json.read_json(data)
     if "uri" not in table.column_names:
-        wanted = "'uri', or one of images" if _is_parquet(source) else "'uri'"
+        wanted = "'uri', or one of images" if source.lower().endswith(".parquet") else "'uri'"
         raise ManifestError(f"{source} has no column {wanted} (it has {_some(table.column_names)}).")
     if table["uri"].null_count:
         raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")

@@ -112,8 +112,8 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
         "class_names": info.class_names,
         "image_size": info.image_size,
         "resize": info.resize,
-        "preprocessing": "RGB pixels as uint8: EXIF orientation applied, transparency over white, resized by bilinear "
-        "interpolation with anti-aliasing; scaling is inside the network",
+        "preprocessing": "RGB pixels as uint8: EXIF orientation applied, transparency over white, resized by "
+        "bilinear interpolation with anti-aliasing; scaling is inside the network",
         "temperature": info.temperature,
         "architecture": info.architecture,
     }

@@ -13,6 +13,7 @@ from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
 from cnnray.training.source import CachedSource, StreamedSource, decode_into_memory
 from tests.awkward import awkward_images, bad_images
+from tests.conftest import write_tar
 
 SIZE = 32
 
@@ -79,12 +80,15 @@ def test_bad_images_are_rows_with_their_reason(files, sources):
     assert not batch["image"][batch["error"] != ""].any()
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["binary", "hugging_face"])
-def test_images_inside_parquet_are_the_same(files, sources, tmp_path, nested):
+@pytest.mark.parametrize("kind", ["parquet", "hugging_face", "tar"])
+def test_images_inside_containers_are_the_same(files, sources, tmp_path, kind):
     contents, manifest = files
     contents = [data for data in contents if data is not None]  # without the missing file
-    column = [{"bytes": data, "path": None} for data in contents] if nested else contents
-    pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "images.parquet", row_group_size=7)
+    if kind == "tar":
+        write_tar(tmp_path / "images.tar", {f"{index:02d}.png": data for index, data in enumerate(contents)})
+    else:
+        column = [{"bytes": data, "path": None} for data in contents] if kind == "hugging_face" else contents
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "images.parquet", row_group_size=7)
     held = manifest_of(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
     source = StreamedSource(manifest=held, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28)
     for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):

@@ -1,11 +1,14 @@
+import gzip
 import json
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from cnnray.images import containers
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError, manifest_of
+from tests.conftest import write_tar
 
 
 def _touch(root, *names):
@@ -91,6 +94,50 @@ def test_parquet_shards_name_their_split_and_labels_as_hugging_face_does(tmp_pat
         assert manifest["label"].to_pylist() == ["dog", "cat", None] * 3
     with pytest.raises(ManifestError, match="3 images have no label"):
         manifest_of(str(tmp_path), labelled=True)
+
+
+def test_tar_shards_as_webdataset_writes_them(tmp_path):
+    members = {"b/1.jpg": b"one", "b/1.cls": b"cat", "b/1.json": b"{}", "b/2.v2.PNG": b"two", "b/2.cls": b"dog\n"}
+    for name in ("train-000", "validation-000"):
+        write_tar(tmp_path / f"{name}.tar", {**members, "b/.hidden.png": b"x", "a/long" * 40 + ".png": b"three"})
+    for source in (tmp_path, tmp_path / "*.tar"):
+        manifest = manifest_of(str(source), labelled=False)
+        assert manifest["split"].to_pylist() == ["train"] * 3 + ["validation"] * 3
+        assert manifest["key"].to_pylist() == ["b/1", "b/2", "a/long" * 40] * 2
+        assert manifest["label"].to_pylist() == ["cat", "dog", None] * 2
+    manifest = manifest_of(str(tmp_path / "train-000.tar"), labelled=False)
+    assert list(containers.encoded(manifest["uri"].to_pylist())) == [b"one", b"two", b"three"]
+    assert list(containers.encoded(manifest["uri"].to_pylist()[::-1])) == [b"three", b"two", b"one"]
+    assert manifest["uri"][0].as_py() == f"{tmp_path}/train-000.tar#000000000512-000000003-b/1.jpg"
+
+
+@pytest.mark.parametrize("case", ["compressed", "cut off", "not a tar"])
+def test_a_tar_that_is_not_whole_is_refused(case, tmp_path):
+    path = tmp_path / "images.tar"
+    write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
+    data = path.read_bytes()
+    path.write_bytes({"compressed": gzip.compress(data), "cut off": data[:5000], "not a tar": b"x" * 5000}[case])
+    with pytest.raises(ManifestError, match=r"images.tar cannot be read as a table: .*only whole ones"):
+        manifest_of(str(path), labelled=False)
+
+
+def test_images_of_a_tar_that_changed_are_errors(tmp_path):
+    path = tmp_path / "images.tar"
+    write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
+    uris = manifest_of(str(path), labelled=False)["uri"].to_pylist()
+    path.write_bytes(path.read_bytes()[:9000])
+    found = list(containers.encoded(uris))
+    assert found[:2] == [bytes(3000)] * 2
+    assert [str(error) for error in found[2:]] == [f"unreadable: {path} ends before it"] * 7
+    path.unlink()
+    assert [error.reason for error in containers.encoded(uris)] == ["missing"] * 9
+
+
+def test_an_id_of_the_tables_own_is_kept(tmp_path):
+    (tmp_path / "x.csv").write_text("id,uri\nb17,x.png\na4,y.png\n")
+    manifest = manifest_of(str(tmp_path / "x.csv"), labelled=False)
+    assert manifest["id"].to_pylist() == [0, 1]
+    assert manifest["original_id"].to_pylist() == ["b17", "a4"]
 
 
 def test_parquet_without_images_or_addresses_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help install demo test lint types bench test-long test-s3 lock clean
+.PHONY: help install demo test lint types bench test-long chaos soak test-s3 lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -34,6 +34,12 @@ bench: .venv/installed  ## Measure against the peers and bare limits, side by si
 
 test-long: .venv/installed  ## The tests that take minutes each: the largest networks in every format.
 	$(BIN)/python -m pytest -m long
+
+chaos: .venv/installed  ## Kill prediction runs at random moments, ten times each way.
+	$(BIN)/python -m pytest -m chaos -s
+
+soak: .venv/installed  ## Predict a million images: flat memory, even speed, a kill at half.
+	$(BIN)/python -m pytest -m soak -s
 
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests

@@ -86,7 +86,7 @@ def connected() -> Iterator[Resources]:
     import ray
 
     if ray.is_initialized():
-        yield _resources()
+        yield resources()
         return
     # Ray refuses a variable that `ray job submit --runtime-env` has set already.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
@@ -108,16 +108,23 @@ def connected() -> Iterator[Resources]:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
     try:
-        found = _resources()
+        found = resources()
         log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, len(found.nodes), found.cpus, found.gpus)
         yield found
     finally:
         ray.shutdown()
 
 
-def _resources() -> Resources:
+def resources() -> Resources:
+    """What the cluster has that this process is connected to.
+
+    Raises:
+        ClusterError: it is connected to none.
+    """
     import ray
 
+    if not ray.is_initialized():
+        raise ClusterError("Ray is not connected: call ray.init() first.")
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(
         tuple(

@@ -18,6 +18,8 @@ class _Parser(ArgumentParser):
     """Flags spelt with dashes, and a mistake answered in one sentence."""
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
+        if options.get("type") is bool:
+            options |= {"nargs": "?", "const": True}  # --overwrite is --overwrite true
         spelt = [n.replace("_", "-") if isinstance(n, str) and n.startswith("--") else n for n in names]
         return super().add_argument(*spelt, **options)
 
@@ -62,7 +64,7 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     try:
         result = job()
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; the same command goes on from the last checkpoint.\n")
+        sys.stderr.write("Interrupted; the same command goes on from what was done.\n")
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         if type(error) in (ValueError, RuntimeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnnray import cluster, commandline
 
-MEASURES = ("ingest", "train", "export", "all")
+MEASURES = ("ingest", "train", "predict", "export", "all")
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import export, ingest, report, train
+        from cnnray.benchmarks import export, ingest, predict, report, train
         from cnnray.images import stream
 
         comparisons, formats = [], ""
@@ -28,6 +28,8 @@ def main() -> None:
                         comparisons += ingest.ingest(Path(folder), found)
                     if measure in ("train", "all"):
                         comparisons += train.train(Path(folder), found)
+                    if measure in ("predict", "all"):
+                        comparisons += predict.predict(Path(folder), found)
             if measure in ("export", "all"):
                 of_engines, formats = export.export(Path(folder))
                 comparisons += of_engines

@@ -1,5 +1,6 @@
 """What tests look at after a training run."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -27,3 +28,28 @@ def largest_difference(found, expected) -> float:
 
     scale = max(np.abs(values).max() for values in expected)
     return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) / scale
+
+
+def rows_of(output: Path, kind: str = "parquet"):
+    """The rows of a prediction run's parts, in their files' order: dicts."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    paths = sorted(output.glob(f"part-*.{kind}"))
+    if kind == "parquet":
+        return pa.concat_tables(map(pyarrow.parquet.read_table, paths)).to_pylist()
+    if kind == "jsonl":
+        return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    return [{name: _value(name, text) for name, text in row.items()} for row in rows]
+
+
+def _value(name, text):
+    if text == "":
+        return None
+    if name in ("id", "shot", "confidence") or text.startswith("["):
+        return json.loads(text)
+    return text

@@ -51,7 +51,8 @@ class BadImage(ValueError):  # noqa: N818 - it is the image that is bad, not the
 
     Attributes:
         reason: one of a few fixed words, for counting: `empty`, `too large`, `not an image`, `corrupt`,
-            `too many pixels`, `unsupported`; and from reading: `missing`, `access denied`, `unreadable`.
+            `too many pixels`, `unsupported`; and from reading: `missing`, `access denied`, `throttled`,
+            `unreadable`.
         detail: what was found in this image.
     """
 

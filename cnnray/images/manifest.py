@@ -79,8 +79,21 @@ def manifest_of(source: str, *, labelled: bool) -> pa.Table:
     _check_unique(table, source)
     if labelled:
         _check_labels(table, source)
-    table = table.sort_by("uri")
-    return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
+    return _with_ids(table)
+
+
+def manifest_of_uris(uris: Sequence[str]) -> pa.Table:
+    """The manifest of a list of paths and s3:// addresses, which may lie in containers.
+
+    Raises:
+        ManifestError: there are none, or the same twice.
+        OSError: an address of another kind.
+    """
+    table = _from_uris([storage.absolute(uri) for uri in uris])
+    if not len(table):
+        raise ManifestError("The list of images is empty.")
+    _check_unique(table, "The list of images")
+    return _with_ids(table)
 
 
 def class_names(manifest: pa.Table) -> list[str]:
@@ -135,8 +148,7 @@ def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
     ]
     table = pa.concat_tables(parts)
     _check_unique(table, "The training and validation images together")
-    table = table.sort_by("uri")
-    return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
+    return _with_ids(table)
 
 
 def with_targets(manifest: pa.Table) -> pa.Table:
@@ -160,6 +172,11 @@ def write(manifest: pa.Table, uri: str) -> None:
 def read(uri: str) -> pa.Table:
     """Read a manifest that `write` wrote."""
     return pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+
+def _with_ids(table: pa.Table) -> pa.Table:
+    table = table.sort_by("uri")
+    return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
 
 
 def _from_folder(root: str, labelled: bool) -> pa.Table:

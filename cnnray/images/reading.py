@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ _THREADS = {"local": 4, "s3": 16}
 """Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
 
 Batch = dict[str, npt.NDArray[Any]]
+Item = TypeVar("Item")
 
 
-def decoded_blocks(table: pa.Table, size: int, resize: ResizeRule, rows_per_block: int) -> Iterator[Batch]:
+def decoded_blocks(
+    table: pa.Table, size: int, resize: ResizeRule, rows_per_block: int, *, threads: int | None = None
+) -> Iterator[Batch]:
     """Read and decode the images of a manifest in this process, a block at a time, with threads.
 
     Args:
@@ -27,6 +30,7 @@ def decoded_blocks(table: pa.Table, size: int, resize: ResizeRule, rows_per_bloc
         size: height and width in pixels.
         resize: see `decode`.
         rows_per_block: rows of one block.
+        threads: reads and decodes side by side; None: 4 of local files, 16 of S3's.
 
     Yields:
         the table's columns as arrays, in order, and `image`, uint8 (n, size, size, 3), zeros where it could not be
@@ -37,13 +41,22 @@ def decoded_blocks(table: pa.Table, size: int, resize: ResizeRule, rows_per_bloc
     uris = table["uri"].to_pylist()
     sources = containers.encoded(uris)
     decode_into = functools.partial(_decode_into, size=size, resize=resize)
-    with ThreadPoolExecutor(_THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
+    with ThreadPoolExecutor(threads or _THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
             images = np.zeros((len(rows), size, size, 3), np.uint8)
             errors = list(pool.map(decode_into, images, itertools.islice(sources, len(rows))))
             columns = {name: rows[name].to_numpy() for name in rows.column_names}
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in a thread while the one before is being used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _decode_into(pixels: npt.NDArray[np.uint8], source: str | bytes | BadImage, size: int, resize: ResizeRule) -> str:
@@ -70,6 +83,8 @@ def _bytes_of(source: str | bytes | BadImage) -> bytes:
         raise BadImage("missing", str(error)) from None
     except PermissionError as error:
         raise BadImage("access denied", str(error)) from None
+    except storage.ThrottledError as error:
+        raise BadImage("throttled", str(error)) from None
     except OverflowError as error:
         raise BadImage("too large", str(error)) from None
     except OSError as error:

@@ -11,6 +11,7 @@ import functools
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +27,18 @@ _LISTING_THREADS = 16
 _TRANSFER_THREADS = 8
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Forbidden"}
 _NOT_AS_IT_WAS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey"}
+_THROTTLED = {"SlowDown", "503", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests", "429"}
+_BODY_PAUSES = (0.2, 1.0, 5.0)
+"""Seconds before an answer that broke off is asked for again. (Requests that fail the client itself repeats.)"""
 _MISSING = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
 
 
 class StorageError(OSError):
     """Storage that cannot be used; the message is one sentence for the user."""
+
+
+class ThrottledError(StorageError):
+    """Storage that asks for fewer requests, also after several tries."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ def _s3_errors(uri: str) -> Iterator[None]:
             raise FileNotFoundError(f"{uri} does not exist.") from None
         if code in _DENIED:
             raise PermissionError(f"S3 denies access to {uri} ({code}).") from None
+        if code in _THROTTLED:
+            raise ThrottledError(f"S3 asks for fewer requests, at {uri} after several tries ({code}).") from None
         hint = ""
         if code in {"MissingContentLength", "NotImplemented", "XAmzContentSHA256Mismatch"}:
             hint = "; this server may need AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
@@ -189,13 +199,22 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
             if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
                 raise OverflowError(f"{size} bytes, at most {max_bytes}")
             return file.read()
+    from botocore.exceptions import BotoCoreError
+
     bucket, key = _bucket_key(uri)
-    with _s3_errors(uri):
-        answer = _client().get_object(Bucket=bucket, Key=key)
-        with contextlib.closing(answer["Body"]) as body:
-            if max_bytes is not None and answer["ContentLength"] > max_bytes:
-                raise OverflowError(f"{answer['ContentLength']} bytes, at most {max_bytes}")
-            return bytes(body.read())
+    for pause in (*_BODY_PAUSES, None):
+        with _s3_errors(uri):
+            answer = _client().get_object(Bucket=bucket, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                if max_bytes is not None and answer["ContentLength"] > max_bytes:
+                    raise OverflowError(f"{answer['ContentLength']} bytes, at most {max_bytes}")
+                try:
+                    return bytes(body.read())
+                except BotoCoreError:
+                    if pause is None:
+                        raise
+        time.sleep(pause)
+    raise AssertionError
 
 
 def exists(uri: str) -> bool:

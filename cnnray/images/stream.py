@@ -38,10 +38,8 @@ def decoded(
         A dataset of the manifest's columns and `image`, uint8 (size, size, 3), zeros where it could not be
         decoded, and `error`, a string, empty where it could.
     """
-    rows = min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
-    bounds = _task_bounds(manifest["uri"].to_pylist(), rows)
-    blocks = [manifest.slice(start, stop - start).combine_chunks() for start, stop in itertools.pairwise(bounds)]
-    return ray.data.from_blocks(blocks).map_batches(
+    rows = rows_per_block(size)
+    return tasks(manifest, pieces(manifest["uri"].to_pylist(), rows)).map_batches(
         reading.decoded_blocks,
         fn_kwargs={"size": size, "resize": resize, "rows_per_block": rows},
         batch_size=None,
@@ -49,6 +47,32 @@ def decoded(
         num_cpus=cpus_per_task,
         zero_copy_batch=True,
     )
+
+
+def rows_per_block(size: int) -> int:
+    """Rows that are decoded at once, by the images' height and width."""
+    return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
+
+
+def pieces(uris: list[str], rows: int) -> list[tuple[int, int]]:
+    """Cut a manifest every `rows` rows, but not within a row group, which is read as a whole.
+
+    Returns:
+        the first row of each piece, and that after its last.
+    """
+    cuts = [0]
+    for index in range(1, len(uris)):
+        if index - cuts[-1] >= rows:
+            group = containers.group_of(uris[index])
+            if group is None or group != containers.group_of(uris[index - 1]):
+                cuts.append(index)
+    return list(itertools.pairwise([*cuts, len(uris)])) if uris else []
+
+
+def tasks(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:
+    """The given rows of a manifest as a dataset whose blocks, one a task, are these ranges."""
+    # Not from_arrow, which runs a task of one CPU for its metadata, and so may wait for ever.
+    return ray.data.from_blocks([manifest.slice(start, stop - start).combine_chunks() for start, stop in ranges])
 
 
 def be_quiet() -> None:
@@ -61,17 +85,6 @@ def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Ba
     """The dataset's blocks as NumPy batches, in order and of the size that the tasks gave them."""
     dataset.context.execution_options.preserve_order = True
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
-
-
-def _task_bounds(uris: list[str], rows: int) -> list[int]:
-    """Where to cut a manifest into tasks: every `rows` rows, but not within a row group, which is read as a whole."""
-    bounds = [0]
-    for index in range(1, len(uris)):
-        if index - bounds[-1] >= rows:
-            group = containers.group_of(uris[index])
-            if group is None or group != containers.group_of(uris[index - 1]):
-                bounds.append(index)
-    return [*bounds, len(uris)]
 
 
 def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ A folder, local or on S3, with `model.keras` (uint8 RGB at the bundle's size in,
 
 import contextlib
 import functools
+import hashlib
 import json
 import tempfile
 import zipfile
@@ -102,6 +103,22 @@ class Bundle:
             model = _load_model(path, self.uri)
         _check_model(model, self.info, self.uri)
         return model
+
+    @functools.cached_property
+    def version(self) -> str:
+        """The architecture and a hash of all that decides the answers: the same for copies, another after training.
+
+        Raises:
+            BundleError: it holds no model.
+            OSError: storage that cannot be read.
+        """
+        decisive = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
+        digest = hashlib.sha256(json.dumps(decisive).encode())
+        with self.local_copy(MODEL) as path:
+            if not path.is_file():
+                raise BundleError(f"{self.uri} is not a bundle: it holds no {MODEL}.")
+            digest.update(path.read_bytes())
+        return f"{self.info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

@@ -27,13 +27,16 @@ KERAS = "keras"
 ENGINES = (KERAS, *(name for name, form in FORMATS.items() if form.engine != "tensorflow"))
 """What can be asked for by name, beside `auto`."""
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Of the compiled Keras function: batches are padded up to one of these, so that it meets few shapes."""
+BATCH_SIZE = 64
+"""Images that a network is given at once, at most, where the caller does not say."""
 _LITERT_BATCH_SIZES = (32, 8, 1)
 
 
 class Engine(Protocol):
-    """Runs a network."""
+    """Runs a network on as many images at once as it is given."""
+
+    classes: int
+    """Number of probabilities that it gives."""
 
     def __call__(self, images: Images) -> Probabilities:
         """Probabilities float32 (N, classes) of images uint8 (N, size, size, 3)."""
@@ -45,8 +48,6 @@ class FileEngine(Engine, Protocol):
 
     shape: tuple[int, ...]
     """(height, width, 3) of the images that it takes."""
-    classes: int
-    """Number of probabilities that it gives."""
 
 
 def usable_threads() -> int:
@@ -66,20 +67,27 @@ def engine_of(bundle: Bundle, name: str, threads: int | None = None) -> Engine:
         BundleError: the bundle does not hold what the engine runs, or holds something else.
     """
     threads = threads or usable_threads()
+    check_exported(bundle, name)
     if name == KERAS:
         return KerasEngine(bundle, threads)
-    if name not in ENGINES:
-        raise BundleError(f"No engine is called {name!r}; there are {', '.join(ENGINES)}.")
-    report = bundle.info.exports.get(name)
-    if report is None:
-        there = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
-        raise BundleError(f"{bundle.uri} was not exported to {name} (it has {there}): run jobs/export.py.")
     with bundle.local_copy(FORMATS[name].path) as path:
         if not path.is_file():
             raise BundleError(f"{bundle.uri} lists an export to {name}, but holds no {FORMATS[name].path}.")
         engine = file_engine(name, path, threads, bundle)
-    exported = float(report.get("temperature", 1.0))
+    exported = float(bundle.info.exports[name].get("temperature", 1.0))
     return engine if exported == bundle.info.temperature else _Tempered(engine, exported / bundle.info.temperature)
+
+
+def check_exported(bundle: Bundle, name: str) -> None:
+    """
+    Raises:
+        BundleError: there is no such engine, or the bundle does not list what it runs.
+    """
+    if name not in ENGINES:
+        raise BundleError(f"No engine is called {name!r}; there are {', '.join(ENGINES)}.")
+    if name != KERAS and name not in bundle.info.exports:
+        there = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
+        raise BundleError(f"{bundle.uri} was not exported to {name} (it has {there}): run jobs/export.py.")
 
 
 def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
@@ -107,6 +115,12 @@ def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
     return engine
 
 
+def in_batches(engine: Engine, images: Images, size: int = BATCH_SIZE) -> Probabilities:
+    """An engine's answers to any number of images, given to it at most `size` at once."""
+    parts = [engine(images[start : start + size]) for start in range(0, len(images), size)]
+    return np.concatenate(parts) if parts else np.empty((0, engine.classes), np.float32)
+
+
 class KerasEngine:
     """The Keras model as one compiled TensorFlow function; on a GPU where TensorFlow sees one."""
 
@@ -115,26 +129,29 @@ class KerasEngine:
         import tensorflow as tf
 
         _set_threads(threads)
-        network = keras.Model(bundle.model.inputs, bundle.model.get_layer("logits").output)
+        last = bundle.model.get_layer("logits")
+        network = keras.Model(bundle.model.inputs, [last.output, last.input])
         temperature, size = bundle.info.temperature, bundle.info.image_size
-        self._classes = len(bundle.info.class_names)
+        self.classes = len(bundle.info.class_names)
 
         def run(images: Any) -> Any:
-            return tf.nn.softmax(tf.cast(network(images, training=False), tf.float32) / temperature)
+            logits, embeddings = network(images, training=False)
+            return tf.nn.softmax(tf.cast(logits, tf.float32) / temperature), tf.cast(embeddings, tf.float32)
 
         self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        results = np.empty((len(images), self._classes), np.float32)
-        largest = BATCH_SIZES[-1]
-        for start in range(0, len(images), largest):
-            batch = images[start : start + largest]
-            padded = next(size for size in BATCH_SIZES if size >= len(batch))
-            if padded > len(batch):
-                batch = np.concatenate([batch, np.zeros((padded - len(batch), *batch.shape[1:]), np.uint8)])
-            results[start : start + largest] = self._run(batch).numpy()[: len(images) - start]
-        return results
+        return self.with_embeddings(images)[0]
+
+    def with_embeddings(self, images: Images) -> tuple[Probabilities, npt.NDArray[np.float32]]:
+        """Probabilities, and what the last layer makes them of: float32 (N, features)."""
+        count = len(images)
+        padding = (1 << max(count - 1, 0).bit_length()) - count  # to a power of two, so that it meets few shapes
+        if padding:
+            images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
+        probabilities, embeddings = self._run(images)
+        return probabilities.numpy()[:count], embeddings.numpy()[:count]
 
 
 class OnnxEngine:
@@ -152,11 +169,7 @@ class OnnxEngine:
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-
-        def run(batch: Images) -> Probabilities:
-            return np.asarray(self._session.run(["probabilities"], {"image": batch})[0])
-
-        return _in_batches(run, images, self.classes)
+        return np.asarray(self._session.run(["probabilities"], {"image": images})[0])
 
 
 class SavedModelEngine:
@@ -174,21 +187,18 @@ class SavedModelEngine:
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
+        return np.asarray(self._signature(image=images)["probabilities"])
 
-        def run(batch: Images) -> Probabilities:
-            return np.asarray(self._signature(image=batch)["probabilities"])
 
-        return _in_batches(run, images, self.classes)
+class EncodedSavedModelEngine(SavedModelEngine):
+    """The same by the signature that takes encoded images, which are made PNG files here."""
 
-    def of_encoded(self, images: Images) -> Probabilities:
-        """The same of the images as PNG files, by the signature that takes such."""
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
         import tensorflow as tf
 
-        def run(batch: Images) -> Probabilities:
-            encoded = tf.stack([tf.io.encode_png(image) for image in batch])
-            return np.asarray(self._encoded(image_bytes=encoded)["probabilities"])
-
-        return _in_batches(run, images, self.classes)
+        encoded = tf.stack([tf.io.encode_png(image) for image in images])
+        return np.asarray(self._encoded(image_bytes=encoded)["probabilities"])
 
 
 class LiteRTEngine:
@@ -208,7 +218,7 @@ class LiteRTEngine:
         """See `Engine`."""
         with self._lock:
             parts = [self._run(images[start:stop]) for start, stop in _cut(len(images), _LITERT_BATCH_SIZES)]
-        return np.concatenate(parts) if parts else np.empty((0, self.classes), np.float32)
+        return np.concatenate(parts)
 
     def _run(self, images: Images) -> Probabilities:
         interpreter = self._interpreter(len(images))
@@ -247,17 +257,12 @@ class _Tempered:
 
     def __init__(self, engine: Engine, exponent: float) -> None:
         self._engine, self._exponent = engine, exponent
+        self.classes = engine.classes
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`: softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised."""
         powers = self._engine(images) ** np.float32(self._exponent)
         return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
-
-
-def _in_batches(run: Callable[[Images], Probabilities], images: Images, classes: int) -> Probabilities:
-    largest = BATCH_SIZES[-1]
-    parts = [run(images[start : start + largest]) for start in range(0, len(images), largest)]
-    return np.concatenate(parts) if parts else np.empty((0, classes), np.float32)
 
 
 def _cut(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.models import engines
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 
 _DECODING_THREADS = 4
 
@@ -32,7 +32,13 @@ class Predictor:
     """Classifies encoded images with a bundle."""
 
     def __init__(
-        self, bundle: Bundle, *, engine: str = engines.KERAS, top_k: int = 5, threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        engine: str = engines.KERAS,
+        top_k: int = 5,
+        threads: int | None = None,
+        batch_size: int = engines.BATCH_SIZE,
     ) -> None:
         """
         Args:
@@ -40,13 +46,15 @@ class Predictor:
             engine: one of `engines.ENGINES`; the bundle must have been exported to it (`keras` is always there).
             top_k: length of `Prediction.top_k`, cut to the number of classes.
             threads: CPU threads of the engine; None: as many as this process may use.
+            batch_size: images that the network is given at once, at most.
 
         Raises:
             BundleError: the bundle cannot be loaded, or was not exported to this engine.
         """
         self.bundle = bundle
-        self._top_k = min(top_k, len(bundle.info.class_names))
+        self._top_k = top_k
         self._engine = engines.engine_of(bundle, engine, threads)
+        self._batch_size = batch_size
 
     def __call__(self, images: Sequence[bytes]) -> list[Prediction | BadImage]:
         """Classify encoded images: for each, in order, its prediction, or why it has none."""
@@ -75,10 +83,38 @@ class Predictor:
         Returns:
             float32 (N, classes).
         """
-        return self._engine(images)
+        return engines.in_batches(self._engine, images, self._batch_size)
+
+    def with_embeddings(
+        self, images: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Probabilities of decoded images, and what the last layer makes them of: float32 (N, features).
+
+        Raises:
+            BundleError: another engine than `keras`, which alone has them.
+        """
+        if not isinstance(self._engine, engines.KerasEngine):
+            raise BundleError("Embeddings can only be had with the engine keras.")
+        starts = range(0, len(images), self._batch_size)
+        parts = [self._engine.with_embeddings(images[start : start + self._batch_size]) for start in starts]
+        probabilities, embeddings = zip(*parts, strict=True)
+        return np.concatenate(probabilities), np.concatenate(embeddings)
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         names = self.bundle.info.class_names
-        order = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        (order,) = ranked(probabilities[None], self._top_k)
         top_k = tuple((names[index], float(probabilities[index])) for index in order)
         return Prediction(top_k[0][0], top_k[0][1], top_k, probabilities)
+
+
+def ranked(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:
+    """The classes of each image by probability, highest first; of equal ones, that which comes first.
+
+    Args:
+        probabilities: float32 (N, classes).
+        top_k: how many; cut to the number of classes.
+
+    Returns:
+        int64 (N, min(top_k, classes)), indices of classes.
+    """
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]

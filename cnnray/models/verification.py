@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.models.engines import Engine, Images, Probabilities, SavedModelEngine
+from cnnray.models.engines import Engine, Images, Probabilities, in_batches
 
 MEASURED_BATCH_SIZES = (1, 32)
 _ROUNDS = 3
@@ -24,8 +24,7 @@ class Report:
     """Of the file, or folder, in the bundle."""
     bytes: int
     max_difference: float
-    """Largest difference of any probability of any image from the Keras model's; of a SavedModel, by both of its
-    signatures."""
+    """Largest difference of any probability of any image from the Keras model's."""
     top_1_agreement: float
     """Share of the images for which both have the same most probable class."""
     accuracy: float | None
@@ -60,12 +59,11 @@ def report(
         targets: int64 (N,), or None where there are no labels.
         temperature: the bundle's.
     """
-    found = engine(images)
-    answers = [found, engine.of_encoded(images)] if isinstance(engine, SavedModelEngine) else [found]
+    found = in_batches(engine, images)
     return Report(
         path=path.name,
         bytes=sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
-        max_difference=float(np.max([np.abs(answer - expected).max() for answer in answers])),
+        max_difference=float(np.abs(found - expected).max()),
         top_1_agreement=float((found.argmax(1) == expected.argmax(1)).mean()),
         accuracy=None if targets is None else float((found.argmax(1) == targets).mean()),
         images_per_second=speeds(engine, images),

@@ -3,13 +3,13 @@
 import csv
 import io
 import logging
-import math
 import time
 from typing import Any
 
 import keras
 
 from cnnray.images import storage
+from cnnray.progress import duration
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -67,18 +67,6 @@ class Progress(keras.callbacks.Callback):
             logs["val_top_5_accuracy"], logs["images_per_second"], duration(left),
         )  # fmt: skip
         self._shown = time.monotonic()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `45s`, `3m10s` or `2h05m`."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from cnnray.images import storage
+from cnnray import flags
 from cnnray.images.decode import ResizeRule
 from cnnray.models import architectures
 
@@ -98,11 +98,10 @@ class TrainConfig:
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
-        for flag in ("epochs", "batch_size", "workers", "checkpoint_every_steps", "early_stopping_patience",
-                     "reduce_on_plateau_patience"):  # fmt: skip
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"{_flag(flag)} must be at least 1, not {value}.")
+        flags.check_at_least_one(
+            self, "epochs", "batch_size", "workers", "checkpoint_every_steps", "early_stopping_patience",
+            "reduce_on_plateau_patience",
+        )  # fmt: skip
         if self.architecture not in architectures.NAMES:
             raise ValueError(
                 f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}."
@@ -118,20 +117,15 @@ class TrainConfig:
                 f"--weights imagenet: fetch the notop weights of {self.architecture} from the Keras project's "
                 "keras-applications storage yourself and give their path, or use --weights none."
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate must be more than 0, not {self.learning_rate}.")
+        flags.check_more_than_zero(self, "learning_rate", "cpus_per_worker", "decode_cpus")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be at least 0 and less than 2**32, not {self.seed}.")
         for flag in ("validation_fraction", "dropout", "max_bad_fraction"):
             value = getattr(self, flag)
             if not 0 <= value < 1:
-                raise ValueError(f"{_flag(flag)} must be at least 0 and less than 1, not {value}.")
+                raise ValueError(f"{flags.spelt(flag)} must be at least 0 and less than 1, not {value}.")
         if self.validation_fraction == 0 and self.validation is None:
             raise ValueError("--validation-fraction must be more than 0 where --validation is not given.")
-        for flag in ("cpus_per_worker", "decode_cpus"):
-            value = getattr(self, flag)
-            if value is not None and not value > 0:
-                raise ValueError(f"{_flag(flag)} must be more than 0, not {value}.")
         if not 0 <= self.gpus_per_worker <= 1:
             raise ValueError(
                 f"--gpus-per-worker must be 0 to 1, not {self.gpus_per_worker}: for more GPUs take more --workers."
@@ -143,13 +137,8 @@ class TrainConfig:
         if self.max_failures < 0:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")
         if self.weights not in ("none", "imagenet"):
-            object.__setattr__(self, "weights", storage.absolute(self.weights))
-        for flag in ("data", "output", "validation"):
-            value = getattr(self, flag)
-            if value is not None:
-                if not value:
-                    raise ValueError(f"{_flag(flag)} is empty.")
-                object.__setattr__(self, flag, storage.absolute(value))
+            flags.make_absolute(self, "weights")
+        flags.make_absolute(self, "data", "output", "validation")
 
     def as_dict(self) -> dict[str, Any]:
         """The config as plain values, for YAML and JSON."""
@@ -161,13 +150,4 @@ class TrainConfig:
 
     def differs_from(self, earlier: dict[str, Any]) -> list[str]:
         """The flags in which this config asks for another training than `earlier` (an `as_dict`) did."""
-        mine = self.as_dict()
-        return [
-            f"{_flag(key)} {earlier.get(key)} (now {value})"
-            for key, value in mine.items()
-            if key not in _FREE_ON_RESUME and earlier.get(key) != value
-        ]
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+        return flags.differences(self, earlier, _FREE_ON_RESUME)

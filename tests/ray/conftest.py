@@ -2,37 +2,39 @@ import os
 
 import pytest
 import ray
+from moto.server import ThreadedMotoServer
+
+from tests.s3_proxy import Proxy
+
+_MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="session")
-def s3_server():
-    """A real S3 API over HTTP: the one that AWS_ENDPOINT_URL names (make test-s3), or else moto's.
+def s3_proxy():
+    """A proxy in front of a real S3 API over HTTP: that which AWS_ENDPOINT_URL names (make test-s3), or else moto's.
 
     It is there before the cluster, so that Ray's processes are born with its variables.
     """
-    if os.environ.get("AWS_ENDPOINT_URL"):
-        yield os.environ["AWS_ENDPOINT_URL"]
-        return
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "testtest",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    os.environ.update(variables)
-    yield variables["AWS_ENDPOINT_URL"]
-    for name in variables:
+    server, given = None, {name: os.environ.get(name) for name in (*_MOTO, "AWS_ENDPOINT_URL")}
+    if not given["AWS_ENDPOINT_URL"]:
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        os.environ.update(_MOTO)
+        host, port = server.get_host_and_port()
+    proxy = Proxy(given["AWS_ENDPOINT_URL"] or f"http://{host}:{port}")
+    os.environ["AWS_ENDPOINT_URL"] = proxy.url
+    yield proxy
+    for name, value in given.items():
         os.environ.pop(name)
-    server.stop()
+        if value is not None:
+            os.environ[name] = value
+    proxy.close()
+    if server:
+        server.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ray_cluster(s3_server, tmp_path_factory):
+def ray_cluster(s3_proxy):
     """One local cluster for the session, with more CPUs than the machine has, so that tests never wait."""
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=True, logging_level="ERROR")
     yield

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import uuid
+import zlib
 from pathlib import Path
 
 import boto3
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from cnnray.images import lock, storage, stream
 from cnnray.images import manifest as manifests
@@ -19,14 +21,17 @@ from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
 from cnnray.models.export import ExportConfig, export
 from cnnray.models.predictor import Predictor
+from cnnray.prediction import job
+from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
+from tests.networks import coloured_noise
 
 pytestmark = pytest.mark.s3
 
 
 @pytest.fixture
-def bucket(s3_server):
+def bucket(s3_proxy):
     name = f"cnnray-{uuid.uuid4().hex[:8]}"
     storage._client.cache_clear()
     boto3.client("s3").create_bucket(Bucket=name)
@@ -192,3 +197,51 @@ def test_train_from_s3_to_s3(bucket, digits):
     with pytest.raises(TrainingError, match="holds a run with"):
         train(config.with_changes(seed=5))
     assert not Path("s3:").exists()
+
+
+def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypatch):
+    images, targets = coloured_noise(300, 32, seed=5)
+    rows = ["uri,colour"]
+    expected = {}
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        uri, data = f"{bucket}/photos/{number:04d}.png", buffer.getvalue()
+        expected[uri] = ["red", "green", "blue"][target]
+        rows.append(f"photos/{number:04d}.png,{expected[uri]}")
+        if number % 50 == 10:
+            expected[uri] = "missing"
+            continue
+        if number % 100 == 20:
+            expected[uri], data = "corrupt", data[: len(data) // 2]
+        storage.write_bytes(uri, data)
+    expected[f"{bucket}/photos/0033.png"] = "throttled"
+    storage.write_bytes(f"{bucket}/photos.csv", "\n".join(rows).encode())
+    storage.copy_folder(onnx_bundle, f"{bucket}/bundle")
+
+    def faults(method, path, before):
+        if method != "GET" or "/photos/" not in path:
+            return None
+        if path.endswith("/0033.png"):
+            return "throttle"
+        kinds = {1: "throttle", 2: "slow", 3: "break off"}
+        return kinds.get(zlib.crc32(path.rpartition("/")[2].encode()) % 30) if before < 2 else None
+
+    monkeypatch.setattr(s3_proxy, "faults", faults)
+    config = PredictConfig(
+        bundle=f"{bucket}/bundle", input=f"{bucket}/photos.csv", output=f"{bucket}/out", rows_per_part=64
+    )
+    line = job.run(config)
+    assert {"throttle", "slow", "break off"} == set(s3_proxy.given)
+    assert (line["rows"], line["errors"], line["engine"]) == (300, 6 + 3 + 1, "onnx")
+    tables = [
+        pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(file.uri)))
+        for file in storage.files(f"{bucket}/out")
+        if "/part-" in file.uri
+    ]
+    for row in pa.concat_tables(tables).to_pylist():
+        answer = row["prediction"] or row["error"].partition(":")[0]
+        assert answer == expected.pop(row["uri"]), row
+        assert row["colour"] in ("red", "green", "blue")
+    assert not expected
+    assert job.run(config)["resumed"] == 300

@@ -1,0 +1,68 @@
+"""Checks that the configs of several jobs share: each names the flag in one sentence."""
+
+from dataclasses import asdict
+from typing import Any
+
+from cnnray.images import storage
+
+
+def spelt(field: str) -> str:
+    """A config's field as it is spelt on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def check_at_least_one(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: one of them is neither None nor at least 1.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{spelt(field)} must be at least 1, not {value}.")
+
+
+def check_more_than_zero(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: one of them is neither None nor more than 0.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"{spelt(field)} must be more than 0, not {value}.")
+
+
+def check_share(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: one of them is neither None nor 0 to 1.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{spelt(field)} must be 0 to 1, not {value}.")
+
+
+def make_absolute(config: Any, *fields: str) -> None:
+    """Make paths and s3:// addresses, of a frozen config too, what `storage.absolute` gives; None stays None.
+
+    Raises:
+        ValueError: one of them is empty.
+        OSError: it is an address of another kind.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None:
+            if not value:
+                raise ValueError(f"{spelt(field)} is empty.")
+            object.__setattr__(config, field, storage.absolute(value))
+
+
+def differences(config: Any, earlier: dict[str, Any], free: set[str]) -> list[str]:
+    """The flags, but for `free` fields, that have other values than in `earlier` (`dataclasses.asdict`)."""
+    return [
+        f"{spelt(field)} {earlier.get(field)} (now {value})"
+        for field, value in asdict(config).items()
+        if field not in free and earlier.get(field) != value
+    ]

@@ -1,0 +1,41 @@
+"""Millions of images offline, every one accounted for."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+    from cnnray.prediction.config import PredictOptions
+
+
+def predict(
+    bundle: str, images: "str | Sequence[str] | pa.Table", options: "PredictOptions | None" = None
+) -> "ray.data.Dataset":
+    """Classify images on the Ray cluster that this process is connected to (`ray.init`).
+
+    Args:
+        bundle: folder or s3:// prefix of the bundle.
+        images: what `jobs/predict.py --input` takes, or a list of paths and s3:// addresses, or a manifest (see
+            `images.manifest`).
+        options: what is asked of the network, and on how many workers.
+
+    Returns:
+        a dataset of one row for each image (see `prediction.pipeline`), in any order.
+
+    Raises:
+        ValueError, OSError, ClusterError: with a sentence for the user.
+    """
+    from cnnray import cluster
+    from cnnray.images import manifest as manifests
+    from cnnray.models.bundle import Bundle
+    from cnnray.prediction import pipeline
+    from cnnray.prediction.config import PredictOptions
+
+    if isinstance(images, str):
+        manifest = manifests.manifest_of(images, labelled=False)
+    else:
+        manifest = manifests.manifest_of_uris(images) if isinstance(images, Sequence) else images
+    planned = pipeline.plan(Bundle.load(bundle), options or PredictOptions(), cluster.resources())
+    return pipeline.predicted(pipeline.passed_through(manifest), planned)

@@ -1,0 +1,331 @@
+"""A prediction job from end to end: manifest, workers, parts, reconciliation, summary."""
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from cnnray import cluster
+from cnnray.images import manifest as manifests
+from cnnray.images import storage, stream
+from cnnray.images.lock import alone
+from cnnray.images.manifest import ManifestError
+from cnnray.models import engines
+from cnnray.models.bundle import Bundle
+from cnnray.prediction import parts as output
+from cnnray.prediction import pipeline, summary
+from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.parts import Parts
+from cnnray.progress import Progress, duration
+
+log = logging.getLogger(__name__)
+
+CONFIG, MANIFEST, SUMMARY, ERRORS = "config.yaml", "manifest.parquet", "summary.json", "errors.csv"
+_MODEL = b"model"
+_RETRIED = ("missing", "access denied", "throttled", "unreadable")
+_SAMPLE = 256
+_TRIED_FIRST = 1000
+"""Images after which `--max-error-fraction` may stop the run."""
+
+
+class PredictionError(RuntimeError):
+    """A run that cannot start or ended badly; the message is one sentence for the user."""
+
+
+def run(config: PredictConfig) -> dict[str, Any]:
+    """Classify all images of `config.input`, and leave in `config.folder` the rows (`part-*`), `summary.json`,
+    `errors.csv` where there were any, `manifest.parquet` and `config.yaml`.
+
+    A run that was interrupted goes on; one that is finished is not run again.
+
+    Returns:
+        `output`, `rows`, `ok`, `errors`, `resumed` (rows that were there already), `engine`, and of this call
+        `images_per_second` and `seconds`.
+
+    Raises:
+        ValueError, OSError, ClusterError, PartError, PredictionError: with a sentence for the user; what can be known
+            before Ray starts is raised before it, and before anything is written.
+    """
+    started = time.monotonic()
+    with alone(config.folder):
+        bundle = Bundle.load(config.bundle)
+        earlier = _earlier_run(config, bundle)
+        if earlier is not None and not config.retry_errors and (done := _finished(config)) is not None:
+            if not config.overwrite:
+                log.info("%s is finished already; nothing was run.", config.folder)
+                return done | {"resumed": done["rows"], "seconds": round(time.monotonic() - started, 2)}
+            earlier = None
+        if config.engine != "auto":
+            engines.check_exported(bundle, config.engine)
+        engine = earlier["engine"] if earlier else ""
+        manifest = _read_manifest(config) if earlier else manifest_of(config)
+        parts = _parts(config, manifest)
+        written = _kept(config, parts) if earlier else set()
+        resumed = _rows_of(parts, written)
+        log.info("%d images, %d of them done", len(manifest), resumed)
+        rate = 0.0
+        if not earlier or len(written) < len(parts.ranges):
+            with cluster.connected() as found:
+                planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
+                engine = planned.engine
+                # Nothing is written, or taken away, before all is known to be right.
+                if earlier is None:
+                    _begin(config, manifest, bundle, engine)
+                rate = _run(config, manifest, parts, written, planned)
+        found_all = _reconciled(config, manifest, parts, bundle)
+        line = {
+            "output": config.folder,
+            **{name: found_all[name] for name in ("rows", "ok", "errors")},
+            "resumed": resumed,
+            "engine": engine,
+            "images_per_second": round(rate, 2),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        stated = line | {"model": bundle.version} | found_all
+        storage.write_bytes(storage.join(config.folder, SUMMARY), json.dumps(stated, indent=2).encode())
+        summary.log_summary(found_all)
+        return line
+
+
+def dry_run(config: PredictConfig) -> dict[str, Any]:
+    """Say what a run would read, and how long that would take by a sample of the images; nothing is written.
+
+    Returns:
+        `output`, `rows`, `resumed`, `engine`, `workers`, and estimated `images_per_second` and `seconds`.
+
+    Raises:
+        ValueError, OSError, ClusterError, PredictionError: as `run`.
+    """
+    bundle = Bundle.load(config.bundle)
+    earlier = _earlier_run(config, bundle)
+    manifest = _read_manifest(config) if earlier else manifest_of(config)
+    parts = _parts(config, manifest)
+    resumed = _rows_of(parts, parts.written() if earlier else set())
+    with cluster.connected() as found:
+        planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
+    chosen = np.random.default_rng(0).permutation(len(manifest))[:_SAMPLE]
+    sample = manifest.take(pa.array(np.sort(chosen)))
+    worker = pipeline.Worker(planned, bundle.version)
+    list(worker(sample.slice(0, 1)))
+    start = time.monotonic()
+    errors = sum(len(rows) - rows["error"].null_count for rows in worker(sample))
+    rate = planned.pool.first * len(sample) / (time.monotonic() - start)
+    seconds = (len(manifest) - resumed) / rate
+    log.info(
+        "would read %d images of %s, %s for one; %d are done",
+        len(manifest), config.input, sample["uri"][0], resumed,
+    )  # fmt: skip
+    log.info("of a sample of %d images %d have no prediction", len(sample), errors)
+    log.info("%d workers of %s: %.0f images/s, %s", planned.pool.first, planned.engine, rate, duration(seconds))
+    return {
+        "output": config.folder,
+        "rows": len(manifest),
+        "resumed": resumed,
+        "engine": planned.engine,
+        "workers": planned.pool.first,
+        "images_per_second": round(rate, 2),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _parts(config: PredictConfig, manifest: pa.Table) -> Parts:
+    return Parts(config.folder, config.format, stream.pieces(manifest["uri"].to_pylist(), config.rows_per_part))
+
+
+def _rows_of(parts: Parts, some: set[int]) -> int:
+    return sum(stop - start for part, (start, stop) in enumerate(parts.ranges) if part in some)
+
+
+def manifest_of(config: PredictConfig) -> pa.Table:
+    """The images of a run: those of the input that the limit and the shard leave, with the columns that pass through.
+
+    Raises:
+        ManifestError, OSError: with a sentence.
+    """
+    manifest = pipeline.passed_through(manifests.manifest_of(config.input, labelled=False))
+    manifest = manifest.slice(0, config.limit)
+    if config.shards == 1:
+        return manifest
+    ranges = stream.pieces(manifest["uri"].to_pylist(), math.ceil(len(manifest) / config.shards))
+    if config.shard >= len(ranges):
+        raise ManifestError(
+            f"{config.input} can be split into {len(ranges)} shards only, as images in one row group stay together."
+        )
+    start, stop = ranges[config.shard]
+    return manifest.slice(start, stop - start)
+
+
+# -- the output -----------------------------------------------------------------------------------------------
+
+
+def _earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
+    """The config of the run that the output holds, if it is this one."""
+    try:
+        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.folder, CONFIG)))
+    except FileNotFoundError:
+        foreign = [name for name in (MANIFEST, SUMMARY) if storage.is_file(storage.join(config.folder, name))]
+        if foreign := [*foreign, *map(storage.name, output.files_of(config.folder)[:1])]:
+            raise PredictionError(
+                f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
+            ) from None
+        return None
+    differences = config.differs_from(earlier)
+    if config.engine not in ("auto", earlier["engine"]):
+        differences.append(f"--engine {earlier['engine']} (now {config.engine})")
+    try:
+        model = (_read_manifest(config).schema.metadata or {}).get(_MODEL, b"").decode()
+    except FileNotFoundError:
+        model = None  # killed before it had begun
+    if model is not None and model != bundle.version:
+        differences.append(f"the model {model} (now {bundle.version})")
+    if differences and not config.overwrite:
+        raise PredictionError(
+            f"{config.folder} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
+        )
+    return None if differences or model is None else dict(earlier)
+
+
+def _finished(config: PredictConfig) -> dict[str, Any] | None:
+    """The JSON line of a run that is finished."""
+    try:
+        stated = json.loads(storage.read_bytes(storage.join(config.folder, SUMMARY)))
+    except FileNotFoundError:
+        return None
+    names = ("output", "rows", "ok", "errors", "resumed", "engine", "images_per_second", "seconds")
+    return {name: stated[name] for name in names}
+
+
+def _read_manifest(config: PredictConfig) -> pa.Table:
+    return manifests.read(storage.join(config.folder, MANIFEST))
+
+
+def _kept(config: PredictConfig, parts: Parts) -> set[int]:
+    """The parts that need not be made again."""
+    written = parts.written()
+    if not config.retry_errors:
+        return written
+    storage.delete_file(storage.join(config.folder, SUMMARY))
+    again = set()
+    for part in sorted(written):
+        errors = pc.unique(parts.read(part)["error"].drop_null()).to_pylist()
+        if any(error.partition(":")[0] in _RETRIED for error in errors):
+            again.add(part)
+            storage.delete_file(parts.uri(part))
+    log.info("%d of %d parts have images that could not be read; they are run again", len(again), len(parts.ranges))
+    return written - again
+
+
+def _begin(config: PredictConfig, manifest: pa.Table, bundle: Bundle, engine: str) -> None:
+    for name in (SUMMARY, ERRORS, MANIFEST):
+        storage.delete_file(storage.join(config.folder, name))
+    for uri in output.files_of(config.folder):
+        storage.delete_file(uri)
+    # First of all: an output that has other files and no config is taken for somebody else's.
+    text = yaml.safe_dump(config.as_dict() | {"engine": engine, "overwrite": False}, sort_keys=False)
+    storage.write_bytes(storage.join(config.folder, CONFIG), text.encode())
+    stated = manifest.replace_schema_metadata({_MODEL: bundle.version.encode()})
+    manifests.write(stated, storage.join(config.folder, MANIFEST))
+
+
+# -- the run --------------------------------------------------------------------------------------------------
+
+
+def _run(
+    config: PredictConfig,
+    manifest: pa.Table,
+    parts: Parts,
+    written: set[int],
+    planned: pipeline.Plan,
+) -> float:
+    """Make the parts that are not written.
+
+    Returns:
+        images/s.
+    """
+    import ray
+
+    stream.be_quiet()
+    pending = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
+    rows = sum(stop - start for start, stop in pending)
+    pool = planned.pool
+    per_task = pipeline.rows_per_task(rows, pool)
+    uris = manifest["uri"]
+    tasks = [
+        (first + start, first + stop)
+        for first, last in pending
+        for start, stop in stream.pieces(uris[first:last].to_pylist(), per_task)
+    ]
+    log.info(
+        "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
+        pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
+        f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
+    )  # fmt: skip
+    collector = output.Collector(parts, manifest["id"].to_numpy())
+    progress = Progress(len(manifest), len(manifest) - rows)
+    tried = failed = 0
+    dataset = pipeline.predicted(manifest, planned, tasks)
+    try:
+        for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            collector.add(found)
+            tried += len(found)
+            failed += len(found) - found["error"].null_count
+            progress.add(len(found), f"{failed} errors" if failed else "")
+            if failed > config.max_error_fraction * tried and tried >= min(_TRIED_FIRST, rows):
+                raise PredictionError(_too_many(config, found, failed, tried))
+    except ray.exceptions.RayError as error:
+        raise PredictionError(f"Prediction failed: {_cause(error)} (The same command goes on.)") from error
+    finally:
+        progress.close()
+    return progress.images_per_second
+
+
+def _too_many(config: PredictConfig, rows: pa.Table, failed: int, tried: int) -> str:
+    example = rows.filter(pc.is_valid(rows["error"])).slice(0, 1).to_pylist()
+    last = f", {example[0]['uri']} for one ({example[0]['error']})" if example else ""
+    return (
+        f"{failed} of {tried} images have no prediction, more than --max-error-fraction "
+        f"{config.max_error_fraction:g}{last}: once that is mended, run the same command with --retry-errors."
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong on a worker."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+# -- the end --------------------------------------------------------------------------------------------------
+
+
+def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle: Bundle) -> dict[str, Any]:
+    """Read all parts back, compare their ids with the manifest's, and sum them up.
+
+    Raises:
+        PartError: a part is missing or has other ids.
+    """
+    ids: Any = manifest["id"].to_numpy()
+    written = parts.written()
+    missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
+    if missing:
+        lost = np.concatenate([ids[start:stop] for start, stop in missing])
+        raise output.PartError(
+            f"{len(lost)} images have no row, the ids {lost[:10].tolist()} for some. Run the same command again."
+        )
+    tally, errors = summary.Tally(config.threshold), summary.ErrorList()
+    for part in range(len(parts.ranges)):
+        rows = parts.read(part)
+        if problem := parts.problem(part, rows, ids):
+            raise output.PartError(f"{parts.uri(part)} has other ids than the manifest ({problem}): delete it.")
+        tally.add(rows)
+        errors.add(rows)
+    if tally.errors:
+        errors.write(storage.join(config.folder, ERRORS))
+    else:
+        storage.delete_file(storage.join(config.folder, ERRORS))
+    return summary.summary_of(tally, bundle.info)

@@ -1,0 +1,226 @@
+"""Rows of a manifest to rows of predictions, with Ray Data on a pool of workers.
+
+The rows come in any order. A row has the manifest's columns and
+
+- `status`: `ok` or `error`, and `error`: why there is no prediction (a reason of `decode.BadImage`, and what was
+  found), else null;
+- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null where there is none;
+- `model`: `Bundle.version` of the network;
+- `probabilities`, `embedding`: float32 lists of fixed size, where they were asked for.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+
+from cnnray.cluster import Resources
+from cnnray.images import reading, stream
+from cnnray.models import engines, startup
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor, ranked
+from cnnray.prediction.config import PredictOptions
+from cnnray.prediction.pool import Pool, pool_of
+
+COLUMNS = (
+    "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model", "probabilities",
+    "embedding",
+)  # fmt: skip
+_PIXELS, _ERROR = "__pixels", "__error"
+_FEWEST_ROWS_PER_TASK, _MOST_ROWS_PER_TASK = 32, 512
+
+Images = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What runs where."""
+
+    bundle: Bundle
+    engine: str
+    options: PredictOptions
+    pool: Pool
+
+
+def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str | None = None) -> Plan:
+    """Choose the engine, where none is given, and share out the cluster.
+
+    Raises:
+        BundleError: the bundle was not exported to the engine.
+        ClusterError: the cluster has too little.
+    """
+    if engine is None:
+        gpus = found.gpus >= 1 and options.gpus_per_worker != 0
+        engine = engine_of(bundle, options, gpus=gpus)
+    return Plan(bundle=bundle, engine=engine, options=options, pool=pool_of(options, engine, found))
+
+
+def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
+    """The engine that is meant: `auto` is the fastest proven one, or that which has embeddings.
+
+    Raises:
+        BundleError: the bundle was not exported to it.
+    """
+    if options.engine == "auto":
+        if options.embeddings:
+            return engines.KERAS
+        return engines.choose(bundle, gpus=gpus, batch_size=options.batch_size)
+    engines.check_exported(bundle, options.engine)
+    return options.engine
+
+
+def passed_through(manifest: pa.Table) -> pa.Table:
+    """A manifest without label and split where no image has one, and with columns that have the name of one of ours
+    renamed to `original_NAME`."""
+    empty = [name for name in ("label", "split") if manifest[name].null_count == len(manifest)]
+    taken = {name: f"original_{name}" for name in manifest.column_names if name in COLUMNS}
+    return manifest.drop_columns(empty).rename_columns(taken)
+
+
+def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | None = None) -> ray.data.Dataset:
+    """A dataset of one row for each row of a manifest.
+
+    Args:
+        manifest: with `id` and `uri`, in the order that images are read in.
+        planned: what runs where.
+        tasks: the first row of each task and that after its last; None: all rows, shared out evenly.
+    """
+    size, resize, pool = planned.bundle.info.image_size, planned.bundle.info.resize, planned.pool
+    if tasks is None:
+        tasks = stream.pieces(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
+    dataset = stream.tasks(manifest, tasks)
+    if pool.decode_cpus:
+        dataset = dataset.map_batches(
+            _decoded,
+            fn_kwargs={"size": size, "resize": resize, "rows": stream.rows_per_block(size)},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=pool.decode_cpus,
+            zero_copy_batch=True,
+        )
+    return dataset.map_batches(
+        Worker,
+        fn_constructor_kwargs={"planned": planned, "model": planned.bundle.version},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.smallest,
+            max_size=pool.largest,
+            initial_size=pool.first,
+            max_tasks_in_flight_per_actor=2,
+        ),
+        zero_copy_batch=True,
+    )
+
+
+def rows_per_task(rows: int, pool: Pool) -> int:
+    """So many that each worker has several tasks, and a task's start costs little."""
+    return min(_MOST_ROWS_PER_TASK, max(_FEWEST_ROWS_PER_TASK, math.ceil(rows / (4 * pool.first))))
+
+
+def _decoded(table: pa.Table, size: int, resize: Any, rows: int) -> Iterator[pa.Table]:
+    """The rows with their pixels, where workers are given these."""
+    start = 0
+    for block in reading.decoded_blocks(table.select(["id", "uri"]), size, resize, rows):
+        count = len(block["id"])
+        pixels = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(size * size * 3), count, [None, pa.py_buffer(np.ascontiguousarray(block["image"]))]
+        )
+        found = table.slice(start, count).append_column(_PIXELS, pixels)
+        yield found.append_column(_ERROR, pa.array(block["error"], pa.string()))
+        start += count
+
+
+class Worker:
+    """An actor of the pool: holds the network, and gives rows their predictions."""
+
+    def __init__(self, planned: Plan, model: str) -> None:
+        """
+        Args:
+            planned: what runs where.
+            model: what rows name the network.
+        """
+        if planned.engine == engines.KERAS:
+            startup.load_tensorflow(gpus=planned.pool.gpus > 0)
+        self._options, self._info, self._model = planned.options, planned.bundle.info, model
+        self._predictor = Predictor(
+            planned.bundle,
+            engine=planned.engine,
+            threads=planned.pool.threads,
+            batch_size=planned.options.batch_size,
+        )
+        self._names = pa.array(self._info.class_names, pa.string())
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Rows of a manifest, or of `_decoded`, with their predictions."""
+        start = 0
+        blocks = self._given(table) if _PIXELS in table.column_names else self._read(table)
+        for images, errors in blocks:
+            rows = table.slice(start, len(errors))
+            rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
+            start += len(errors)
+            yield self._with_answers(rows, images, errors)
+
+    def _given(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+        size = self._info.image_size
+        pixels = table[_PIXELS].combine_chunks()
+        pixels = pixels.chunk(0) if isinstance(pixels, pa.ChunkedArray) else pixels
+        images = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * size * size * 3 :]
+        images = images[: len(table) * size * size * 3].reshape(len(table), size, size, 3)
+        yield images, table[_ERROR].to_pylist()
+
+    def _read(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+        blocks = reading.decoded_blocks(
+            table.select(["id", "uri"]), self._info.image_size, self._info.resize,
+            stream.rows_per_block(self._info.image_size),
+        )  # fmt: skip
+        for block in reading.ahead(blocks):
+            yield block["image"], block["error"].tolist()
+
+    def _with_answers(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:
+        good = np.asarray([not error for error in errors])
+        # Where each row finds its answer among those of the good images; null where it has none.
+        place = pa.array(np.cumsum(good) - 1, mask=~good)
+        columns = {
+            "status": pa.array(np.where(good, "ok", "error").tolist(), pa.string()),
+            "error": pa.array([error or None for error in errors], pa.string()),
+        }
+        columns |= {name: values.take(place) for name, values in self._columns(images[good]).items()}
+        columns["model"] = pa.array([self._model] * len(rows), pa.string())
+        for name in COLUMNS:
+            if name in columns:
+                rows = rows.append_column(name, columns[name])
+        return rows
+
+    def _columns(self, images: Images) -> dict[str, pa.Array]:
+        options, embeddings = self._options, None
+        if options.embeddings:
+            probabilities, embeddings = self._predictor.with_embeddings(images)
+        else:
+            probabilities = self._predictor.probabilities(images)
+        order = ranked(probabilities, options.top_k)
+        scores = np.take_along_axis(probabilities, order, 1)
+        offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)
+        labels = self._names.take(pa.array(order.ravel()))
+        columns = {
+            "prediction": self._names.take(pa.array(order[:, 0])),
+            "confidence": pa.array(scores[:, 0], pa.float32()),
+            "top_k_labels": pa.ListArray.from_arrays(offsets, labels),
+            "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
+        }
+        if options.probabilities:
+            columns["probabilities"] = _lists(probabilities)
+        if embeddings is not None:
+            columns["embedding"] = _lists(embeddings)
+        return columns
+
+
+def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])

@@ -1,0 +1,59 @@
+"""What a job says while it works: a bar on a terminal, a line every few seconds in a log."""
+
+import logging
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+_REFRESH_SECONDS = 10.0
+
+
+class Progress:
+    """Images done of all, images/s and the time left."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        """
+        Args:
+            total: images in all.
+            done: of these by earlier runs.
+        """
+        self._total, self._done, self._new = total, done, 0
+        self._started = self._shown = time.monotonic()
+        self._bar = tqdm(total=total, initial=done, unit=" images", disable=not sys.stderr.isatty(), file=sys.stderr)
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the start."""
+        return self._new / max(time.monotonic() - self._started, 1e-9)
+
+    def add(self, images: int, note: str = "") -> None:
+        """Count images that are done, and show it where the last line is old enough."""
+        self._new += images
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(images)
+        now = time.monotonic()
+        if self._bar.disable and now - self._shown >= _REFRESH_SECONDS:
+            self._shown = now
+            done, rate = self._done + self._new, self.images_per_second
+            left = duration((self._total - done) / max(rate, 1e-9))
+            log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, left, note)
+
+    def close(self) -> None:
+        """Leave the terminal to others."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `3m10s` or `2h05m`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,173 @@
+"""jobs/predict.py as its users run it, and as it is killed: every image has one row in the end, and nothing hangs."""
+
+import json
+import random
+import time
+
+import psutil
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tests.networks import coloured_noise
+from tests.runs import rows_of
+
+IMAGES = 3000
+WATCHDOG = 240
+"""Seconds that no run may take, on two cores."""
+
+
+@pytest.fixture(scope="module")
+def bundle(onnx_bundle):
+    return onnx_bundle
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Images that take a while to decode, two of them damaged. (Links to a few files, of a megabyte each.)"""
+    folder = tmp_path_factory.mktemp("photos")
+    images, _ = coloured_noise(8, 1000, seed=7)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:05d}.jpg", quality=90)
+    for number in range(8, IMAGES):
+        (folder / f"{number:05d}.jpg").hardlink_to(folder / f"{number % 8:05d}.jpg")
+    for number in (17, IMAGES - 3):
+        path = folder / f"{number:05d}.jpg"
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:1000])
+    return folder
+
+
+@pytest.fixture
+def command(bundle, photos, tmp_path):
+    """The command line of a run, and where it writes."""
+    output = tmp_path / "out"
+    arguments = ["--bundle", bundle, "--input", photos, "--output", output, "--rows-per-part", "64"]
+    return ("predict", *arguments), output
+
+
+def _line(job):
+    return json.loads(job.out.read_text().splitlines()[-1])
+
+
+def _check(output, line):
+    assert (line["rows"], line["ok"], line["errors"]) == (IMAGES, IMAGES - 2, 2)
+    assert [row["id"] for row in rows_of(output)] == list(range(IMAGES))
+    assert json.loads((output / "summary.json").read_text())["rows"] == IMAGES
+
+
+def _parts(output):
+    return len(list(output.glob("part-*")))
+
+
+def _victims(job, kind):
+    """The processes to kill: the job itself, one of Ray's workers of it, or all of its cluster."""
+    if kind == "driver":
+        return [psutil.Process(job.process.pid)]
+    named = [(process, " ".join(process.cmdline()) or process.name()) for process in job.children()]
+    if kind == "worker":
+        workers = [process for process, name in named if name.startswith("ray::") and "Worker" in name]
+        return [random.choice(workers)] if workers else []
+    return [process for process, name in named if "raylet" in name or "gcs_server" in name]
+
+
+def _kill(job, kind):
+    for process in _victims(job, kind):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _runs_until_done(start_job, command, output, kind, moments):
+    """Kill a run at each of these moments (seconds after its start), then let the last one finish."""
+    for moment in moments:
+        job = start_job(*command)
+        end = time.monotonic() + moment
+        while time.monotonic() < end and job.process.poll() is None:
+            time.sleep(0.05)
+        before = _parts(output)
+        _kill(job, kind)
+        if kind == "worker":
+            # The run goes on by itself.
+            assert job.wait(WATCHDOG) == 0, job.err.read_text()
+            return _line(job)
+        job.wait(WATCHDOG)
+        job.end()
+        assert _parts(output) >= before
+    job = start_job(*command)
+    assert job.wait(WATCHDOG) == 0, job.err.read_text()
+    return _line(job)
+
+
+def test_a_run_leaves_rows_and_says_so(start_job, command):
+    arguments, output = command
+    job = start_job(*arguments)
+    assert job.wait(WATCHDOG) == 0, job.err.read_text()
+    _check(output, _line(job))
+    errors = job.err.read_text()
+    assert "images/s" in errors
+    assert f"{IMAGES} images: {IMAGES - 2} classified, 2 without a prediction" in errors
+    assert "corrupt: 2, " in errors
+    table = pyarrow.parquet.read_table(output / "part-000000.parquet")
+    assert table.column_names == [
+        "id", "uri", "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model",
+    ]  # fmt: skip
+    again = start_job(*arguments)
+    assert again.wait(60) == 0
+    assert "is finished already; nothing was run" in again.err.read_text()
+    assert _line(again)["resumed"] == IMAGES
+
+
+@pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
+def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, command):
+    arguments, output = command
+    line = _runs_until_done(start_job, arguments, output, kind, [random.Random(kind).uniform(9, 12)])
+    _check(output, line)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
+def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
+    arguments, output = command
+    for trial in range(10):
+        moment = random.uniform(2, 16)
+        before = _parts(output)
+        started = time.monotonic()
+        line = _runs_until_done(start_job, arguments, output, kind, [moment])
+        _check(output, line)
+        with capsys.disabled():
+            print(
+                f"{kind} {trial + 1}: killed after {moment:.1f} s; {before} parts before, {line['resumed']} images "
+                f"resumed; done after {time.monotonic() - started:.0f} s in all"
+            )
+        for path in output.iterdir():
+            path.unlink()
+
+
+MISTAKES = {
+    "mistyped flag": (["--bundle", "{bundle}", "--input", "{photos}", "--outptu", "x"], "--outptu"),
+    "no bundle": (["--bundle", "{empty}", "--input", "{photos}", "--output", "{out}"], "is not a bundle"),
+    "no input": (["--bundle", "{bundle}", "--input", "/nowhere", "--output", "{out}"], "/nowhere does not exist"),
+    "empty input": (["--bundle", "{bundle}", "--input", "{empty}", "--output", "{out}"], "holds no images"),
+    "engine": (
+        ["--bundle", "{bundle}", "--input", "{photos}", "--output", "{out}", "--engine", "litert"],
+        "was not exported to litert",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence_at_once(mistake, start_job, bundle, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments, sentence = MISTAKES[mistake]
+    places = {"bundle": bundle, "photos": photos, "empty": tmp_path / "empty", "out": tmp_path / "out"}
+    started = time.monotonic()
+    job = start_job("predict", *(argument.format(**places) for argument in arguments))
+    assert job.wait(60) != 0
+    assert time.monotonic() - started < 15  # about 1 on a quiet machine
+    assert sentence in job.err.read_text().splitlines()[-1]
+    assert "Traceback" not in job.err.read_text()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,291 @@
+"""Prediction runs on a cluster: one row for each image, the same whatever runs it."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cnnray.images.decode import BadImage
+from cnnray.images.manifest import ManifestError
+from cnnray.models import bundle as bundles
+from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.predictor import Predictor
+from cnnray.prediction import job, predict
+from cnnray.prediction.config import PredictConfig, PredictOptions
+from cnnray.prediction.job import PredictionError
+from tests.awkward import awkward_images, bad_images
+from tests.conftest import write_tar
+from tests.runs import rows_of
+
+
+@pytest.fixture(scope="module")
+def bundle(onnx_bundle):
+    return onnx_bundle
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """The awkward set, the bad one and a missing file, twice: a table of their addresses, and bytes by address."""
+    folder = tmp_path_factory.mktemp("images")
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    found = {}
+    for copy in ("a", "b"):
+        (folder / copy).mkdir()
+        for name, data in contents.items():
+            (folder / copy / name).write_bytes(data)
+            found[str(folder / copy / name)] = data
+    found[str(folder / "missing.png")] = None
+    with (folder / "images.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["uri", "shot", "error"])
+        writer.writerows([uri, number, "none"] for number, uri in enumerate(found))
+    return folder / "images.csv", found
+
+
+def _config(bundle, images, output, **changes):
+    options = {"engine": "onnx", "max_workers": 2, "rows_per_part": 32, "max_error_fraction": 1}
+    return PredictConfig(bundle=bundle, input=str(images), output=str(output), **options | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(bundle, images, tmp_path_factory):
+    """A finished run's output, and its JSON line."""
+    output = tmp_path_factory.mktemp("finished")
+    return output, job.run(_config(bundle, images[0], output))
+
+
+def test_every_image_has_one_row_with_the_answer_of_predictor(finished, bundle, images):
+    output, line = finished
+    rows = rows_of(output)
+    assert [row["id"] for row in rows] == list(range(len(images[1])))
+    assert [row["uri"] for row in rows] == sorted(images[1])
+    predictor = Predictor(Bundle.load(bundle), engine="onnx")
+    for row in rows:
+        assert row["shot"] == list(images[1]).index(row["uri"])
+        assert row["original_error"] == "none"
+        data = images[1][row["uri"]]
+        (answer,) = predictor([data]) if data is not None else [BadImage("missing")]
+        if isinstance(answer, BadImage):
+            assert row["error"].partition(":")[0] == answer.reason
+        else:
+            assert row["top_k_labels"] == [name for name, _ in answer.top_k]
+            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in answer.top_k], atol=1e-5)
+    bad = 2 * len(bad_images()) + 1
+    assert {name: line[name] for name in ("output", "rows", "ok", "errors", "resumed", "engine")} == {
+        "output": str(output), "rows": len(rows), "ok": len(rows) - bad, "errors": bad, "resumed": 0,
+        "engine": "onnx",
+    }  # fmt: skip
+
+
+def test_what_a_run_leaves(finished, bundle):
+    output, line = finished
+    stated = json.loads((output / "summary.json").read_text())
+    assert {name: stated[name] for name in line} == line
+    assert stated["model"] == Bundle.load(bundle).version
+    assert stated["errors_by_reason"]["missing"]["images"] == 1
+    assert sum(reason["images"] for reason in stated["errors_by_reason"].values()) == line["errors"]
+    assert sum(one["images"] for one in stated["classes"].values()) == line["ok"]
+    assert stated["population_stability_index"] > 0
+    with (output / "errors.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == line["errors"]
+    parts = sorted(path.name for path in output.glob("part-*"))
+    assert parts == ["part-000000.parquet", "part-000001.parquet", "part-000002.parquet"]
+    left = {path.name for path in output.iterdir()}
+    assert left == {*parts, "config.yaml", "errors.csv", "manifest.parquet", "summary.json"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_workers": 1, "batch_size": 1, "rows_per_part": 1000},
+        {"max_workers": 3, "batch_size": 7, "rows_per_part": 5},
+        {"decoding": "tasks", "cpus_per_worker": 0.5},
+        {"format": "csv"},
+        {"format": "jsonl"},
+    ],
+    ids=["one", "many", "tasks", "csv", "jsonl"],
+)
+def test_the_same_rows_whatever_runs_them(changes, finished, bundle, images, tmp_path):
+    expected = rows_of(finished[0])
+    job.run(_config(bundle, images[0], tmp_path, **changes))
+    found = rows_of(tmp_path, changes.get("format", "parquet"))
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        for name in wanted:
+            if name in ("confidence", "top_k_scores") and wanted[name] is not None:
+                np.testing.assert_allclose(row[name], wanted[name], atol=1e-5)
+            else:
+                assert row[name] == wanted[name], name
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_images_in_containers(kind, finished, bundle, images, tmp_path):
+    contents = {uri: data for uri, data in images[1].items() if data is not None}
+    if kind == "tar":
+        write_tar(tmp_path / "0.tar", {f"{number:03d}.png": data for number, data in enumerate(contents.values())})
+    else:
+        table = pa.table({"bytes": list(contents.values()), "name": list(contents)})
+        pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=30)
+    job.run(_config(bundle, tmp_path / f"0.{kind}", tmp_path / "out", rows_per_part=10))
+    found = rows_of(tmp_path / "out")
+    expected = {row["uri"]: row for row in rows_of(finished[0])}
+    for row, uri in zip(found, contents, strict=True):
+        assert row["prediction"] == expected[uri]["prediction"]
+        assert (row["error"] or "").partition(":")[0] == (expected[uri]["error"] or "").partition(":")[0]
+    # Three row groups are three parts, however few rows a part should have; a tar can be cut anywhere.
+    assert len(list((tmp_path / "out").glob("part-*"))) == {"parquet": 3, "tar": 8}[kind]
+
+
+# -- again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to spoil."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def _times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_finished_run_is_not_run_again(copy, bundle, images, monkeypatch):
+    before = _times(copy)
+    monkeypatch.setattr(job, "_run", None)
+    line = job.run(_config(bundle, images[0], copy))
+    assert line["resumed"] == line["rows"] == len(images[1])
+    assert _times(copy) == before
+
+
+def test_what_is_missing_is_made_again_and_no_more(copy, bundle, images, finished):
+    (copy / "part-000001.parquet").unlink()
+    (copy / "summary.json").unlink()
+    before = _times(copy)
+    line = job.run(_config(bundle, images[0], copy, batch_size=3))
+    assert line["resumed"] == len(images[1]) - 32
+    after = _times(copy)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "part-000001.parquet", "summary.json", "errors.csv",
+    }  # fmt: skip
+    assert [row["prediction"] for row in rows_of(copy)] == [row["prediction"] for row in rows_of(finished[0])]
+
+
+def test_another_run_over_the_same_output_is_refused(copy, bundle, images, tmp_path):
+    config = _config(bundle, images[0], copy)
+    before = _times(copy)
+    for changes, sentence in (
+        ({"input": str(images[0].parent / "a")}, "holds a run with --input"),
+        ({"top_k": 1}, r"holds a run with --top-k 5 \(now 1\); give another --output, or --overwrite"),
+        ({"engine": "keras"}, r"--engine onnx \(now keras\)"),
+    ):
+        with pytest.raises(PredictionError, match=sentence):
+            job.run(dataclasses.replace(config, **changes))
+    other = shutil.copytree(bundle, tmp_path / "other")
+    info = Bundle.load(str(other)).info
+    bundles.write_info(str(other), dataclasses.replace(info, temperature=2.0))
+    with pytest.raises(PredictionError, match=r"the model model-\w+ \(now model-\w+\)"):
+        job.run(dataclasses.replace(config, bundle=str(other)))
+    assert _times(copy) == before
+    line = job.run(dataclasses.replace(config, bundle=str(other), overwrite=True, limit=40))
+    assert (line["rows"], line["resumed"]) == (40, 0)
+    assert len(rows_of(copy)) == 40
+
+
+def test_foreign_files_are_not_touched(tmp_path, bundle, images):
+    (tmp_path / "part-000007.parquet").write_bytes(b"mine")
+    with pytest.raises(PredictionError, match=r"holds part-000007.parquet, but no config.yaml of a run"):
+        job.run(_config(bundle, images[0], tmp_path))
+    assert (tmp_path / "part-000007.parquet").read_bytes() == b"mine"
+
+
+def test_a_part_that_was_changed_fails_the_run(copy, bundle, images):
+    (copy / "summary.json").unlink()
+    table = pyarrow.parquet.read_table(copy / "part-000001.parquet")
+    pyarrow.parquet.write_table(table.slice(1), copy / "part-000001.parquet")
+    with pytest.raises(
+        RuntimeError, match=r"part-000001.parquet has other ids than the manifest \(missing 32 \(1\)\)"
+    ):
+        job.run(_config(bundle, images[0], copy))
+    assert not (copy / "summary.json").exists()
+
+
+def test_images_that_come_back_are_tried_again(copy, bundle, images):
+    (images[0].parent / "missing.png").write_bytes(awkward_images()["rgb.png"])
+    try:
+        line = job.run(_config(bundle, images[0], copy, retry_errors=True))
+    finally:
+        (images[0].parent / "missing.png").unlink()
+    assert line["errors"] == 2 * len(bad_images())
+    assert line["resumed"] == 64
+    assert rows_of(copy)[-1]["status"] == "ok"
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_which_all_is_wrong_stops_early(tmp_path, bundle):
+    uris = [f"/nowhere/{number}.png" for number in range(20_000)]
+    pyarrow.parquet.write_table(pa.table({"uri": uris}), tmp_path / "images.parquet")
+    config = _config(bundle, tmp_path / "images.parquet", tmp_path / "out", max_error_fraction=0.1, rows_per_part=500)
+    with pytest.raises(
+        PredictionError, match=r"have no prediction, more than --max-error-fraction 0.1, /nowhere/\d+"
+    ):
+        job.run(config)
+    assert len(list((tmp_path / "out").glob("part-*"))) < 20
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, images):
+    for changes, error, sentence in (
+        ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx\)"),
+        ({"bundle": str(tmp_path / "none")}, BundleError, "is not a bundle"),
+        ({"input": str(tmp_path / "none")}, ManifestError, "does not exist"),
+        ({"shards": 70, "shard": 69, "input": str(tmp_path / "x.parquet")}, ManifestError, "into 1 shards only"),
+    ):
+        table = pa.table({"bytes": [b"x"] * 70})
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        config = _config(bundle, images[0], tmp_path / "out")
+        with pytest.raises(error, match=sentence):
+            job.run(dataclasses.replace(config, **changes))
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_workers_cannot_load_gets_a_sentence(tmp_path, bundle, images):
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    (broken / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(PredictionError, match=r"model.onnx cannot be loaded"):
+        job.run(_config(str(broken), images[0], tmp_path / "out"))
+
+
+# -- other ways in --------------------------------------------------------------------------------------------
+
+
+def test_shards_have_each_image_once(tmp_path, bundle, images):
+    lines = [job.run(_config(bundle, images[0], tmp_path, shards=3, shard=shard)) for shard in range(3)]
+    assert [line["output"] for line in lines] == [f"{tmp_path}/shard-{shard}-of-3" for shard in range(3)]
+    ids = [row["id"] for shard in range(3) for row in rows_of(tmp_path / f"shard-{shard}-of-3")]
+    assert ids == list(range(len(images[1])))
+
+
+def test_a_dry_run_writes_nothing(tmp_path, bundle, images):
+    line = job.dry_run(_config(bundle, images[0], tmp_path / "out", limit=20))
+    assert (line["rows"], line["resumed"], line["engine"], line["workers"]) == (20, 0, "onnx", 2)
+    assert line["seconds"] == pytest.approx(20 / line["images_per_second"], rel=0.1, abs=0.02)
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_python(bundle, images, finished):
+    options = PredictOptions(engine="onnx", probabilities=True, max_workers=2)
+    uris = [uri for uri, data in images[1].items() if data is not None]
+    rows = sorted(predict(bundle, uris, options).take_all(), key=lambda row: row["id"])
+    expected = {row["uri"]: row for row in rows_of(finished[0])}
+    assert [row["uri"] for row in rows] == sorted(uris)
+    for row in rows:
+        assert row["prediction"] == expected[row["uri"]]["prediction"]
+        assert row["probabilities"] is None or len(row["probabilities"]) == 3
+    assert len(predict(bundle, uris[0].rpartition("/")[0], options).take_all()) == len(uris) // 2

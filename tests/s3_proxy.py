@@ -1,0 +1,88 @@
+"""A proxy in front of an S3 server that can answer badly."""
+
+import http.client
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+_NOT_PASSED = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+class Proxy:
+    """Passes requests on to a server.
+
+    Attributes:
+        url: where it listens.
+        faults: called with method, path and how often this was asked for before; it gives `throttle` (503), `slow`
+            (one second later), `break off` (half of the body), or None.
+        given: how often each fault was.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.faults = lambda method, path, before: None
+        self.given: Counter[str] = Counter()
+        self._asked: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+        proxy, host = self, urlsplit(target).netloc
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments):
+                pass
+
+            def _pass_on(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                fault = proxy._fault_of(self.command, self.path)
+                if fault == "throttle":
+                    self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
+                    return
+                if fault == "slow":
+                    time.sleep(1)
+                upstream = http.client.HTTPConnection(host, timeout=60)
+                try:
+                    # With the Host that the request was signed with.
+                    upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                    for name, value in self.headers.items():
+                        if name.lower() not in ("connection", "expect"):
+                            upstream.putheader(name, value)
+                    upstream.endheaders(body)
+                    answer = upstream.getresponse()
+                    content = answer.read()
+                    headers = {name: value for name, value in answer.getheaders() if name.lower() not in _NOT_PASSED}
+                    length = answer.getheader("Content-Length") or str(len(content))
+                finally:
+                    upstream.close()
+                self._answer(answer.status, headers | {"Content-Length": length}, content, fault == "break off")
+
+            def _answer(self, status, headers, content, broken=False):
+                self.send_response_only(status)
+                for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2] if broken else content)
+                self.close_connection = self.close_connection or broken
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _fault_of(self, method, path):
+        with self._lock:
+            before = self._asked[method, path]
+            self._asked[method, path] += 1
+            fault = self.faults(method, path, before)
+            if fault:
+                self.given[fault] += 1
+            return fault
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()

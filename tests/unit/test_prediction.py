@@ -1,0 +1,254 @@
+"""The parts of a prediction run that need no cluster."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cnnray.cluster import ClusterError, Node, Resources
+from cnnray.images.manifest import manifest_of_uris
+from cnnray.models import bundle as bundles
+from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.predictor import Predictor
+from cnnray.prediction import pipeline
+from cnnray.prediction.config import PredictConfig, PredictOptions
+from cnnray.prediction.parts import Collector, PartError, Parts, files_of
+from cnnray.prediction.pool import Pool, pool_of
+from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summary_of
+from tests.awkward import awkward_images, bad_images
+from tests.networks import coloured_noise, fitted
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A bundle of three classes."""
+    folder = tmp_path_factory.mktemp("bundle")
+    model = fitted("small_cnn", SIZE, *coloured_noise(48, SIZE))
+    bundles.save(model, BundleInfo(class_names=["red", "green", "blue"], image_size=SIZE), folder)
+    return Bundle.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"engine": "tensorrt"}, "--engine 'tensorrt': expected auto, keras, onnx"),
+        ({"engine": "onnx", "embeddings": True}, "--embeddings can only be had with --engine keras, not onnx"),
+        ({"top_k": 0}, "--top-k must be at least 1, not 0"),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
+        ({"gpus_per_worker": 2}, "--gpus-per-worker must be 0 to 1"),
+        ({"min_workers": 3, "max_workers": 2}, "--min-workers 3 is more than --max-workers 2"),
+        ({"shards": 2, "shard": 2}, "--shard must be 0 to 1"),
+        ({"max_error_fraction": 1.5}, "--max-error-fraction must be 0 to 1"),
+        ({"output": ""}, "--output is empty"),
+        ({"output": "/in/out"}, "--output /in/out lies in --input /in"),
+        ({"input": "gs://x"}, "neither a local path nor"),
+    ],
+)
+def test_impossible_flags_are_refused(changes, sentence):
+    with pytest.raises((ValueError, OSError), match=sentence):
+        PredictConfig(**{"bundle": "/b", "input": "/in", "output": "/out"} | changes)
+
+
+def _cluster(*nodes):
+    return Resources(tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in nodes))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "options", "expected"),
+    [
+        ([(2, 0)], "onnx", {}, Pool(smallest=1, first=2, largest=2)),
+        ([(0.5, 0)], "onnx", {}, Pool(smallest=1, first=1, largest=1, cpus=0.5)),
+        ([(8, 0), (8, 0)], "onnx", {"cpus_per_worker": 4}, Pool(smallest=1, first=4, largest=4, cpus=4)),
+        ([(2, 0)], "onnx", {"max_workers": 9}, Pool(smallest=1, first=2, largest=9)),
+        ([(4, 0)], "onnx", {"decoding": "tasks"}, Pool(smallest=1, first=2, largest=2, decode_cpus=1)),
+        ([(8, 2)], "keras", {}, Pool(smallest=1, first=2, largest=2, cpus=4, gpus=1)),
+        ([(8, 2)], "keras", {"gpus_per_worker": 0}, Pool(smallest=1, first=8, largest=8)),
+        ([(8, 2)], "onnx-int8", {}, Pool(smallest=1, first=8, largest=8)),
+        ([(4, 1), (16, 0)], "keras", {}, Pool(smallest=1, first=1, largest=1, gpus=1, decode_cpus=1)),
+        ([(4, 1), (16, 0)], "keras", {"decoding": "workers"}, Pool(smallest=1, first=1, largest=1, cpus=4, gpus=1)),
+    ],
+)
+def test_the_pool_fits_the_cluster(nodes, engine, options, expected):
+    assert pool_of(PredictOptions(**options), engine, _cluster(*nodes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "sentence"),
+    [
+        ([(2, 0), (2, 0)], {"cpus_per_worker": 4}, "No worker of 4 CPUs and 0 GPUs fits the cluster's 2 node"),
+        ([(2, 0)], {"gpus_per_worker": 1}, "No worker of 1 CPUs and 1 GPUs fits"),
+        ([(2, 0)], {"decoding": "tasks", "max_workers": 2}, "2 workers of 1 CPUs leave none of the cluster's 2"),
+        ([(2, 0)], {"min_workers": 3}, "--min-workers 3 do not fit the cluster, which has room for 2"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(nodes, options, sentence):
+    with pytest.raises(ClusterError, match=sentence):
+        pool_of(PredictOptions(**options), "onnx", _cluster(*nodes))
+
+
+# -- workers --------------------------------------------------------------------------------------------------
+
+
+def _worker(bundle, **options):
+    planned = pipeline.Plan(
+        bundle=bundle, engine="keras", options=PredictOptions(**options), pool=Pool(smallest=1, first=1, largest=1)
+    )
+    return pipeline.Worker(planned, "model-1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The awkward set, the bad one and a missing file: bytes by path, and their manifest."""
+    folder = tmp_path_factory.mktemp("images")
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    found = {str(folder / name): data for name, data in contents.items()} | {str(folder / "zz.png"): None}
+    return found, manifest_of_uris(list(found))
+
+
+@pytest.mark.parametrize("decoded_elsewhere", [False, True])
+def test_a_worker_gives_the_answers_of_predictor(decoded_elsewhere, bundle, files):
+    contents, manifest = files
+    manifest = manifest.append_column("weight", pa.array([None, *range(1, len(manifest))], pa.int16()))
+    worker, predictor = _worker(bundle, top_k=2), Predictor(bundle, top_k=2)
+    given = [manifest]
+    if decoded_elsewhere:
+        given = pipeline._decoded(manifest, SIZE, "stretch", 10)
+    rows = pa.concat_tables(found for table in given for found in worker(table))
+    assert rows.select(manifest.column_names).equals(manifest)
+    assert set(rows["model"].to_pylist()) == {"model-1"}
+    for row in rows.to_pylist():
+        data = contents[row["uri"]]
+        if data is None:
+            assert (row["status"], row["error"].partition(":")[0]) == ("error", "missing")
+            continue
+        (answer,) = predictor([data])
+        if row["status"] == "error":
+            assert row["error"] == str(answer)
+            assert row["prediction"] is row["confidence"] is row["top_k_labels"] is row["top_k_scores"] is None
+        else:
+            assert row["error"] is None
+            assert (row["prediction"], row["top_k_labels"]) == (answer.label, [name for name, _ in answer.top_k])
+            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in answer.top_k], atol=1e-5)
+            assert row["confidence"] == row["top_k_scores"][0]
+
+
+def test_probabilities_and_embeddings_are_lists_of_fixed_size(bundle, files):
+    contents, manifest = files
+    rows = pa.concat_tables(_worker(bundle, probabilities=True, embeddings=True, batch_size=5)(manifest))
+    assert rows.schema.field("probabilities").type == pa.list_(pa.float32(), 3)
+    features = bundle.model.get_layer("logits").input
+    assert rows.schema.field("embedding").type == pa.list_(pa.float32(), features.shape[1])
+    good = rows.filter(pa.compute.equal(rows["status"], "ok"))
+    assert rows["probabilities"].null_count == rows["embedding"].null_count == len(rows) - len(good)
+    from cnnray.images.decode import decode
+
+    images = np.stack([decode(contents[uri], SIZE) for uri in good["uri"].to_pylist()])
+    expected = np.asarray(keras.Model(bundle.model.inputs, features)(images, training=False))
+    np.testing.assert_allclose(np.stack(good["embedding"].to_pylist()), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        np.stack(good["probabilities"].to_pylist()), Predictor(bundle).probabilities(images), atol=1e-5
+    )
+
+
+def test_rows_of_images_that_are_all_bad_have_the_same_columns(bundle, files):
+    _, manifest = files
+    worker = _worker(bundle, probabilities=True)
+    bad = manifest.filter(pa.compute.match_substring(manifest["uri"], "zz.png"))
+    assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
+
+
+def test_columns_of_the_manifest_are_kept_under_another_name_where_ours_have_theirs():
+    manifest = manifest_of_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
+    assert pipeline.passed_through(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
+    labelled = manifest.set_column(2, "label", [["dog"]])
+    assert "label" in pipeline.passed_through(labelled).column_names
+
+
+# -- parts ----------------------------------------------------------------------------------------------------
+
+
+def _rows(ids):
+    errors = ['corrupt: a, "b"\nc' if number % 3 == 0 else None for number in ids]
+    return pa.table(
+        {
+            "id": pa.array(ids, pa.int64()),
+            "uri": [f"/Ü, x/{number}.png" for number in ids],
+            "status": ["error" if error else "ok" for error in errors],
+            "error": pa.array(errors, pa.string()),
+            "prediction": pa.array([None if error else "null" for error in errors], pa.string()),
+            "confidence": pa.array([None if error else 0.25 for error in errors], pa.float32()),
+            "top_k_scores": pa.array([None if error else [0.25, 0.125] for error in errors], pa.list_(pa.float32())),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_parts_come_back_as_they_were_written(kind, tmp_path):
+    parts = Parts(str(tmp_path), kind, [(0, 4), (4, 8), (8, 9)])
+    collector = Collector(parts, np.arange(100, 109))
+    given = {(108,): {2}, (103, 105): {2}, (100, 102, 104): {2}, (107,): {2}, (101, 106): {0, 1, 2}}
+    for ids, written in given.items():
+        collector.add(_rows(list(ids)))
+        assert parts.written() == written
+    assert parts.written() == {0, 1, 2}
+    columns = ["id", "uri", "status", "error", "prediction", "confidence"]
+    for part, (start, stop) in enumerate(parts.ranges):
+        found = parts.read(part)
+        assert found.equals(_rows(list(range(100 + start, 100 + stop))).select(columns).cast(found.schema))
+        assert not parts.problem(part, found, np.arange(100, 109))
+    assert len(files_of(str(tmp_path))) == 3
+    (tmp_path / "shard-0-of-2").mkdir()
+    (tmp_path / "shard-0-of-2" / "part-000000.parquet").write_bytes(b"")
+    assert len(files_of(str(tmp_path))) == 3
+
+
+def test_rows_that_are_lost_or_come_twice_are_noticed(tmp_path):
+    parts = Parts(str(tmp_path), "parquet", [(0, 3)])
+    collector = Collector(parts, np.arange(3))
+    collector.add(_rows([0]))
+    collector.add(_rows([2]))
+    with pytest.raises(PartError, match=r"missing 1 \(1\); more than once 2 \(1\)"):
+        collector.add(_rows([2]))
+    assert parts.written() == set()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_damaged_part_gets_a_sentence(kind, tmp_path):
+    parts = Parts(str(tmp_path), kind, [(0, 3)])
+    (tmp_path / f"part-000000.{kind}").write_bytes(b'{"id": 1\n')
+    with pytest.raises(PartError, match=r"is damaged .*: delete it, and run again"):
+        parts.read(0)
+
+
+# -- the summary ----------------------------------------------------------------------------------------------
+
+
+def test_population_stability_index():
+    assert population_stability_index({"a": 10, "b": 30}, {"a": 100, "b": 300}) == pytest.approx(0, abs=1e-3)
+    # By hand, without the half images, which do little to large counts: 2 * 0.2 * ln(0.6 / 0.4).
+    found = population_stability_index({"a": 60_000, "b": 40_000}, {"a": 40_000, "b": 60_000})
+    assert found == pytest.approx(2 * 0.2 * np.log(1.5), rel=1e-3)
+    assert population_stability_index({"a": 50}, {"a": 25, "b": 25}) > 0.25
+    assert population_stability_index({}, {"a": 1}) is None
+
+
+def test_the_summary_counts_every_row(tmp_path, bundle):
+    tally, errors = Tally(0.5), ErrorList()
+    for ids in ([0, 1, 2], [3, 4]):
+        tally.add(_rows(ids))
+        errors.add(_rows(ids))
+    info = dataclasses.replace(bundle.info, class_names=["null", "other"], class_counts={"null": 3, "other": 1})
+    found = summary_of(tally, info)
+    assert (found["rows"], found["ok"], found["errors"]) == (5, 3, 2)
+    assert found["errors_by_reason"]["corrupt"]["images"] == 2
+    assert [example["id"] for example in found["errors_by_reason"]["corrupt"]["examples"]] == [0, 3]
+    assert found["classes"]["null"] == {"images": 3, "share": 1.0, "training_share": 0.75}
+    assert found["below_threshold"] == 1.0
+    errors.write(str(tmp_path / "errors.csv"))
+    assert (tmp_path / "errors.csv").read_text().startswith('id,uri,error\n0,"/Ü, x/0.png","corrupt: a, ""b""\nc"\n')

@@ -5,10 +5,13 @@ bundle has now. How images are grouped into batches changes a probability by les
 in LiteRT, by rounding in ONNX Runtime).
 """
 
+import functools
+import importlib.util
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +26,7 @@ log = logging.getLogger(__name__)
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
 
-KERAS = "keras"
-ENGINES = (KERAS, *(name for name, form in FORMATS.items() if form.engine != "tensorflow"))
-"""What can be asked for by name, beside `auto`."""
-
+KERAS, SAVED_MODEL = "keras", "saved_model"
 BATCH_SIZE = 64
 """Images that a network is given at once, at most, where the caller does not say."""
 _LITERT_BATCH_SIZES = (32, 8, 1)
@@ -50,6 +50,26 @@ class FileEngine(Engine, Protocol):
     """(height, width, 3) of the images that it takes."""
 
 
+@dataclass(frozen=True)
+class Runner:
+    """How an exported file is run."""
+
+    format: str
+    """Of `FORMATS`: that which writes the file."""
+    engine: Callable[[Path, int], FileEngine]
+    """Loads it, for calls of so many threads."""
+    tolerance: float | None = None
+    """Largest difference of a probability from Keras's; None: the network is rounded to few bits, and judged by what
+    it answers alone."""
+    library: str | None = None
+    """That must be installed beside what cnnray installs."""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its library is here."""
+        return self.library is None or importlib.util.find_spec(self.library) is not None
+
+
 def usable_threads() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -70,9 +90,10 @@ def engine_of(bundle: Bundle, name: str, threads: int | None = None) -> Engine:
     check_exported(bundle, name)
     if name == KERAS:
         return KerasEngine(bundle, threads)
-    with bundle.local_copy(FORMATS[name].path) as path:
+    file = FORMATS[RUNNERS[name].format].path
+    with bundle.local_copy(file) as path:
         if not path.is_file():
-            raise BundleError(f"{bundle.uri} lists an export to {name}, but holds no {FORMATS[name].path}.")
+            raise BundleError(f"{bundle.uri} lists an export to {name}, but holds no {file}.")
         engine = file_engine(name, path, threads, bundle)
     exported = float(bundle.info.exports[name].get("temperature", 1.0))
     return engine if exported == bundle.info.temperature else _Tempered(engine, exported / bundle.info.temperature)
@@ -88,6 +109,9 @@ def check_exported(bundle: Bundle, name: str) -> None:
     if name != KERAS and name not in bundle.info.exports:
         there = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
         raise BundleError(f"{bundle.uri} was not exported to {name} (it has {there}): run jobs/export.py.")
+    if name != KERAS and not RUNNERS[name].is_installed:
+        library = RUNNERS[name].library
+        raise BundleError(f"The engine {name} needs {library}: pip install 'cnnray[{library}]'.")
 
 
 def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
@@ -96,13 +120,8 @@ def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
     Raises:
         BundleError: the file cannot be run, or its shapes are not the bundle's.
     """
-    classes_of: dict[str, Callable[[Path, int], FileEngine]] = {
-        "onnx": OnnxEngine,
-        "litert": LiteRTEngine,
-        "tensorflow": SavedModelEngine,
-    }
     try:
-        engine: FileEngine = classes_of[FORMATS[name].engine](path, threads)
+        engine = RUNNERS[name].engine(path, threads)
     except Exception as error:  # the engines' libraries raise exceptions of their own
         reason = " ".join(str(error).split())[:300]
         raise BundleError(f"{bundle.uri}: {path.name} cannot be loaded: {reason}") from None
@@ -201,6 +220,34 @@ class EncodedSavedModelEngine(SavedModelEngine):
         return np.asarray(self._encoded(image_bytes=encoded)["probabilities"])
 
 
+class OpenVinoEngine:
+    """An ONNX file in OpenVINO, on the CPU."""
+
+    def __init__(self, path: Path, threads: int, precision: str = "f32") -> None:
+        import openvino
+
+        core = openvino.Core()
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError("this CPU does not compute in bfloat16")
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            # Of several processes each would take the first cores for itself.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._model = core.compile_model(path, "CPU", settings)
+        self._lock = threading.Lock()  # a request holds its call's tensors
+        self._request = self._model.create_infer_request()
+        self.shape = tuple(dimension.get_length() for dimension in list(self._model.input(0).partial_shape)[1:])
+        self.classes = int(self._model.output(0).partial_shape[1].get_length())
+
+    def __call__(self, images: Images) -> Probabilities:
+        """See `Engine`."""
+        with self._lock:
+            return np.array(self._request.infer({0: images})[0])
+
+
 class LiteRTEngine:
     """A LiteRT file in its interpreter, one for each of three batch sizes."""
 
@@ -241,6 +288,22 @@ class LiteRTEngine:
             interpreter.allocate_tensors()
             self._interpreters[batch_size] = interpreter
         return self._interpreters[batch_size]
+
+
+RUNNERS = {
+    SAVED_MODEL: Runner("saved_model", SavedModelEngine, 1e-4),
+    "onnx": Runner("onnx", OnnxEngine, 1e-4),
+    "onnx-int8": Runner("onnx-int8", OnnxEngine),
+    "litert": Runner("litert", LiteRTEngine, 1e-4),
+    # Weights rounded to float16 are off by up to 5e-4 of their size, layer by layer.
+    "litert-float16": Runner("litert-float16", LiteRTEngine, 5e-2),
+    "litert-int8": Runner("litert-int8", LiteRTEngine),
+    "openvino-bfloat16": Runner("onnx", functools.partial(OpenVinoEngine, precision="bf16"), library="openvino"),
+    "openvino-int8": Runner("onnx-int8", OpenVinoEngine, library="openvino"),
+}
+"""What runs exported files, by name."""
+ENGINES = (KERAS, *(name for name in RUNNERS if name != SAVED_MODEL))
+"""What can be asked for by name, beside `auto`. (A SavedModel is for others: in TensorFlow `keras` is as fast.)"""
 
 
 def _set_threads(threads: int) -> None:
@@ -291,7 +354,7 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     speeds = {
         name: float(report["images_per_second"][key])
         for name, report in bundle.info.exports.items()
-        if name in ENGINES and (name == KERAS or FORMATS[name].tolerance or report["accuracy"] is not None)
+        if name == KERAS or (name in ENGINES and RUNNERS[name].is_installed and _is_proven(name, report))
     }
     if not speeds:
         log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
@@ -300,3 +363,7 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     measured = ", ".join(f"{name} {speed:.0f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
     log.info("engine %s: the fastest by export's measurement at batch %s (images/s: %s)", chosen, key, measured)
     return chosen
+
+
+def _is_proven(name: str, report: dict[str, Any]) -> bool:
+    return not name.endswith("int8") or report["accuracy"] is not None

@@ -108,54 +108,67 @@ def _export(
     with bundle.local_copy(bundles.MODEL) as path:
         stated = verification.report(keras, path, images, expected, targets, temperature)
     log.info("comparing on %d images; Keras: accuracy %s", len(images), _shown(stated.accuracy))
-    reports, refused = bundle.info.exports | {engines.KERAS: stated.as_dict()}, {}
+    reports = bundle.info.exports | {engines.KERAS: stated.as_dict()}
+    refused: dict[str, str] = {}
     network = Network(bundle, calibration)
 
-    def made(name: str, path: Path) -> Report | str:
-        """What was measured of a format that is now at `path`, or why it is refused."""
+    def measured(name: str, path: Path) -> Report | str:
+        """What was measured of a file run by an engine, or why that is refused."""
+        engine = engines.file_engine(name, path, threads, bundle)
+        report = verification.report(engine, path, images, expected, targets, temperature)
+        if name == engines.SAVED_MODEL:  # which has a second way in
+            encoded = engines.in_batches(engines.EncodedSavedModelEngine(path, threads), images)
+            both = np.maximum(report.max_difference, np.abs(encoded - expected).max())
+            report = dataclasses.replace(report, max_difference=float(both))
+        return _reason_to_refuse(config, name, report, stated) or report
+
+    def tried(name: str, path: Path, *, write: bool) -> Report | str:
+        """The same, of a file that is perhaps made first."""
         try:
             with startup.without_stderr():  # the converters tell of each pass
-                FORMATS[name].write(network, path)
-                engine = engines.file_engine(name, path, threads, bundle)
-                report = verification.report(engine, path, images, expected, targets, temperature)
-                if FORMATS[name].engine == "tensorflow":  # which has a second way in
-                    encoded = engines.in_batches(engines.EncodedSavedModelEngine(path, threads), images)
-                    both = np.maximum(report.max_difference, np.abs(encoded - expected).max())
-                    report = dataclasses.replace(report, max_difference=float(both))
+                if write:
+                    FORMATS[name].write(network, path)
+                return measured(name, path)
         except OSError:  # a full disk says nothing of the format
             raise
         except Exception as error:  # converters and engines raise whatever they run into
             log.debug("%s", name, exc_info=True)
             return f"it cannot be made: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        return _reason_to_refuse(config, name, report, stated) or report
 
     for name in config.names:
         form = FORMATS[name]
+        others = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
         with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-            found = made(name, Path(folder, form.path))
+            path = Path(folder, form.path)
+            found = {name: tried(name, path, write=True)}
+            if not isinstance(found[name], str):
+                installed = [other for other in others if engines.RUNNERS[other].is_installed]
+                found |= {other: tried(other, path, write=False) for other in installed}
             # What the bundle lists is there, and whole, at any moment.
-            reports.pop(name, None)
+            reports = {key: value for key, value in reports.items() if key not in (name, *others)}
             bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-            delete = storage.delete_folder if form.engine == "tensorflow" else storage.delete_file
+            delete = storage.delete_folder if name == engines.SAVED_MODEL else storage.delete_file
             delete(storage.join(bundle.uri, form.path))
-            if isinstance(found, str):
-                refused[name] = found
-                log.warning("%s is refused: %s", name, found)
-            else:
+            if not isinstance(found[name], str):
                 storage.copy_folder(folder, bundle.uri)
-                reports[name] = found.as_dict()
-                bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-                log.info("%s: %s", name, _summary(found))
+            for key, report in found.items():
+                if isinstance(report, str):
+                    refused[key] = report
+                    log.warning("%s is refused: %s", key, report)
+                else:
+                    reports[key] = report.as_dict()
+                    log.info("%s: %s", key, _summary(report))
+            bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
     text = verification.table(reports, refused)
     storage.write_bytes(storage.join(bundle.uri, REPORT), f"{text}\n".encode())
     log.info("%s", text)
-    if refused:
-        raise ExportError("; ".join(f"{name} was refused: {reason}" for name, reason in refused.items()) + ".")
+    if asked := [f"{name} was refused: {reason}" for name, reason in refused.items() if name in config.names]:
+        raise ExportError("; ".join(asked) + ".")
     return {"bundle": bundle.uri, "formats": {name: reports[name] for name in config.names}}
 
 
 def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Report) -> str:
-    tolerance = FORMATS[name].tolerance
+    tolerance = engines.RUNNERS[name].tolerance
     if tolerance is not None and not report.max_difference <= tolerance:
         return f"a probability differs from Keras's by {report.max_difference:.2g}, more than {tolerance:g}"
     if report.accuracy is None or keras.accuracy is None:

@@ -32,10 +32,6 @@ class Format:
 
     path: str
     """Of the file, or folder, in the bundle."""
-    engine: str
-    """What runs it: onnx, litert or tensorflow."""
-    tolerance: float | None
-    """Largest difference of a probability from Keras's; None: quantized, and judged by its accuracy alone."""
     write: Callable[["Network", Path], None]
     """Make it at a local path."""
 
@@ -238,12 +234,11 @@ def _convert_to_litert(network: Network, path: Path, converter: Any) -> None:
 
 
 FORMATS = {
-    "saved_model": Format("saved_model", "tensorflow", 1e-4, _write_saved_model),
-    "onnx": Format("model.onnx", "onnx", 1e-4, _write_onnx),
-    "onnx-int8": Format("model.int8.onnx", "onnx", None, _write_onnx_int8),
-    "litert": Format("model.tflite", "litert", 1e-4, _write_litert),
-    "litert-float16": Format("model.float16.tflite", "litert", 1e-2, _write_litert_float16),
-    "litert-int8": Format("model.int8.tflite", "litert", None, _write_litert_int8),
+    "saved_model": Format("saved_model", _write_saved_model),
+    "onnx": Format("model.onnx", _write_onnx),
+    "onnx-int8": Format("model.int8.onnx", _write_onnx_int8),
+    "litert": Format("model.tflite", _write_litert),
+    "litert-float16": Format("model.float16.tflite", _write_litert_float16),
+    "litert-int8": Format("model.int8.tflite", _write_litert_int8),
 }
-"""Every format by name. Weights rounded to float16 differ by up to 5e-4 of their size, so that `litert-float16` has a
-tolerance of its own."""
+"""Every format by name."""

@@ -21,6 +21,7 @@ from cnnray.models import bundle as bundles
 from cnnray.models import engines, formats, graph_decode, verification
 from cnnray.models import export as export_job
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
+from cnnray.models.engines import RUNNERS
 from cnnray.models.export import ExportConfig, ExportError, export
 from cnnray.models.formats import FORMATS
 from cnnray.models.predictor import Predictor
@@ -30,7 +31,7 @@ from tests.unit.test_models import TESTED
 
 SIZE = 32
 NAMES = ["red", "green", "blue"]
-FLOAT_ENGINES = [name for name in engines.ENGINES if name != "keras" and FORMATS[name].tolerance]
+FLOAT_ENGINES = [name for name, runner in RUNNERS.items() if runner.tolerance and name in engines.ENGINES]
 
 
 def _write_images(folder, count=96, seed=1):
@@ -97,7 +98,7 @@ def test_every_architecture_to_every_format(architecture, data, tmp_path):
     for name, report in found.items():
         assert report["accuracy"] >= 0.99
         assert (tmp_path / report["path"]).exists()
-        assert report["max_difference"] <= (FORMATS[name].tolerance or 0.5)
+        assert report["max_difference"] <= (RUNNERS[name].tolerance or 0.5)
     weights = found["litert"]["bytes"]
     assert found["litert-float16"]["bytes"] < 0.6 * weights
     assert found["litert-int8"]["bytes"] < 0.4 * weights
@@ -108,7 +109,9 @@ def test_what_an_export_leaves(exported):
     folder, summary = exported
     assert summary["bundle"] == str(folder)
     stated = json.loads((folder / "bundle.json").read_text())["exports"]
-    assert stated == summary["formats"] | {"keras": stated["keras"]}
+    assert list(summary["formats"]) == list(FORMATS)
+    on_other_engines = {"keras", "openvino-bfloat16", "openvino-int8"}
+    assert stated == summary["formats"] | {name: stated[name] for name in on_other_engines & set(stated)}
     for report in stated.values():
         path = folder / report["path"]
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -116,7 +119,7 @@ def test_what_an_export_leaves(exported):
         assert (report["accuracy"], report["images"], report["temperature"]) == (1.0, 96, 1.5)
         assert set(report["images_per_second"]) == {"1", "32"}
     table = (folder / "export.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["keras", *FORMATS]
+    assert {line.split("|")[1].strip() for line in table[2:]} >= {"keras", *FORMATS, "openvino-int8"}
     assert {path.name for path in folder.iterdir()} == {
         "bundle.json", "export.md", "model.keras", *(form.path for form in FORMATS.values()),
     }  # fmt: skip
@@ -182,13 +185,13 @@ def test_the_awkward_images_through_every_engine(exported):
     images = [data for pair in zip(awkward_images().values(), _cycled_bad(), strict=False) for data in pair]
     bundle = Bundle.load(str(exported[0]))
     expected = Predictor(bundle)(images)
-    for name in engines.ENGINES:
+    for name in bundle.info.exports.keys() & set(engines.ENGINES):
         answers = Predictor(bundle, engine=name)(images)
         assert [isinstance(answer, BadImage) for answer in answers] == [False, True] * (len(images) // 2)
         pairs = list(zip(answers[0::2], expected[0::2], strict=True))
         differences = [np.abs(answer.probabilities - wanted.probabilities).max() for answer, wanted in pairs]
         if name in FLOAT_ENGINES:
-            assert max(differences) <= FORMATS[name].tolerance
+            assert max(differences) <= RUNNERS[name].tolerance
             assert all(answer.label == wanted.label for answer, wanted in pairs)
         else:  # int8 is made for images like those that it was calibrated on, which these are not
             assert np.median(differences) <= 0.1
@@ -199,8 +202,14 @@ def _cycled_bad():
     return [bad[index % len(bad)] for index in range(len(awkward_images()))]
 
 
+def _skip_without_bfloat16(name, bundle):
+    if name == "openvino-bfloat16" and name not in bundle.info.exports:
+        pytest.skip("this CPU does not compute in bfloat16")
+
+
 @pytest.mark.parametrize("name", engines.ENGINES)
 def test_answers_do_not_depend_on_the_grouping(name, exported):
+    _skip_without_bfloat16(name, Bundle.load(str(exported[0])))
     predictor = Predictor(Bundle.load(str(exported[0])), engine=name)
     images, _ = coloured_noise(75, SIZE, seed=3)
     together = predictor.probabilities(images)
@@ -222,7 +231,7 @@ def test_engines_follow_a_temperature_that_was_fitted_after_the_export(name, cop
     expected = Predictor(changed).probabilities(images)
     assert np.abs(expected - Predictor(bundle).probabilities(images)).max() > 0.01
     found = Predictor(changed, engine=name).probabilities(images)
-    np.testing.assert_allclose(found, expected, atol=FORMATS[name].tolerance)
+    np.testing.assert_allclose(found, expected, atol=RUNNERS[name].tolerance)
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
@@ -377,6 +386,18 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
     assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
     assert "engine onnx: the fastest by export's measurement at batch 32 (images/s: onnx 60, keras 50)" in caplog.text
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
+
+
+def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(exported, monkeypatch):
+    bundle = Bundle.load(str(exported[0]))
+    without = dataclasses.replace(RUNNERS["openvino-int8"], library="no_such_library")
+    monkeypatch.setitem(RUNNERS, "openvino-int8", without)
+    with pytest.raises(BundleError, match=r"openvino-int8 needs no_such_library: pip install 'cnnray\[no_such"):
+        Predictor(bundle, engine="openvino-int8")
+    fast = {"accuracy": 1.0, "images_per_second": {"1": 9e9, "32": 9e9}}
+    fastest = dataclasses.replace(bundle.info, exports=bundle.info.exports | {"openvino-int8": fast})
+    chosen = engines.choose(dataclasses.replace(bundle, info=fastest), gpus=False, batch_size=32)
+    assert chosen != "openvino-int8"
 
 
 def test_what_another_export_added_meanwhile_is_kept(data, copy, monkeypatch):

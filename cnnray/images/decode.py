@@ -12,7 +12,9 @@ The rules, the same from training to HTTP:
 - Resizing is bilinear with anti-aliasing.
 """
 
+import contextlib
 import io
+import threading
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,6 +29,10 @@ MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
 """Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale). Beside it stands
 Pillow's own limit, 179 million pixels by the header."""
+
+_LARGE_PIXELS = 16_000_000
+_one_large_image = threading.Lock()
+"""Images of more pixels are decoded one at a time in a process, whose memory is then bounded."""
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
@@ -86,11 +92,13 @@ def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArra
         raise BadImage("too large", f"{len(data)} bytes, at most {MAX_BYTES}")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            is_large = image.width * image.height > _LARGE_PIXELS
             image.draft(None, (size, size))
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {MAX_PIXELS}")
             orientation = image.getexif().get(_ORIENTATION)
-            rgb = _to_rgb(image)
+            with _one_large_image if is_large else contextlib.nullcontext():
+                rgb = _to_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError:

@@ -107,7 +107,7 @@ def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
         return None
     if differences:
         raise TrainingError(
-            f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite true."
+            f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
         )
     if not storage.is_file(storage.join(config.output, MANIFEST)):
         return None

@@ -18,7 +18,7 @@ def _marked_blocks():
 def test_marked_blocks_run(tmp_path):
     """In a folder that has what `make demo` made."""
     blocks = _marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "python"] * 2
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "python", "sh"]
     write_digits(tmp_path / "demo" / "digits", 1797)
     shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
     printed = []
@@ -30,12 +30,15 @@ def test_marked_blocks_run(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.splitlines())
-    trained, answers, exported, answers_of_int8 = printed
+    trained, answers, exported, answers_of_int8, predicted = printed
     assert json.loads(trained[-1])["epochs"] == 3
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
     assert len(json.loads(exported[-1])["formats"]) == 6
     assert answers_of_int8[0].startswith("[Prediction(label=")
+    line = json.loads(predicted[-1])
+    assert (line["rows"], line["errors"]) == (1797, 0)
+    assert line["engine"] not in ("auto", "keras")
 
 
 def test_make_targets_and_flags_exist():
@@ -46,7 +49,7 @@ def test_make_targets_and_flags_exist():
         subprocess.run(
             [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
-        for job in ("train", "export")
+        for job in ("train", "export", "predict")
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
         assert flag in help_text, flag

@@ -1,11 +1,16 @@
 """The parts of a prediction run that need no cluster."""
 
+import collections
 import dataclasses
+import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.images.manifest import manifest_of_uris
@@ -18,6 +23,7 @@ from cnnray.prediction.parts import Collector, PartError, Parts, files_of
 from cnnray.prediction.pool import Pool, pool_of
 from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summary_of
 from tests.awkward import awkward_images, bad_images
+from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
 
 SIZE = 32
@@ -252,3 +258,42 @@ def test_the_summary_counts_every_row(tmp_path, bundle):
     assert found["below_threshold"] == 1.0
     errors.write(str(tmp_path / "errors.csv"))
     assert (tmp_path / "errors.csv").read_text().startswith('id,uri,error\n0,"/Ü, x/0.png","corrupt: a, ""b""\nc"\n')
+
+
+def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_path):
+    """In a process of its own, which a crash would end."""
+    files = malformed_files()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    panorama = Image.new("RGB", (20_000, 10_000), "teal")
+    for name, options in (("panorama.jpg", {}), ("panorama_progressive.jpg", {"progressive": True})):
+        panorama.save(tmp_path / name, "JPEG", quality=50, **options)
+        (tmp_path / f"again_{name}").hardlink_to(tmp_path / name)
+    program = f"""
+import json, resource
+from cnnray.images.manifest import manifest_of_uris
+from cnnray.models.bundle import Bundle
+from cnnray.prediction import pipeline
+from cnnray.prediction.config import PredictOptions
+from cnnray.prediction.pool import Pool
+from pathlib import Path
+pool = Pool(smallest=1, first=1, largest=1)
+planned = pipeline.Plan(bundle=Bundle.load({bundle.uri!r}), engine="keras", options=PredictOptions(), pool=pool)
+worker = pipeline.Worker(planned, "model")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+manifest = manifest_of_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
+rows = [row for table in worker(manifest) for row in table.select(["uri", "status", "error"]).to_pylist()]
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([rows, grown / 1024]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, grown = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == len(files) + 4
+    reasons = collections.Counter((row["error"] or "ok").partition(":")[0] for row in rows)
+    assert set(reasons) <= {"ok", "empty", "not an image", "corrupt", "too many pixels", "unsupported"}
+    assert reasons["corrupt"] > 100
+    assert reasons["ok"] < len(rows) / 3
+    assert grown < 1024, f"{grown:.0f} MiB"

@@ -1,0 +1,96 @@
+"""Files that are called images and are none, or damaged ones: more than 300, by a name that says what was done."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from tests.awkward import awkward_images, bad_images
+
+_CUTS = 12
+_HEADS = (
+    b"\0", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"II*\0",
+    b"BM", b"P6\n4 4\n255\n", b"<?xml version='1.0'?><svg/>", b"{}", b"\xef\xbb\xbf", b"PK\x03\x04", b"%PDF-1.7",
+    b"\0" * 5000,
+)  # fmt: skip
+
+
+def malformed_files() -> dict[str, bytes]:
+    """Encoded files by name; most cannot be decoded, some still can."""
+    files = {f"bad_{name}": data for name, (data, _) in bad_images().items() if name != "large.png"}
+    whole = _whole()
+    for name, data in whole.items():
+        files |= {f"cut_{place:05d}_{name}": data[:place] for place in _places(name, data)}
+        for seed in range(8):
+            files[f"flipped_{seed}_{name}"] = _flipped(data, seed)
+        files[f"doubled_{name}"] = data + data
+        files[f"with_html_behind_{name}"] = data + b"<html></html>"
+        files[f"with_nothing_inside_{name}"] = data[:20] + bytes(len(data) - 20)
+        # Called something else than it is.
+        other = "photo.jpg" if not name.endswith("jpg") else "photo.png"
+        files[f"named_{name.replace('.', '_')}_{other}"] = data
+    for kind, size in (("png", 16), ("gif", 6), ("bmp", 18)):
+        for number, (width, height) in enumerate([(65535, 65535), (0, 0), (65535, 1), (0, 7)]):
+            files[f"huge_{number}_in_header.{kind}"] = _sized(whole[f"rgb.{kind}"], kind, size, width, height)
+    for number, text in enumerate(_HEADS):
+        files[f"only_{number}.jpg"] = text
+    files["bomb_of_zeros.png"] = _bomb()
+    assert len(files) > 300, len(files)
+    return files
+
+
+def _whole() -> dict[str, bytes]:
+    colour = Image.fromarray((np.random.default_rng(0).random((40, 60, 3)) * 255).astype(np.uint8))
+    whole = {name: awkward_images()[name] for name in ("progressive.jpg", "cmyk.jpg", "alpha.png", "animated.webp")}
+    for kind in ("jpg", "png", "gif", "bmp", "webp", "tif", "ppm", "avif"):
+        buffer = io.BytesIO()
+        colour.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind.upper()))
+        whole[f"rgb.{kind}"] = buffer.getvalue()
+    return whole
+
+
+def _places(name: str, data: bytes) -> list[int]:
+    """Where to cut a file off: at the borders of its parts, just behind them, and evenly."""
+    borders = set()
+    if name.endswith("jpg"):
+        borders = {
+            place for place in range(len(data) - 1) if data[place] == 0xFF and data[place + 1] not in (0, 0xFF)
+        }
+    if name.endswith("png"):
+        place = 8
+        while place < len(data):
+            borders |= {place, place + 4, place + 8}
+            place += 12 + struct.unpack(">I", data[place : place + 4])[0]
+    if name.endswith("webp"):
+        borders = {4, 8, 12, 16, 20, 30}
+    even = {len(data) * part // _CUTS for part in range(_CUTS)}
+    close = {border + 2 for border in borders}
+    return sorted(place for place in borders | close | even if place < len(data))
+
+
+def _flipped(data: bytes, seed: int) -> bytes:
+    """Some bytes changed, mostly near the start."""
+    generator, changed = random.Random(seed), bytearray(data)
+    for _ in range(6):
+        changed[int(len(data) * generator.random() ** 3)] = generator.randrange(256)
+    return bytes(changed)
+
+
+def _sized(data: bytes, kind: str, place: int, width: int, height: int) -> bytes:
+    """With another width and height in the header."""
+    changed = bytearray(data)
+    form = {"png": ">II", "gif": "<HH", "bmp": "<ii"}[kind]
+    struct.pack_into(form, changed, place, width, height)
+    if kind == "png":
+        struct.pack_into(">I", changed, 29, zlib.crc32(changed[12:29]))
+    return bytes(changed)
+
+
+def _bomb() -> bytes:
+    """A few kilobytes that become 90 million pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (9_500, 9_500)).save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()

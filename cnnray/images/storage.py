@@ -195,7 +195,10 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
         OverflowError: the file is longer than `max_bytes`; nothing was read.
     """
     if not is_s3(uri):
-        with Path(uri).open("rb") as file:
+        path = Path(uri)
+        if path.exists() and not path.is_file():
+            raise StorageError(f"{uri} is not a file.")  # to read a pipe or a device may never end
+        with path.open("rb") as file:
             if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
                 raise OverflowError(f"{size} bytes, at most {max_bytes}")
             return file.read()

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, SUMMARY, ERRORS = "config.yaml", "manifest.parquet", "summary.json", "errors.csv"
 _MODEL = b"model"
-_RETRIED = ("missing", "access denied", "throttled", "unreadable")
+_RETRIED = ("missing", "access denied", "throttled", "unreadable", "crashed")
 _SAMPLE = 256
 _TRIED_FIRST = 1000
 """Images after which `--max-error-fraction` may stop the run."""
@@ -254,13 +254,6 @@ def _run(
     pending = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
     rows = sum(stop - start for start, stop in pending)
     pool = planned.pool
-    per_task = pipeline.rows_per_task(rows, pool)
-    uris = manifest["uri"]
-    tasks = [
-        (first + start, first + stop)
-        for first, last in pending
-        for start, stop in stream.pieces(uris[first:last].to_pylist(), per_task)
-    ]
     log.info(
         "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
@@ -268,16 +261,21 @@ def _run(
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
     progress = Progress(len(manifest), len(manifest) - rows)
-    tried = failed = 0
+    errors = _Errors(config, rows)
+    per_task = pipeline.rows_per_task(rows, pool)
+    uris = manifest["uri"].to_pylist()
+    tasks = [
+        (first + start, first + stop)
+        for first, last in pending
+        for start, stop in stream.pieces(uris[first:last], per_task)
+    ]
+
     dataset = pipeline.predicted(manifest, planned, tasks)
     try:
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             collector.add(found)
-            tried += len(found)
-            failed += len(found) - found["error"].null_count
-            progress.add(len(found), f"{failed} errors" if failed else "")
-            if failed > config.max_error_fraction * tried and tried >= min(_TRIED_FIRST, rows):
-                raise PredictionError(_too_many(config, found, failed, tried))
+            errors.add(found)
+            progress.add(len(found), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:
         raise PredictionError(f"Prediction failed: {_cause(error)} (The same command goes on.)") from error
     finally:
@@ -285,13 +283,28 @@ def _run(
     return progress.images_per_second
 
 
-def _too_many(config: PredictConfig, rows: pa.Table, failed: int, tried: int) -> str:
-    example = rows.filter(pc.is_valid(rows["error"])).slice(0, 1).to_pylist()
-    last = f", {example[0]['uri']} for one ({example[0]['error']})" if example else ""
-    return (
-        f"{failed} of {tried} images have no prediction, more than --max-error-fraction "
-        f"{config.max_error_fraction:g}{last}: once that is mended, run the same command with --retry-errors."
-    )
+class _Errors:
+    """Stops a run in which too much is wrong."""
+
+    def __init__(self, config: PredictConfig, rows: int) -> None:
+        self._config, self._rows, self._tried = config, rows, 0
+        self.count = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """
+        Raises:
+            PredictionError: too large a share of the rows so far has no prediction.
+        """
+        bad = rows.filter(pc.is_valid(rows["error"]))
+        self._tried += len(rows)
+        self.count += len(bad)
+        limit = self._config.max_error_fraction
+        if len(bad) and self.count > limit * self._tried and self._tried >= min(_TRIED_FIRST, self._rows):
+            raise PredictionError(
+                f"{self.count} of {self._tried} images have no prediction, more than --max-error-fraction {limit:g}, "
+                f"{bad['uri'][0]} for one ({bad['error'][0]}): once that is mended, run the same command with "
+                "--retry-errors."
+            )
 
 
 def _cause(error: BaseException) -> str:

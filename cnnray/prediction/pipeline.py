@@ -10,7 +10,7 @@ The rows come in any order. A row has the manifest's columns and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from cnnray.images import reading, stream
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor, ranked
+from cnnray.prediction import ledger
 from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.pool import Pool, pool_of
 
@@ -32,6 +33,7 @@ COLUMNS = (
     "embedding",
 )  # fmt: skip
 _PIXELS, _ERROR = "__pixels", "__error"
+CRASHED = "crashed: the worker ended each time that it was given this image"
 _FEWEST_ROWS_PER_TASK, _MOST_ROWS_PER_TASK = 32, 512
 
 Images = npt.NDArray[np.uint8]
@@ -93,19 +95,20 @@ def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | 
     size, resize, pool = planned.bundle.info.image_size, planned.bundle.info.resize, planned.pool
     if tasks is None:
         tasks = stream.pieces(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
-    dataset = stream.tasks(manifest, tasks)
+    dataset, book = stream.tasks(manifest, tasks), ledger.start()
     if pool.decode_cpus:
         dataset = dataset.map_batches(
             _decoded,
-            fn_kwargs={"size": size, "resize": resize, "rows": stream.rows_per_block(size)},
+            fn_kwargs={"size": size, "resize": resize, "rows": stream.rows_per_block(size), "book": book},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=pool.decode_cpus,
             zero_copy_batch=True,
+            ray_remote_args_fn=_retried,
         )
     return dataset.map_batches(
         Worker,
-        fn_constructor_kwargs={"planned": planned, "model": planned.bundle.version},
+        fn_constructor_kwargs={"planned": planned, "model": planned.bundle.version, "book": book},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=pool.cpus,
@@ -125,31 +128,69 @@ def rows_per_task(rows: int, pool: Pool) -> int:
     return min(_MOST_ROWS_PER_TASK, max(_FEWEST_ROWS_PER_TASK, math.ceil(rows / (4 * pool.first))))
 
 
-def _decoded(table: pa.Table, size: int, resize: Any, rows: int) -> Iterator[pa.Table]:
+def _retried() -> dict[str, Any]:
+    """Tasks whose processes end are tried again as often as actors are."""
+    return {"max_retries": -1}
+
+
+def _decoded(table: pa.Table, size: int, resize: Any, rows: int, book: Any = None) -> Iterator[pa.Table]:
     """The rows with their pixels, where workers are given these."""
-    start = 0
-    for block in reading.decoded_blocks(table.select(["id", "uri"]), size, resize, rows):
-        count = len(block["id"])
-        pixels = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(size * size * 3), count, [None, pa.py_buffer(np.ascontiguousarray(block["image"]))]
-        )
-        found = table.slice(start, count).append_column(_PIXELS, pixels)
-        yield found.append_column(_ERROR, pa.array(block["error"], pa.string()))
-        start += count
+
+    def decoded(some: pa.Table) -> Iterator[pa.Table]:
+        start = 0
+        for block in reading.decoded_blocks(some.select(["id", "uri"]), size, resize, rows):
+            count = len(block["id"])
+            yield _with_pixels(some.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
+            start += count
+
+    def crashed(row: pa.Table) -> pa.Table:
+        return _with_pixels(row, np.zeros((1, size, size, 3), np.uint8), pa.array([CRASHED]))
+
+    yield from _carefully(table, decoded, crashed, book, "decode")
+
+
+def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
+    kind, buffer = pa.binary(images[0].size), pa.py_buffer(np.ascontiguousarray(images))
+    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(images), [None, buffer])
+    return rows.append_column(_PIXELS, pixels).append_column(_ERROR, errors)
+
+
+def _carefully(
+    table: pa.Table,
+    work: Callable[[pa.Table], Iterator[pa.Table]],
+    crashed: Callable[[pa.Table], pa.Table],
+    book: Any,
+    name: str,
+) -> Iterator[pa.Table]:
+    """Do some work on rows; where it has ended its process again and again, on each row alone, and then no more on
+    those that do so."""
+    task = f"{name} {table['id'][0]} to {table['id'][-1]}"
+    if ledger.begin(book, task) < ledger.TRIES:
+        yield from work(table)
+    else:
+        for row in (table.slice(place, 1) for place in range(len(table))):
+            alone = f"{name} {row['id'][0]}"
+            if ledger.begin(book, alone) < ledger.TRIES:
+                yield from work(row)
+                ledger.end(book, alone)
+            else:
+                yield crashed(row)
+    ledger.end(book, task)
 
 
 class Worker:
     """An actor of the pool: holds the network, and gives rows their predictions."""
 
-    def __init__(self, planned: Plan, model: str) -> None:
+    def __init__(self, planned: Plan, model: str, book: Any = None) -> None:
         """
         Args:
             planned: what runs where.
             model: what rows name the network.
+            book: the run's ledger, an actor, where there is one.
         """
         if planned.engine == engines.KERAS:
             startup.load_tensorflow(gpus=planned.pool.gpus > 0)
-        self._options, self._info, self._model = planned.options, planned.bundle.info, model
+        self._options, self._info, self._model, self._book = planned.options, planned.bundle.info, model, book
         self._predictor = Predictor(
             planned.bundle,
             engine=planned.engine,
@@ -160,13 +201,19 @@ class Worker:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Rows of a manifest, or of `_decoded`, with their predictions."""
+        yield from _carefully(table, self._answered, self._crashed, self._book, "predict")
+
+    def _answered(self, table: pa.Table) -> Iterator[pa.Table]:
         start = 0
         blocks = self._given(table) if _PIXELS in table.column_names else self._read(table)
         for images, errors in blocks:
             rows = table.slice(start, len(errors))
-            rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
             start += len(errors)
             yield self._with_answers(rows, images, errors)
+
+    def _crashed(self, row: pa.Table) -> pa.Table:
+        size = self._info.image_size
+        return self._with_answers(row, np.zeros((1, size, size, 3), np.uint8), [CRASHED])
 
     def _given(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
         size = self._info.image_size
@@ -185,6 +232,7 @@ class Worker:
             yield block["image"], block["error"].tolist()
 
     def _with_answers(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:
+        rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
         good = np.asarray([not error for error in errors])
         # Where each row finds its answer among those of the good images; null where it has none.
         place = pa.array(np.cumsum(good) - 1, mask=~good)

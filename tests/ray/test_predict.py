@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,11 +16,12 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
-from cnnray.prediction import job, predict
+from cnnray.prediction import job, pipeline, predict
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.job import PredictionError
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
+from tests.ray.workers import EndedByAnImage, decoded_or_die
 from tests.runs import rows_of
 
 
@@ -242,7 +244,7 @@ def test_a_run_in_which_all_is_wrong_stops_early(tmp_path, bundle):
 
 def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, images):
     for changes, error, sentence in (
-        ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx\)"),
+        ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx"),
         ({"bundle": str(tmp_path / "none")}, BundleError, "is not a bundle"),
         ({"input": str(tmp_path / "none")}, ManifestError, "does not exist"),
         ({"shards": 70, "shard": 69, "input": str(tmp_path / "x.parquet")}, ManifestError, "into 1 shards only"),
@@ -289,3 +291,28 @@ def test_from_python(bundle, images, finished):
         assert row["prediction"] == expected[row["uri"]]["prediction"]
         assert row["probabilities"] is None or len(row["probabilities"]) == 3
     assert len(predict(bundle, uris[0].rpartition("/")[0], options).take_all()) == len(uris) // 2
+
+
+@pytest.mark.parametrize("decoding", ["workers", "tasks"])
+def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
+    decoding, tmp_path, bundle, monkeypatch
+):
+    good, poisonous = awkward_images()["rgb.png"], (20, 21, 150)
+    for number in range(200):
+        (tmp_path / f"{number:03d}.png").write_bytes(good + b"poison" * (number in poisonous))
+    monkeypatch.setattr(pipeline, "Worker", EndedByAnImage)
+    monkeypatch.setattr(pipeline, "_decoded", decoded_or_die)
+    output = tmp_path.parent / f"poisoned_{decoding}"
+    line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
+    assert (line["rows"], line["ok"], line["errors"]) == (200, 198, 2)
+    for row in rows_of(output):
+        assert row["error"] == (pipeline.CRASHED if row["id"] in poisonous else None)
+        assert (row["prediction"] is None) == (row["id"] in poisonous)
+
+
+def test_paths_that_are_no_files_are_errors(tmp_path, bundle):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "images.csv").write_text("uri\n/dev/zero\nfolder.png\nfifo.png\n")
+    job.run(_config(bundle, tmp_path / "images.csv", tmp_path / "out"))
+    assert [row["error"].partition(":")[0] for row in rows_of(tmp_path / "out")] == ["unreadable"] * 3

@@ -1,7 +1,9 @@
-"""Run a function on Ray Train's workers, as `driver` runs the training loop."""
+"""What tests run on Ray's workers: a function as `driver` runs the training loop, a prediction worker that dies."""
 
 import functools
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import ray.cloudpickle
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from cnnray.images import decode, reading
 from cnnray.models import startup
+from cnnray.prediction import pipeline
 from cnnray.training.backend import MultiWorkerConfig
 
 
@@ -43,3 +47,24 @@ def _call(function, folder, arguments):
     rank, world = context.get_world_rank(), context.get_world_size()
     result = function(rank, world, *arguments)
     Path(folder, f"{world}-{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def decode_or_die(data, size, resize="stretch", decode=decode.decode):
+    """`decode`, which some images end, as they do where a library of C crashes."""
+    if data.endswith(b"poison"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(data, size, resize)
+
+
+class EndedByAnImage(pipeline.Worker):
+    """A prediction worker that decodes so."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        reading.decode = decode_or_die
+
+
+def decoded_or_die(*arguments, decoded=pipeline._decoded, **options):
+    """A decoding task that decodes so."""
+    reading.decode = decode_or_die
+    yield from decoded(*arguments, **options)

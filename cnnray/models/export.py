@@ -46,7 +46,7 @@ class ExportConfig:
     validation."""
     formats: str = ",".join(FORMATS)
     """Which, separated by commas: saved_model, onnx, onnx-int8, litert, litert-float16, litert-int8."""
-    calibration_images: int = 200
+    calibration_images: int = 100
     """Images that ranges are taken from, at most."""
     verification_images: int = 2000
     """Images that formats are compared on, at most."""

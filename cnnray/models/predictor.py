@@ -95,7 +95,7 @@ class Predictor:
         """
         if not isinstance(self._engine, engines.KerasEngine):
             raise BundleError("Embeddings can only be had with the engine keras.")
-        starts = range(0, len(images), self._batch_size)
+        starts = range(0, max(len(images), 1), self._batch_size)
         parts = [self._engine.with_embeddings(images[start : start + self._batch_size]) for start in starts]
         probabilities, embeddings = zip(*parts, strict=True)
         return np.concatenate(probabilities), np.concatenate(embeddings)

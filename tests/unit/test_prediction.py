@@ -164,7 +164,7 @@ def test_probabilities_and_embeddings_are_lists_of_fixed_size(bundle, files):
 
 def test_rows_of_images_that_are_all_bad_have_the_same_columns(bundle, files):
     _, manifest = files
-    worker = _worker(bundle, probabilities=True)
+    worker = _worker(bundle, probabilities=True, embeddings=True)
     bad = manifest.filter(pa.compute.match_substring(manifest["uri"], "zz.png"))
     assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
 

@@ -98,6 +98,8 @@ def connected() -> Iterator[Resources]:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Ray ends idle processes beyond one a CPU, which then start anew (1 to 2 s) with every epoch's tasks.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * local_cpus()))
+        # Nor does anybody start its control service again, for which Ray waits a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS") or "local",

@@ -201,7 +201,12 @@ def replace(target: str, source: str) -> None:
     Nothing of an earlier bundle is left, so exports of other weights are not either.
     """
     storage.delete_file(storage.join(target, _INFO))
-    storage.delete_folder(target)
+    if storage.exists(target):
+        # One by one, as the folder's lock stays.
+        for folder in storage.folders(target):
+            storage.delete_folder(folder)
+        for file in storage.files(target):
+            storage.delete_file(file.uri)
     storage.copy_folder(source, target, last=[_INFO])
 
 
@@ -237,6 +242,8 @@ def _check_model(model: "keras.Model", info: BundleInfo, uri: str) -> None:
     outputs = tuple(model.output_shape)
     if outputs != (None, len(info.class_names)):
         raise BundleError(f"{uri}: the model gives {outputs}, but there are {len(info.class_names)} class names.")
+    if not any(layer.name == "logits" for layer in model.layers):
+        raise BundleError(f"{uri}: the model has no layer 'logits' in front of its probabilities.")
     inputs = tuple(model.input_shape)
     if inputs != (None, info.image_size, info.image_size, 3):
         raise BundleError(f"{uri}: the model takes {inputs}, but image_size is {info.image_size}.")

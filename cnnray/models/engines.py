@@ -61,13 +61,8 @@ class Runner:
     tolerance: float | None = None
     """Largest difference of a probability from Keras's; None: the network is rounded to few bits, and judged by what
     it answers alone."""
-    library: str | None = None
-    """That must be installed beside what cnnray installs."""
-
-    @property
-    def is_installed(self) -> bool:
-        """Whether its library is here."""
-        return self.library is None or importlib.util.find_spec(self.library) is not None
+    missing: Callable[[], str] = str
+    """Says why it cannot be used here, or nothing."""
 
 
 def usable_threads() -> int:
@@ -109,9 +104,8 @@ def check_exported(bundle: Bundle, name: str) -> None:
     if name != KERAS and name not in bundle.info.exports:
         there = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
         raise BundleError(f"{bundle.uri} was not exported to {name} (it has {there}): run jobs/export.py.")
-    if name != KERAS and not RUNNERS[name].is_installed:
-        library = RUNNERS[name].library
-        raise BundleError(f"The engine {name} needs {library}: pip install 'cnnray[{library}]'.")
+    if name != KERAS and (reason := RUNNERS[name].missing()):
+        raise BundleError(f"The engine {name} cannot be used here: {reason}.")
 
 
 def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
@@ -226,9 +220,6 @@ class OpenVinoEngine:
     def __init__(self, path: Path, threads: int, precision: str = "f32") -> None:
         import openvino
 
-        core = openvino.Core()
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ValueError("this CPU does not compute in bfloat16")
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": precision,
@@ -236,7 +227,7 @@ class OpenVinoEngine:
             # Of several processes each would take the first cores for itself.
             "ENABLE_CPU_PINNING": False,
         }
-        self._model = core.compile_model(path, "CPU", settings)
+        self._model = openvino.Core().compile_model(path, "CPU", settings)
         self._lock = threading.Lock()  # a request holds its call's tensors
         self._request = self._model.create_infer_request()
         self.shape = tuple(dimension.get_length() for dimension in list(self._model.input(0).partial_shape)[1:])
@@ -290,6 +281,22 @@ class LiteRTEngine:
         return self._interpreters[batch_size]
 
 
+@functools.cache
+def _no_openvino() -> str:
+    found = importlib.util.find_spec("openvino")
+    return "" if found else "OpenVINO is not installed (the extra openvino of cnnray)"
+
+
+@functools.cache
+def _no_bfloat16() -> str:
+    if reason := _no_openvino():
+        return reason
+    import openvino
+
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "" if able else "this CPU does not compute in bfloat16"
+
+
 RUNNERS = {
     SAVED_MODEL: Runner("saved_model", SavedModelEngine, 1e-4),
     "onnx": Runner("onnx", OnnxEngine, 1e-4),
@@ -298,8 +305,8 @@ RUNNERS = {
     # Weights rounded to float16 are off by up to 5e-4 of their size, layer by layer.
     "litert-float16": Runner("litert-float16", LiteRTEngine, 5e-2),
     "litert-int8": Runner("litert-int8", LiteRTEngine),
-    "openvino-bfloat16": Runner("onnx", functools.partial(OpenVinoEngine, precision="bf16"), library="openvino"),
-    "openvino-int8": Runner("onnx-int8", OpenVinoEngine, library="openvino"),
+    "openvino-bfloat16": Runner("onnx", functools.partial(OpenVinoEngine, precision="bf16"), missing=_no_bfloat16),
+    "openvino-int8": Runner("onnx-int8", OpenVinoEngine, missing=_no_openvino),
 }
 """What runs exported files, by name."""
 ENGINES = (KERAS, *(name for name in RUNNERS if name != SAVED_MODEL))
@@ -340,7 +347,8 @@ def _cut(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     """The engine that `auto` stands for: on a GPU Keras; else the fastest whose export was verified.
 
-    An int8 engine is only chosen where its accuracy was measured on labelled images.
+    An engine that rounds the network (int8, bfloat16) is only chosen where its accuracy was measured on labelled
+    images, and none that cannot be used in this process.
 
     Args:
         bundle: with what export measured in its `info.exports`.
@@ -354,7 +362,7 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     speeds = {
         name: float(report["images_per_second"][key])
         for name, report in bundle.info.exports.items()
-        if name == KERAS or (name in ENGINES and RUNNERS[name].is_installed and _is_proven(name, report))
+        if name == KERAS or (name in ENGINES and _is_proven(name, report) and not RUNNERS[name].missing())
     }
     if not speeds:
         log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
@@ -366,4 +374,4 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
 
 
 def _is_proven(name: str, report: dict[str, Any]) -> bool:
-    return not name.endswith("int8") or report["accuracy"] is not None
+    return RUNNERS[name].tolerance is not None or report["accuracy"] is not None

@@ -68,6 +68,8 @@ class ExportConfig:
             raise ValueError(f"--formats {self.formats!r}: expected some of {', '.join(FORMATS)}.")
         flags.check_at_least_one(self, "calibration_images", "verification_images", "threads")
         flags.check_share(self, "max_accuracy_drop")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, not {self.seed}.")
         flags.make_absolute(self, "bundle", "calibration", "verification")
 
     @property
@@ -84,87 +86,113 @@ def export(config: ExportConfig) -> dict[str, Any]:
         `bundle`, and `formats`: a `verification.Report` as a dict for each.
 
     Raises:
-        ValueError, OSError: with a sentence, and the bundle is as it was.
+        ValueError, OutputInUseError: with a sentence, and the bundle is as it was.
+        OSError: with a sentence, and the formats that were ready before are in the bundle.
         ExportError: a format was refused, with its reason; those that were not are in the bundle.
     """
-    bundle = Bundle.load(config.bundle)
-    calibration, images, targets = _images(config, bundle)
-    startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before
-    with alone(bundle.uri):
-        # Read again: another export may have ended since.
-        return _export(config, Bundle.load(config.bundle), calibration, images, targets)
+    Bundle.load(config.bundle)  # what is no bundle gets no lock
+    with alone(config.bundle):
+        bundle = Bundle.load(config.bundle)
+        calibration, images, targets = _images(config, bundle)
+        startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before
+        return _Export(config, bundle, calibration, images, targets).run()
 
 
-def _export(
-    config: ExportConfig,
-    bundle: Bundle,
-    calibration: Images,
-    images: Images,
-    targets: npt.NDArray[np.int64] | None,
-) -> dict[str, Any]:
-    threads = config.threads or engines.usable_threads()
-    keras = engines.engine_of(bundle, engines.KERAS, threads)
-    expected, temperature = engines.in_batches(keras, images), bundle.info.temperature
-    with bundle.local_copy(bundles.MODEL) as path:
-        stated = verification.report(keras, path, images, expected, targets, temperature)
-    log.info("comparing on %d images; Keras: accuracy %s", len(images), _shown(stated.accuracy))
-    reports = bundle.info.exports | {engines.KERAS: stated.as_dict()}
-    refused: dict[str, str] = {}
-    network = Network(bundle, calibration)
+class _Export:
+    """One export of one bundle, which nobody else writes to meanwhile."""
 
-    def measured(name: str, path: Path) -> Report | str:
-        """What was measured of a file run by an engine, or why that is refused."""
-        engine = engines.file_engine(name, path, threads, bundle)
-        report = verification.report(engine, path, images, expected, targets, temperature)
-        if name == engines.SAVED_MODEL:  # which has a second way in
-            encoded = engines.in_batches(engines.EncodedSavedModelEngine(path, threads), images)
-            both = np.maximum(report.max_difference, np.abs(encoded - expected).max())
-            report = dataclasses.replace(report, max_difference=float(both))
-        return _reason_to_refuse(config, name, report, stated) or report
+    def __init__(
+        self,
+        config: ExportConfig,
+        bundle: Bundle,
+        calibration: Images,
+        images: Images,
+        targets: npt.NDArray[np.int64] | None,
+    ) -> None:
+        self._config, self._bundle, self._images, self._targets = config, bundle, images, targets
+        self._threads = config.threads or engines.usable_threads()
+        self._network = Network(bundle, calibration)
+        keras = engines.engine_of(bundle, engines.KERAS, self._threads)
+        self._expected = engines.in_batches(keras, images)
+        with bundle.local_copy(bundles.MODEL) as path:
+            self._keras = self._report(keras, path)
+        self._reports = bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
+        self._refused: dict[str, str] = {}
 
-    def tried(name: str, path: Path, *, write: bool) -> Report | str:
-        """The same, of a file that is perhaps made first."""
+    def run(self) -> dict[str, Any]:
+        """Each format made, measured, and kept or refused."""
+        log.info("comparing on %d images; Keras: accuracy %s", len(self._images), _shown(self._keras.accuracy))
+        for name in self._config.names:
+            with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
+                self._export(name, Path(folder))
+        log.info("%s", verification.table(self._reports, self._refused))
+        asked = [f"{name} was refused: {reason}" for name, reason in self._refused.items() if name in FORMATS]
+        if asked:
+            raise ExportError("; ".join(asked) + ".")
+        return {"bundle": self._bundle.uri, "formats": {name: self._reports[name] for name in self._config.names}}
+
+    def _export(self, name: str, folder: Path) -> None:
+        path = folder / FORMATS[name].path
+        log.info("making %s", name)
+        others = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
         try:
             with startup.without_stderr():  # the converters tell of each pass
-                if write:
-                    FORMATS[name].write(network, path)
-                return measured(name, path)
-        except OSError:  # a full disk says nothing of the format
+                FORMATS[name].write(self._network, path)
+                measured = {name: self._measured(name, path)}
+                if not isinstance(measured[name], str):
+                    usable = [other for other in others if not engines.RUNNERS[other].missing()]
+                    measured |= {other: self._measured(other, path) for other in usable}
+        except (OSError, MemoryError):  # which say nothing of the format
             raise
         except Exception as error:  # converters and engines raise whatever they run into
+            if "No space left" in str(error):  # TensorFlow's own way to say so
+                raise OSError(" ".join(str(error).split())[:300]) from None
             log.debug("%s", name, exc_info=True)
-            return f"it cannot be made: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            # What the bundle holds of an earlier export is of the same network, and stays.
+            self._refuse(name, f"it cannot be made: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            self._tell()
+            return
+        # What the bundle lists is there, and whole, at any moment.
+        self._reports = {key: value for key, value in self._reports.items() if key not in (name, *others)}
+        self._tell()
+        target = storage.join(self._bundle.uri, FORMATS[name].path)
+        if path.is_dir():
+            storage.delete_folder(target)
+        elif isinstance(measured[name], str):
+            storage.delete_file(target)
+        if not isinstance(measured[name], str):
+            storage.copy_folder(str(folder), self._bundle.uri)
+        for key, report in measured.items():
+            if isinstance(report, str):
+                self._refuse(key, report)
+            else:
+                self._reports[key] = report.as_dict()
+                log.info("%s: %s", key, _summary(report))
+        self._tell()
 
-    for name in config.names:
-        form = FORMATS[name]
-        others = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
-        with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-            path = Path(folder, form.path)
-            found = {name: tried(name, path, write=True)}
-            if not isinstance(found[name], str):
-                installed = [other for other in others if engines.RUNNERS[other].is_installed]
-                found |= {other: tried(other, path, write=False) for other in installed}
-            # What the bundle lists is there, and whole, at any moment.
-            reports = {key: value for key, value in reports.items() if key not in (name, *others)}
-            bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-            delete = storage.delete_folder if name == engines.SAVED_MODEL else storage.delete_file
-            delete(storage.join(bundle.uri, form.path))
-            if not isinstance(found[name], str):
-                storage.copy_folder(folder, bundle.uri)
-            for key, report in found.items():
-                if isinstance(report, str):
-                    refused[key] = report
-                    log.warning("%s is refused: %s", key, report)
-                else:
-                    reports[key] = report.as_dict()
-                    log.info("%s: %s", key, _summary(report))
-            bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, exports=reports))
-    text = verification.table(reports, refused)
-    storage.write_bytes(storage.join(bundle.uri, REPORT), f"{text}\n".encode())
-    log.info("%s", text)
-    if asked := [f"{name} was refused: {reason}" for name, reason in refused.items() if name in config.names]:
-        raise ExportError("; ".join(asked) + ".")
-    return {"bundle": bundle.uri, "formats": {name: reports[name] for name in config.names}}
+    def _measured(self, name: str, path: Path) -> Report | str:
+        """What was measured of a file run by an engine, or why that is refused."""
+        engine = engines.file_engine(name, path, self._threads, self._bundle)
+        report = self._report(engine, path)
+        if name == engines.SAVED_MODEL:  # which has a second way in
+            encoded = engines.in_batches(engines.EncodedSavedModelEngine(path, self._threads), self._images)
+            both = np.maximum(report.max_difference, np.abs(encoded - self._expected).max())
+            report = dataclasses.replace(report, max_difference=float(both))
+        return _reason_to_refuse(self._config, name, report, self._keras) or report
+
+    def _report(self, engine: engines.Engine, path: Path) -> Report:
+        temperature = self._bundle.info.temperature
+        return verification.report(engine, path, self._images, self._expected, self._targets, temperature)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._refused[name] = reason
+        log.warning("%s is refused: %s", name, reason)
+
+    def _tell(self) -> None:
+        """Write what the bundle holds, and what was measured."""
+        text = verification.table(self._reports, self._refused)
+        storage.write_bytes(storage.join(self._bundle.uri, REPORT), f"{text}\n".encode())
+        bundles.write_info(self._bundle.uri, dataclasses.replace(self._bundle.info, exports=self._reports))
 
 
 def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Report) -> str:
@@ -175,7 +203,7 @@ def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Re
         before, after, what = 1.0, report.top_1_agreement, "agreement with Keras"
     else:
         before, after, what = keras.accuracy, report.accuracy, "accuracy"
-    if before - after > config.max_accuracy_drop:
+    if before - after > config.max_accuracy_drop + 1e-9:  # 1 - 0.99 is a little more than 0.01
         return f"{what} {after:.4f} instead of {before:.4f}, a loss of more than --max-accuracy-drop"
     return ""
 
@@ -214,6 +242,7 @@ def _images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, npt.N
     calibration, _ = _pixels(calibrating.slice(0, config.calibration_images), config.calibration, bundle)
     images, kept = _pixels(held_out.slice(0, config.verification_images), "the verification images", bundle)
     if kept["label"].null_count:
+        log.info("accuracy is not measured, agreement with Keras is")
         return calibration, images, None
     names = pa.array(bundle.info.class_names, pa.string())
     return calibration, images, pc.index_in(kept["label"], names).to_numpy().astype(np.int64)
@@ -224,11 +253,11 @@ def _manifest(source: str, bundle: Bundle) -> pa.Table:
     Raises:
         ManifestError: no images, or labels that the bundle does not know.
     """
-    try:
-        found = manifests.manifest_of(source, labelled=True)
-    except ManifestError:
-        found = manifests.manifest_of(source, labelled=False)
-        log.info("%s has no labels: accuracy is not measured", source)
+    # Folders below a folder are classes; else labels are what a table has of them.
+    in_classes = storage.exists(source) and not storage.is_file(source) and bool(storage.folders(source))
+    found = manifests.manifest_of(source, labelled=in_classes)
+    if found["label"].null_count:
+        log.info("%d of %d images of %s have no label", found["label"].null_count, len(found), source)
     unknown = sorted(set(manifests.class_names(found)) - set(bundle.info.class_names))
     if unknown:
         raise ManifestError(

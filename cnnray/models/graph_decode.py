@@ -1,8 +1,9 @@
 """`images.decode` as TensorFlow operations, for a SavedModel that takes encoded JPEG and PNG bytes.
 
 It keeps the rules of `images.decode` (EXIF orientation, transparency over white, CMYK, 16 bits, anti-aliased
-resizing) to one level of 255, except that JPEGs are never decoded at reduced scale, and that the one transparent
-colour of a PNG without alpha channel and palette is opaque.
+resizing) to one level of 255, except that JPEGs are never decoded at reduced scale (by which single pixels of large
+ones differ by much more), and that the one transparent colour of a PNG without alpha channel and palette is opaque.
+There is no limit to an image's pixels but TensorFlow's own.
 """
 
 from typing import Any
@@ -71,8 +72,8 @@ def _orientation(data: Any) -> Any:
 def _turned(image: Any, orientation: Any) -> Any:
     """The image as it is meant to be looked at: EXIF 5 to 8 swap rows and columns, and then each mirrors."""
     image = tf.cond(orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
-    mirrored = {"rows": (3, 4, 7, 8), "columns": (2, 3, 6, 7)}
-    for axis, values in enumerate(mirrored.values()):
+    upside_down, mirrored = (3, 4, 7, 8), (2, 3, 6, 7)
+    for axis, values in enumerate((upside_down, mirrored)):
         image = tf.cond(
             tf.reduce_any(orientation == tf.constant(values)),
             lambda image=image, axis=axis: tf.reverse(image, [axis]),

@@ -248,7 +248,8 @@ def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict
     from cnnray.training import checkpoint
 
     target = storage.join(config.output, BUNDLE)
-    bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
+    with alone(target):  # an export may be writing to it
+        bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
     progress = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
     files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
     bad = checkpoint.read_bad_images(storage.read_bytes(uri) for uri in files)

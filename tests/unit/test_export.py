@@ -16,10 +16,10 @@ import tensorflow as tf
 from PIL import Image
 
 from cnnray.images.decode import BadImage
+from cnnray.images.lock import OutputInUseError, alone
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, formats, graph_decode, verification
-from cnnray.models import export as export_job
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.engines import RUNNERS
 from cnnray.models.export import ExportConfig, ExportError, export
@@ -280,18 +280,31 @@ def _cannot(network, path):
     raise RuntimeError("an operation that\n is not known")
 
 
-def test_a_format_that_cannot_be_made_is_refused_and_the_others_are_made(data, copy, monkeypatch):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_format_that_cannot_be_made_is_refused_and_the_others_are_made(earlier, data, copy, monkeypatch):
+    if not earlier:
+        (copy / "model.onnx").unlink()
+        info = Bundle.load(str(copy)).info
+        bundles.write_info(str(copy), dataclasses.replace(info, exports={}))
     monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=_cannot))
     with pytest.raises(ExportError, match="onnx was refused: it cannot be made: an operation that is not known"):
         export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx,litert"))
-    assert not (copy / "model.onnx").exists()
-    assert "onnx" not in Bundle.load(str(copy)).info.exports
+    # One that was proven before stays.
+    assert (copy / "model.onnx").exists() == earlier
+    assert ("onnx" in Bundle.load(str(copy)).info.exports) == earlier
     Predictor(Bundle.load(str(copy)), engine="litert")
 
 
-def test_a_full_disk_leaves_the_bundle_as_it_was(data, copy, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        tf.errors.ResourceExhaustedError(None, None, "x; No space left on device"),
+    ],
+)
+def test_a_full_disk_leaves_the_bundle_as_it_was(error, data, copy, monkeypatch):
     def full(network, path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise error
 
     monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
     before = _content(copy)
@@ -307,7 +320,7 @@ def test_the_signature_of_encoded_images_is_proven_too(data, copy, monkeypatch):
     assert not (copy / "saved_model").exists()
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "other classes", "one label more"])
+@pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "other classes", "one class", "one label more"])
 def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_path):
     folder, sentence = tmp_path / "calibration", "does not exist"
     if case == "empty":
@@ -322,6 +335,9 @@ def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_p
         for name in NAMES:
             shutil.copytree(data / name, folder / f"dark {name}")
         sentence = "has the label 'dark blue', which is no class of"
+    if case == "one class":
+        shutil.copytree(data / "red", folder / "violet")
+        sentence = r"has one class only \(violet\)"
     if case == "one label more":
         shutil.copytree(data, folder)
         shutil.copytree(data / "red", folder / "violet")
@@ -340,6 +356,7 @@ def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_p
         ({"calibration_images": 0}, "--calibration-images must be at least 1"),
         ({"max_accuracy_drop": 2}, "--max-accuracy-drop"),
         ({"threads": 0}, "--threads"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"bundle": "gs://x"}, "neither a local path nor"),
     ],
 )
@@ -382,7 +399,9 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
     assert engines.choose(measured, gpus=False, batch_size=1) == "litert-int8"
     assert engines.choose(measured, gpus=True, batch_size=32) == "keras"
     caplog.set_level("INFO")
-    unlabelled = with_speeds(False, keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), saved_model=(99, 99))
+    unlabelled = with_speeds(
+        False, keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), saved_model=(99, 99), openvino_bfloat16=(70, 70)
+    )
     assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
     assert "engine onnx: the fastest by export's measurement at batch 32 (images/s: onnx 60, keras 50)" in caplog.text
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
@@ -390,9 +409,9 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
 
 def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(exported, monkeypatch):
     bundle = Bundle.load(str(exported[0]))
-    without = dataclasses.replace(RUNNERS["openvino-int8"], library="no_such_library")
+    without = dataclasses.replace(RUNNERS["openvino-int8"], missing=lambda: "it is not installed")
     monkeypatch.setitem(RUNNERS, "openvino-int8", without)
-    with pytest.raises(BundleError, match=r"openvino-int8 needs no_such_library: pip install 'cnnray\[no_such"):
+    with pytest.raises(BundleError, match=r"openvino-int8 cannot be used here: it is not installed\."):
         Predictor(bundle, engine="openvino-int8")
     fast = {"accuracy": 1.0, "images_per_second": {"1": 9e9, "32": 9e9}}
     fastest = dataclasses.replace(bundle.info, exports=bundle.info.exports | {"openvino-int8": fast})
@@ -400,17 +419,14 @@ def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(expo
     assert chosen != "openvino-int8"
 
 
-def test_what_another_export_added_meanwhile_is_kept(data, copy, monkeypatch):
-    info = Bundle.load(str(copy)).info
-    bundles.write_info(str(copy), dataclasses.replace(info, exports={}))
-
-    def images(*arguments, read=export_job._images):
-        bundles.write_info(str(copy), info)  # the other one ends
-        return read(*arguments)
-
-    monkeypatch.setattr(export_job, "_images", images)
-    export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
-    assert set(Bundle.load(str(copy)).info.exports) == set(info.exports)
+def test_two_exports_at_once_and_a_training_that_ends_meanwhile_are_refused(data, copy, exported):
+    before = _content(copy)
+    with alone(str(copy)):
+        with pytest.raises(OutputInUseError, match="Another run is writing to"):
+            export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
+        bundles.replace(str(copy), str(exported[0]))
+        assert (copy / ".lock").exists()
+    assert _content(copy) == before
 
 
 def test_formats_say_how_pixels_are_prepared(exported):

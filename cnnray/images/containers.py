@@ -29,13 +29,18 @@ _TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | 
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
 _BYTES_AT_ONCE = 8 * 2**20
-"""Read from a tar file with one request."""
+"""Read from a file with one request."""
 
 
 def group_of(uri: str) -> tuple[str, int] | None:
     """The Parquet file and row group that hold an image; None for an image that is a file of its own."""
     found = _ADDRESS.fullmatch(uri)
     return (found[1], int(found[2])) if found else None
+
+
+def is_inside(uri: str) -> bool:
+    """Whether an image is inside a file of many."""
+    return _holder(uri)[0] is not None
 
 
 def image_column(schema: pa.Schema) -> str | None:
@@ -209,7 +214,8 @@ def _until(places: list[tuple[int, int]]) -> int:
 
 def _opened(file: str) -> Any:
     filesystem, path = storage.arrow_filesystem(file)
-    return pyarrow.parquet.ParquetFile(path, filesystem=filesystem)
+    # Without these two Arrow holds a column of a whole row group: of photos, gigabytes.
+    return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=_BYTES_AT_ONCE)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

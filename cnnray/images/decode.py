@@ -99,6 +99,9 @@ def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArra
             orientation = image.getexif().get(_ORIENTATION)
             with _one_large_image if is_large else contextlib.nullcontext():
                 rgb = _to_rgb(image)
+                if orientation in _TRANSPOSE:
+                    rgb = rgb.transpose(_TRANSPOSE[orientation])
+                return np.asarray(_resized(rgb, size, resize))
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -110,9 +113,6 @@ def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArra
     except Exception as error:
         # Pillow's plugins raise whatever their parsers run into (OSError, SyntaxError, struct.error, ...).
         raise BadImage("corrupt", str(error) or type(error).__name__) from None
-    if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
-    return np.asarray(_resized(rgb, size, resize))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

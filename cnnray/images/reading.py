@@ -15,6 +15,8 @@ from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
 _THREADS = {"local": 4, "s3": 16}
 """Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
+_SOURCES_AT_ONCE = 64
+"""Images of containers whose bytes are in memory, as `map` takes them all before the first is decoded."""
 
 Batch = dict[str, npt.NDArray[Any]]
 Item = TypeVar("Item")
@@ -40,12 +42,16 @@ def decoded_blocks(
         return
     uris = table["uri"].to_pylist()
     sources = containers.encoded(uris)
+    at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
     decode_into = functools.partial(_decode_into, size=size, resize=resize)
     with ThreadPoolExecutor(threads or _THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
             images = np.zeros((len(rows), size, size, 3), np.uint8)
-            errors = list(pool.map(decode_into, images, itertools.islice(sources, len(rows))))
+            errors: list[str] = []
+            for first in range(0, len(rows), at_once):
+                some = images[first : first + at_once]
+                errors += pool.map(decode_into, some, itertools.islice(sources, len(some)))
             columns = {name: rows[name].to_numpy() for name in rows.column_names}
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
@@ -87,5 +93,5 @@ def _bytes_of(source: str | bytes | BadImage) -> bytes:
         raise BadImage("throttled", str(error)) from None
     except OverflowError as error:
         raise BadImage("too large", str(error)) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that cannot be one
         raise BadImage("unreadable", str(error)) from None

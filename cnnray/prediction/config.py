@@ -22,8 +22,9 @@ class PredictOptions:
     """What is asked of a network, and on how many workers."""
 
     engine: str = "auto"
-    """What runs the network: keras, onnx, onnx-int8, litert, litert-float16 or litert-int8 (the bundle must have been
-    exported to it); auto: on a GPU keras, else the fastest that export has proven."""
+    """What runs the network: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
+    openvino-int8 (the bundle must have been exported to it); auto: on a GPU keras, else the fastest that export has
+    proven."""
     top_k: int = 5
     """Labels and scores of each row, highest first."""
     probabilities: bool = False
@@ -77,7 +78,7 @@ class PredictConfig(PredictOptions):
     limit: int | None = None
     """Only the first so many images."""
     rows_per_part: int = 4096
-    """Rows of one file of the output, which is about what a run that is killed has to do again for each worker."""
+    """Rows of one file of the output. A run that is killed loses the parts that were being made."""
     shards: int = 1
     """Split the images over as many runs, perhaps on other clusters; each writes OUTPUT/shard-I-of-N."""
     shard: int = 0

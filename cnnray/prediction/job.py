@@ -175,6 +175,8 @@ def _earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None
                 f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
             ) from None
         return None
+    if "engine" not in earlier:
+        raise PredictionError(f"{config.folder} holds a {CONFIG} of another job; give another --output.")
     differences = config.differs_from(earlier)
     if config.engine not in ("auto", earlier["engine"]):
         differences.append(f"--engine {earlier['engine']} (now {config.engine})")
@@ -269,7 +271,7 @@ def _run(
         for first, last in pending
         for start, stop in stream.pieces(uris[first:last], per_task)
     ]
-
+    del uris  # of millions of images it is large
     dataset = pipeline.predicted(manifest, planned, tasks)
     try:
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
@@ -298,13 +300,17 @@ class _Errors:
         bad = rows.filter(pc.is_valid(rows["error"]))
         self._tried += len(rows)
         self.count += len(bad)
-        limit = self._config.max_error_fraction
-        if len(bad) and self.count > limit * self._tried and self._tried >= min(_TRIED_FIRST, self._rows):
-            raise PredictionError(
-                f"{self.count} of {self._tried} images have no prediction, more than --max-error-fraction {limit:g}, "
-                f"{bad['uri'][0]} for one ({bad['error'][0]}): once that is mended, run the same command with "
-                "--retry-errors."
-            )
+        most = self._config.max_error_fraction * self._tried
+        if len(bad) and self.count > most and self._tried >= min(_TRIED_FIRST, self._rows):
+            raise PredictionError(_too_many(self._config, self.count, self._tried, bad.slice(0, 1).to_pylist()[0]))
+
+
+def _too_many(config: PredictConfig, errors: int, tried: int, example: dict[str, Any]) -> str:
+    return (
+        f"{errors} of {tried} images have no prediction, more than --max-error-fraction "
+        f"{config.max_error_fraction:g}, {example['uri']} for one ({example['error']}): once that is mended, run the "
+        "same command with --retry-errors."
+    )
 
 
 def _cause(error: BaseException) -> str:
@@ -321,6 +327,7 @@ def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle:
 
     Raises:
         PartError: a part is missing or has other ids.
+        PredictionError: too large a share of the rows has no prediction.
     """
     ids: Any = manifest["id"].to_numpy()
     written = parts.written()
@@ -337,6 +344,8 @@ def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle:
             raise output.PartError(f"{parts.uri(part)} has other ids than the manifest ({problem}): delete it.")
         tally.add(rows)
         errors.add(rows)
+    if tally.errors > config.max_error_fraction * tally.rows:
+        raise PredictionError(_too_many(config, tally.errors, tally.rows, next(iter(tally.examples.values()))[0]))
     if tally.errors:
         errors.write(storage.join(config.folder, ERRORS))
     else:

@@ -27,7 +27,7 @@ def start() -> Any:
     """A ledger as an actor that takes no CPU of a cluster's."""
     import ray
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote()
 
 
 def begin(ledger: Any, work: str) -> int:

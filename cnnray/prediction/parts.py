@@ -143,7 +143,7 @@ def _jsonl(rows: pa.Table) -> bytes:
 
 def _csv(rows: pa.Table) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # which quotes line ends of the kind that it writes: \r and \n
     writer.writerow(rows.column_names)
     nested = [pa.types.is_nested(field.type) for field in rows.schema]
     for row in zip(*(column.to_pylist() for column in rows.columns), strict=True):

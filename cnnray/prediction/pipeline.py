@@ -79,9 +79,16 @@ def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
 def passed_through(manifest: pa.Table) -> pa.Table:
     """A manifest without label and split where no image has one, and with columns that have the name of one of ours
     renamed to `original_NAME`."""
-    empty = [name for name in ("label", "split") if manifest[name].null_count == len(manifest)]
-    taken = {name: f"original_{name}" for name in manifest.column_names if name in COLUMNS}
-    return manifest.drop_columns(empty).rename_columns(taken)
+    has = [name for name in ("label", "split") if name in manifest.column_names]
+    manifest = manifest.drop_columns([name for name in has if manifest[name].null_count == len(manifest)])
+    names = set(manifest.column_names)
+    for name in names & set(COLUMNS):
+        renamed = f"original_{name}"
+        while renamed in names:
+            renamed = f"original_{renamed}"
+        names.add(renamed)
+        manifest = manifest.rename_columns({name: renamed})
+    return manifest
 
 
 def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | None = None) -> ray.data.Dataset:
@@ -104,7 +111,6 @@ def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | 
             batch_format="pyarrow",
             num_cpus=pool.decode_cpus,
             zero_copy_batch=True,
-            ray_remote_args_fn=_retried,
         )
     return dataset.map_batches(
         Worker,
@@ -128,11 +134,6 @@ def rows_per_task(rows: int, pool: Pool) -> int:
     return min(_MOST_ROWS_PER_TASK, max(_FEWEST_ROWS_PER_TASK, math.ceil(rows / (4 * pool.first))))
 
 
-def _retried() -> dict[str, Any]:
-    """Tasks whose processes end are tried again as often as actors are."""
-    return {"max_retries": -1}
-
-
 def _decoded(table: pa.Table, size: int, resize: Any, rows: int, book: Any = None) -> Iterator[pa.Table]:
     """The rows with their pixels, where workers are given these."""
 
@@ -146,7 +147,7 @@ def _decoded(table: pa.Table, size: int, resize: Any, rows: int, book: Any = Non
     def crashed(row: pa.Table) -> pa.Table:
         return _with_pixels(row, np.zeros((1, size, size, 3), np.uint8), pa.array([CRASHED]))
 
-    yield from _carefully(table, decoded, crashed, book, "decode")
+    yield from _carefully(table, decoded, crashed, rows, book, "decode")
 
 
 def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
@@ -159,22 +160,30 @@ def _carefully(
     table: pa.Table,
     work: Callable[[pa.Table], Iterator[pa.Table]],
     crashed: Callable[[pa.Table], pa.Table],
+    rows: int,
     book: Any,
     name: str,
 ) -> Iterator[pa.Table]:
     """Do some work on rows; where it has ended its process again and again, on each row alone, and then no more on
-    those that do so."""
+    those that do so.
+
+    The tables that come are of the same numbers of rows both ways, which is `rows`: Ray knows what it has already of
+    a task that it runs again by counting.
+    """
     task = f"{name} {table['id'][0]} to {table['id'][-1]}"
     if ledger.begin(book, task) < ledger.TRIES:
         yield from work(table)
     else:
-        for row in (table.slice(place, 1) for place in range(len(table))):
-            alone = f"{name} {row['id'][0]}"
-            if ledger.begin(book, alone) < ledger.TRIES:
-                yield from work(row)
-                ledger.end(book, alone)
-            else:
-                yield crashed(row)
+        for start in range(0, len(table), rows):
+            found: list[pa.Table] = []
+            for row in (table.slice(place, 1) for place in range(start, min(start + rows, len(table)))):
+                alone = f"{name} {row['id'][0]}"
+                if ledger.begin(book, alone) < ledger.TRIES:
+                    found += work(row)
+                    ledger.end(book, alone)
+                else:
+                    found.append(crashed(row))
+            yield pa.concat_tables(found).combine_chunks()
     ledger.end(book, task)
 
 
@@ -201,7 +210,9 @@ class Worker:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Rows of a manifest, or of `_decoded`, with their predictions."""
-        yield from _carefully(table, self._answered, self._crashed, self._book, "predict")
+        # Pixels that are given come in one table.
+        rows = len(table) if _PIXELS in table.column_names else stream.rows_per_block(self._info.image_size)
+        yield from _carefully(table, self._answered, self._crashed, max(rows, 1), self._book, "predict")
 
     def _answered(self, table: pa.Table) -> Iterator[pa.Table]:
         start = 0

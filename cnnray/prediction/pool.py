@@ -37,6 +37,8 @@ def pool_of(options: PredictOptions, engine: str, found: Resources) -> Pool:
     Raises:
         ClusterError: the cluster has too little, in one sentence with what would fit.
     """
+    if not found.cpus:
+        raise ClusterError("The cluster has no CPUs (yet): start a node that has some.")
     gpus = options.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if engine == engines.KERAS and found.gpus >= 1 else 0.0
@@ -56,7 +58,8 @@ def pool_of(options: PredictOptions, engine: str, found: Resources) -> Pool:
         raise ClusterError(f"--min-workers {smallest} do not fit the cluster, which has room for {largest}.")
     decode_cpus = 0.0
     if in_tasks:
-        left = found.cpus - cpus * min(room, largest)
+        # Of the node that has most left at the worst, when the workers are spread evenly.
+        left = (found.cpus - cpus * min(room, largest)) / len(found.nodes)
         if left <= 0:
             raise ClusterError(
                 f"{min(room, largest)} workers of {cpus:g} CPUs leave none of the cluster's {found.cpus:g} to decode "

@@ -128,7 +128,7 @@ class ErrorList:
 
     def __init__(self) -> None:
         self._text = io.StringIO()
-        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._writer = csv.writer(self._text)
         self._writer.writerow(["id", "uri", "error"])
 
     def add(self, rows: pa.Table) -> None:

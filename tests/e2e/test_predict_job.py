@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tests.e2e.conftest import until
 from tests.networks import coloured_noise
 from tests.runs import rows_of
 
@@ -73,11 +74,15 @@ def _victims(job, kind):
 
 
 def _kill(job, kind):
+    """Kill, and say whether there was something to kill."""
+    killed = False
     for process in _victims(job, kind):
         try:
             process.kill()
+            killed = True
         except psutil.NoSuchProcess:
             continue
+    return killed
 
 
 def _runs_until_done(start_job, command, output, kind, moments):
@@ -88,7 +93,9 @@ def _runs_until_done(start_job, command, output, kind, moments):
         while time.monotonic() < end and job.process.poll() is None:
             time.sleep(0.05)
         before = _parts(output)
-        _kill(job, kind)
+        if kind == "worker":
+            until(lambda job=job: _victims(job, "worker"), 30, "a worker")
+        assert _kill(job, kind)
         if kind == "worker":
             # The run goes on by itself.
             assert job.wait(WATCHDOG) == 0, job.err.read_text()

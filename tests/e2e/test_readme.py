@@ -31,7 +31,7 @@ def test_marked_blocks_run(tmp_path):
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.splitlines())
     trained, answers, exported, answers_of_int8, predicted = printed
-    assert json.loads(trained[-1])["epochs"] == 3
+    assert json.loads(trained[-1])["epochs"] == 6
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
     assert len(json.loads(exported[-1])["formats"]) == 6

@@ -242,6 +242,23 @@ def test_a_run_in_which_all_is_wrong_stops_early(tmp_path, bundle):
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+def test_a_small_run_in_which_all_is_wrong_fails_each_time(tmp_path, bundle):
+    (tmp_path / "images.csv").write_text("uri\n" + "".join(f"/nowhere/{number}.png\n" for number in range(9)))
+    config = _config(bundle, tmp_path / "images.csv", tmp_path / "out", max_error_fraction=0.5)
+    for _ in range(2):
+        with pytest.raises(PredictionError, match="9 of 9 images have no prediction, more than"):
+            job.run(config)
+    assert job.run(dataclasses.replace(config, max_error_fraction=1.0))["errors"] == 9
+
+
+def test_what_another_job_left_is_not_replaced(tmp_path, bundle, images):
+    (tmp_path / "config.yaml").write_text("data: /photos\n")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(PredictionError, match=r"holds a config.yaml of another job"):
+        job.run(_config(bundle, images[0], tmp_path, overwrite=True))
+    assert (tmp_path / "summary.json").read_text() == "{}"
+
+
 def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, images):
     for changes, error, sentence in (
         ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx"),
@@ -297,7 +314,7 @@ def test_from_python(bundle, images, finished):
 def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
     decoding, tmp_path, bundle, monkeypatch
 ):
-    good, poisonous = awkward_images()["rgb.png"], (20, 21, 150)
+    good, poisonous = awkward_images()["rgb.png"], (20, 21)
     for number in range(200):
         (tmp_path / f"{number:03d}.png").write_bytes(good + b"poison" * (number in poisonous))
     monkeypatch.setattr(pipeline, "Worker", EndedByAnImage)

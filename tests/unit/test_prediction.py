@@ -1,6 +1,7 @@
 """The parts of a prediction run that need no cluster."""
 
 import collections
+import csv
 import dataclasses
 import json
 import subprocess
@@ -88,6 +89,8 @@ def test_the_pool_fits_the_cluster(nodes, engine, options, expected):
         ([(2, 0), (2, 0)], {"cpus_per_worker": 4}, "No worker of 4 CPUs and 0 GPUs fits the cluster's 2 node"),
         ([(2, 0)], {"gpus_per_worker": 1}, "No worker of 1 CPUs and 1 GPUs fits"),
         ([(2, 0)], {"decoding": "tasks", "max_workers": 2}, "2 workers of 1 CPUs leave none of the cluster's 2"),
+        ([(2, 0), (2, 0)], {"decoding": "tasks", "cpus_per_worker": 1, "max_workers": 4}, "leave none"),
+        ([(0, 0)], {}, "The cluster has no CPUs"),
         ([(2, 0)], {"min_workers": 3}, "--min-workers 3 do not fit the cluster, which has room for 2"),
     ],
 )
@@ -172,6 +175,9 @@ def test_rows_of_images_that_are_all_bad_have_the_same_columns(bundle, files):
 def test_columns_of_the_manifest_are_kept_under_another_name_where_ours_have_theirs():
     manifest = manifest_of_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
     assert pipeline.passed_through(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
+    twice = manifest.append_column("original_prediction", [["dog"]])
+    assert pipeline.passed_through(twice).column_names[-1] == "original_prediction"
+    assert "original_original_prediction" in pipeline.passed_through(twice).column_names
     labelled = manifest.set_column(2, "label", [["dog"]])
     assert "label" in pipeline.passed_through(labelled).column_names
 
@@ -180,7 +186,7 @@ def test_columns_of_the_manifest_are_kept_under_another_name_where_ours_have_the
 
 
 def _rows(ids):
-    errors = ['corrupt: a, "b"\nc' if number % 3 == 0 else None for number in ids]
+    errors = ['corrupt: a, "b"\r\nc\rd' if number % 3 == 0 else None for number in ids]
     return pa.table(
         {
             "id": pa.array(ids, pa.int64()),
@@ -257,7 +263,8 @@ def test_the_summary_counts_every_row(tmp_path, bundle):
     assert found["classes"]["null"] == {"images": 3, "share": 1.0, "training_share": 0.75}
     assert found["below_threshold"] == 1.0
     errors.write(str(tmp_path / "errors.csv"))
-    assert (tmp_path / "errors.csv").read_text().startswith('id,uri,error\n0,"/Ü, x/0.png","corrupt: a, ""b""\nc"\n')
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        assert list(csv.reader(file))[:2] == [["id", "uri", "error"], ["0", "/Ü, x/0.png", 'corrupt: a, "b"\r\nc\rd']]
 
 
 def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_path):

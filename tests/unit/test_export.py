@@ -84,7 +84,7 @@ def _content(folder):
     }
 
 
-LARGE = ("resnet50", "vgg16")
+LARGE = ("resnet50", "vgg16", "efficientnetb0")
 
 
 @pytest.mark.parametrize(

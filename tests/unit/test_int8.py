@@ -24,7 +24,13 @@ def _mnist():
     return images.reshape(-1, 28, 28).astype(np.uint8), targets
 
 
-@pytest.mark.parametrize(("data", "size", "epochs"), [(_digits, 16, 15), (_mnist, 28, 6)], ids=["digits", "mnist"])
+@pytest.mark.parametrize(
+    ("data", "size", "epochs"),
+    [
+        pytest.param(_digits, 16, 15, id="digits"),
+        pytest.param(_mnist, 28, 6, id="mnist", marks=pytest.mark.long),
+    ],
+)
 def test_int8_loses_little_accuracy_and_most_of_the_size(data, size, epochs, tmp_path):
     images, targets = data()
     images = np.stack([np.asarray(Image.fromarray(image).convert("RGB").resize((size, size))) for image in images])

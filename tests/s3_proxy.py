@@ -66,7 +66,7 @@ class Proxy:
                 self.wfile.write(content[: len(content) // 2] if broken else content)
                 self.close_connection = self.close_connection or broken
 
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815 - http.server's names
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

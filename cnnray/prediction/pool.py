@@ -58,7 +58,7 @@ def pool_of(options: PredictOptions, engine: str, found: Resources) -> Pool:
         raise ClusterError(f"--min-workers {smallest} do not fit the cluster, which has room for {largest}.")
     decode_cpus = 0.0
     if in_tasks:
-        # Of the node that has most left at the worst, when the workers are spread evenly.
+        # However the workers are spread, some node has at least the average left.
         left = (found.cpus - cpus * min(room, largest)) / len(found.nodes)
         if left <= 0:
             raise ClusterError(

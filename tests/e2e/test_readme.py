@@ -18,7 +18,7 @@ def _marked_blocks():
 def test_marked_blocks_run(tmp_path):
     """In a folder that has what `make demo` made."""
     blocks = _marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "python", "sh", "python", "sh"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "python", "sh", "python"]
     write_digits(tmp_path / "demo" / "digits", 1797)
     shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
     printed = []
@@ -30,7 +30,7 @@ def test_marked_blocks_run(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.splitlines())
-    trained, answers, exported, answers_of_int8, predicted = printed
+    trained, answers, exported, answers_of_int8, predicted, counted = printed
     assert json.loads(trained[-1])["epochs"] == 6
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
@@ -39,6 +39,7 @@ def test_marked_blocks_run(tmp_path):
     line = json.loads(predicted[-1])
     assert (line["rows"], line["errors"]) == (1797, 0)
     assert line["engine"] not in ("auto", "keras")
+    assert counted[-1] == "1797"
 
 
 def test_make_targets_and_flags_exist():

@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 _NOT_PASSED = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_REFUSALS = {
+    "throttle": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    "deny": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+}
 
 
 class Proxy:
@@ -16,8 +19,8 @@ class Proxy:
 
     Attributes:
         url: where it listens.
-        faults: called with method, path and how often this was asked for before; it gives `throttle` (503), `slow`
-            (one second later), `break off` (half of the body), or None.
+        faults: called with method, path and how often this was asked for before; it gives `throttle` (503), `deny`
+            (403), `slow` (one second later), `break off` (half of the body), or None.
         given: how often each fault was.
     """
 
@@ -37,8 +40,9 @@ class Proxy:
             def _pass_on(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 fault = proxy._fault_of(self.command, self.path)
-                if fault == "throttle":
-                    self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
+                if fault in _REFUSALS:
+                    status, content = _REFUSALS[fault]
+                    self._answer(status, {"Content-Type": "application/xml"}, content)
                     return
                 if fault == "slow":
                     time.sleep(1)

@@ -30,6 +30,14 @@ _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
 _BYTES_AT_ONCE = 8 * 2**20
 """Read from a file with one request."""
+_REASONS = {
+    "AWS Error ACCESS_DENIED": "access denied", "HTTP status 403": "access denied",
+    "AWS Error SLOW_DOWN": "throttled", "AWS Error THROTTLING": "throttled", "HTTP status 503": "throttled",
+}  # fmt: skip
+"""By what Arrow says of S3."""
+
+Source = str | bytes | BadImage
+"""What there is to decode: the uri of a file, an image's bytes, or why there are none."""
 
 
 def group_of(uri: str) -> tuple[str, int] | None:
@@ -89,7 +97,7 @@ def _rows_of_parquet(file: str) -> pa.Table | None:
     return table.add_column(0, "uri", pa.array(uris, pa.string())) if table.column_names else pa.table({"uri": uris})
 
 
-def encoded(uris: Sequence[str]) -> Iterator[str | bytes | BadImage]:
+def encoded(uris: Sequence[str]) -> Iterator[Source]:
     """What there is to decode for each uri, in order: its bytes where a container holds them, read as they are asked
     for; the uri itself where it is a file of its own; or why it cannot be read."""
     for (file, group), run in itertools.groupby(uris, _holder):
@@ -125,9 +133,8 @@ def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes | BadI
                 yield data
                 given += 1
     except (OSError, pa.ArrowException, IndexError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         for _ in rows[given:]:
-            yield BadImage(reason, f"{file}, row group {group}: {str(error).splitlines()[0]}")
+            yield _bad(error, f"{file}, row group {group}")
 
 
 def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[int]) -> Iterator[bytes]:
@@ -197,9 +204,8 @@ def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadI
                 yield data if len(data) == size else BadImage("unreadable", f"{file} ends before it")
                 given += 1
     except (OSError, pa.ArrowException) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         for _ in places[given:]:
-            yield BadImage(reason, f"{file}: {str(error).splitlines()[0]}")
+            yield _bad(error, file)
 
 
 def _until(places: list[tuple[int, int]]) -> int:
@@ -210,6 +216,17 @@ def _until(places: list[tuple[int, int]]) -> int:
             break
         end = offset + size
     return end - start
+
+
+def _bad(error: Exception, place: str) -> BadImage:
+    """Why images of a container cannot be read."""
+    said = str(error)
+    reason = next((reason for words, reason in _REASONS.items() if words in said), "unreadable")
+    if isinstance(error, FileNotFoundError):
+        reason = "missing"
+    elif isinstance(error, PermissionError):
+        reason = "access denied"
+    return BadImage(reason, f"{place}: {said.splitlines()[0] if said else type(error).__name__}")
 
 
 def _opened(file: str) -> Any:

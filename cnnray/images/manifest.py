@@ -13,6 +13,7 @@ and whatever other columns a table of images brought along.
 import fnmatch
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ import pyarrow.parquet
 
 from cnnray.images import containers, storage
 from cnnray.images.decode import EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
@@ -185,6 +188,10 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
         found = [file.uri for file in storage.files(root)]
         images = [uri for uri in found if _is_image(uri)]
         if not labelled and images:
+            if shards := [uri for uri in found if _is_shard(uri)]:
+                log.warning(
+                    "%s holds images, and Parquet or tar files too, which are not read: %s", root, _some(shards)
+                )
             return _from_uris(images)
         if not images and any(map(_is_shard, found)):
             return _from_shards(found)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.images import containers, storage
+from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
 _THREADS = {"local": 4, "s3": 16}
@@ -23,7 +24,13 @@ Item = TypeVar("Item")
 
 
 def decoded_blocks(
-    table: pa.Table, size: int, resize: ResizeRule, rows_per_block: int, *, threads: int | None = None
+    table: pa.Table,
+    size: int,
+    resize: ResizeRule,
+    rows_per_block: int,
+    *,
+    threads: int | None = None,
+    sources: Iterator[Source] | None = None,
 ) -> Iterator[Batch]:
     """Read and decode the images of a manifest in this process, a block at a time, with threads.
 
@@ -33,6 +40,7 @@ def decoded_blocks(
         resize: see `decode`.
         rows_per_block: rows of one block.
         threads: reads and decodes side by side; None: 4 of local files, 16 of S3's.
+        sources: of which each row takes one (see `containers.encoded`); None: those of the table's uris.
 
     Yields:
         the table's columns as arrays, in order, and `image`, uint8 (n, size, size, 3), zeros where it could not be
@@ -41,7 +49,7 @@ def decoded_blocks(
     if not len(table):
         return
     uris = table["uri"].to_pylist()
-    sources = containers.encoded(uris)
+    sources = containers.encoded(uris) if sources is None else sources
     at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
     decode_into = functools.partial(_decode_into, size=size, resize=resize)
     with ThreadPoolExecutor(threads or _THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
@@ -65,7 +73,7 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def _decode_into(pixels: npt.NDArray[np.uint8], source: str | bytes | BadImage, size: int, resize: ResizeRule) -> str:
+def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule) -> str:
     try:
         pixels[:] = decode(_bytes_of(source), size, resize)
     except BadImage as error:
@@ -73,7 +81,7 @@ def _decode_into(pixels: npt.NDArray[np.uint8], source: str | bytes | BadImage, 
     return ""
 
 
-def _bytes_of(source: str | bytes | BadImage) -> bytes:
+def _bytes_of(source: Source) -> bytes:
     """The encoded image, read where `source` is a uri.
 
     Raises:

@@ -277,6 +277,10 @@ def _local_files(root: str) -> Iterator[StoredFile]:
         if entry.is_dir():
             yield from _local_files(entry.path)
         elif entry.is_file():
+            try:
+                entry.path.encode()
+            except UnicodeEncodeError:
+                raise StorageError(f"The file name {os.fsencode(entry.path)!r} is not UTF-8: rename it.") from None
             yield StoredFile(entry.path, entry.stat().st_size)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ ROWS_PER_BLOCK = 256
 """Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
 
 _BLOCK_BYTES = 64 * 2**20
+_LARGE_GROUP, _MOST_READS_OF_A_GROUP = 4096, 8
 
 
 def decoded(
@@ -54,19 +56,52 @@ def rows_per_block(size: int) -> int:
     return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
 
 
-def pieces(uris: list[str], rows: int) -> list[tuple[int, int]]:
-    """Cut a manifest every `rows` rows, but not within a row group, which is read as a whole.
+def pieces(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
+    """Cut a manifest every `rows` rows, but not within a row group, which is read from its start.
+
+    Args:
+        uris: of the manifest.
+        rows: of a piece; fewer of the last, more where a row group has more.
+        cut_groups: whether row groups of more than 4096 rows are cut all the same, into 8 pieces at most (of which
+            each reads what is before it in the group, too).
 
     Returns:
         the first row of each piece, and that after its last.
     """
-    cuts = [0]
-    for index in range(1, len(uris)):
-        if index - cuts[-1] >= rows:
-            group = containers.group_of(uris[index])
-            if group is None or group != containers.group_of(uris[index - 1]):
-                cuts.append(index)
+    cuts, start = [0], 0
+    for group, run in itertools.groupby(uris, containers.group_of):
+        stop = start + sum(1 for _ in run)
+        if group is None:
+            cuts += range(max(cuts[-1] + rows, start), stop, rows)
+        else:
+            large = cut_groups and stop - start > max(rows, _LARGE_GROUP)
+            if start > cuts[-1] and (large or start - cuts[-1] >= rows):
+                cuts.append(start)
+            if large:
+                step = max(rows, _LARGE_GROUP, math.ceil((stop - start) / _MOST_READS_OF_A_GROUP))
+                cuts += range(start + step, stop, step)
+        start = stop
     return list(itertools.pairwise([*cuts, len(uris)])) if uris else []
+
+
+def shares(uris: list[str], count: int) -> list[tuple[int, int]]:
+    """Cut a manifest into shares of about the same size, but not within a row group.
+
+    Returns:
+        the first row of each share, and that after its last; fewer than `count` where row groups are too large.
+    """
+    cuts = {0, len(uris)}
+    for number in range(1, count):
+        cut = len(uris) * number // count
+        while 0 < cut < len(uris) and _in_one_group(uris[cut - 1], uris[cut]):
+            cut += 1
+        cuts.add(cut)
+    return list(itertools.pairwise(sorted(cuts)))
+
+
+def _in_one_group(one: str, other: str) -> bool:
+    group = containers.group_of(one)
+    return group is not None and group == containers.group_of(other)
 
 
 def tasks(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:

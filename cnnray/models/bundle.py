@@ -113,12 +113,21 @@ class Bundle:
             OSError: storage that cannot be read.
         """
         decisive = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
-        digest = hashlib.sha256(json.dumps(decisive).encode())
-        with self.local_copy(MODEL) as path:
-            if not path.is_file():
-                raise BundleError(f"{self.uri} is not a bundle: it holds no {MODEL}.")
-            digest.update(path.read_bytes())
+        digest = hashlib.sha256(json.dumps([*decisive, self.digest(MODEL)]).encode())
         return f"{self.info.architecture or 'model'}-{digest.hexdigest()[:12]}"
+
+    def digest(self, name: str) -> str:
+        """A hash of a file of the bundle, in hexadecimal.
+
+        Raises:
+            BundleError: it is not there.
+            OSError: storage that cannot be read.
+        """
+        with self.local_copy(name) as path:
+            if not path.is_file():
+                raise BundleError(f"{self.uri} holds no {name}.")
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.bundle import MODEL, Bundle, BundleError
 from cnnray.models.formats import FORMATS
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,16 @@ def check_exported(bundle: Bundle, name: str) -> None:
         raise BundleError(f"The engine {name} cannot be used here: {reason}.")
 
 
+def digest(bundle: Bundle, name: str) -> str:
+    """A hash of the file that an engine runs.
+
+    Raises:
+        BundleError, OSError: as `engine_of`.
+    """
+    check_exported(bundle, name)
+    return bundle.digest(MODEL if name == KERAS else FORMATS[RUNNERS[name].format].path)
+
+
 def file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
     """The engine of an exported file, whatever its bundle says of it.
 
@@ -193,7 +203,7 @@ class SavedModelEngine:
 
         _set_threads(threads)
         signatures = tf.saved_model.load(path).signatures
-        self._signature, self._encoded = signatures["serving_default"], signatures["encoded"]
+        self._signature, self.encoded = signatures["serving_default"], signatures["encoded"]
         (pixels,) = self._signature.structured_input_signature[1].values()
         self.shape = tuple(pixels.shape[1:])
         self.classes = int(self._signature.structured_outputs["probabilities"].shape[-1])
@@ -203,8 +213,11 @@ class SavedModelEngine:
         return np.asarray(self._signature(image=images)["probabilities"])
 
 
-class EncodedSavedModelEngine(SavedModelEngine):
+class EncodedSavedModelEngine:
     """The same by the signature that takes encoded images, which are made PNG files here."""
+
+    def __init__(self, engine: SavedModelEngine) -> None:
+        self._encoded, self.classes = engine.encoded, engine.classes
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
@@ -318,6 +331,7 @@ def _set_threads(threads: int) -> None:
 
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
     except RuntimeError:  # TensorFlow runs already, with the threads that the process has given it
         log.debug("TensorFlow keeps its %d threads", tf.config.threading.get_intra_op_parallelism_threads())
 
@@ -360,7 +374,7 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
         return KERAS
     key = "1" if batch_size < 6 else "32"
     speeds = {
-        name: float(report["images_per_second"][key])
+        name: float(report["times_keras"][key])
         for name, report in bundle.info.exports.items()
         if name == KERAS or (name in ENGINES and _is_proven(name, report) and not RUNNERS[name].missing())
     }
@@ -368,8 +382,8 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
         log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
         return KERAS
     chosen = max(speeds, key=lambda name: speeds[name])
-    measured = ", ".join(f"{name} {speed:.0f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
-    log.info("engine %s: the fastest by export's measurement at batch %s (images/s: %s)", chosen, key, measured)
+    measured = ", ".join(f"{name} {speed:.2f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
+    log.info("engine %s: the fastest by export's measurement at batch %s (times Keras: %s)", chosen, key, measured)
     return chosen
 
 

@@ -115,7 +115,7 @@ class _Export:
         keras = engines.engine_of(bundle, engines.KERAS, self._threads)
         self._expected = engines.in_batches(keras, images)
         with bundle.local_copy(bundles.MODEL) as path:
-            self._keras = self._report(keras, path)
+            self._keras = self._report(keras, path, None)
         self._reports = bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
         self._refused: dict[str, str] = {}
 
@@ -173,16 +173,18 @@ class _Export:
     def _measured(self, name: str, path: Path) -> Report | str:
         """What was measured of a file run by an engine, or why that is refused."""
         engine = engines.file_engine(name, path, self._threads, self._bundle)
-        report = self._report(engine, path)
-        if name == engines.SAVED_MODEL:  # which has a second way in
-            encoded = engines.in_batches(engines.EncodedSavedModelEngine(path, self._threads), self._images)
+        report = self._report(engine, path, self._keras)
+        if isinstance(engine, engines.SavedModelEngine):  # which has a second way in
+            encoded = engines.in_batches(engines.EncodedSavedModelEngine(engine), self._images)
             both = np.maximum(report.max_difference, np.abs(encoded - self._expected).max())
             report = dataclasses.replace(report, max_difference=float(both))
         return _reason_to_refuse(self._config, name, report, self._keras) or report
 
-    def _report(self, engine: engines.Engine, path: Path) -> Report:
-        temperature = self._bundle.info.temperature
-        return verification.report(engine, path, self._images, self._expected, self._targets, temperature)
+    def _report(self, engine: engines.Engine, path: Path, keras: Report | None) -> Report:
+        return verification.report(
+            engine, path, self._images, self._expected, self._targets, self._bundle.info.temperature,
+            threads=self._threads, keras=keras,
+        )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:
         self._refused[name] = reason

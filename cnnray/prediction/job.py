@@ -2,14 +2,12 @@
 
 import json
 import logging
-import math
 import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from cnnray import cluster
 from cnnray.images import manifest as manifests
@@ -19,23 +17,17 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
-from cnnray.prediction import pipeline, summary
+from cnnray.prediction import pipeline, resume, summary
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.parts import Parts
+from cnnray.prediction.resume import PredictionError
 from cnnray.progress import Progress, duration
 
 log = logging.getLogger(__name__)
 
-CONFIG, MANIFEST, SUMMARY, ERRORS = "config.yaml", "manifest.parquet", "summary.json", "errors.csv"
-_MODEL = b"model"
-_RETRIED = ("missing", "access denied", "throttled", "unreadable", "crashed")
-_SAMPLE = 256
+_SAMPLED_RUNS, _SAMPLED_RUN = 8, 32
 _TRIED_FIRST = 1000
 """Images after which `--max-error-fraction` may stop the run."""
-
-
-class PredictionError(RuntimeError):
-    """A run that cannot start or ended badly; the message is one sentence for the user."""
 
 
 def run(config: PredictConfig) -> dict[str, Any]:
@@ -55,8 +47,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
     started = time.monotonic()
     with alone(config.folder):
         bundle = Bundle.load(config.bundle)
-        earlier = _earlier_run(config, bundle)
-        if earlier is not None and not config.retry_errors and (done := _finished(config)) is not None:
+        earlier = resume.earlier_run(config, bundle)
+        if earlier is not None and not config.retry_errors and (done := resume.finished(config)) is not None:
             if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.folder)
                 return done | {"resumed": done["rows"], "seconds": round(time.monotonic() - started, 2)}
@@ -64,9 +56,13 @@ def run(config: PredictConfig) -> dict[str, Any]:
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         engine = earlier["engine"] if earlier else ""
-        manifest = _read_manifest(config) if earlier else manifest_of(config)
-        parts = _parts(config, manifest)
-        written = _kept(config, parts) if earlier else set()
+        manifest = resume.read_manifest(config) if earlier else manifest_of(config)
+        if earlier is None:
+            resume.check_shards(config, manifest, bundle)
+        parts = resume.parts_of(config, manifest)
+        written = parts.written() if earlier else set()
+        again = resume.unread(config, parts, written)
+        written -= again
         resumed = _rows_of(parts, written)
         log.info("%d images, %d of them done", len(manifest), resumed)
         rate = 0.0
@@ -76,9 +72,11 @@ def run(config: PredictConfig) -> dict[str, Any]:
                 engine = planned.engine
                 # Nothing is written, or taken away, before all is known to be right.
                 if earlier is None:
-                    _begin(config, manifest, bundle, engine)
+                    resume.begin(config, manifest, planned)
+                resume.take_away(config, parts, again)
                 rate = _run(config, manifest, parts, written, planned)
         found_all = _reconciled(config, manifest, parts, bundle)
+        resume.check_shards(config, manifest, bundle)  # those that began at the same time
         line = {
             "output": config.folder,
             **{name: found_all[name] for name in ("rows", "ok", "errors")},
@@ -88,7 +86,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
             "seconds": round(time.monotonic() - started, 2),
         }
         stated = line | {"model": bundle.version} | found_all
-        storage.write_bytes(storage.join(config.folder, SUMMARY), json.dumps(stated, indent=2).encode())
+        storage.write_bytes(storage.join(config.folder, resume.SUMMARY), json.dumps(stated, indent=2).encode())
         summary.log_summary(found_all)
         return line
 
@@ -103,14 +101,13 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
         ValueError, OSError, ClusterError, PredictionError: as `run`.
     """
     bundle = Bundle.load(config.bundle)
-    earlier = _earlier_run(config, bundle)
-    manifest = _read_manifest(config) if earlier else manifest_of(config)
-    parts = _parts(config, manifest)
+    earlier = resume.earlier_run(config, bundle)
+    manifest = resume.read_manifest(config) if earlier else manifest_of(config)
+    parts = resume.parts_of(config, manifest)
     resumed = _rows_of(parts, parts.written() if earlier else set())
     with cluster.connected() as found:
         planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
-    chosen = np.random.default_rng(0).permutation(len(manifest))[:_SAMPLE]
-    sample = manifest.take(pa.array(np.sort(chosen)))
+    sample = _sample(manifest)
     worker = pipeline.Worker(planned, bundle.version)
     list(worker(sample.slice(0, 1)))
     start = time.monotonic()
@@ -134,8 +131,11 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     }
 
 
-def _parts(config: PredictConfig, manifest: pa.Table) -> Parts:
-    return Parts(config.folder, config.format, stream.pieces(manifest["uri"].to_pylist(), config.rows_per_part))
+def _sample(manifest: pa.Table) -> pa.Table:
+    """A few runs of images from all over a manifest: of images that lie together in files, as a run reads them."""
+    starts = np.linspace(0, max(len(manifest) - _SAMPLED_RUN, 0), _SAMPLED_RUNS).astype(np.int64)
+    rows = np.unique(np.add.outer(starts, np.arange(_SAMPLED_RUN)))
+    return manifest.take(pa.array(rows[rows < len(manifest)]))
 
 
 def _rows_of(parts: Parts, some: set[int]) -> int:
@@ -148,91 +148,18 @@ def manifest_of(config: PredictConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: with a sentence.
     """
-    manifest = pipeline.passed_through(manifests.manifest_of(config.input, labelled=False))
-    manifest = manifest.slice(0, config.limit)
-    if config.shards == 1:
-        return manifest
-    ranges = stream.pieces(manifest["uri"].to_pylist(), math.ceil(len(manifest) / config.shards))
-    if config.shard >= len(ranges):
-        raise ManifestError(
-            f"{config.input} can be split into {len(ranges)} shards only, as images in one row group stay together."
-        )
-    start, stop = ranges[config.shard]
-    return manifest.slice(start, stop - start)
-
-
-# -- the output -----------------------------------------------------------------------------------------------
-
-
-def _earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
-    """The config of the run that the output holds, if it is this one."""
-    try:
-        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.folder, CONFIG)))
-    except FileNotFoundError:
-        foreign = [name for name in (MANIFEST, SUMMARY) if storage.is_file(storage.join(config.folder, name))]
-        if foreign := [*foreign, *map(storage.name, output.files_of(config.folder)[:1])]:
-            raise PredictionError(
-                f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
-            ) from None
-        return None
-    if "engine" not in earlier:
-        raise PredictionError(f"{config.folder} holds a {CONFIG} of another job; give another --output.")
-    differences = config.differs_from(earlier)
-    if config.engine not in ("auto", earlier["engine"]):
-        differences.append(f"--engine {earlier['engine']} (now {config.engine})")
-    try:
-        model = (_read_manifest(config).schema.metadata or {}).get(_MODEL, b"").decode()
-    except FileNotFoundError:
-        model = None  # killed before it had begun
-    if model is not None and model != bundle.version:
-        differences.append(f"the model {model} (now {bundle.version})")
-    if differences and not config.overwrite:
-        raise PredictionError(
-            f"{config.folder} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
-        )
-    return None if differences or model is None else dict(earlier)
-
-
-def _finished(config: PredictConfig) -> dict[str, Any] | None:
-    """The JSON line of a run that is finished."""
-    try:
-        stated = json.loads(storage.read_bytes(storage.join(config.folder, SUMMARY)))
-    except FileNotFoundError:
-        return None
-    names = ("output", "rows", "ok", "errors", "resumed", "engine", "images_per_second", "seconds")
-    return {name: stated[name] for name in names}
-
-
-def _read_manifest(config: PredictConfig) -> pa.Table:
-    return manifests.read(storage.join(config.folder, MANIFEST))
-
-
-def _kept(config: PredictConfig, parts: Parts) -> set[int]:
-    """The parts that need not be made again."""
-    written = parts.written()
-    if not config.retry_errors:
-        return written
-    storage.delete_file(storage.join(config.folder, SUMMARY))
-    again = set()
-    for part in sorted(written):
-        errors = pc.unique(parts.read(part)["error"].drop_null()).to_pylist()
-        if any(error.partition(":")[0] in _RETRIED for error in errors):
-            again.add(part)
-            storage.delete_file(parts.uri(part))
-    log.info("%d of %d parts have images that could not be read; they are run again", len(again), len(parts.ranges))
-    return written - again
-
-
-def _begin(config: PredictConfig, manifest: pa.Table, bundle: Bundle, engine: str) -> None:
-    for name in (SUMMARY, ERRORS, MANIFEST):
-        storage.delete_file(storage.join(config.folder, name))
-    for uri in output.files_of(config.folder):
-        storage.delete_file(uri)
-    # First of all: an output that has other files and no config is taken for somebody else's.
-    text = yaml.safe_dump(config.as_dict() | {"engine": engine, "overwrite": False}, sort_keys=False)
-    storage.write_bytes(storage.join(config.folder, CONFIG), text.encode())
-    stated = manifest.replace_schema_metadata({_MODEL: bundle.version.encode()})
-    manifests.write(stated, storage.join(config.folder, MANIFEST))
+    manifest = manifests.manifest_of(config.input, labelled=False).slice(0, config.limit)
+    stated = {resume.INPUT: manifests.fingerprint(manifest)}
+    manifest = pipeline.passed_through(manifest)
+    if config.shards > 1:
+        ranges = stream.shares(manifest["uri"].to_pylist(), config.shards)
+        if len(ranges) < config.shards:
+            raise ManifestError(
+                f"{config.input} can be split into {len(ranges)} shards only (images in one row group stay together)."
+            )
+        start, stop = ranges[config.shard]
+        manifest = manifest.slice(start, stop - start)
+    return manifest.replace_schema_metadata(stated)
 
 
 # -- the run --------------------------------------------------------------------------------------------------
@@ -272,7 +199,7 @@ def _run(
         for start, stop in stream.pieces(uris[first:last], per_task)
     ]
     del uris  # of millions of images it is large
-    dataset = pipeline.predicted(manifest, planned, tasks)
+    dataset = pipeline.predicted(manifest.replace_schema_metadata(None), planned, tasks)
     try:
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             collector.add(found)
@@ -347,7 +274,7 @@ def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle:
     if tally.errors > config.max_error_fraction * tally.rows:
         raise PredictionError(_too_many(config, tally.errors, tally.rows, next(iter(tally.examples.values()))[0]))
     if tally.errors:
-        errors.write(storage.join(config.folder, ERRORS))
+        errors.write(storage.join(config.folder, resume.ERRORS))
     else:
-        storage.delete_file(storage.join(config.folder, ERRORS))
+        storage.delete_file(storage.join(config.folder, resume.ERRORS))
     return summary.summary_of(tally, bundle.info)

@@ -20,9 +20,9 @@ import pyarrow as pa
 import ray.data
 
 from cnnray.cluster import Resources
-from cnnray.images import reading, stream
+from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor, ranked
 from cnnray.prediction import ledger
 from cnnray.prediction.config import PredictOptions
@@ -37,6 +37,7 @@ CRASHED = "crashed: the worker ended each time that it was given this image"
 _FEWEST_ROWS_PER_TASK, _MOST_ROWS_PER_TASK = 32, 512
 
 Images = npt.NDArray[np.uint8]
+Sources = Iterator[containers.Source] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Plan:
     engine: str
     options: PredictOptions
     pool: Pool
+    digest: str
+    """Of the file that the engine runs (`engines.digest`): no worker may run another."""
 
 
 def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str | None = None) -> Plan:
@@ -59,7 +62,8 @@ def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str 
     if engine is None:
         gpus = found.gpus >= 1 and options.gpus_per_worker != 0
         engine = engine_of(bundle, options, gpus=gpus)
-    return Plan(bundle=bundle, engine=engine, options=options, pool=pool_of(options, engine, found))
+    pool = pool_of(options, engine, found)
+    return Plan(bundle=bundle, engine=engine, options=options, pool=pool, digest=engines.digest(bundle, engine))
 
 
 def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
@@ -137,9 +141,9 @@ def rows_per_task(rows: int, pool: Pool) -> int:
 def _decoded(table: pa.Table, size: int, resize: Any, rows: int, book: Any = None) -> Iterator[pa.Table]:
     """The rows with their pixels, where workers are given these."""
 
-    def decoded(some: pa.Table) -> Iterator[pa.Table]:
+    def decoded(some: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
         start = 0
-        for block in reading.decoded_blocks(some.select(["id", "uri"]), size, resize, rows):
+        for block in reading.decoded_blocks(some.select(["id", "uri"]), size, resize, rows, sources=sources):
             count = len(block["id"])
             yield _with_pixels(some.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
             start += count
@@ -158,7 +162,7 @@ def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
 
 def _carefully(
     table: pa.Table,
-    work: Callable[[pa.Table], Iterator[pa.Table]],
+    work: Callable[[pa.Table, Sources], Iterator[pa.Table]],
     crashed: Callable[[pa.Table], pa.Table],
     rows: int,
     book: Any,
@@ -172,17 +176,21 @@ def _carefully(
     """
     task = f"{name} {table['id'][0]} to {table['id'][-1]}"
     if ledger.begin(book, task) < ledger.TRIES:
-        yield from work(table)
+        yield from work(table, None)
     else:
+        uris = table["uri"].to_pylist()
+        sources = containers.encoded(uris)  # of all rows together, as each row group is read from its start
         for start in range(0, len(table), rows):
             found: list[pa.Table] = []
-            for row in (table.slice(place, 1) for place in range(start, min(start + rows, len(table)))):
+            for place in range(start, min(start + rows, len(table))):
+                row = table.slice(place, 1)
                 alone = f"{name} {row['id'][0]}"
                 if ledger.begin(book, alone) < ledger.TRIES:
-                    found += work(row)
+                    found += work(row, sources)
                     ledger.end(book, alone)
                 else:
                     found.append(crashed(row))
+                    sources = containers.encoded(uris[place + 1 :])
             yield pa.concat_tables(found).combine_chunks()
     ledger.end(book, task)
 
@@ -196,7 +204,16 @@ class Worker:
             planned: what runs where.
             model: what rows name the network.
             book: the run's ledger, an actor, where there is one.
+
+        Raises:
+            BundleError: the bundle is not the planned one any more, or this worker ended each time that it loaded it.
         """
+        loading = f"load {ray.get_runtime_context().get_actor_id()}" if book is not None else ""
+        if ledger.begin(book, loading) >= ledger.TRIES:
+            raise BundleError(
+                f"A worker ended {ledger.TRIES} times while it loaded {planned.bundle.uri} for {planned.engine}: it "
+                "may have too little memory."
+            )
         if planned.engine == engines.KERAS:
             startup.load_tensorflow(gpus=planned.pool.gpus > 0)
         self._options, self._info, self._model, self._book = planned.options, planned.bundle.info, model, book
@@ -206,7 +223,10 @@ class Worker:
             threads=planned.pool.threads,
             batch_size=planned.options.batch_size,
         )
+        if engines.digest(planned.bundle, planned.engine) != planned.digest:
+            raise BundleError(f"{planned.bundle.uri} was changed while the run was going on: run it again.")
         self._names = pa.array(self._info.class_names, pa.string())
+        ledger.end(book, loading)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Rows of a manifest, or of `_decoded`, with their predictions."""
@@ -214,9 +234,9 @@ class Worker:
         rows = len(table) if _PIXELS in table.column_names else stream.rows_per_block(self._info.image_size)
         yield from _carefully(table, self._answered, self._crashed, max(rows, 1), self._book, "predict")
 
-    def _answered(self, table: pa.Table) -> Iterator[pa.Table]:
+    def _answered(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
         start = 0
-        blocks = self._given(table) if _PIXELS in table.column_names else self._read(table)
+        blocks = self._given(table) if _PIXELS in table.column_names else self._read(table, sources)
         for images, errors in blocks:
             rows = table.slice(start, len(errors))
             start += len(errors)
@@ -234,11 +254,11 @@ class Worker:
         images = images[: len(table) * size * size * 3].reshape(len(table), size, size, 3)
         yield images, table[_ERROR].to_pylist()
 
-    def _read(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+    def _read(self, table: pa.Table, sources: Sources) -> Iterator[tuple[Images, list[str]]]:
+        size = self._info.image_size
         blocks = reading.decoded_blocks(
-            table.select(["id", "uri"]), self._info.image_size, self._info.resize,
-            stream.rows_per_block(self._info.image_size),
-        )  # fmt: skip
+            table.select(["id", "uri"]), size, self._info.resize, stream.rows_per_block(size), sources=sources
+        )
         for block in reading.ahead(blocks):
             yield block["image"], block["error"].tolist()
 

@@ -62,14 +62,18 @@ def _parts(output):
     return len(list(output.glob("part-*")))
 
 
+ON_RAY = {"worker": "Worker", "ledger": "Ledger", "task": "_decoded"}
+"""What Ray's processes have in their names; a run goes on by itself after the death of one."""
+
+
 def _victims(job, kind):
     """The processes to kill: the job itself, one of Ray's workers of it, or all of its cluster."""
     if kind == "driver":
         return [psutil.Process(job.process.pid)]
     named = [(process, " ".join(process.cmdline()) or process.name()) for process in job.children()]
-    if kind == "worker":
-        workers = [process for process, name in named if name.startswith("ray::") and "Worker" in name]
-        return [random.choice(workers)] if workers else []
+    if kind in ON_RAY:
+        found = [process for process, name in named if name.startswith("ray::") and ON_RAY[kind] in name]
+        return [random.choice(found)] if found else []
     return [process for process, name in named if "raylet" in name or "gcs_server" in name]
 
 
@@ -93,11 +97,10 @@ def _runs_until_done(start_job, command, output, kind, moments):
         while time.monotonic() < end and job.process.poll() is None:
             time.sleep(0.05)
         before = _parts(output)
-        if kind == "worker":
-            until(lambda job=job: _victims(job, "worker"), 30, "a worker")
+        if kind in ON_RAY:
+            until(lambda job=job: _victims(job, kind), 30, kind)
         assert _kill(job, kind)
-        if kind == "worker":
-            # The run goes on by itself.
+        if kind in ON_RAY:
             assert job.wait(WATCHDOG) == 0, job.err.read_text()
             return _line(job)
         job.wait(WATCHDOG)
@@ -136,9 +139,11 @@ def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, comman
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
+@pytest.mark.parametrize("kind", ["driver", "worker", "cluster", "ledger", "task"])
 def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
     arguments, output = command
+    if kind == "task":
+        arguments = (*arguments, "--decoding", "tasks", "--cpus-per-worker", "0.5")
     for trial in range(10):
         moment = random.uniform(2, 16)
         before = _parts(output)

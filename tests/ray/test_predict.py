@@ -21,7 +21,7 @@ from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.job import PredictionError
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
-from tests.ray.workers import EndedByAnImage, decoded_or_die
+from tests.ray.workers import EndedByAnImage, EndedByItsBundle, decoded_or_die
 from tests.runs import rows_of
 
 
@@ -164,9 +164,11 @@ def test_a_finished_run_is_not_run_again(copy, bundle, images, monkeypatch):
     assert _times(copy) == before
 
 
-def test_what_is_missing_is_made_again_and_no_more(copy, bundle, images, finished):
+@pytest.mark.parametrize("was_finished", [True, False])
+def test_what_is_missing_is_made_again_and_no_more(was_finished, copy, bundle, images, finished):
     (copy / "part-000001.parquet").unlink()
-    (copy / "summary.json").unlink()
+    if not was_finished:
+        (copy / "summary.json").unlink()
     before = _times(copy)
     line = job.run(_config(bundle, images[0], copy, batch_size=3))
     assert line["resumed"] == len(images[1]) - 32
@@ -192,6 +194,11 @@ def test_another_run_over_the_same_output_is_refused(copy, bundle, images, tmp_p
     bundles.write_info(str(other), dataclasses.replace(info, temperature=2.0))
     with pytest.raises(PredictionError, match=r"the model model-\w+ \(now model-\w+\)"):
         job.run(dataclasses.replace(config, bundle=str(other)))
+    again = shutil.copytree(bundle, tmp_path / "again")
+    with (again / "model.onnx").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(PredictionError, match="holds a run with another export to onnx"):
+        job.run(dataclasses.replace(config, bundle=str(again)))
     assert _times(copy) == before
     line = job.run(dataclasses.replace(config, bundle=str(other), overwrite=True, limit=40))
     assert (line["rows"], line["resumed"]) == (40, 0)
@@ -287,8 +294,23 @@ def test_a_bundle_that_workers_cannot_load_gets_a_sentence(tmp_path, bundle, ima
 def test_shards_have_each_image_once(tmp_path, bundle, images):
     lines = [job.run(_config(bundle, images[0], tmp_path, shards=3, shard=shard)) for shard in range(3)]
     assert [line["output"] for line in lines] == [f"{tmp_path}/shard-{shard}-of-3" for shard in range(3)]
-    ids = [row["id"] for shard in range(3) for row in rows_of(tmp_path / f"shard-{shard}-of-3")]
-    assert ids == list(range(len(images[1])))
+    found = [[row["id"] for row in rows_of(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
+    assert [row for rows in found for row in rows] == list(range(len(images[1])))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    other = shutil.copytree(bundle, tmp_path / "bundle")
+    bundles.write_info(str(other), dataclasses.replace(Bundle.load(bundle).info, temperature=2.0))
+    before = _times(tmp_path)
+    for changes, sentence in (
+        ({"shards": 2}, r"shard-0-of-3 is of a run with another --shards \(3, now 2\)"),
+        ({"shards": 1, "shard": 0}, r"another --shards \(3, now 1\)"),
+        ({"limit": 20}, "another --input"),
+        ({"bundle": str(other)}, r"another --bundle \(model-\w+, now model-\w+\)"),
+    ):
+        shutil.rmtree(tmp_path / "shard-1-of-3", ignore_errors=True)
+        config = _config(bundle, images[0], tmp_path, shards=3, shard=1)
+        with pytest.raises(PredictionError, match=sentence):
+            job.run(dataclasses.replace(config, **changes))
+    assert _times(tmp_path).keys() == before.keys() - {"shard-1-of-3"}
 
 
 def test_a_dry_run_writes_nothing(tmp_path, bundle, images):
@@ -310,21 +332,31 @@ def test_from_python(bundle, images, finished):
     assert len(predict(bundle, uris[0].rpartition("/")[0], options).take_all()) == len(uris) // 2
 
 
-@pytest.mark.parametrize("decoding", ["workers", "tasks"])
+@pytest.mark.parametrize(("decoding", "packed"), [("workers", False), ("workers", True), ("tasks", False)])
 def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
-    decoding, tmp_path, bundle, monkeypatch
+    decoding, packed, tmp_path, bundle, monkeypatch
 ):
     good, poisonous = awkward_images()["rgb.png"], (20, 21)
-    for number in range(200):
-        (tmp_path / f"{number:03d}.png").write_bytes(good + b"poison" * (number in poisonous))
+    contents = [good + b"poison" * (number in poisonous) for number in range(200)]
+    if packed:
+        pyarrow.parquet.write_table(pa.table({"bytes": contents}), tmp_path / "0.parquet", row_group_size=150)
+    else:
+        for number, data in enumerate(contents):
+            (tmp_path / f"{number:03d}.png").write_bytes(data)
     monkeypatch.setattr(pipeline, "Worker", EndedByAnImage)
     monkeypatch.setattr(pipeline, "_decoded", decoded_or_die)
-    output = tmp_path.parent / f"poisoned_{decoding}"
+    output = tmp_path.parent / f"poisoned_{decoding}_{packed}"
     line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
     assert (line["rows"], line["ok"], line["errors"]) == (200, 198, 2)
     for row in rows_of(output):
         assert row["error"] == (pipeline.CRASHED if row["id"] in poisonous else None)
         assert (row["prediction"] is None) == (row["id"] in poisonous)
+
+
+def test_a_worker_that_ends_whenever_it_is_started_ends_the_run(tmp_path, bundle, images, monkeypatch):
+    monkeypatch.setattr(pipeline, "Worker", EndedByItsBundle)
+    with pytest.raises(PredictionError, match=r"A worker ended 2 times while it loaded .*too little memory"):
+        job.run(_config(bundle, images[0], tmp_path))
 
 
 def test_paths_that_are_no_files_are_errors(tmp_path, bundle):

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cnnray.images import lock, storage, stream
+from cnnray.images import containers, lock, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
@@ -25,6 +25,7 @@ from cnnray.prediction import job
 from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
+from tests.conftest import write_tar
 from tests.networks import coloured_noise
 
 pytestmark = pytest.mark.s3
@@ -171,7 +172,7 @@ def test_train_from_s3_to_s3(bucket, digits):
         epochs=2,
         batch_size=64,
         cpus_per_worker=0.5,
-        checkpoint_every_steps=2,
+        checkpoint_every_steps=10,
         cache="none",
     )
     summary = train(config)
@@ -197,6 +198,26 @@ def test_train_from_s3_to_s3(bucket, digits):
     with pytest.raises(TrainingError, match="holds a run with"):
         train(config.with_changes(seed=5))
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "reason"),
+    [("parquet", "deny", "access denied"), ("tar", "deny", "access denied"), ("tar", "throttle", "throttled")],
+)
+def test_images_of_a_container_that_s3_refuses_have_the_reason(
+    kind, fault, reason, bucket, s3_proxy, tmp_path, monkeypatch
+):
+    contents = {f"{number}.png": b"data" for number in range(5)}
+    if kind == "tar":
+        write_tar(tmp_path / "0.tar", contents)
+    else:
+        pyarrow.parquet.write_table(pa.table({"bytes": list(contents.values())}), tmp_path / "0.parquet")
+    uri = f"{bucket}/{fault}/0.{kind}"
+    storage.write_bytes(uri, (tmp_path / f"0.{kind}").read_bytes())
+    uris = manifest_of(uri, labelled=False)["uri"].to_pylist()
+    assert list(containers.encoded(uris)) == list(contents.values())
+    monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: fault if f"/{fault}/0." in path else None)
+    assert [error.reason for error in containers.encoded(uris)] == [reason] * 5
 
 
 def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypatch):
@@ -232,7 +253,7 @@ def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypat
         bundle=f"{bucket}/bundle", input=f"{bucket}/photos.csv", output=f"{bucket}/out", rows_per_part=64
     )
     line = job.run(config)
-    assert {"throttle", "slow", "break off"} == set(s3_proxy.given)
+    assert {"throttle", "slow", "break off"} <= set(s3_proxy.given)
     assert (line["rows"], line["errors"], line["engine"]) == (300, 6 + 3 + 1, "onnx")
     tables = [
         pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(file.uri)))

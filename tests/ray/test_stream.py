@@ -144,3 +144,27 @@ def test_batches_of_refuses_too_few_and_too_many_rows():
         list(stream.batches_of(iter(blocks), iter([7])))
     with pytest.raises(RuntimeError, match="more rows"):
         list(stream.batches_of(iter(blocks), iter([4])))
+
+
+def test_pieces_do_not_cut_row_groups_unless_these_are_large():
+    loose = [f"/{number}.png" for number in range(10)]
+    group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
+    other = [f"/a.parquet#000001-{number:09d}" for number in range(2)]
+    assert stream.pieces([], 3) == []
+    assert stream.pieces(loose, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert stream.pieces(group + other, 3, cut_groups=True) == [(0, 7), (7, 9)]
+    assert stream.pieces(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
+    large = [f"/b.parquet#000000-{number:09d}" for number in range(50_000)]
+    assert stream.pieces(other + large, 3) == [(0, 50_002)]
+    found = stream.pieces(other + large, 3, cut_groups=True)
+    assert found == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
+    assert stream.pieces(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
+
+
+def test_shares_are_equal_and_do_not_cut_row_groups():
+    loose = [f"/{number}.png" for number in range(9)]
+    assert [stop - start for start, stop in stream.shares(loose, 4)] == [2, 2, 2, 3]
+    group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
+    assert stream.shares(group, 3) == [(0, 7)]
+    assert stream.shares(group + loose, 2) == [(0, 8), (8, 16)]
+    assert stream.shares(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]

@@ -64,6 +64,14 @@ class EndedByAnImage(pipeline.Worker):
         reading.decode = decode_or_die
 
 
+class EndedByItsBundle(pipeline.Worker):
+    """A prediction worker that ends while it loads its bundle, as for lack of memory."""
+
+    def __init__(self, *arguments, **options):
+        pipeline.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(*arguments, **options)
+
+
 def decoded_or_die(*arguments, decoded=pipeline._decoded, **options):
     """A decoding task that decodes so."""
     reading.decode = decode_or_die

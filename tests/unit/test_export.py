@@ -117,7 +117,8 @@ def test_what_an_export_leaves(exported):
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         assert report["bytes"] == sum(file.stat().st_size for file in files)
         assert (report["accuracy"], report["images"], report["temperature"]) == (1.0, 96, 1.5)
-        assert set(report["images_per_second"]) == {"1", "32"}
+        assert set(report["images_per_second"]) == set(report["times_keras"]) == {"1", "32"}
+        assert (report["keras_accuracy"], report["threads"]) == (1.0, engines.usable_threads())
     table = (folder / "export.md").read_text().splitlines()
     assert {line.split("|")[1].strip() for line in table[2:]} >= {"keras", *FORMATS, "openvino-int8"}
     assert {path.name for path in folder.iterdir()} == {
@@ -389,7 +390,7 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
     def with_speeds(labelled=True, **speeds):
         accuracy = 1.0 if labelled else None
         exports = {
-            name.replace("_", "-"): {"accuracy": accuracy, "images_per_second": {"1": one, "32": many}}
+            name.replace("_", "-"): {"accuracy": accuracy, "times_keras": {"1": one, "32": many}}
             for name, (one, many) in speeds.items()
         }
         return dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, exports=exports))
@@ -403,7 +404,10 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
         False, keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), saved_model=(99, 99), openvino_bfloat16=(70, 70)
     )
     assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
-    assert "engine onnx: the fastest by export's measurement at batch 32 (images/s: onnx 60, keras 50)" in caplog.text
+    assert (
+        "engine onnx: the fastest by export's measurement at batch 32 (times Keras: onnx 60.00, keras 50.00)"
+        in caplog.text
+    )
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
 
 
@@ -413,7 +417,7 @@ def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(expo
     monkeypatch.setitem(RUNNERS, "openvino-int8", without)
     with pytest.raises(BundleError, match=r"openvino-int8 cannot be used here: it is not installed\."):
         Predictor(bundle, engine="openvino-int8")
-    fast = {"accuracy": 1.0, "images_per_second": {"1": 9e9, "32": 9e9}}
+    fast = {"accuracy": 1.0, "times_keras": {"1": 9e9, "32": 9e9}}
     fastest = dataclasses.replace(bundle.info, exports=bundle.info.exports | {"openvino-int8": fast})
     chosen = engines.choose(dataclasses.replace(bundle, info=fastest), gpus=False, batch_size=32)
     assert chosen != "openvino-int8"

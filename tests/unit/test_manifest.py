@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -42,6 +43,18 @@ def test_a_flat_folder_and_a_glob_need_no_labels(tmp_path):
     _touch(tmp_path, "1.png", "sub/2.png", "sub/3.gif")
     assert len(manifest_of(str(tmp_path), labelled=False)) == 3
     assert len(manifest_of(f"{tmp_path}/**/*.png", labelled=False)) == 2
+
+
+def test_containers_beside_images_are_not_passed_over_in_silence(tmp_path, caplog):
+    _touch(tmp_path, "1.png", "sub/0.tar")
+    assert len(manifest_of(str(tmp_path), labelled=False)) == 1
+    assert f"Parquet or tar files too, which are not read: '{tmp_path}/sub/0.tar'" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_gets_a_sentence(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    with pytest.raises(OSError, match=r"caf\\xe9.png' is not UTF-8: rename it"):
+        manifest_of(str(tmp_path), labelled=False)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

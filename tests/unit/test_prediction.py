@@ -16,7 +16,7 @@ from PIL import Image
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.images.manifest import manifest_of_uris
 from cnnray.models import bundle as bundles
-from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig, PredictOptions
@@ -102,11 +102,12 @@ def test_what_would_wait_for_ever_is_refused(nodes, options, sentence):
 # -- workers --------------------------------------------------------------------------------------------------
 
 
+def _plan(bundle, **options):
+    return pipeline.plan(bundle, PredictOptions(engine="keras", **options), _cluster((1, 0)))
+
+
 def _worker(bundle, **options):
-    planned = pipeline.Plan(
-        bundle=bundle, engine="keras", options=PredictOptions(**options), pool=Pool(smallest=1, first=1, largest=1)
-    )
-    return pipeline.Worker(planned, "model-1")
+    return pipeline.Worker(_plan(bundle, **options), "model-1")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,12 @@ def test_rows_of_images_that_are_all_bad_have_the_same_columns(bundle, files):
     worker = _worker(bundle, probabilities=True, embeddings=True)
     bad = manifest.filter(pa.compute.match_substring(manifest["uri"], "zz.png"))
     assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
+
+
+def test_a_bundle_that_was_replaced_is_not_mixed_with_the_planned_one(bundle):
+    planned = dataclasses.replace(_plan(bundle), digest="other")
+    with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):
+        pipeline.Worker(planned, "model-1")
 
 
 def test_columns_of_the_manifest_are_kept_under_another_name_where_ours_have_theirs():
@@ -285,7 +292,9 @@ from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.pool import Pool
 from pathlib import Path
 pool = Pool(smallest=1, first=1, largest=1)
-planned = pipeline.Plan(bundle=Bundle.load({bundle.uri!r}), engine="keras", options=PredictOptions(), pool=pool)
+bundle = Bundle.load({bundle.uri!r})
+digest = bundle.digest("model.keras")
+planned = pipeline.Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
 worker = pipeline.Worker(planned, "model")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 manifest = manifest_of_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])

@@ -332,7 +332,7 @@ def test_from_python(bundle, images, finished):
     assert len(predict(bundle, uris[0].rpartition("/")[0], options).take_all()) == len(uris) // 2
 
 
-@pytest.mark.parametrize(("decoding", "packed"), [("workers", False), ("workers", True), ("tasks", False)])
+@pytest.mark.parametrize(("decoding", "packed"), [("workers", True), ("tasks", False)])
 def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
     decoding, packed, tmp_path, bundle, monkeypatch
 ):

@@ -245,8 +245,9 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
 
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     config = _config(
-        digits, tmp_path / "out", epochs=40, learning_rate=0.01, cache="memory", early_stopping_patience=1
-    )
+        digits, tmp_path / "out", epochs=40, learning_rate=0.03, cache="memory", early_stopping_patience=1,
+        checkpoint_every_steps=100,
+    )  # fmt: skip
     summary = train(config)
     assert summary["epochs"] < 40
     losses = [float(row["val_loss"]) for row in csv.DictReader((tmp_path / "out" / "history.csv").open())]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnnray import cluster, commandline
 
-MEASURES = ("ingest", "train", "predict", "export", "all")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "all")
 
 
 def main() -> None:
@@ -16,12 +16,12 @@ def main() -> None:
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import export, ingest, predict, report, train
+        from cnnray.benchmarks import export, ingest, predict, report, serve, train
         from cnnray.images import stream
 
-        comparisons, formats = [], ""
+        comparisons, tables = [], []
         with tempfile.TemporaryDirectory() as folder:
-            if measure != "export":
+            if measure not in ("export", "serve"):
                 with cluster.connected() as found:
                     stream.be_quiet()
                     if measure in ("ingest", "all"):
@@ -32,8 +32,11 @@ def main() -> None:
                         comparisons += predict.predict(Path(folder), found)
             if measure in ("export", "all"):
                 of_engines, formats = export.export(Path(folder))
-                comparisons += of_engines
-        print(f"{formats}\n{report.table(comparisons)}\n\n{report.machine()}")
+                comparisons, tables = comparisons + of_engines, [*tables, formats]
+            if measure in ("serve", "all"):
+                of_services, latencies = serve.serve(Path(folder))
+                comparisons, tables = comparisons + of_services, [*tables, latencies]
+        print("\n\n".join([*tables, report.table(comparisons), report.machine()]))
         return {"comparisons": [dataclasses.asdict(one) for one in comparisons], "machine": report.machine()}
 
     commandline.run(job)

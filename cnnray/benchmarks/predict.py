@@ -43,7 +43,7 @@ def predict(folder: Path, found: Resources, *, images: int = 4000, rounds: int =
         manifest_of(str(write_photos(folder / "photos_to_predict", images)), labelled=False)
     )
     paths = manifest["uri"].to_pylist()
-    bundle = Bundle.load(_bundle(folder / "bundle_to_predict", folder / "photos_to_predict"))
+    bundle = Bundle.load(random_bundle(folder / "bundle_to_predict", folder / "photos_to_predict"))
     processes = max(1, int(found.cpus))
 
     def ours(engine: str) -> Callable[[], float]:
@@ -104,14 +104,14 @@ def predict(folder: Path, found: Resources, *, images: int = 4000, rounds: int =
     ]
 
 
-def _bundle(folder: Path, photos: Path) -> str:
+def random_bundle(folder: Path, photos: Path) -> str:
     """A network of random weights, which is as fast as any, in ONNX float32 and int8."""
     program = f"from cnnray.benchmarks import predict; predict.write_bundle({str(folder)!r}, {str(photos)!r})"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     return str(folder)
 
 
-def write_bundle(folder: str, photos: str) -> None:
+def writerandom_bundle(folder: str, photos: str) -> None:
     """Write it (in a process of its own, so that TensorFlow's threads end with it)."""
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures

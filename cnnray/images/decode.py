@@ -71,7 +71,9 @@ class BadImage(ValueError):  # noqa: N818 - it is the image that is bad, not the
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArray[np.uint8]:
+def decode(
+    data: bytes, size: int, resize: ResizeRule = "stretch", *, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
     """Decode one image.
 
     Args:
@@ -79,6 +81,7 @@ def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArra
         size: height and width of the result in pixels.
         resize: `stretch` changes the aspect ratio, `crop` keeps it and cuts the longer side around the
             centre, `pad` keeps it and fills the shorter side with black.
+        max_pixels: see `MAX_PIXELS`.
 
     Returns:
         uint8 (size, size, 3), RGB.
@@ -94,8 +97,8 @@ def decode(data: bytes, size: int, resize: ResizeRule = "stretch") -> npt.NDArra
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             is_large = image.width * image.height > _LARGE_PIXELS
             image.draft(None, (size, size))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {MAX_PIXELS}")
+            if image.width * image.height > max_pixels:
+                raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {max_pixels}")
             orientation = image.getexif().get(_ORIENTATION)
             with _one_large_image if is_large else contextlib.nullcontext():
                 rgb = _to_rgb(image)

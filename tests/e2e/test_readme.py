@@ -50,7 +50,7 @@ def test_make_targets_and_flags_exist():
         subprocess.run(
             [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
-        for job in ("train", "export", "predict")
+        for job in ("train", "export", "predict", "serve")
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
         assert flag in help_text, flag
@@ -58,7 +58,7 @@ def test_make_targets_and_flags_exist():
 
 def test_the_tree_is_complete():
     tree = README.partition("## The tree")[2]
-    named = set(re.findall(r"^\s+(\w+\.py)\s", tree, re.MULTILINE))
+    named = set(re.findall(r"^\s+(\w+\.(?:py|html))\s", tree, re.MULTILINE))
     listed = subprocess.run(
         ["git", "ls-files", "cnnray", "jobs"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.split()

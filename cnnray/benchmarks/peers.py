@@ -1,0 +1,167 @@
+"""Other ways to serve the same network, each as a program: python -m cnnray.benchmarks.peers NAME BUNDLE ENGINE PORT
+
+All take a form with the field `image`, and answer with the class and its probability. `flask` is the article's: a
+route that opens the image with Pillow, resizes it, and calls `model.predict`. The others have two processes, in each
+an engine of one thread, and decode as this project does.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnray.images.decode import decode
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+
+WORKERS = 2
+
+
+class Classifier:
+    """The engine that a peer calls."""
+
+    def __init__(self) -> None:
+        self._bundle = Bundle.load(os.environ["PEER_BUNDLE"])
+        self._predictor = Predictor(self._bundle, engine=os.environ["PEER_ENGINE"], threads=1)
+
+    def decoded(self, data: bytes) -> Any:
+        """Pixels."""
+        return decode(data, self._bundle.info.image_size, self._bundle.info.resize)
+
+    def predict(self, images: list[Any]) -> list[dict[str, Any]]:
+        """An answer for each."""
+        rows, names = self._predictor.probabilities(np.stack(images)), self._bundle.info.class_names
+        return [{"prediction": names[row.argmax()], "confidence": float(row.max())} for row in rows]
+
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """The answer for one encoded image."""
+        return self.predict([self.decoded(data)])[0]
+
+
+def flask(port: int) -> None:
+    """As in the article."""
+    import flask as web
+    from PIL import Image
+
+    from cnnray.models import startup
+
+    startup.load_tensorflow(gpus=False)
+    bundle = Bundle.load(os.environ["PEER_BUNDLE"])
+    model, size, names = bundle.model, bundle.info.image_size, bundle.info.class_names
+    app = web.Flask(__name__)
+
+    @app.post("/predict")
+    def predict() -> Any:
+        image = Image.open(io.BytesIO(web.request.files["image"].read())).convert("RGB").resize((size, size))
+        (row,) = model.predict(np.asarray(image)[None], verbose=0)
+        return web.jsonify({"prediction": names[row.argmax()], "confidence": float(row.max())})
+
+    app.run(port=port, threaded=True)
+
+
+def fastapi_application() -> Any:
+    """For uvicorn's processes."""
+    from fastapi import FastAPI, UploadFile
+    from starlette.concurrency import run_in_threadpool
+
+    app, classifier = FastAPI(), Classifier()
+
+    async def predict(image: UploadFile) -> dict[str, Any]:
+        return await run_in_threadpool(classifier.answer, await image.read())
+
+    app.add_api_route("/predict", predict, methods=["POST"])
+    return app
+
+
+def fastapi(port: int) -> None:
+    """Bare FastAPI in uvicorn."""
+    import uvicorn
+
+    uvicorn.run(
+        "cnnray.benchmarks.peers:fastapi_application", factory=True, port=port, workers=WORKERS, access_log=False,
+        log_level="warning",
+    )  # fmt: skip
+
+
+def litserve(port: int) -> None:
+    """LitServe, with batches."""
+    import litserve as ls
+
+    class Api(ls.LitAPI):
+        def setup(self, device: Any) -> None:
+            self.classifier = Classifier()
+
+        def decode_request(self, request: Any) -> Any:
+            return self.classifier.decoded(request["image"].file.read())
+
+        def batch(self, inputs: list[Any]) -> list[Any]:
+            return inputs
+
+        def unbatch(self, output: list[Any]) -> list[Any]:
+            return output
+
+        def predict(self, images: list[Any]) -> list[dict[str, Any]]:
+            return self.classifier.predict(images)
+
+        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+            return output
+
+    server = ls.LitServer(Api(max_batch_size=32, batch_timeout=0.002), accelerator="cpu", workers_per_device=WORKERS)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+
+
+_BENTO = """
+import pathlib
+import bentoml
+from cnnray.benchmarks.peers import Classifier
+
+@bentoml.service(workers=2, traffic={"concurrency": 256})
+class Service:
+    def __init__(self):
+        self.classifier = Classifier()
+
+    @bentoml.api(route="/predict")
+    def predict(self, image: pathlib.Path) -> dict:
+        return self.classifier.answer(image.read_bytes())
+"""
+
+
+def bentoml(port: int) -> None:
+    """BentoML."""
+    folder = Path(os.environ["PEER_FOLDER"])
+    (folder / "bento_service.py").write_text(_BENTO)
+    command = [sys.executable, "-m", "bentoml", "serve", "bento_service:Service", "--port", str(port)]
+    os.execve(
+        sys.executable, [*command, "--host", "127.0.0.1"],
+        os.environ | {"BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+
+
+def install(folder: Path) -> Path:
+    """An environment of their own for those whose requirements do not agree with Ray's: it finds this one's packages
+    behind its own.
+
+    Returns:
+        its Python.
+    """
+    environment = folder / "peers"
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
+    python = environment / "bin" / "python"
+    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, "litserve", "bentoml"], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    lines = [sysconfig.get_path("purelib"), str(Path(__file__).parents[2])]
+    (environment / "lib" / version / "site-packages" / "cnnray-peers.pth").write_text("\n".join(lines) + "\n")
+    return python
+
+
+PEERS = {"flask": flask, "fastapi": fastapi, "litserve": litserve, "bentoml": bentoml}
+
+if __name__ == "__main__":
+    _, name, os.environ["PEER_BUNDLE"], os.environ["PEER_ENGINE"], port = sys.argv
+    PEERS[name](int(port))

@@ -1,0 +1,210 @@
+"""HTTP services on this machine's cores: ours against the article's, bare FastAPI, LitServe and BentoML."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from cnnray.benchmarks import peers
+from cnnray.benchmarks.predict import BATCH, random_bundle
+from cnnray.benchmarks.report import Comparison, write_photos
+from cnnray.models import engines
+from cnnray.models.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = (1, 16, 64)
+_SECONDS = 8
+_JPEG_BYTES = 68_000
+_AIMS = {"flask": 15.0, "fastapi": 0.9, "litserve": 1.0, "bentoml": 1.0}
+_NAMES = {
+    "flask": "the article's Flask service", "fastapi": "bare FastAPI, 2 processes", "litserve": "LitServe, 2 workers",
+    "bentoml": "BentoML, 2 workers",
+}  # fmt: skip
+_BOUNDARY = "cnnray-benchmark"
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark that cannot be run; the message is one sentence for the user."""
+
+
+def serve(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
+    """Measure `vgg_bn` at 64x64 with the fastest engine on a JPEG of 68 KB, each service started alone, in turns.
+
+    Args:
+        folder: where photos, bundle and the peers' environment are written.
+        rounds: how often each service is measured.
+
+    Returns:
+        requests/s at 16 connections against each peer, and a Markdown table of all connections with latencies.
+
+    Raises:
+        BenchmarkError: wrk is not installed, or a service does not start.
+    """
+    if shutil.which("wrk") is None:
+        raise BenchmarkError("The load comes from wrk, which is not installed (Debian's package wrk).")
+    photo = folder / "photo.jpg"
+    photo.write_bytes(_jpeg())
+    write_photos(folder / "photos_to_predict", 400)
+    bundle = random_bundle(folder / "bundle_to_predict", folder / "photos_to_predict")
+    engine = engines.choose(Bundle.load(bundle), gpus=False, batch_size=BATCH)
+    python = peers.install(folder)
+    script = folder / "post.lua"
+    script.write_text(_lua(photo.read_bytes(), folder))
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    steady: list[dict[str, float]] = []
+    for _ in range(rounds):
+        for name in ("ours", *peers.PEERS):
+            with _service(name, folder, bundle, engine, python) as address:
+                for connections in CONNECTIONS:
+                    measured = _wrk(address, script, connections)
+                    found.setdefault(name, {}).setdefault(connections, []).append(measured)
+                    log.info("%s, %d connections: %.0f requests/s", name, connections, measured["rate"])
+                if name == "ours":
+                    steady.append(_at_half(address, photo, measured["rate"]))
+                    log.info("ours at half of that: p50 %.1f ms, p99 %.1f ms", steady[-1]["p50"], steady[-1]["p99"])
+    files = f"vgg_bn 64x64 ({engine}) over HTTP, JPEG of 68 KB, 16 connections"
+    comparisons = [
+        Comparison(files, _rates(found["ours"]), _NAMES[name], _rates(found[name]), aim)
+        for name, aim in _AIMS.items()
+    ]
+    return comparisons, _table(found, steady)
+
+
+def _rates(found: dict[int, list[dict[str, float]]]) -> list[float]:
+    return [one["rate"] for one in found[16]]
+
+
+def _table(found: dict[str, dict[int, list[dict[str, float]]]], steady: list[dict[str, float]]) -> str:
+    lines = [
+        "| service | connections | requests/s | p50 ms | p99 ms | not 200 |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, by_connections in found.items():
+        for connections, rounds in by_connections.items():
+            rate, half, most = (statistics.median(one[key] for one in rounds) for key in ("rate", "p50", "p99"))
+            failed = sum(one["failed"] for one in rounds)
+            shown = _NAMES.get(name, "ours, 2 replicas")
+            lines.append(f"| {shown} | {connections} | {rate:.0f} | {half:.1f} | {most:.1f} | {failed:.0f} |")
+    rate, half, most = (statistics.median(one[key] for one in steady) for key in ("rate", "p50", "p99"))
+    failed = sum(one["failed"] for one in steady)
+    lines.append(f"| ours at half of its peak | as they come | {rate:.0f} | {half:.1f} | {most:.1f} | {failed:.0f} |")
+    return "\n".join(lines)
+
+
+def _jpeg() -> bytes:
+    """A photo of about 68 KB."""
+    photo = Image.fromarray(load_sample_images().images[0])
+    files = []
+    for quality in range(60, 100):
+        buffer = io.BytesIO()
+        photo.save(buffer, "JPEG", quality=quality)
+        files.append(buffer.getvalue())
+    return min(files, key=lambda data: abs(len(data) - _JPEG_BYTES))
+
+
+def _lua(photo: bytes, folder: Path) -> str:
+    """A script for wrk that posts a form, and prints what it measured."""
+    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="photo.jpg"\r\n'
+    body = head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + photo + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    (folder / "body").write_bytes(body)
+    return f"""
+local file = io.open("{folder / "body"}", "rb")
+wrk.method = "POST"
+wrk.body = file:read("*all")
+wrk.headers["Content-Type"] = "multipart/form-data; boundary={_BOUNDARY}"
+done = function(summary, latency, requests)
+  local errors = summary.errors
+  io.write(string.format("MEASURED %f %f %f %d\\n", 1e6 * summary.requests / summary.duration,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+end
+"""
+
+
+def _wrk(address: str, script: Path, connections: int) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{connections}", "--timeout", "30s", "-s", str(script)]
+    for seconds in (2, _SECONDS):  # the first to warm up
+        done = subprocess.run(
+            [*command, f"-d{seconds}s", f"{address}/predict"], capture_output=True, text=True, check=True
+        )
+    values = re.search(r"MEASURED (\S+) (\S+) (\S+) (\S+)", done.stdout)
+    assert values is not None, done.stdout
+    return dict(zip(("rate", "p50", "p99", "failed"), map(float, values.groups()), strict=True))
+
+
+def _at_half(address: str, photo: Path, peak: float) -> dict[str, float]:
+    """At a steady rate of half of the peak."""
+    command = [sys.executable, "-m", "cnnray.benchmarks.load", f"{address}/predict", photo, f"{peak / 2}", "15"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    ordered = sorted(found["milliseconds"])
+    return {
+        "rate": peak / 2,
+        "p50": ordered[len(ordered) // 2],
+        "p99": ordered[int(0.99 * len(ordered))],
+        "failed": len(found["failed_at"]),
+    }
+
+
+@contextlib.contextmanager
+def _service(name: str, folder: Path, bundle: str, engine: str, python: Path) -> Iterator[str]:
+    """A service for as long as it is needed: its address."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    if name == "ours":
+        command = [
+            sys.executable, "jobs/serve.py", "--bundle", bundle, "--engine", engine, "--port", str(port),
+            "--min-replicas", str(peers.WORKERS), "--max-replicas", str(peers.WORKERS), "--access-log", "false",
+        ]  # fmt: skip
+    else:
+        interpreter = str(python) if name in ("litserve", "bentoml") else sys.executable
+        command = [interpreter, "-m", "cnnray.benchmarks.peers", name, bundle, engine, str(port)]
+    with (folder / f"{name}.log").open("w") as output:
+        environment = os.environ | {"PEER_FOLDER": str(folder)}
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait(address, process, folder / f"{name}.log")
+            yield address
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{address}/predict", timeout=5)
+        except urllib.error.HTTPError as error:
+            if error.code in (400, 405, 415, 422):  # it answers: GET is not what it wants
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise BenchmarkError(f"A service does not start: {log_file.read_text()[-500:]}")

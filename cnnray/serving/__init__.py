@@ -1,0 +1,1 @@
+"""Bundles over HTTP: one ASGI application, and its deployment on Ray Serve."""

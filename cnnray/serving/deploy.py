@@ -1,0 +1,257 @@
+"""A service on a Ray cluster: its configuration, as `serve deploy` takes it, and a Serve that is started here."""
+
+import errno
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import cnnray
+from cnnray import cluster
+from cnnray.images import storage
+from cnnray.models import engines
+from cnnray.models.bundle import Bundle
+from cnnray.serving.config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
+FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""HAProxy sends requests straight to the replicas, and these run them in one event loop. They count where Ray's nodes
+are started."""
+
+
+class ServingError(RuntimeError):
+    """A service that cannot be started; the message is one sentence for the user."""
+
+
+def check(config: ServeConfig) -> None:
+    """
+    Raises:
+        BundleError, OSError: a bundle that replicas could not load.
+    """
+    for model in config.models:
+        bundle = Bundle.load(model.uri)
+        log.info("%s: %s, %d classes", model.name, bundle.version, len(bundle.info.class_names))
+        if config.engine != "auto":
+            engines.check_exported(bundle, config.engine)
+
+
+def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
+    """What `serve deploy` takes.
+
+    Args:
+        config: of the service.
+        max_replicas: where the config does not say.
+    """
+    drain = config.timeout_seconds + 5
+    deployment = {
+        "name": DEPLOYMENT,
+        "user_config": config.settings.as_dict(),
+        # A batch in the engine and the next being decoded: more would only wait in the replica's memory, where
+        # another replica cannot take them.
+        "max_ongoing_requests": 2 * config.batch_size,
+        "max_queued_requests": config.max_queued_requests,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1},
+        "autoscaling_config": {
+            "min_replicas": config.min_replicas,
+            "max_replicas": max(config.max_replicas or max_replicas, config.min_replicas, 1),
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": 10.0,
+            "downscale_delay_s": config.downscale_delay_seconds,
+            "metrics_interval_s": 2.0,
+            "look_back_period_s": 10.0,
+        },
+        # Requests that have begun may use all of their time.
+        "graceful_shutdown_timeout_s": drain,
+        "graceful_shutdown_wait_loop_s": 1.0,
+        "health_check_period_s": 10.0,
+        "health_check_timeout_s": 30.0,
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+    }
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        # Requests are in the access log of the application.
+        "logging_config": {"enable_access_log": False, "encoding": "JSON"},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "cnnray.serving.deployment:app",
+                "deployments": [deployment],
+            }
+        ],
+    }
+
+
+def write_configuration(config: ServeConfig) -> dict[str, Any]:
+    """Write `config.write_config`.
+
+    Returns:
+        `config` and `models`.
+
+    Raises:
+        BundleError, OSError: with a sentence.
+    """
+    check(config)
+    assert config.write_config is not None
+    text = yaml.safe_dump(configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
+    storage.write_bytes(storage.absolute(config.write_config), text.encode())
+    return {"config": config.write_config, "models": _names(config)}
+
+
+def serve(config: ServeConfig) -> dict[str, Any]:
+    """Serve until Ctrl-C on a Ray of this machine's own; or, on the cluster that RAY_ADDRESS names, start the service
+    or change the one that is there, and return.
+
+    Returns:
+        `address`, `models`, `replicas` and `seconds` (until it answered).
+
+    Raises:
+        BundleError, OSError, ClusterError, ServingError: with a sentence.
+    """
+    import ray
+
+    check(config)
+    started = time.monotonic()
+    stop = threading.Event()
+    own = cluster.starts_own()
+    if own:
+        _check_port(config)
+    with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
+        if own:
+            _prepare_environment(Path(folder))
+        with cluster.connected() as found:
+            if own:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, lambda *_: stop.set())
+            room = found.room_for(config.cpus_per_replica, config.gpus_per_replica)
+            if room < max(1, config.min_replicas):
+                raise cluster.ClusterError(
+                    f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
+                    f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {room}."
+                )
+            line = _deploy(config, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
+            if own and not stop.is_set():
+                _tell(line["address"], ray.get_runtime_context().gcs_address)
+                stop.wait()
+            return line
+
+
+def _names(config: ServeConfig) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for model in config.models:
+        found.setdefault(model.name, []).append(model.uri)
+    return found
+
+
+def _prepare_environment(folder: Path) -> None:
+    """What Ray's processes on this machine are started with: the fast path, and files and ports that a second service
+    does not share."""
+    for name, value in FAST_PATH.items():
+        os.environ.setdefault(name, value)
+    # On one machine HAProxy hears of a replica's end at once.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
+    prefix = "RAY_SERVE_HAPROXY_"
+    os.environ |= {
+        f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
+        f"{prefix}SERVER_STATE_BASE": str(folder),
+        f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
+        f"{prefix}METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        f"{prefix}METRICS_PORT": str(_free_port()),
+        f"{prefix}STATS_PORT": str(_free_port()),
+    }
+    # Serve imports the application in a process of its own.
+    home = str(Path(cnnray.__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+
+
+def _check_port(config: ServeConfig) -> None:
+    """
+    Raises:
+        ServingError: something else listens there, or the address is not this machine's.
+    """
+    with closing(socket.socket()) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((config.host, config.port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServingError(f"{config.host}:{config.port} is in use: give another --port.") from None
+            raise ServingError(f"{config.host}:{config.port} cannot be listened on: {error.strerror}.") from None
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _deploy(config: ServeConfig, room: int, stop: threading.Event) -> dict[str, Any]:
+    """Deploy, and wait until the replicas answer.
+
+    Raises:
+        ServingError: they do not come to that.
+    """
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    client = ServeSubmissionClient(
+        f"http://{ray.init(ignore_reinit_error=True, logging_level='ERROR').dashboard_url}"
+    )
+    before = client.get_serve_details().get("applications", {})
+    wanted = configuration(config, max_replicas=room)
+    # Serve ends those applications that a configuration does not name.
+    wanted["applications"] += [
+        one["deployed_app_config"]
+        for name, one in before.items()
+        if name != APPLICATION and one.get("deployed_app_config")
+    ]
+    last = before.get(APPLICATION, {}).get("last_deployed_time_s", 0.0)
+    client.deploy_applications(wanted)
+    while not stop.wait(0.5):
+        found = client.get_serve_details()["applications"].get(APPLICATION, {})
+        if found.get("last_deployed_time_s", 0.0) <= last:
+            continue
+        if found["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServingError(f"The service does not start: {_reason(found)}")
+        if found["status"] == "RUNNING":
+            break
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
+    replicas = found["deployments"][DEPLOYMENT]["replicas"]
+    return {"address": f"http://{host}:{config.port}", "models": _names(config), "replicas": len(replicas)}
+
+
+def _reason(found: dict[str, Any]) -> str:
+    """What is wrong, in one line."""
+    said: list[str] = [
+        found.get("message", ""),
+        *(one.get("message", "") for one in found.get("deployments", {}).values()),
+    ]
+    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+    # The last line of a traceback, where there is one.
+    errors = [line for line in lines if "Error" in line and not line.startswith(("File", "Traceback"))]
+    return (errors or lines or ["no reason is given"])[-1]
+
+
+def _tell(address: str, gcs_address: str) -> None:
+    log.info("serving at %s (Ctrl-C stops it): a page to try it, and %s/docs", address, address)
+    log.info("  curl -s %s/predict -H 'Content-Type: application/json' -d '{\"image\": \"%s\"}'", address, _PIXEL)
+    log.info("  curl -s %s/predict -F image=@photo.jpg", address)
+    # Ray asks for a token, which it keeps in the home folder, but only in this mode gives it.
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    log.info("To change what is served: RAY_AUTH_MODE=%s RAY_ADDRESS=%s python jobs/serve.py ...", mode, gcs_address)
+
+
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+"""A PNG file of one red pixel."""

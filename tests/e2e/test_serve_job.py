@@ -1,0 +1,249 @@
+"""jobs/serve.py as its users run it: a real Serve behind HAProxy, asked over real HTTP."""
+
+import dataclasses
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http
+import yaml
+
+from cnnray.images.decode import BadImage, decode
+from cnnray.models import bundle as bundles
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from tests.awkward import awkward_images, bad_images
+from tests.e2e.conftest import Job, until
+
+GOOD = awkward_images()["rgb.png"]
+
+
+def _free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def ask(address, data=None, kind="image/png"):
+    """Status, and what came as JSON; POST where there are data."""
+    request = urllib.request.Request(address, data, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+class Service:
+    """A service with a Ray of its own."""
+
+    def __init__(self, start, *arguments):
+        self._start, self.address = start, f"http://127.0.0.1:{_free_port()}"
+        self.job = start("serve", "--port", self.address.rpartition(":")[2], *arguments)
+        until(lambda: self.job.process.poll() is not None or "To change" in self.said(), 120, "the service")
+        assert self.job.process.poll() is None, self.said()
+        self.ray = dict(re.findall(r"(RAY_\w+)=(\S+)", self.said()))
+
+    def said(self):
+        return self.job.err.read_text()
+
+    def change(self, *arguments):
+        """What a second `jobs/serve.py` does to it, once it is done."""
+        job = self._start("serve", "--port", self.address.rpartition(":")[2], *arguments, environment=self.ray)
+        job.wait(120)
+        return job
+
+    def replicas(self):
+        """The processes."""
+        return [child for child in self.job.children() if "ServeReplica" in " ".join(child.cmdline())]
+
+
+class Load(threading.Thread):
+    """Asks without pause, and counts what comes."""
+
+    def __init__(self, address):
+        super().__init__(daemon=True)
+        self._address, self._ended = f"{address}/predict", threading.Event()
+        self.statuses, self.models = Counter(), Counter()
+        self.start()
+
+    def run(self):
+        while not self._ended.is_set():
+            try:
+                status, answer = ask(self._address, GOOD)
+            except (OSError, ValueError) as error:
+                status, answer = type(error).__name__, {}
+            self.statuses[status] += 1
+            self.models[answer.get("model")] += 1
+
+    def stop(self):
+        self._ended.set()
+        self.join(60)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Start `python jobs/NAME.py ...`, for all tests of this file."""
+    jobs = []
+
+    def one(name, *arguments, environment=None):
+        command = [sys.executable, f"jobs/{name}.py", *map(str, arguments)]
+        jobs.append(Job(command, tmp_path_factory.mktemp("job"), environment))
+        return jobs[-1]
+
+    yield one
+    for job in jobs:
+        job.end()
+
+
+@pytest.fixture(scope="module")
+def service(start, onnx_bundle):
+    return Service(start, "--bundle", f"colours={onnx_bundle}", "--engine", "onnx", "--cpus-per-replica", "0.5")
+
+
+@pytest.fixture(scope="module")
+def newer(onnx_bundle, tmp_path_factory):
+    """Another version of the bundle."""
+    folder = tmp_path_factory.mktemp("newer")
+    old = Bundle.load(onnx_bundle)
+    bundles.save(old.model, dataclasses.replace(old.info, temperature=2.0), folder)
+    return str(folder)
+
+
+def test_it_says_where_it_is_and_its_command_works(service):
+    commands = [line.strip() for line in service.said().splitlines() if line.strip().startswith("curl")]
+    done = subprocess.run(commands[0], shell=True, capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout)["prediction"] in ("red", "green", "blue")
+    assert ask(f"{service.address}/health/ready") == (200, {"status": "ready"})
+    (version,) = ask(f"{service.address}/metadata")[1]["models"]["colours"]
+    assert (version["engine"], version["image_size"], version["share"]) == ("onnx", 32, 1.0)
+
+
+def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):
+    predictor = Predictor(Bundle.load(onnx_bundle), engine="onnx")
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    for name, data in contents.items():
+        status, answer = ask(f"{service.address}/predict", data, "application/octet-stream")
+        (expected,) = predictor([data])
+        if isinstance(expected, BadImage):
+            assert status in (400, 413, 415, 422), name
+            continue
+        assert status == 200, name
+        assert answer["prediction"] == expected.label
+        found = {one["class"]: one["confidence"] for one in answer["all_predictions"]}
+        assert found == pytest.approx(dict(expected.top_k), abs=1e-5)
+
+
+def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundle):
+    client = tritonclient.http.InferenceServerClient(service.address.removeprefix("http://"))
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("colours")
+    assert client.get_model_metadata("colours")["inputs"][0]["shape"] == [-1, 32, 32, 3]
+    pixels = decode(GOOD, 32)[None]
+    (wanted,) = Predictor(Bundle.load(onnx_bundle), engine="onnx").probabilities(pixels)
+    for binary in (True, False):
+        given = tritonclient.http.InferInput("image", pixels.shape, "UINT8")
+        given.set_data_from_numpy(pixels, binary_data=binary)
+        found = client.infer("colours", [given])
+        np.testing.assert_allclose(found.as_numpy("probabilities")[0], wanted, atol=1e-5)
+    encoded = tritonclient.http.InferInput("image_bytes", [1], "BYTES")
+    encoded.set_data_from_numpy(np.asarray([GOOD], object))
+    ranked = tritonclient.http.InferRequestedOutput("probabilities", class_count=2)
+    (best, _) = client.infer("colours", [encoded], outputs=[ranked]).as_numpy("probabilities")[0]
+    assert best.decode().split(":")[1] == str(wanted.argmax())
+
+
+def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bundle, newer):
+    versions = [Bundle.load(uri).version for uri in (onnx_bundle, newer)]
+    load = [Load(service.address) for _ in range(2)]
+    replicas = {process.pid for process in service.replicas()}
+    both = ["--bundle", f"colours={onnx_bundle},colours={newer}", "--cpus-per-replica", "0.5"]
+    job = service.change(*both, "--canary", "colours=0.3")
+    assert json.loads(job.out.read_text())["replicas"] == 1, job.err.read_text()
+    models = ask(f"{service.address}/metadata")[1]["models"]["colours"]
+    assert [(one["version"], one["share"]) for one in models] == list(zip(versions, (0.7, 0.3), strict=True))
+    until(lambda: sum(one.models[versions[1]] for one in load) > 20, 60, "answers of the new version")
+    service.change(*both)
+    back = service.change("--bundle", f"colours={onnx_bundle}", "--cpus-per-replica", "0.5")
+    assert back.process.returncode == 0, back.err.read_text()
+    assert ask(f"{service.address}/predict", GOOD)[1]["model"] == versions[0]
+    for one in load:
+        one.stop()
+    statuses = sum((one.statuses for one in load), Counter())
+    assert statuses.keys() == {200}, statuses
+    # Models were changed in the processes that were there.
+    assert {process.pid for process in service.replicas()} == replicas
+
+
+def test_a_bundle_that_cannot_be_served_changes_nothing(service, tmp_path):
+    before = ask(f"{service.address}/metadata")
+    job = service.change("--bundle", f"colours={tmp_path}")
+    assert job.process.returncode == 1
+    assert f"{tmp_path} is not a bundle" in job.err.read_text().splitlines()[-1]
+    assert ask(f"{service.address}/metadata") == before
+
+
+def test_a_replica_that_is_killed_is_replaced(service):
+    (replica,) = service.replicas()
+    replica.kill()
+    until(lambda: _status(f"{service.address}/health/ready") == 200 and service.replicas(), 90, "a new replica")
+    assert replica.pid not in [process.pid for process in service.replicas()]
+    assert ask(f"{service.address}/predict", GOOD)[0] == 200
+
+
+def _status(address):
+    try:
+        return ask(address)[0]
+    except (OSError, ValueError):
+        return None
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(service):
+    children = service.job.children()
+    service.job.process.send_signal(signal.SIGINT)
+    assert service.job.wait(60) == 0, service.said()
+    line = json.loads(service.job.out.read_text())
+    assert (line["address"], line["replicas"]) == (service.address, 1)
+    # Ray's agents take a minute to notice that their raylet is gone.
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert {process.name() for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    for process in alive:
+        process.kill()
+    assert "Traceback" not in service.said()
+
+
+def test_the_configuration_for_serve_deploy(start, onnx_bundle, tmp_path):
+    job = start("serve", "--bundle", onnx_bundle, "--max-replicas", "4", "--write-config", tmp_path / "serve.yaml")
+    assert job.wait(60) == 0, job.err.read_text()
+    found = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    (application,) = found["applications"]
+    assert application["import_path"] == "cnnray.serving.deployment:app"
+    assert application["deployments"][0]["autoscaling_config"]["max_replicas"] == 4
+    assert application["deployments"][0]["user_config"]["models"][0]["uri"] == onnx_bundle
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.model_validate(found)
+
+
+def test_a_port_in_use_gets_a_sentence(start, onnx_bundle):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        job = start("serve", "--bundle", onnx_bundle, "--port", port)
+        assert job.wait(60) == 1
+    assert time.monotonic() - started < 30
+    assert f"127.0.0.1:{port} is in use" in job.err.read_text().splitlines()[-1]

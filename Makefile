@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help install demo test lint types bench test-long chaos soak test-s3 lock clean
+.PHONY: help install demo test lint types bench test-long chaos soak test-s3 test-browser lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -43,6 +43,10 @@ soak: .venv/installed  ## Predict a million images: flat memory, even speed, a k
 
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests
+
+test-browser: .venv/installed  ## The tests in Chromium, which it installs from Debian's packages.
+	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(BIN)/python -m pytest -m browser tests
 
 lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,12 @@ from collections import Counter
 import numpy as np
 import psutil
 import pytest
+import selenium.webdriver
 import tritonclient.http
 import yaml
+from selenium.webdriver.chrome.service import Service as ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.models import bundle as bundles
@@ -163,6 +168,53 @@ def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundl
     ranked = tritonclient.http.InferRequestedOutput("probabilities", class_count=2)
     (best, _) = client.infer("colours", [encoded], outputs=[ranked]).as_numpy("probabilities")[0]
     assert best.decode().split(":")[1] == str(wanted.argmax())
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium, as wide as a phone."""
+    options = selenium.webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--window-size=390,844",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.webdriver.Chrome(options, ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.browser
+def test_the_page(service, browser, tmp_path):
+    names = {"one.png": GOOD, "two.jpg": awkward_images()["large.jpg"], "bad.png": b"nothing"}
+    for name, data in names.items():
+        (tmp_path / name).write_bytes(data)
+    browser.get(service.address)
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    files = browser.switch_to.active_element  # by keyboard the first thing that is reached
+    assert files.get_attribute("id") == "files"
+    files.send_keys("\n".join(str(tmp_path / name) for name in names))
+    until(lambda: browser.find_element(By.ID, "status").text == "3 images done", 30, "the answers")
+    found = {
+        article.find_element(By.TAG_NAME, "h2").text: article
+        for article in browser.find_elements(By.TAG_NAME, "article")
+    }
+    assert found.keys() == names.keys()
+    for name in ("one.png", "two.jpg"):
+        rows = [row.text.split("\n") for row in found[name].find_elements(By.TAG_NAME, "tr")]
+        assert {row[0].split()[0] for row in rows} == {"red", "green", "blue"}
+        assert len(found[name].find_elements(By.TAG_NAME, "meter")) == 3
+    assert "not an image" in found["bad.png"].find_element(By.CLASS_NAME, "error").text
+    wide = browser.execute_script(
+        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
+    assert wide <= 0
+    logged = [entry["message"] for entry in browser.get_log("browser")]
+    assert all("status of 415" in message for message in logged), logged
+    browser.save_screenshot(str(tmp_path / "page.png"))
 
 
 def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bundle, newer):

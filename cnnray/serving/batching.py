@@ -45,13 +45,14 @@ class Batcher:
             try:
                 images = np.stack([image for image, _ in batch])
                 rows = await loop.run_in_executor(self._executor, self._run, images)
+                answered = list(zip(batch, rows, strict=True))
             except Exception as error:  # whatever the engine raises, its callers must not wait for ever
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
             else:
                 self._observe(len(batch))
-                for (_, future), row in zip(batch, rows, strict=True):
+                for (_, future), row in answered:
                     if not future.done():
                         future.set_result(row)
         self._task = None

@@ -1,6 +1,7 @@
 """A service on a Ray cluster: its configuration, as `serve deploy` takes it, and a Serve that is started here."""
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+import urllib.request
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,20 +31,28 @@ FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED":
 are started."""
 
 
+Versions = dict[str, list[tuple[str, float]]]
+
+
 class ServingError(RuntimeError):
     """A service that cannot be started; the message is one sentence for the user."""
 
 
-def check(config: ServeConfig) -> None:
-    """
+def check(config: ServeConfig) -> Versions:
+    """What the service will serve: by name, versions and their shares.
+
     Raises:
         BundleError, OSError: a bundle that replicas could not load.
     """
+    found: Versions = {}
     for model in config.models:
-        bundle = Bundle.load(model.uri)
+        bundle, engine = Bundle.load(model.uri), config.engine
         log.info("%s: %s, %d classes", model.name, bundle.version, len(bundle.info.class_names))
-        if config.engine != "auto":
-            engines.check_exported(bundle, config.engine)
+        if engine == "auto":
+            engine = engines.choose(bundle, gpus=config.gpus_per_replica > 0, batch_size=config.batch_size)
+        engines.digest(bundle, engine)  # its file is there
+        found.setdefault(model.name, []).append((bundle.version, model.share))
+    return found
 
 
 def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     """
     import ray
 
-    check(config)
+    versions = check(config)
     started = time.monotonic()
     stop = threading.Event()
     own = cluster.starts_own()
@@ -140,7 +150,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                     f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
                     f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {room}."
                 )
-            line = _deploy(config, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
+            line = _deploy(config, versions, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
             if own and not stop.is_set():
                 _tell(line["address"], ray.get_runtime_context().gcs_address)
                 stop.wait()
@@ -197,11 +207,11 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _deploy(config: ServeConfig, room: int, stop: threading.Event) -> dict[str, Any]:
-    """Deploy, and wait until the replicas answer.
+def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.Event) -> dict[str, Any]:
+    """Deploy, and wait until the replicas answer with these versions.
 
     Raises:
-        ServingError: they do not come to that.
+        ServingError: they do not come to that; a service that was there before is as it was.
     """
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -217,19 +227,58 @@ def _deploy(config: ServeConfig, room: int, stop: threading.Event) -> dict[str, 
         for name, one in before.items()
         if name != APPLICATION and one.get("deployed_app_config")
     ]
-    last = before.get(APPLICATION, {}).get("last_deployed_time_s", 0.0)
-    client.deploy_applications(wanted)
-    while not stop.wait(0.5):
-        found = client.get_serve_details()["applications"].get(APPLICATION, {})
-        if found.get("last_deployed_time_s", 0.0) <= last:
-            continue
-        if found["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServingError(f"The service does not start: {_reason(found)}")
-        if found["status"] == "RUNNING":
-            break
     host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
-    replicas = found["deployments"][DEPLOYMENT]["replicas"]
-    return {"address": f"http://{host}:{config.port}", "models": _names(config), "replicas": len(replicas)}
+    address = f"http://{host}:{config.port}"
+    client.deploy_applications(wanted)
+    try:
+        replicas = _wait(client, address, versions, stop)
+    except ServingError:
+        earlier = before.get(APPLICATION, {}).get("deployed_app_config")
+        if earlier:
+            # Replicas keep what they had, but a new one would be started with what does not work.
+            client.deploy_applications(wanted | {"applications": [earlier, *wanted["applications"][1:]]})
+        raise
+    return {"address": address, "models": _names(config), "replicas": replicas}
+
+
+def _wait(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:
+    """Until the service runs, and says itself that it serves these versions.
+
+    Returns:
+        the number of replicas.
+
+    Raises:
+        ServingError: it does not come to that.
+    """
+    agreed, replicas = 0, 0
+    while not stop.wait(0.3):
+        found = client.get_serve_details()["applications"].get(APPLICATION, {})
+        if found.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServingError(f"The service does not start: {_reason(found)}")
+        if found.get("status") != "RUNNING":
+            continue
+        replicas = len(found["deployments"][DEPLOYMENT]["replicas"])
+        served, problem = _served(address)
+        if problem:
+            raise ServingError(f"The models cannot be served: {problem}")
+        # Each request may meet another replica.
+        agreed = agreed + 1 if served == versions else 0
+        if agreed > 2 * replicas:
+            break
+    return replicas
+
+
+def _served(address: str) -> tuple[Versions | None, str | None]:
+    """What a replica says that it serves, and why it does not serve what it should."""
+    key = os.environ.get("CNNRAY_API_KEY")
+    request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found = json.loads(answer.read())
+    except (OSError, ValueError):  # not yet, or not any more
+        return None, None
+    models = found["models"].items()
+    return {name: [(one["version"], one["share"]) for one in versions] for name, versions in models}, found["problem"]
 
 
 def _reason(found: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.models.engines import Images, Probabilities
 from cnnray.models.predictor import Predictor
 from cnnray.serving.batching import Batcher
-from cnnray.serving.settings import ModelSettings, Settings
+from cnnray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -106,31 +106,31 @@ class Loader:
         loaded: dict[tuple[str, ...], Served] = {}
         found = []
         for model in settings.models:
-            bundle = Bundle.load(model.uri)
-            key = (model.name, bundle.version, settings.engine, str(settings.batch_size))
-            loaded[key] = self._loaded.get(key) or self._served(model, bundle, settings)
+            bundle, engine = Bundle.load(model.uri), settings.engine
+            if engine == "auto":
+                engine = engines.choose(bundle, gpus=self._gpus, batch_size=settings.batch_size)
+            digest = engines.digest(bundle, engine)  # of another export of the same model it is another
+            key = (model.name, bundle.version, engine, digest, str(settings.batch_size))
+            loaded[key] = self._loaded.get(key) or self._served(model.name, bundle, engine, settings.batch_size)
             found.append((loaded[key], model.share))
         self._loaded = loaded
         return Models(found)
 
-    def _served(self, model: ModelSettings, bundle: Bundle, settings: Settings) -> Served:
-        engine = settings.engine
-        if engine == "auto":
-            engine = engines.choose(bundle, gpus=self._gpus, batch_size=settings.batch_size)
+    def _served(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> Served:
         if engine == engines.KERAS:
             startup.load_tensorflow(gpus=self._gpus)
-        predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=settings.batch_size)
+        predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
         size = bundle.info.image_size
-        for count in _sizes(settings.batch_size):
+        for count in _sizes(batch_size):
             predictor.probabilities(np.zeros((count, size, size, 3), np.uint8))
-        log.info("serving %s %s of %s with %s", model.name, bundle.version, bundle.uri, engine)
+        log.info("serving %s %s of %s with %s", name, bundle.version, bundle.uri, engine)
         return Served(
-            name=model.name,
+            name=name,
             version=bundle.version,
             bundle=bundle,
             engine=engine,
             probabilities=predictor.probabilities,
-            batcher=Batcher(predictor.probabilities, settings.batch_size, self._executor, self._observe),
+            batcher=Batcher(predictor.probabilities, batch_size, self._executor, self._observe),
         )
 
 

@@ -65,7 +65,10 @@ class Service:
 
     def change(self, *arguments):
         """What a second `jobs/serve.py` does to it, once it is done."""
-        job = self._start("serve", "--port", self.address.rpartition(":")[2], *arguments, environment=self.ray)
+        port = self.address.rpartition(":")[2]
+        job = self._start(
+            "serve", "--port", port, "--engine", "onnx", "--cpus-per-replica", "0.5", *arguments, environment=self.ray
+        )
         job.wait(120)
         return job
 
@@ -120,9 +123,8 @@ def service(start, onnx_bundle):
 @pytest.fixture(scope="module")
 def newer(onnx_bundle, tmp_path_factory):
     """Another version of the bundle."""
-    folder = tmp_path_factory.mktemp("newer")
-    old = Bundle.load(onnx_bundle)
-    bundles.save(old.model, dataclasses.replace(old.info, temperature=2.0), folder)
+    folder = shutil.copytree(onnx_bundle, tmp_path_factory.mktemp("newer") / "bundle")
+    bundles.write_info(str(folder), dataclasses.replace(Bundle.load(onnx_bundle).info, temperature=2.0))
     return str(folder)
 
 
@@ -221,14 +223,14 @@ def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bu
     versions = [Bundle.load(uri).version for uri in (onnx_bundle, newer)]
     load = [Load(service.address) for _ in range(2)]
     replicas = {process.pid for process in service.replicas()}
-    both = ["--bundle", f"colours={onnx_bundle},colours={newer}", "--cpus-per-replica", "0.5"]
+    both = ["--bundle", f"colours={onnx_bundle},colours={newer}"]
     job = service.change(*both, "--canary", "colours=0.3")
     assert json.loads(job.out.read_text())["replicas"] == 1, job.err.read_text()
     models = ask(f"{service.address}/metadata")[1]["models"]["colours"]
     assert [(one["version"], one["share"]) for one in models] == list(zip(versions, (0.7, 0.3), strict=True))
     until(lambda: sum(one.models[versions[1]] for one in load) > 20, 60, "answers of the new version")
     service.change(*both)
-    back = service.change("--bundle", f"colours={onnx_bundle}", "--cpus-per-replica", "0.5")
+    back = service.change("--bundle", f"colours={onnx_bundle}")
     assert back.process.returncode == 0, back.err.read_text()
     assert ask(f"{service.address}/predict", GOOD)[1]["model"] == versions[0]
     for one in load:
@@ -239,12 +241,17 @@ def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bu
     assert {process.pid for process in service.replicas()} == replicas
 
 
-def test_a_bundle_that_cannot_be_served_changes_nothing(service, tmp_path):
+def test_a_bundle_that_cannot_be_served_changes_nothing(service, onnx_bundle, tmp_path):
     before = ask(f"{service.address}/metadata")
-    job = service.change("--bundle", f"colours={tmp_path}")
-    assert job.process.returncode == 1
-    assert f"{tmp_path} is not a bundle" in job.err.read_text().splitlines()[-1]
-    assert ask(f"{service.address}/metadata") == before
+    broken = shutil.copytree(onnx_bundle, tmp_path / "broken")
+    (broken / "model.onnx").write_bytes(b"nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for uri, sentence in ((empty, "is not a bundle"), (broken, "model.onnx cannot be loaded")):
+        job = service.change("--bundle", f"colours={uri}")
+        assert job.process.returncode == 1
+        assert sentence in job.err.read_text().splitlines()[-1]
+    until(lambda: ask(f"{service.address}/metadata") == before, 20, "what was there before")
 
 
 def test_a_replica_that_is_killed_is_replaced(service):

@@ -328,6 +328,8 @@ def test_an_engine_that_fails_fails_its_batch_and_no_other():
     def run(images):
         if images[0, 0, 0, 0] == 0:
             raise RuntimeError("broken")
+        if images[0, 0, 0, 0] == 2:
+            return np.ones((len(images) + 1, 2), np.float32)
         return np.ones((len(images), 2), np.float32)
 
     async def ask(value):
@@ -336,6 +338,8 @@ def test_an_engine_that_fails_fails_its_batch_and_no_other():
             image = np.full((2, 2, 3), value, np.uint8)
             with pytest.raises(RuntimeError, match="broken"):
                 await batcher(np.zeros((2, 2, 3), np.uint8))
+            with pytest.raises(ValueError, match="longer"):
+                await batcher(np.full((2, 2, 3), 2, np.uint8))
             return await batcher(image)
 
     assert asyncio.run(ask(1)).tolist() == [1, 1]

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 class Load:
     """What came of it."""
 
-    statuses: Counter[str] = field(default_factory=Counter)
+    statuses: dict[str, int] = field(default_factory=dict)
     """Answers by HTTP's status, or by the exception where there was none."""
     milliseconds: list[float] = field(default_factory=list)
     """From the time that a request was due to its answer."""
@@ -48,7 +47,7 @@ async def steady(address: str, file: Path, rate: float, seconds: float) -> Load:
                     status = str(answer.status)
             except (aiohttp.ClientError, TimeoutError) as error:
                 status = type(error).__name__
-            load.statuses[status] += 1
+            load.statuses[status] = load.statuses.get(status, 0) + 1
             load.milliseconds.append(1000 * (time.perf_counter() - start - due))
             if status != "200":
                 load.failed_at.append(round(due, 2))

@@ -111,7 +111,7 @@ def random_bundle(folder: Path, photos: Path) -> str:
     return str(folder)
 
 
-def writerandom_bundle(folder: str, photos: str) -> None:
+def write_bundle(folder: str, photos: str) -> None:
     """Write it (in a process of its own, so that TensorFlow's threads end with it)."""
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures

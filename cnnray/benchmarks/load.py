@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
-import numpy as np
 
 
 @dataclass
@@ -25,10 +24,6 @@ class Load:
     """From the time that a request was due to its answer."""
     failed_at: list[float] = field(default_factory=list)
     """Seconds after the start of requests that did not end with 200."""
-
-    def percentile(self, share: float) -> float:
-        """Milliseconds that this share of the requests took at most."""
-        return float(np.percentile(self.milliseconds, 100 * share))
 
 
 async def steady(address: str, file: Path, rate: float, seconds: float) -> Load:

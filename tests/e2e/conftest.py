@@ -47,9 +47,8 @@ def _listen_to_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.fixture
-def start_job(tmp_path_factory):
-    """Start `python jobs/NAME.py ...`."""
+def started_jobs(tmp_path_factory):
+    """Start `python jobs/NAME.py ...`; what runs in the end is ended."""
     jobs = []
 
     def start(name, *arguments, environment=None):
@@ -60,6 +59,9 @@ def start_job(tmp_path_factory):
     yield start
     for job in jobs:
         job.end()
+
+
+start_job = pytest.fixture(started_jobs)
 
 
 def until(condition, seconds, what):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -29,7 +28,7 @@ from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.e2e.conftest import Job, until
+from tests.e2e.conftest import started_jobs, until
 
 GOOD = awkward_images()["rgb.png"]
 
@@ -100,19 +99,7 @@ class Load(threading.Thread):
         self.join(60)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Start `python jobs/NAME.py ...`, for all tests of this file."""
-    jobs = []
-
-    def one(name, *arguments, environment=None):
-        command = [sys.executable, f"jobs/{name}.py", *map(str, arguments)]
-        jobs.append(Job(command, tmp_path_factory.mktemp("job"), environment))
-        return jobs[-1]
-
-    yield one
-    for job in jobs:
-        job.end()
+start = pytest.fixture(started_jobs, scope="module")
 
 
 @pytest.fixture(scope="module")

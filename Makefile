@@ -18,8 +18,8 @@ install: .venv/installed  ## Make .venv from the lock file.
 demo: .venv/installed  ## Train on 1,797 handwritten digits with two workers, and classify a few.
 	@$(BIN)/python jobs/demo.py
 
-test: lint types  ## Lint, types and all tests.
-	$(BIN)/python -m pytest
+test: lint types  ## Lint, types and all tests, in two processes.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed  ## Style and import rules.
 	$(BIN)/ruff check .
@@ -29,7 +29,8 @@ lint: .venv/installed  ## Style and import rules.
 types: .venv/installed  ## Types.
 	$(BIN)/mypy
 
-bench: .venv/installed  ## Measure against the peers and bare limits, side by side.
+bench: .venv/installed  ## Measure against the peers and bare limits, side by side; installs wrk from Debian's packages.
+	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python jobs/benchmark.py
 
 test-long: .venv/installed  ## The tests that take minutes each: the largest networks in every format.
@@ -38,7 +39,8 @@ test-long: .venv/installed  ## The tests that take minutes each: the largest net
 chaos: .venv/installed  ## Kill prediction runs at random moments, ten times each way.
 	$(BIN)/python -m pytest -m chaos -s
 
-soak: .venv/installed  ## Predict a million images: flat memory, even speed, a kill at half.
+soak: .venv/installed  ## A million images with a kill at half; a service under load, faults and nonsense; flat memory.
+	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python -m pytest -m soak -s
 
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.

@@ -16,9 +16,11 @@ def main() -> None:
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import export, ingest, predict, report, serve, train
+        from cnnray.benchmarks import export, ingest, load, predict, report, serve, train
         from cnnray.images import stream
 
+        if measure in ("serve", "all"):
+            load.require_wrk()
         comparisons, tables = [], []
         with tempfile.TemporaryDirectory() as folder:
             if measure not in ("export", "serve"):

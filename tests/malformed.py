@@ -1,5 +1,6 @@
 """Files that are called images and are none, or damaged ones: more than 300, by a name that says what was done."""
 
+import functools
 import io
 import random
 import struct
@@ -42,6 +43,27 @@ def malformed_files() -> dict[str, bytes]:
     return files
 
 
+def fuzzed(seed: int) -> bytes:
+    """An image with a few changes: other bytes, parts cut out, doubled or taken from another image."""
+    generator, whole = random.Random(seed), list(_whole().values())
+    data = generator.choice(whole)
+    for _ in range(generator.randint(1, 4)):
+        start, end = sorted(generator.randrange(len(data) + 1) for _ in range(2))
+        other = generator.choice(whole)
+        data = generator.choice(
+            [
+                _flipped(data, seed) if data else b"",
+                data[:end],
+                data[:start] + data[end:],
+                data[:end] + data[start:],
+                data[:start] + other[start:],
+                data[:start] + generator.randbytes(min(end - start, 100)) + data[end:],
+            ]
+        )
+    return data
+
+
+@functools.cache
 def _whole() -> dict[str, bytes]:
     colour = Image.fromarray((np.random.default_rng(0).random((40, 60, 3)) * 255).astype(np.uint8))
     whole = {name: awkward_images()[name] for name in ("progressive.jpg", "cmyk.jpg", "alpha.png", "animated.webp")}

@@ -2,11 +2,8 @@
 
 import contextlib
 import io
-import json
 import logging
 import os
-import re
-import shutil
 import signal
 import socket
 import statistics
@@ -22,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cnnray.benchmarks import peers
+from cnnray.benchmarks.load import Peak, finished, peak, start_steady
 from cnnray.benchmarks.predict import BATCH, random_bundle
 from cnnray.benchmarks.report import Comparison, write_photos
 from cnnray.models import engines
@@ -37,7 +35,6 @@ _NAMES = {
     "flask": "the article's Flask service", "fastapi": "bare FastAPI, 2 processes", "litserve": "LitServe, 2 workers",
     "bentoml": "BentoML, 2 workers",
 }  # fmt: skip
-_BOUNDARY = "cnnray-benchmark"
 
 
 class BenchmarkError(RuntimeError):
@@ -55,30 +52,26 @@ def serve(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
         requests/s at 16 connections against each peer, and a Markdown table of all connections with latencies.
 
     Raises:
-        BenchmarkError: wrk is not installed, or a service does not start.
+        BenchmarkError: a service does not start.
     """
-    if shutil.which("wrk") is None:
-        raise BenchmarkError("The load comes from wrk, which is not installed (Debian's package wrk).")
     photo = folder / "photo.jpg"
-    photo.write_bytes(_jpeg())
+    photo.write_bytes(photo_of_68_kb())
     write_photos(folder / "photos_to_predict", 400)
     bundle = random_bundle(folder / "bundle_to_predict", folder / "photos_to_predict")
     engine = engines.choose(Bundle.load(bundle), gpus=False, batch_size=BATCH)
     python = peers.install(folder)
-    script = folder / "post.lua"
-    script.write_text(_lua(photo.read_bytes(), folder))
-    found: dict[str, dict[int, list[dict[str, float]]]] = {}
-    steady: list[dict[str, float]] = []
+    found: dict[str, dict[int, list[Peak]]] = {}
+    steady: list[Peak] = []
     for _ in range(rounds):
         for name in ("ours", *peers.PEERS):
             with _service(name, folder, bundle, engine, python) as address:
                 for connections in CONNECTIONS:
-                    measured = _wrk(address, script, connections)
+                    measured = peak(f"{address}/predict", photo, folder, connections=connections, seconds=_SECONDS)
                     found.setdefault(name, {}).setdefault(connections, []).append(measured)
-                    log.info("%s, %d connections: %.0f requests/s", name, connections, measured["rate"])
+                    log.info("%s, %d connections: %.0f requests/s", name, connections, measured.rate)
                 if name == "ours":
-                    steady.append(_at_half(address, photo, measured["rate"]))
-                    log.info("ours at half of that: p50 %.1f ms, p99 %.1f ms", steady[-1]["p50"], steady[-1]["p99"])
+                    steady.append(_at_half(f"{address}/predict", photo, measured.rate))
+                    log.info("ours at half of that: p50 %.1f ms, p99 %.1f ms", steady[-1].p50, steady[-1].p99)
     files = f"vgg_bn 64x64 ({engine}) over HTTP, JPEG of 68 KB, 16 connections"
     comparisons = [
         Comparison(files, _rates(found["ours"]), _NAMES[name], _rates(found[name]), aim)
@@ -87,28 +80,34 @@ def serve(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
     return comparisons, _table(found, steady)
 
 
-def _rates(found: dict[int, list[dict[str, float]]]) -> list[float]:
-    return [one["rate"] for one in found[16]]
+def _at_half(address: str, photo: Path, rate: float) -> Peak:
+    """At a steady rate of half of the peak."""
+    found = finished(start_steady(address, photo, rate / 2, 15))
+    return Peak(rate / 2, found.percentile(0.5), found.percentile(0.99), len(found.failed_at))
 
 
-def _table(found: dict[str, dict[int, list[dict[str, float]]]], steady: list[dict[str, float]]) -> str:
+def _rates(found: dict[int, list[Peak]]) -> list[float]:
+    return [one.rate for one in found[16]]
+
+
+def _table(found: dict[str, dict[int, list[Peak]]], steady: list[Peak]) -> str:
     lines = [
         "| service | connections | requests/s | p50 ms | p99 ms | not 200 |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, by_connections in found.items():
         for connections, rounds in by_connections.items():
-            rate, half, most = (statistics.median(one[key] for one in rounds) for key in ("rate", "p50", "p99"))
-            failed = sum(one["failed"] for one in rounds)
-            shown = _NAMES.get(name, "ours, 2 replicas")
-            lines.append(f"| {shown} | {connections} | {rate:.0f} | {half:.1f} | {most:.1f} | {failed:.0f} |")
-    rate, half, most = (statistics.median(one[key] for one in steady) for key in ("rate", "p50", "p99"))
-    failed = sum(one["failed"] for one in steady)
-    lines.append(f"| ours at half of its peak | as they come | {rate:.0f} | {half:.1f} | {most:.1f} | {failed:.0f} |")
+            lines.append(f"| {_NAMES.get(name, 'ours, 2 replicas')} | {connections} | {_row(rounds)} |")
+    lines.append(f"| ours at half of its peak | as they come | {_row(steady)} |")
     return "\n".join(lines)
 
 
-def _jpeg() -> bytes:
-    """A photo of about 68 KB."""
+def _row(rounds: list[Peak]) -> str:
+    rate, half, most = (statistics.median(getattr(one, key) for one in rounds) for key in ("rate", "p50", "p99"))
+    return f"{rate:.0f} | {half:.1f} | {most:.1f} | {sum(one.failed for one in rounds):.0f}"
+
+
+def photo_of_68_kb() -> bytes:
+    """A photo, as JPEG of about that size."""
     photo = Image.fromarray(load_sample_images().images[0])
     files = []
     for quality in range(60, 100):
@@ -116,50 +115,6 @@ def _jpeg() -> bytes:
         photo.save(buffer, "JPEG", quality=quality)
         files.append(buffer.getvalue())
     return min(files, key=lambda data: abs(len(data) - _JPEG_BYTES))
-
-
-def _lua(photo: bytes, folder: Path) -> str:
-    """A script for wrk that posts a form, and prints what it measured."""
-    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="photo.jpg"\r\n'
-    body = head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + photo + f"\r\n--{_BOUNDARY}--\r\n".encode()
-    (folder / "body").write_bytes(body)
-    return f"""
-local file = io.open("{folder / "body"}", "rb")
-wrk.method = "POST"
-wrk.body = file:read("*all")
-wrk.headers["Content-Type"] = "multipart/form-data; boundary={_BOUNDARY}"
-done = function(summary, latency, requests)
-  local errors = summary.errors
-  io.write(string.format("MEASURED %f %f %f %d\\n", 1e6 * summary.requests / summary.duration,
-    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
-    errors.connect + errors.read + errors.write + errors.status + errors.timeout))
-end
-"""
-
-
-def _wrk(address: str, script: Path, connections: int) -> dict[str, float]:
-    command = ["wrk", "-t1", f"-c{connections}", "--timeout", "30s", "-s", str(script)]
-    for seconds in (2, _SECONDS):  # the first to warm up
-        done = subprocess.run(
-            [*command, f"-d{seconds}s", f"{address}/predict"], capture_output=True, text=True, check=True
-        )
-    values = re.search(r"MEASURED (\S+) (\S+) (\S+) (\S+)", done.stdout)
-    assert values is not None, done.stdout
-    return dict(zip(("rate", "p50", "p99", "failed"), map(float, values.groups()), strict=True))
-
-
-def _at_half(address: str, photo: Path, peak: float) -> dict[str, float]:
-    """At a steady rate of half of the peak."""
-    command = [sys.executable, "-m", "cnnray.benchmarks.load", f"{address}/predict", photo, f"{peak / 2}", "15"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    ordered = sorted(found["milliseconds"])
-    return {
-        "rate": peak / 2,
-        "p50": ordered[len(ordered) // 2],
-        "p99": ordered[int(0.99 * len(ordered))],
-        "failed": len(found["failed_at"]),
-    }
 
 
 @contextlib.contextmanager

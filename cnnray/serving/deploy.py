@@ -77,7 +77,6 @@ def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
             "target_ongoing_requests": config.target_ongoing_requests,
             "upscale_delay_s": 10.0,
             "downscale_delay_s": config.downscale_delay_seconds,
-            "metrics_interval_s": 2.0,
             "look_back_period_s": 10.0,
         },
         # Requests that have begun may use all of their time.
@@ -152,7 +151,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 )
             line = _deploy(config, versions, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
             if own and not stop.is_set():
-                _tell(line["address"], ray.get_runtime_context().gcs_address)
+                _tell(line["address"], ray.get_runtime_context().gcs_address, _dashboard())
                 stop.wait()
             return line
 
@@ -207,18 +206,21 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def _dashboard() -> str:
+    import ray
+
+    return f"http://{ray.init(ignore_reinit_error=True, logging_level='ERROR').dashboard_url}"
+
+
 def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.Event) -> dict[str, Any]:
     """Deploy, and wait until the replicas answer with these versions.
 
     Raises:
         ServingError: they do not come to that; a service that was there before is as it was.
     """
-    import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    client = ServeSubmissionClient(
-        f"http://{ray.init(ignore_reinit_error=True, logging_level='ERROR').dashboard_url}"
-    )
+    client = ServeSubmissionClient(_dashboard())
     before = client.get_serve_details().get("applications", {})
     wanted = configuration(config, max_replicas=room)
     # Serve ends those applications that a configuration does not name.
@@ -293,12 +295,13 @@ def _reason(found: dict[str, Any]) -> str:
     return (errors or lines or ["no reason is given"])[-1]
 
 
-def _tell(address: str, gcs_address: str) -> None:
+def _tell(address: str, gcs_address: str, dashboard: str) -> None:
     log.info("serving at %s (Ctrl-C stops it): a page to try it, and %s/docs", address, address)
     log.info("  curl -s %s/predict -H 'Content-Type: application/json' -d '{\"image\": \"%s\"}'", address, _PIXEL)
     log.info("  curl -s %s/predict -F image=@photo.jpg", address)
     # Ray asks for a token, which it keeps in the home folder, but only in this mode gives it.
     mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    log.info("To see its replicas: RAY_AUTH_MODE=%s serve status --address %s", mode, dashboard)
     log.info("To change what is served: RAY_AUTH_MODE=%s RAY_ADDRESS=%s python jobs/serve.py ...", mode, gcs_address)
 
 

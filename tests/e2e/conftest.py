@@ -1,5 +1,7 @@
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,9 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's own, which take a minute to notice that their raylet is gone."""
 
 
 class Job:
@@ -33,13 +38,30 @@ class Job:
     def children(self):
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def named_children(self):
+        """Its children and their command lines; what ended meanwhile is left out."""
+        named = []
+        for child in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                named.append((child, " ".join(child.cmdline()) or child.name()))
+        return named
+
     def end(self):
         """End the job and all that it started."""
         if self.process.poll() is None:
-            for child in self.children():
-                child.kill()
+            kill(self.children())
             self.process.kill()
             self.process.wait()
+
+
+def kill(processes):
+    """Kill those that are still there, and give their number."""
+    killed = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            killed += 1
+    return killed
 
 
 def _listen_to_ctrl_c():
@@ -72,6 +94,20 @@ def until(condition, seconds, what):
             return value
         time.sleep(0.1)
     raise AssertionError(f"{what} did not come in {seconds} s")
+
+
+def left_of(children, seconds):
+    """Those of these named children that are still there after a while, but for Ray's agents, which are ended."""
+    agents = [child for child, name in children if name.startswith(AGENTS)]
+    _, alive = psutil.wait_procs([child for child, _ in children if child not in agents], timeout=seconds)
+    kill(agents)
+    return alive
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def checkpoints(output: Path):

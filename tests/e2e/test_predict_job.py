@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import until
+from tests.e2e.conftest import kill, until
 from tests.networks import coloured_noise
 from tests.runs import rows_of
 
@@ -70,23 +70,11 @@ def _victims(job, kind):
     """The processes to kill: the job itself, one of Ray's workers of it, or all of its cluster."""
     if kind == "driver":
         return [psutil.Process(job.process.pid)]
-    named = [(process, " ".join(process.cmdline()) or process.name()) for process in job.children()]
+    named = job.named_children()
     if kind in ON_RAY:
         found = [process for process, name in named if name.startswith("ray::") and ON_RAY[kind] in name]
         return [random.choice(found)] if found else []
     return [process for process, name in named if "raylet" in name or "gcs_server" in name]
-
-
-def _kill(job, kind):
-    """Kill, and say whether there was something to kill."""
-    killed = False
-    for process in _victims(job, kind):
-        try:
-            process.kill()
-            killed = True
-        except psutil.NoSuchProcess:
-            continue
-    return killed
 
 
 def _runs_until_done(start_job, command, output, kind, moments):
@@ -99,7 +87,7 @@ def _runs_until_done(start_job, command, output, kind, moments):
         before = _parts(output)
         if kind in ON_RAY:
             until(lambda job=job: _victims(job, kind), 30, kind)
-        assert _kill(job, kind)
+        assert kill(_victims(job, kind))
         if kind in ON_RAY:
             assert job.wait(WATCHDOG) == 0, job.err.read_text()
             return _line(job)

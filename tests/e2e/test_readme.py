@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPOSITORY, write_digits
 
 README = (REPOSITORY / "README.md").read_text()
@@ -15,6 +17,7 @@ def _marked_blocks():
     return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.timeout(900)
 def test_marked_blocks_run(tmp_path):
     """In a folder that has what `make demo` made."""
     blocks = _marked_blocks()

@@ -1,20 +1,15 @@
 """jobs/serve.py as its users run it: a real Serve behind HAProxy, asked over real HTTP."""
 
-import dataclasses
 import json
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 
 import numpy as np
-import psutil
 import pytest
 import selenium.webdriver
 import tritonclient.http
@@ -24,56 +19,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from cnnray.images.decode import BadImage, decode
-from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.e2e.conftest import started_jobs, until
+from tests.e2e.conftest import left_of, started_jobs, until
+from tests.e2e.service import Service, another_version, ask
 
 GOOD = awkward_images()["rgb.png"]
-
-
-def _free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def ask(address, data=None, kind="image/png"):
-    """Status, and what came as JSON; POST where there are data."""
-    request = urllib.request.Request(address, data, {"Content-Type": kind})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-class Service:
-    """A service with a Ray of its own."""
-
-    def __init__(self, start, *arguments):
-        self._start, self.address = start, f"http://127.0.0.1:{_free_port()}"
-        self.job = start("serve", "--port", self.address.rpartition(":")[2], *arguments)
-        until(lambda: self.job.process.poll() is not None or "To change" in self.said(), 120, "the service")
-        assert self.job.process.poll() is None, self.said()
-        self.ray = dict(re.findall(r"(RAY_\w+)=(\S+)", self.said()))
-
-    def said(self):
-        return self.job.err.read_text()
-
-    def change(self, *arguments):
-        """What a second `jobs/serve.py` does to it, once it is done."""
-        port = self.address.rpartition(":")[2]
-        job = self._start(
-            "serve", "--port", port, "--engine", "onnx", "--cpus-per-replica", "0.5", *arguments, environment=self.ray
-        )
-        job.wait(120)
-        return job
-
-    def replicas(self):
-        """The processes."""
-        return [child for child in self.job.children() if "ServeReplica" in " ".join(child.cmdline())]
+FLAGS = ("--engine", "onnx", "--cpus-per-replica", "0.5")
 
 
 class Load(threading.Thread):
@@ -104,15 +57,13 @@ start = pytest.fixture(started_jobs, scope="module")
 
 @pytest.fixture(scope="module")
 def service(start, onnx_bundle):
-    return Service(start, "--bundle", f"colours={onnx_bundle}", "--engine", "onnx", "--cpus-per-replica", "0.5")
+    return Service(start, "--bundle", f"colours={onnx_bundle}", *FLAGS)
 
 
 @pytest.fixture(scope="module")
 def newer(onnx_bundle, tmp_path_factory):
     """Another version of the bundle."""
-    folder = shutil.copytree(onnx_bundle, tmp_path_factory.mktemp("newer") / "bundle")
-    bundles.write_info(str(folder), dataclasses.replace(Bundle.load(onnx_bundle).info, temperature=2.0))
-    return str(folder)
+    return another_version(onnx_bundle, tmp_path_factory.mktemp("newer") / "bundle")
 
 
 def test_it_says_where_it_is_and_its_command_works(service):
@@ -211,13 +162,13 @@ def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bu
     load = [Load(service.address) for _ in range(2)]
     replicas = {process.pid for process in service.replicas()}
     both = ["--bundle", f"colours={onnx_bundle},colours={newer}"]
-    job = service.change(*both, "--canary", "colours=0.3")
+    job = service.change(*FLAGS, *both, "--canary", "colours=0.3")
     assert json.loads(job.out.read_text())["replicas"] == 1, job.err.read_text()
     models = ask(f"{service.address}/metadata")[1]["models"]["colours"]
     assert [(one["version"], one["share"]) for one in models] == list(zip(versions, (0.7, 0.3), strict=True))
     until(lambda: sum(one.models[versions[1]] for one in load) > 20, 60, "answers of the new version")
-    service.change(*both)
-    back = service.change("--bundle", f"colours={onnx_bundle}")
+    service.change(*FLAGS, *both)
+    back = service.change(*FLAGS, "--bundle", f"colours={onnx_bundle}")
     assert back.process.returncode == 0, back.err.read_text()
     assert ask(f"{service.address}/predict", GOOD)[1]["model"] == versions[0]
     for one in load:
@@ -235,7 +186,7 @@ def test_a_bundle_that_cannot_be_served_changes_nothing(service, onnx_bundle, tm
     empty = tmp_path / "empty"
     empty.mkdir()
     for uri, sentence in ((empty, "is not a bundle"), (broken, "model.onnx cannot be loaded")):
-        job = service.change("--bundle", f"colours={uri}")
+        job = service.change(*FLAGS, "--bundle", f"colours={uri}")
         assert job.process.returncode == 1
         assert sentence in job.err.read_text().splitlines()[-1]
     until(lambda: ask(f"{service.address}/metadata") == before, 20, "what was there before")
@@ -257,16 +208,12 @@ def _status(address):
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing(service):
-    children = service.job.children()
+    children = service.job.named_children()
     service.job.process.send_signal(signal.SIGINT)
     assert service.job.wait(60) == 0, service.said()
     line = json.loads(service.job.out.read_text())
     assert (line["address"], line["replicas"]) == (service.address, 1)
-    # Ray's agents take a minute to notice that their raylet is gone.
-    _, alive = psutil.wait_procs(children, timeout=15)
-    assert {process.name() for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-    for process in alive:
-        process.kill()
+    assert not left_of(children, 15)
     assert "Traceback" not in service.said()
 
 

@@ -3,50 +3,46 @@
 import json
 import os
 import secrets
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.e2e.conftest import free_port, kill
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture
-def head(tmp_path_factory):
+def head():
     """A Ray head node with ports and a folder of its own; gives the variables that a client needs."""
-    folder = tmp_path_factory.mktemp("r")
+    # Not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="r"))
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
     }
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={_free_port()}",
-         f"--ray-client-server-port={_free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"],
+         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}",
+         f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"],
         env=variables, stdin=subprocess.DEVNULL, stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     yield variables | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    head = psutil.Process(process.pid)
+    family = [head, *head.children(recursive=True)]
     process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(
-        [psutil.Process(member.pid) for member in family if psutil.pid_exists(member.pid)], timeout=5
-    )
-    for member in alive:
-        member.kill()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    kill(alive)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _submit(head, folder, *command):
@@ -55,7 +51,7 @@ def _submit(head, folder, *command):
         if listed.returncode == 0:
             break
     else:
-        raise AssertionError(f"the head did not answer: {listed.stderr}")
+        raise AssertionError(f"the head did not answer: {listed.stderr[-500:]}")
     return subprocess.run(
         [RAY, "job", "submit", "--working-dir", str(REPOSITORY), "--", *command],
         env=head, cwd=folder, capture_output=True, text=True, timeout=240, check=False,

@@ -93,9 +93,8 @@ class Memory(threading.Thread):
         while not self._ended.wait(2):
             try:
                 driver = psutil.Process(self._job.process.pid)
-                named = [child for child in driver.children(recursive=True) if "MapWorker" in child.name()]
-                named = named or [c for c in driver.children(recursive=True) if "MapWorker" in " ".join(c.cmdline())]
-                sizes = [child.memory_full_info().uss / 2**20 for child in named]
+                workers = [child for child, name in self._job.named_children() if "MapWorker" in name]
+                sizes = [child.memory_full_info().uss / 2**20 for child in workers]
                 self.driver.append(driver.memory_full_info().uss / 2**20)
                 self.workers.append(max(sizes, default=0))
                 self.times.append(time.time())

@@ -1,0 +1,138 @@
+"""A service for minutes under load, with faults, scaling and nonsense (make soak)."""
+
+import random
+import time
+
+import pytest
+
+from cnnray.benchmarks import load
+from cnnray.benchmarks.predict import random_bundle
+from cnnray.benchmarks.report import write_photos
+from cnnray.benchmarks.serve import photo_of_68_kb
+from cnnray.models.bundle import Bundle
+from tests.e2e.conftest import started_jobs, until
+from tests.e2e.service import FORMS, Service, another_version, ask, described, send
+from tests.malformed import fuzzed
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+
+SECONDS = 180
+start = pytest.fixture(started_jobs, scope="module")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    path.write_bytes(photo_of_68_kb())
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """`vgg_bn` at 64x64 with int8 engines, as the benchmark has it."""
+    folder = tmp_path_factory.mktemp("bundle")
+    write_photos(folder / "photos", 100)
+    return random_bundle(folder / "bundle", folder / "photos")
+
+
+def _said(capsys, sentence):
+    with capsys.disabled():
+        print(f"\n{sentence}")
+
+
+def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
+    newer = another_version(bundle, tmp_path / "newer")
+    flags = ["--cpus-per-replica", "0.5", "--min-replicas", "2", "--max-replicas", "2"]
+    service = Service(start, "--bundle", bundle, *flags)
+    address = f"{service.address}/predict"
+    most = load.peak(address, photo, tmp_path, connections=16, seconds=10).rate
+    process = load.start_steady(address, photo, most / 2, SECONDS)
+    begun, moments = time.monotonic(), {}
+
+    def at(seconds, name):
+        time.sleep(max(0.0, begun + seconds - time.monotonic()))
+        moments[name] = time.monotonic() - begun
+
+    at(0.1 * SECONDS, "kill")
+    service.replicas()[0].kill()
+    until(lambda: len(service.replicas()) == 2, 60, "another replica")
+    at(0.35 * SECONDS, "update")
+    assert service.change("--bundle", newer, *flags).process.returncode == 0
+    assert ask(address, photo.read_bytes())[1]["model"] == Bundle.load(newer).version
+    at(0.55 * SECONDS, "up")
+    more = ["--cpus-per-replica", "0.5", "--min-replicas", "3", "--max-replicas", "3"]
+    assert service.change("--bundle", newer, *more).process.returncode == 0
+    assert len(service.replicas()) == 3
+    at(0.75 * SECONDS, "down")
+    assert service.change("--bundle", newer, *flags).process.returncode == 0
+    until(lambda: len(service.replicas()) == 2, 60, "the end of a replica")
+    moments["end"] = SECONDS
+    found = load.finished(process)
+    _said(capsys, f"peak {most:.0f} requests/s, held at {most / 2:.0f} for {SECONDS} s: {found.statuses}")
+    failed = {}
+    for name, following in zip(moments, [*moments][1:], strict=False):
+        failed[name] = [due for due in found.failed_at if moments[name] - 1 <= due < moments[following] - 1]
+        _said(capsys, f"from {moments[name]:.1f} s on ({name}): {len(failed[name])} failed {failed[name][:20]}")
+    _said(capsys, f"p50 {found.percentile(0.5):.1f} ms, p99 {found.percentile(0.99):.1f} ms")
+    assert set().union(*failed.values()) == set(found.failed_at)
+    assert not failed["update"]
+    assert not failed["up"]
+    assert not failed["down"]
+    # Those that were in flight on one of two replicas, and what came until HAProxy noticed.
+    assert len(failed["kill"]) <= 64
+    assert all(due < moments["kill"] + 3 for due in failed["kill"])
+    service.job.end()
+
+
+def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
+    service = Service(
+        start, "--bundle", bundle, "--cpus-per-replica", "0.5", "--max-replicas", "2",
+        "--target-ongoing-requests", "2", "--downscale-delay-seconds", "10",
+    )  # fmt: skip
+
+    assert service.status() == {"RUNNING": 1}
+    process = load.start_steady(f"{service.address}/predict", photo, 150, 60)
+    begun = time.monotonic()
+    until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
+    _said(capsys, f"2 replicas after {time.monotonic() - begun:.0f} s of load")
+    found = load.finished(process)
+    begun = time.monotonic()
+    until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
+    _said(capsys, f"1 replica {time.monotonic() - begun:.0f} s after its end; answers: {found.statuses}")
+    assert found.statuses == {"200": 60 * 150}
+    service.job.end()
+
+
+@pytest.fixture(scope="module")
+def small(start, bundle):
+    """A service that takes small bodies only, with one replica."""
+    service = Service(start, "--bundle", bundle, "--max-replicas", "1", "--max-mebibytes", "1")
+    yield service
+    service.job.end()
+
+
+def test_requests_made_from_the_description(small, capsys):
+    cases, said = described(small.address, 400)
+    _said(capsys, f"schemathesis: {cases} cases; {said}")
+    assert cases >= 5000
+    assert "Traceback" not in small.said()
+
+
+def test_fuzzed_images(small, capsys):
+    statuses, generator = {}, random.Random(0)
+    for number in range(2000):
+        status, text = send(small.address, fuzzed(number), generator.choice(FORMS))
+        statuses[status] = statuses.get(status, 0) + 1
+        assert status in (200, 400, 413, 415, 422, 503), (number, text)
+        assert "Traceback" not in text
+    _said(capsys, f"fuzzed images: {statuses}")
+
+
+def test_memory_stays_flat(small, photo, capsys):
+    (replica,), sizes, requests = small.replicas(), [], 2000
+    for _ in range(11):
+        process = load.start_steady(f"{small.address}/predict", photo, 100, requests / 100)
+        assert load.finished(process).statuses == {"200": requests}
+        sizes.append(replica.memory_full_info().uss / 2**20)
+    _said(capsys, f"MiB of the replica after each {requests} requests: {[round(size) for size in sizes]}")
+    assert sizes[-1] < 1.05 * sizes[0]

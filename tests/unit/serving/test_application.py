@@ -1,0 +1,215 @@
+"""The application of a replica: what clients of its own API send and get."""
+
+import asyncio
+import base64
+import json
+import re
+import threading
+from importlib.resources import files
+
+import pytest
+
+from cnnray.images.decode import BadImage
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from cnnray.serving.bodies import RequestError
+from cnnray.serving.service import STATUS_OF
+from tests.awkward import awkward_images, bad_images
+from tests.unit.serving.conftest import GOOD
+
+
+def _check(answer, expected):
+    if isinstance(expected, BadImage):
+        assert expected.reason in answer["error"]
+        return
+    assert answer["prediction"] == expected.label
+    assert answer["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+    found = {one["class"]: one["confidence"] for one in answer["all_predictions"]}
+    assert list(found) == [name for name, _ in expected.top_k]
+    assert found == pytest.approx(dict(expected.top_k), abs=1e-5)
+
+
+# -- the same answers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    """Bytes and `Predictor`'s answer by name, of the awkward and the bad images."""
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    return {name: (data, Predictor(Bundle.load(bundle))([data])[0]) for name, data in contents.items()}
+
+
+def test_one_image_in_each_form_has_the_answer_of_predictor(client, expected):
+    for name, (data, answer) in expected.items():
+        forms = [{"files": {"image": (name, data)}}, {"json": {"image": base64.b64encode(data).decode()}}]
+        if data:
+            forms.append({"content": data, "headers": {"content-type": "image/x"}})
+        for form in forms:
+            got = client.post("/predict", **form)
+            if isinstance(answer, BadImage) and data:
+                assert got.status_code == STATUS_OF.get(answer.reason, 422), name
+            else:
+                assert got.status_code == (200 if data else 400), name
+            if data:
+                _check(got.json(), answer)
+            else:
+                assert got.json()["error"] == "No image provided"
+
+
+def test_several_images_each_have_their_own_answer_or_error(client, expected):
+    chosen = [(name, data, answer) for name, (data, answer) in expected.items() if data]
+    for start in range(0, len(chosen), 20):
+        some = chosen[start : start + 20]
+        got = client.post("/predict", files=[("image", (name, data)) for name, data, _ in some])
+        assert got.status_code == 200
+        for one, (_, _, answer) in zip(got.json(), some, strict=True):
+            _check(one, answer)
+            if isinstance(answer, BadImage):
+                assert one["status"] == STATUS_OF.get(answer.reason, 422)
+
+
+def test_one_image_of_a_list_has_a_list(client):
+    text = base64.b64encode(GOOD).decode()
+    assert len(client.post("/predict", json={"images": [text]}).json()) == 1
+    assert len(client.post("/predict", json={"images": [text, f"data:image/png;base64,{text}"]}).json()) == 2
+
+
+def test_top_k_and_threshold(client):
+    def ask(**parameters):
+        return client.post("/predict", content=GOOD, headers={"content-type": "image/png"}, params=parameters).json()
+
+    whole = ask()
+    assert len(whole["all_predictions"]) == 3  # of five that were asked for
+    assert ask(top_k=1)["all_predictions"] == whole["all_predictions"][:1]
+    second = whole["all_predictions"][1]["confidence"]
+    assert len(ask(threshold=second)["all_predictions"]) == 2
+    none = ask(threshold=1)
+    assert (none["prediction"], none["all_predictions"], none["confidence"]) == (None, [], whole["confidence"])
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "nothing": ({}, 400, "No image provided"),
+    "an empty file": ({"files": {"image": ("a.png", b"")}}, 400, "No image provided"),
+    "another field": ({"files": {"photo": ("a.png", GOOD)}}, 400, "No image provided"),
+    "text for a file": ({"files": {"image": (None, "x")}}, 400, "image is text"),
+    "text": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "'text/plain' is not read"),
+    "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "cannot be read"),
+    "half a form": (
+        {"content": b"--x\r\nContent-Disp", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        400,
+        "",
+    ),
+    "half of JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "JSON cannot be read"),
+    "a list": ({"json": []}, 400, "JSON cannot be read"),
+    "another key": ({"json": {"url": "http://169.254.169.254/"}}, 400, "url: Extra inputs are not permitted"),
+    "both keys": ({"json": {"image": "eA==", "images": []}}, 400, "both image and images"),
+    "no base64": ({"json": {"image": "%"}}, 400, "not valid base64"),
+    "an address": ({"json": {"image": "http://169.254.169.254/"}}, 400, "not valid base64"),
+    "top_k of 0": ({"content": GOOD, "params": {"top_k": 0}}, 422, "top_k: Input should be greater"),
+    "a threshold of 2": ({"content": GOOD, "params": {"threshold": 2}}, 422, "threshold: "),
+    "another model": ({"content": GOOD, "params": {"model": "x"}}, 404, "no model 'x'; there are colours"),
+    "another version": ({"content": GOOD, "params": {"version": "x"}}, 404, "no version 'x'; it has"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_requests_that_are_refused(case, client):
+    options, status, sentence = REFUSED[case]
+    if "content" in options:
+        options = {"headers": {"content-type": "image/png"}} | options
+    got = client.post("/predict", **options)
+    assert got.status_code == status, got.text
+    assert sentence in got.json()["error"]
+    assert got.json()["request_id"] == got.headers["x-request-id"]
+
+
+def test_limits(another):
+    client = another(max_bytes=5000, max_images=2, max_pixels=5000)
+    for content in (b"x" * 5001, iter([b"x" * 3000, b"x" * 3000])):
+        got = client.post("/predict", content=content, headers={"content-type": "image/png"})
+        assert (got.status_code, "larger than the 5000 bytes" in got.text) == (413, True)
+    small = awkward_images()["tiny.png"]
+    got = client.post("/predict", files=[("image", (str(number), small)) for number in range(3)])
+    assert (got.status_code, "3 images are more than the 2" in got.text) == (413, True)
+    got = client.post("/predict", content=awkward_images()["one_bit.png"], headers={"content-type": "image/png"})
+    assert (got.status_code, "90x60, at most 5000" in got.text) == (413, True)
+    assert client.post("/predict", files={"image": ("a", small)}).status_code == 200
+
+
+def test_an_answer_that_takes_too_long(another, monkeypatch):
+    client, free = another(timeout_seconds=0.2), threading.Event()
+    (served,) = [one for one, _ in client.app.state.service.models.versions("colours")]
+    monkeypatch.setattr(served.batcher, "_run", lambda images: free.wait(20))
+    got = client.post("/predict", files={"image": ("a", GOOD)})
+    free.set()
+    assert (got.status_code, got.headers["retry-after"]) == (503, "1")
+    assert "takes longer than 0.2 seconds" in got.json()["error"]
+
+
+def test_an_error_of_ours_shows_no_trace(another, monkeypatch):
+    client = another()
+    (served,) = [one for one, _ in client.app.state.service.models.versions("colours")]
+    monkeypatch.setattr(served.batcher, "_run", lambda images: 1 / 0)
+    got = client.post("/predict", files={"image": ("a", GOOD)})
+    assert got.status_code == 500
+    assert got.json() == {"error": "Internal error.", "request_id": got.headers["x-request-id"]}
+
+
+def test_the_api_key(another):
+    client = another(api_key="geheim")
+    for headers in ({}, {"x-api-key": "x"}, {"authorization": "Bearer x"}, {"authorization": "Basic geheim"}):
+        got = client.post("/predict", files={"image": ("a", GOOD)}, headers=headers)
+        assert (got.status_code, "API key" in got.json()["error"]) == (401, True)
+    for headers in ({"x-api-key": "geheim"}, {"authorization": "Bearer geheim"}):
+        assert client.post("/predict", files={"image": ("a", GOOD)}, headers=headers).status_code == 200
+    assert client.get("/metadata").status_code == 401
+    assert [client.get(path).status_code for path in ("/", "/health/live", "/health/ready")] == [200] * 3
+
+
+def test_request_ids(client):
+    assert client.get("/health/live", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    ids = [client.get("/health/live", headers={"x-request-id": "a b\t"}).headers["x-request-id"] for _ in range(2)]
+    assert len({*ids, "a b\t"}) == 3
+    assert client.get("/nowhere").json()["error"] == "Not Found."
+    assert client.get("/predict").status_code == 405
+
+
+def test_requests_are_logged_as_json(client, caplog):
+    caplog.set_level("INFO", "cnnray.access")
+    client.get("/health/live?secret=1", headers={"x-request-id": "mine"})
+    line = json.loads(caplog.messages[-1])
+    assert line.pop("milliseconds") >= 0
+    assert line == {"request_id": "mine", "method": "GET", "path": "/health/live", "status": 200}
+
+
+def test_the_page_needs_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    text = files("cnnray.serving").joinpath("page.html").read_text()
+    assert page.text == text
+    assert not re.search(r"https?://|src=|@import|url\(", text)
+
+
+def test_every_answer_is_in_the_description_of_the_api(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    responses = paths["/predict"]["post"]["responses"]
+    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "503"}
+    assert set(paths["/predict"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data", "image/*", "application/octet-stream", "application/json",
+    }  # fmt: skip
+    for path, methods in paths.items():
+        for method in methods.values():
+            assert path.startswith("/health") or method["responses"]["401"]
+
+
+def test_a_slow_body_is_not_waited_for(another):
+    service = another(timeout_seconds=0.1).app.state.service
+
+    async def slowly(request, settings):
+        await asyncio.sleep(20)
+
+    with pytest.raises(RequestError, match="did not come in time") as caught:
+        asyncio.run(service.read(slowly, None))
+    assert caught.value.status == 408

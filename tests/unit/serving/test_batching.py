@@ -1,0 +1,56 @@
+"""Images of many requests in one call of an engine."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from cnnray.serving.batching import Batcher
+
+
+def test_batches_grow_while_the_engine_is_busy():
+    sizes, busy = [], threading.Event()
+
+    def run(images):
+        busy.wait(5)
+        return images.reshape(len(images), -1)[:, :1].astype(np.float32)
+
+    async def ask():
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(run, 4, executor, sizes.append)
+            images = [np.full((2, 2, 3), number, np.uint8) for number in range(11)]
+            first = asyncio.create_task(batcher(images[0]))
+            await asyncio.sleep(0.05)
+            others = [asyncio.create_task(batcher(image)) for image in images[1:]]
+            await asyncio.sleep(0.05)
+            others[2].cancel()
+            busy.set()
+            return [await first, *await asyncio.gather(*others, return_exceptions=True)]
+
+    found = asyncio.run(ask())
+    assert sizes == [1, 4, 4, 1]
+    assert isinstance(found.pop(3), asyncio.CancelledError)
+    assert [float(row[0]) for row in found] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_an_engine_that_fails_fails_its_batch_and_no_other():
+    def run(images):
+        if images[0, 0, 0, 0] == 0:
+            raise RuntimeError("broken")
+        if images[0, 0, 0, 0] == 2:
+            return np.ones((len(images) + 1, 2), np.float32)
+        return np.ones((len(images), 2), np.float32)
+
+    async def ask(value):
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(run, 4, executor, lambda size: None)
+            image = np.full((2, 2, 3), value, np.uint8)
+            with pytest.raises(RuntimeError, match="broken"):
+                await batcher(np.zeros((2, 2, 3), np.uint8))
+            with pytest.raises(ValueError, match="longer"):
+                await batcher(np.full((2, 2, 3), 2, np.uint8))
+            return await batcher(image)
+
+    assert asyncio.run(ask(1)).tolist() == [1, 1]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from cnnray.images.decode import BadImage
@@ -33,7 +34,7 @@ _REQUEST_BODY = {
         },
         "image/*": _BINARY,
         "application/octet-stream": _BINARY,
-        "application/json": {"schema": JsonImages.model_json_schema()},
+        "application/json": {"schema": {"$ref": "#/components/schemas/JsonImages"}},
     },
 }
 _MEANINGS = {
@@ -51,6 +52,22 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
+class _Application(FastAPI):
+    """FastAPI, whose description has also the models of bodies that are read by hand."""
+
+    def openapi(self) -> dict[str, Any]:
+        """See FastAPI."""
+        found = super().openapi()
+        found["components"]["schemas"] |= _BODIES
+        return found
+
+
+_BODIES = models_json_schema(
+    [(JsonImages, "validation"), (open_inference.InferRequest, "validation")],
+    ref_template="#/components/schemas/{model}",
+)[1]["$defs"]
+
+
 def application(service: Service, api_key: str | None = None, *, names_requests: bool = True) -> FastAPI:
     """All routes over one service.
 
@@ -59,7 +76,7 @@ def application(service: Service, api_key: str | None = None, *, names_requests:
         api_key: that requests must bring, but for health and the page; None: none.
         names_requests: whether answers have the header X-Request-ID from here; Serve gives them one itself.
     """
-    app = FastAPI(
+    app = _Application(
         title="cnnray",
         version=importlib.metadata.version("cnnray"),
         description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "

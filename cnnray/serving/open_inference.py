@@ -57,9 +57,7 @@ _BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {
-                "schema": InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            },
+            "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }

@@ -37,6 +37,28 @@ _BODY = {
 }
 
 
+# Before the routes that `NAME:predict` fits as well.
+@router.post("/models/{model}:predict", openapi_extra=_BODY)
+@router.post("/models/{model}/versions/{version}:predict", openapi_extra=_BODY)
+async def predict(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+    """Classify a batch, in rows (`instances`) or columns (`inputs`)."""
+    service: Service = request.app.state.service
+    served = service.served(model, version)
+    found, by_row = await service.read(_read, request)
+    names, size = served.bundle.info.class_names, served.bundle.info.image_size
+    if all(isinstance(one, bytes) for one in found):
+        rows = await service.classify_all(served, found)
+    else:
+        pixels = pixels_of(found)
+        if pixels.shape[1:] != (size, size, 3):
+            raise RequestError(400, f"image is {list(pixels.shape)}; expected [N, {size}, {size}, 3].")
+        rows = await service.classify_pixels(served, pixels)
+    probabilities = rows.tolist()
+    if by_row:
+        return {"predictions": [{"probabilities": row, "class_names": names} for row in probabilities]}
+    return {"outputs": {"probabilities": probabilities, "class_names": [names] * len(probabilities)}}
+
+
 @router.get("/models/{model}")
 @router.get("/models/{model}/versions/{version}")
 async def status(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
@@ -73,27 +95,6 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
         "model_spec": {"name": model, "signature_name": "", "version": served.version},
         "metadata": {"signature_def": {"signature_def": signatures}},
     }
-
-
-@router.post("/models/{model}:predict", openapi_extra=_BODY)
-@router.post("/models/{model}/versions/{version}:predict", openapi_extra=_BODY)
-async def predict(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
-    """Classify a batch, in rows (`instances`) or columns (`inputs`)."""
-    service: Service = request.app.state.service
-    served = service.served(model, version)
-    found, by_row = await service.read(_read, request)
-    names, size = served.bundle.info.class_names, served.bundle.info.image_size
-    if all(isinstance(one, bytes) for one in found):
-        rows = await service.classify_all(served, found)
-    else:
-        pixels = pixels_of(found)
-        if pixels.shape[1:] != (size, size, 3):
-            raise RequestError(400, f"image is {list(pixels.shape)}; expected [N, {size}, {size}, 3].")
-        rows = await service.classify_pixels(served, pixels)
-    probabilities = rows.tolist()
-    if by_row:
-        return {"predictions": [{"probabilities": row, "class_names": names} for row in probabilities]}
-    return {"outputs": {"probabilities": probabilities, "class_names": [names] * len(probabilities)}}
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Any], bool]:

@@ -89,15 +89,21 @@ def send(address, image, form):
     return answer.status_code, answer.text
 
 
-def described(address, examples):
+def described(address, examples, folder):
     """Have schemathesis ask what the service's own description allows and forbids, so often for each operation.
 
     Returns:
         the number of requests, and what schemathesis said in the end.
     """
+    ((name, (version, *_)), *_) = ask(f"{address}/metadata")[1]["models"].items()
+    config = folder / "schemathesis.toml"  # names that there are, or else nearly all that is asked is 404
+    names = {"model": name, "version": version["version"]}
+    lines = [f'"{place}.{key}" = "{value}"' for key, value in names.items() for place in ("path", "query")]
+    config.write_text("\n".join(["[parameters]", *lines]))
     command = [
-        str(Path(sys.executable).with_name("schemathesis")), "--no-color", "run", f"{address}/openapi.json",
-        "--max-examples", str(examples), "--seed", "1", "--workers", "2", "--exclude-checks",
+        str(Path(sys.executable).with_name("schemathesis")), "--no-color", "--config-file", str(config), "run",
+        f"{address}/openapi.json",
+        "--max-examples", str(examples), "--seed", "1", "--exclude-checks",
         # Random bytes that are allowed by the description need not be an image.
         "positive_data_acceptance",
     ]  # fmt: skip

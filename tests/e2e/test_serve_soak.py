@@ -111,8 +111,8 @@ def small(start, bundle):
     service.job.end()
 
 
-def test_requests_made_from_the_description(small, capsys):
-    cases, said = described(small.address, 400)
+def test_requests_made_from_the_description(small, tmp_path, capsys):
+    cases, said = described(small.address, 500, tmp_path)
     _said(capsys, f"schemathesis: {cases} cases; {said}")
     assert cases >= 5000
     assert "Traceback" not in small.said()

@@ -213,3 +213,9 @@ def test_a_slow_body_is_not_waited_for(another):
     with pytest.raises(RequestError, match="did not come in time") as caught:
         asyncio.run(service.read(slowly, None))
     assert caught.value.status == 408
+
+
+def test_all_references_of_the_description_lead_somewhere(client):
+    text = client.get("/openapi.json").text
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', text))
+    assert {"JsonImages", "InferInput", "Answer"} <= named <= json.loads(text)["components"]["schemas"].keys()

@@ -87,11 +87,11 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
 def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
     service = Service(
         start, "--bundle", bundle, "--cpus-per-replica", "0.5", "--max-replicas", "2",
-        "--target-ongoing-requests", "2", "--downscale-delay-seconds", "10",
+        "--target-ongoing-requests", "0.5", "--downscale-delay-seconds", "10",
     )  # fmt: skip
 
     assert service.status() == {"RUNNING": 1}
-    process = load.start_steady(f"{service.address}/predict", photo, 150, 60)
+    process = load.start_steady(f"{service.address}/predict", photo, 80, 60)
     begun = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
     _said(capsys, f"2 replicas after {time.monotonic() - begun:.0f} s of load")
@@ -99,7 +99,7 @@ def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
     begun = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
     _said(capsys, f"1 replica {time.monotonic() - begun:.0f} s after its end; answers: {found.statuses}")
-    assert found.statuses == {"200": 60 * 150}
+    assert found.statuses == {"200": 60 * 80}
     service.job.end()
 
 

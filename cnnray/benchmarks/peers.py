@@ -88,39 +88,42 @@ def fastapi(port: int) -> None:
     )  # fmt: skip
 
 
-def litserve(port: int) -> None:
-    """LitServe, with batches."""
-    import litserve as ls
+_LITSERVE = """
+import sys
+import litserve
+from cnnray.benchmarks.peers import Classifier
 
-    class Api(ls.LitAPI):
-        def setup(self, device: Any) -> None:
-            self.classifier = Classifier()
+class Api(litserve.LitAPI):
+    def setup(self, device):
+        self.classifier = Classifier()
 
-        def decode_request(self, request: Any) -> Any:
-            return self.classifier.decoded(request["image"].file.read())
+    def decode_request(self, request):
+        return self.classifier.decoded(request["image"].file.read())
 
-        def batch(self, inputs: list[Any]) -> list[Any]:
-            return inputs
+    def batch(self, inputs):
+        return inputs
 
-        def unbatch(self, output: list[Any]) -> list[Any]:
-            return output
+    def unbatch(self, output):
+        return output
 
-        def predict(self, images: list[Any]) -> list[dict[str, Any]]:
-            return self.classifier.predict(images)
+    def predict(self, images):
+        return self.classifier.predict(images)
 
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
+    def encode_response(self, output):
+        return output
 
-    server = ls.LitServer(Api(max_batch_size=32, batch_timeout=0.002), accelerator="cpu", workers_per_device=WORKERS)
-    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+if __name__ == "__main__":
+    api = Api(max_batch_size=32, batch_timeout=0.002)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=WORKERS)
+    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")
+"""
 
-
-_BENTO = """
+_BENTOML = """
 import pathlib
 import bentoml
 from cnnray.benchmarks.peers import Classifier
 
-@bentoml.service(workers=2, traffic={"concurrency": 256})
+@bentoml.service(workers=WORKERS, traffic={"concurrency": 256}, logging={"access": {"enabled": False}})
 class Service:
     def __init__(self):
         self.classifier = Classifier()
@@ -131,15 +134,28 @@ class Service:
 """
 
 
+def litserve(port: int) -> None:
+    """LitServe, with batches."""
+    _replace_this_process(_LITSERVE, "lit_service.py", str(port))
+
+
 def bentoml(port: int) -> None:
     """BentoML."""
-    folder = Path(os.environ["PEER_FOLDER"])
-    (folder / "bento_service.py").write_text(_BENTO)
-    command = [sys.executable, "-m", "bentoml", "serve", "bento_service:Service", "--port", str(port)]
-    os.execve(
-        sys.executable, [*command, "--host", "127.0.0.1"],
-        os.environ | {"BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"},
+    _replace_this_process(
+        _BENTOML, "bento_service.py", "-m", "bentoml", "serve", "bento_service:Service", "--port", str(port),
+        "--host", "127.0.0.1",
     )  # fmt: skip
+
+
+def _replace_this_process(program: str, name: str, *arguments: str) -> None:
+    """By one that runs a program which its workers can import."""
+    file = Path(os.environ["PEER_FOLDER"]) / name
+    file.write_text(program.replace("WORKERS", str(WORKERS)))
+    command = arguments if arguments[0] == "-m" else (str(file), *arguments)
+    path = os.pathsep.join(filter(None, [str(file.parent), os.environ.get("PYTHONPATH")]))
+    os.execve(
+        sys.executable, [sys.executable, *command], os.environ | {"BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": path}
+    )
 
 
 def install(folder: Path) -> Path:

@@ -7,12 +7,18 @@ from pathlib import Path
 
 from cnnray import cluster, commandline
 
-MEASURES = ("ingest", "train", "predict", "export", "serve", "all")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "formats", "all")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__)
-    parser.add_argument("measure", nargs="?", default="all", choices=MEASURES, help="what to measure")
+    parser.add_argument(
+        "measure",
+        nargs="?",
+        default="all",
+        choices=MEASURES,
+        help="all: but formats",
+    )
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
@@ -23,7 +29,7 @@ def main() -> None:
             load.require_wrk()
         comparisons, tables = [], []
         with tempfile.TemporaryDirectory() as folder:
-            if measure not in ("export", "serve"):
+            if measure not in ("export", "formats", "serve"):
                 with cluster.connected() as found:
                     stream.be_quiet()
                     if measure in ("ingest", "all"):
@@ -33,12 +39,16 @@ def main() -> None:
                     if measure in ("predict", "all"):
                         comparisons += predict.predict(Path(folder), found)
             if measure in ("export", "all"):
-                of_engines, formats = export.export(Path(folder))
-                comparisons, tables = comparisons + of_engines, [*tables, formats]
+                comparisons += export.export(Path(folder))
+            if measure == "formats":
+                tables.append(export.formats(Path(folder)))
             if measure in ("serve", "all"):
                 of_services, latencies = serve.serve(Path(folder))
-                comparisons, tables = comparisons + of_services, [*tables, latencies]
-        print("\n\n".join([*tables, report.table(comparisons), report.machine()]))
+                comparisons += of_services
+                tables.append(latencies)
+        if comparisons:
+            tables.append(report.table(comparisons))
+        print("\n\n".join([*tables, report.machine()]))
         return {"comparisons": [dataclasses.asdict(one) for one in comparisons], "machine": report.machine()}
 
     commandline.run(job)

@@ -75,13 +75,13 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule) -> str:
     try:
-        pixels[:] = decode(_bytes_of(source), size, resize)
+        pixels[:] = decode(bytes_of(source), size, resize)
     except BadImage as error:
         return str(error)
     return ""
 
 
-def _bytes_of(source: Source) -> bytes:
+def bytes_of(source: Source) -> bytes:
     """The encoded image, read where `source` is a uri.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from cnnray.images import containers, reading
+from cnnray.images import checks, containers, reading
 from cnnray.images.decode import ResizeRule
 from cnnray.images.reading import Batch
 
@@ -49,6 +49,20 @@ def decoded(
         num_cpus=cpus_per_task,
         zero_copy_batch=True,
     )
+
+
+def checked(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Checked:
+    """Read all images of a manifest and say what is wrong with them.
+
+    Args:
+        manifest: rows with `id`, `uri`, `label` and `split`.
+        cpus_per_task: see `decoded`.
+    """
+    told = tasks(manifest.select(["id", "uri"]), pieces(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)).map_batches(
+        checks.examined, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task
+    )
+    batches = list(told.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return checks.checked(manifest, pa.concat_tables(batches))
 
 
 def rows_per_block(size: int) -> int:

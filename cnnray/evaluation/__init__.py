@@ -1,0 +1,1 @@
+"""A report on how well a bundle does, over labelled images."""

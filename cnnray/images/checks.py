@@ -149,7 +149,7 @@ def checked(manifest: pa.Table, told: pa.Table) -> Checked:
     near = _near(
         firsts,
         np.asarray([hashes[place] for place in firsts], np.uint64),
-        np.frombuffer(b"".join(pictures[place] for place in firsts), np.uint8).reshape(len(firsts), -1),
+        np.frombuffer(b"".join(pictures[place] for place in firsts), np.uint8).reshape(len(firsts), _PICTURE**2),
     )
 
     def words(group: Iterable[int]) -> str:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,17 @@ def in_batches(engine: Engine, images: Images, size: int = BATCH_SIZE) -> Probab
     return np.concatenate(parts) if parts else np.empty((0, engine.classes), np.float32)
 
 
+class InFull(NamedTuple):
+    """What Keras's engine gives for N images."""
+
+    probabilities: Probabilities
+    """float32 (N, classes)."""
+    logits: npt.NDArray[np.float32]
+    """float32 (N, classes), before the temperature."""
+    embeddings: npt.NDArray[np.float32]
+    """float32 (N, features), of which the last layer makes the logits."""
+
+
 class KerasEngine:
     """The Keras model as one compiled TensorFlow function; on a GPU where TensorFlow sees one."""
 
@@ -158,23 +169,22 @@ class KerasEngine:
         self.classes = len(bundle.info.class_names)
 
         def run(images: Any) -> Any:
-            logits, embeddings = network(images, training=False)
-            return tf.nn.softmax(tf.cast(logits, tf.float32) / temperature), tf.cast(embeddings, tf.float32)
+            logits, embeddings = (tf.cast(one, tf.float32) for one in network(images, training=False))
+            return InFull(tf.nn.softmax(logits / temperature), logits, embeddings)
 
         self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        return self.with_embeddings(images)[0]
+        return self.in_full(images).probabilities
 
-    def with_embeddings(self, images: Images) -> tuple[Probabilities, npt.NDArray[np.float32]]:
-        """Probabilities, and what the last layer makes them of: float32 (N, features)."""
+    def in_full(self, images: Images) -> InFull:
+        """Probabilities, and what they are made of."""
         count = len(images)
         padding = (1 << max(count - 1, 0).bit_length()) - count  # to a power of two, so that it meets few shapes
         if padding:
             images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
-        probabilities, embeddings = self._run(images)
-        return probabilities.numpy()[:count], embeddings.numpy()[:count]
+        return InFull(*(values.numpy()[:count] for values in self._run(images)))
 
 
 class OnnxEngine:

@@ -85,20 +85,20 @@ class Predictor:
         """
         return engines.in_batches(self._engine, images, self._batch_size)
 
-    def with_embeddings(
-        self, images: npt.NDArray[np.uint8]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Probabilities of decoded images, and what the last layer makes them of: float32 (N, features).
+    def in_full(self, images: npt.NDArray[np.uint8]) -> engines.InFull:
+        """Probabilities of decoded images, with the raw logits and the embeddings that they are made of.
+
+        Args:
+            images: uint8 (N, size, size, 3), RGB.
 
         Raises:
             BundleError: another engine than `keras`, which alone has them.
         """
         if not isinstance(self._engine, engines.KerasEngine):
-            raise BundleError("Embeddings can only be had with the engine keras.")
+            raise BundleError("Logits and embeddings can only be had with the engine keras.")
         starts = range(0, max(len(images), 1), self._batch_size)
-        parts = [self._engine.with_embeddings(images[start : start + self._batch_size]) for start in starts]
-        probabilities, embeddings = zip(*parts, strict=True)
-        return np.concatenate(probabilities), np.concatenate(embeddings)
+        parts = [self._engine.in_full(images[start : start + self._batch_size]) for start in starts]
+        return engines.InFull(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         names = self.bundle.info.class_names

@@ -281,7 +281,7 @@ class Worker:
     def _columns(self, images: Images) -> dict[str, pa.Array]:
         options, embeddings = self._options, None
         if options.embeddings:
-            probabilities, embeddings = self._predictor.with_embeddings(images)
+            probabilities, _, embeddings = self._predictor.in_full(images)
         else:
             probabilities = self._predictor.probabilities(images)
         order = ranked(probabilities, options.top_k)

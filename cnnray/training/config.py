@@ -20,6 +20,7 @@ _FREE_ON_RESUME = {
     "cpus_per_worker",
     "gpus_per_worker",
     "decode_cpus",
+    "check_data",
     "cache",
     "max_bad_fraction",
     "max_failures",
@@ -85,6 +86,9 @@ class TrainConfig:
     where they take less than a fifth of it)."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; null: at the end of each epoch only."""
+    check_data: bool = True
+    """Look first for images in two splits or under two labels, unreadable ones, odd sizes and small classes, and warn
+    of them; of at most 50,000 images (jobs/evaluate.py --check-data looks at any number)."""
     max_bad_fraction: float = 0.01
     """Share of images that may be unreadable before the run fails; they are skipped and listed."""
     max_failures: int = 3

@@ -14,6 +14,8 @@ from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+_MOST_CHECKED = 50_000
+
 
 def manifest_of_run(config: TrainConfig) -> pa.Table:
     """The run's manifest, with every row's split decided.
@@ -50,6 +52,19 @@ def describe(manifest: pa.Table) -> None:
     train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
     classes = len(manifests.class_names(train))
     log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
+
+
+def warn_of_faults(config: TrainConfig, manifest: pa.Table, shares: Budget) -> None:
+    """Look at all images, where they are not too many, and log what is wrong with them."""
+    from cnnray.images import stream
+
+    if not config.check_data:
+        return
+    if len(manifest) > _MOST_CHECKED:
+        log.info("%d images are too many to be checked in passing: jobs/evaluate.py --check-data does", len(manifest))
+        return
+    stream.be_quiet()
+    stream.checked(manifest, shares.decode_cpus).warn()
 
 
 def is_cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> bool:

@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 # First of all: an output that has other files and no config is taken for somebody else's.
                 _write_config(config)
                 manifests.write(manifest, storage.join(config.output, MANIFEST))
+                data.warn_of_faults(config, manifest, shares)
             else:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import selenium.webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
 
 from tests.conftest import REPOSITORY
 
@@ -112,3 +115,20 @@ def free_port():
 
 def checkpoints(output: Path):
     return sorted((output / "checkpoints").glob("checkpoint_2*"))
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium, as wide as a phone; what it logs and asks the network for can be read."""
+    options = selenium.webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--window-size=390,844",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = selenium.webdriver.Chrome(options, ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

@@ -21,7 +21,7 @@ def _marked_blocks():
 def test_marked_blocks_run(tmp_path):
     """In a folder that has what `make demo` made."""
     blocks = _marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "python", "sh", "python", "sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "python", "sh", "python"]
     write_digits(tmp_path / "demo" / "digits", 1797)
     shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
     printed = []
@@ -33,10 +33,13 @@ def test_marked_blocks_run(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.splitlines())
-    trained, answers, exported, answers_of_int8, predicted, counted = printed
+    trained, answers, evaluated, exported, answers_of_int8, predicted, counted = printed
     assert json.loads(trained[-1])["epochs"] == 6
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
+    assert json.loads(evaluated[-1])["accuracy"] == pytest.approx(
+        json.loads(trained[-1])["metrics"]["val_accuracy"], abs=0.003
+    )
     assert len(json.loads(exported[-1])["formats"]) == 6
     assert answers_of_int8[0].startswith("[Prediction(label=")
     line = json.loads(predicted[-1])
@@ -53,7 +56,7 @@ def test_make_targets_and_flags_exist():
         subprocess.run(
             [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
-        for job in ("train", "export", "predict", "serve")
+        for job in ("train", "evaluate", "export", "predict", "serve")
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
         assert flag in help_text, flag

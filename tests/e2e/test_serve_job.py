@@ -11,10 +11,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import selenium.webdriver
 import tritonclient.http
 import yaml
-from selenium.webdriver.chrome.service import Service as ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -108,23 +106,6 @@ def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundl
     ranked = tritonclient.http.InferRequestedOutput("probabilities", class_count=2)
     (best, _) = client.infer("colours", [encoded], outputs=[ranked]).as_numpy("probabilities")[0]
     assert best.decode().split(":")[1] == str(wanted.argmax())
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Headless Chromium, as wide as a phone."""
-    options = selenium.webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--window-size=390,844",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = selenium.webdriver.Chrome(options, ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.browser

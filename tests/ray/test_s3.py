@@ -14,6 +14,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from cnnray.evaluation.config import EvaluateConfig
+from cnnray.evaluation.job import evaluate
 from cnnray.images import containers, lock, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
@@ -161,7 +163,7 @@ def test_parquet_with_images_on_s3(bucket, digits):
     np.testing.assert_array_equal(block["image"], expected)
 
 
-def test_train_from_s3_to_s3(bucket, digits):
+def test_train_from_s3_to_s3(bucket, digits, caplog):
     storage.copy_folder(str(digits), f"{bucket}/digits")
     storage.write_bytes(f"{bucket}/digits/3/bad.png", b"nothing")
     config = TrainConfig(
@@ -176,6 +178,7 @@ def test_train_from_s3_to_s3(bucket, digits):
         cache="none",
     )
     summary = train(config)
+    assert f"data: unreadable: {bucket}/digits/3/bad.png" in caplog.text
     assert summary["bundle"] == f"{bucket}/runs/1/bundle"
     read = {file.uri.removeprefix(f"{bucket}/runs/1/"): file.size for file in storage.files(f"{bucket}/runs/1")}
     for name in ("bundle/bundle.json", "bundle/model.keras", "history.csv", "config.yaml", "manifest.parquet"):
@@ -191,6 +194,11 @@ def test_train_from_s3_to_s3(bucket, digits):
     exported = Predictor(Bundle.load(summary["bundle"]), engine="onnx")
     again = exported([storage.read_bytes(row["uri"]) for row in rows])
     assert [answer.label for answer in again] == [answer.label for answer in answers]
+    line = evaluate(
+        EvaluateConfig(bundle=summary["bundle"], data=f"{bucket}/runs/1/manifest.parquet", output=f"{bucket}/report")
+    )
+    assert line["images"] == 40
+    assert storage.read_bytes(line["report"]).startswith(b"<!doctype html>")
     # A second time nothing is run; with more epochs it goes on from the checkpoint on S3.
     assert train(config) == summary
     assert train(config.with_changes(epochs=3))["epochs"] == 3

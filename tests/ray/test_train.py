@@ -43,6 +43,7 @@ def _config(digits, output, **changes):
         cpus_per_worker=0.5,
         checkpoint_every_steps=2,
         cache="none",
+        check_data=False,
     ).with_changes(**changes)
 
 

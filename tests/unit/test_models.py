@@ -135,6 +135,10 @@ def test_temperature_softens_and_keeps_the_order(tmp_path):
     (tmp_path / "2" / "model.keras").write_bytes((tmp_path / "1" / "model.keras").read_bytes())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     plain, soft = (Predictor(Bundle.load(str(tmp_path / name))).probabilities(images) for name in "12")
+    logits = [Predictor(Bundle.load(str(tmp_path / name)), batch_size=5).in_full(images).logits for name in "12"]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)  # raw, whatever the temperature
+    powers = np.exp(logits[1] / 2)
+    np.testing.assert_allclose(soft, powers / powers.sum(1, keepdims=True), atol=1e-6)
     expected = np.sqrt(plain) / np.sqrt(plain).sum(1, keepdims=True)
     np.testing.assert_allclose(soft, expected, atol=1e-6)
 

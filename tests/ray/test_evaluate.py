@@ -1,0 +1,240 @@
+"""Evaluations on a cluster: every labelled image once, figures as scikit-learn's, calibration, comparison."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import sklearn.metrics
+from PIL import Image
+
+from cnnray.evaluation.config import EvaluateConfig
+from cnnray.evaluation.job import EvaluationError, check_data, evaluate
+from cnnray.images.manifest import ManifestError
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from cnnray.prediction.config import PredictConfig
+from tests.networks import coloured_noise
+
+IMAGES = 101  # neither batches of 7 nor 2 workers divide it
+BROKEN = ("red/broken.png", "blue/empty.png")
+NAMES = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Class folders with coloured noise, some of it in the wrong folder, and two files that are no images."""
+    root = tmp_path_factory.mktemp("labelled")
+    images, targets = coloured_noise(IMAGES, 40, seed=5)
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        label = NAMES[(target + (number % 9 == 0)) % 3]
+        path = root / label / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    (root / BROKEN[0]).write_bytes(b"\x89PNG\r\n\x1a\n")
+    (root / BROKEN[1]).touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluated(labelled, onnx_bundle, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated") / "out"
+    line = evaluate(
+        EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", batch_size=7,
+                       max_workers=2, wanted_accuracy=0.9)
+    )  # fmt: skip
+    return line, output
+
+
+def test_every_image_is_a_row_and_those_without_an_answer_are_not_in_the_accuracy(evaluated, labelled):
+    line, output = evaluated
+    assert (line["images"], line["errors"]) == (IMAGES + 2, 2)
+    rows = pyarrow.parquet.read_table(output / "predictions.parquet").to_pylist()
+    assert {row["uri"] for row in rows} == {str(path) for path in labelled.rglob("*.png")}
+    assert len(rows) == IMAGES + 2
+    bad = {row["uri"]: row["error"] for row in rows if row["error"]}
+    assert bad.keys() == {str(labelled / name) for name in BROKEN}
+    good = [row for row in rows if not row["error"]]
+    right = sum(row["prediction"] == row["label"] for row in good)
+    assert line["accuracy"] == pytest.approx(right / IMAGES, rel=1e-12)
+    assert 0.8 < line["accuracy"] < 1
+    report = (output / "report.html").read_text()
+    for name in BROKEN:
+        assert name in report
+    found = json.loads((output / "metrics.json").read_text())
+    assert sum(found["errors_by_reason"].values()) == 2
+
+
+def test_figures_equal_scikit_learns_on_the_same_predictions(evaluated):
+    _, output = evaluated
+    parts = [pyarrow.parquet.read_table(path) for path in sorted((output / "predictions").glob("part-*"))]
+    rows = [row for part in parts for row in part.to_pylist() if not row["error"]]
+    names = ["red", "green", "blue"]
+    truth = [names.index(row["label"]) for row in rows]
+    scores = np.asarray([row["probabilities"] for row in rows], np.float64)
+    scores /= scores.sum(1, keepdims=True)
+    best = scores.argmax(1)
+    found = json.loads((output / "metrics.json").read_text())
+    assert [row["name"] for row in found["classes"]] == names
+    for name, expected in {
+        "accuracy": sklearn.metrics.accuracy_score(truth, best),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, best),
+        "top_2_accuracy": sklearn.metrics.top_k_accuracy_score(truth, scores, k=2),
+        "log_loss": sklearn.metrics.log_loss(truth, scores),
+        "macro_f1": sklearn.metrics.f1_score(truth, best, average="macro"),
+        "weighted_recall": sklearn.metrics.recall_score(truth, best, average="weighted"),
+        "macro_roc_auc": sklearn.metrics.roc_auc_score(truth, scores, multi_class="ovr"),
+        "matthews_correlation": sklearn.metrics.matthews_corrcoef(truth, best),
+    }.items():
+        assert found[name] == pytest.approx(expected, rel=1e-12), name
+    assert found["confusion_matrix"] == sklearn.metrics.confusion_matrix(truth, best).tolist()
+
+
+def test_an_evaluation_leaves_its_pictures_and_goes_on_from_what_was_predicted(evaluated, onnx_bundle, labelled):
+    line, output = evaluated
+    names = {path.stem for path in (output / "plots").glob("*.png")}
+    assert {"confusion_matrix", "roc", "reliability", "coverage", "samples_grad_cam", "mistakes"} <= names
+    for path in (output / "plots").iterdir():
+        with Image.open(path) as image:
+            assert image.width > 200
+    before = (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns
+    again = evaluate(
+        EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8)
+    )
+    assert again["accuracy"] == line["accuracy"]
+    assert (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns == before
+
+
+def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, tmp_path):
+    bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
+    line = evaluate(
+        EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
+    )
+    info = Bundle.load(str(bundle)).info
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"]
+    assert line["temperature"] == info.temperature == found["fitted_temperature"] != 1
+    assert found["expected_calibration_error_after"] < line["expected_calibration_error"]
+    images = [path.read_bytes() for path in sorted(labelled.rglob("0*.png"))]
+    for engine in ("keras", "onnx"):
+        before = Predictor(Bundle.load(onnx_bundle), engine=engine)(images)
+        after = Predictor(Bundle.load(str(bundle)), engine=engine)(images)
+        assert [one.label for one in before] == [one.label for one in after]
+        powers = np.stack([one.probabilities for one in before]).astype(np.float64) ** (1 / info.temperature)
+        np.testing.assert_allclose(
+            np.stack([one.probabilities for one in after]), powers / powers.sum(1, keepdims=True), atol=1e-5
+        )
+    line = evaluate(
+        EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "again"), engine="keras")
+    )
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())["calibration"]
+    assert again["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
+
+
+def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bundle, labelled, tmp_path):
+    _, output = evaluated
+    worse = shutil.copytree(onnx_bundle, tmp_path / "worse")
+    text = json.loads((worse / "bundle.json").read_text())
+    text["class_names"] = ["green", "red", "blue"]  # two of them exchanged
+    (worse / "bundle.json").write_text(json.dumps(text))
+    arguments = {"data": str(labelled), "engine": "onnx", "compare": str(output / "metrics.json")}
+    same = evaluate(EvaluateConfig(bundle=onnx_bundle, output=str(tmp_path / "same"), **arguments))
+    stated = json.loads((tmp_path / "same" / "metrics.json").read_text())["comparison"]
+    assert stated["images"] == IMAGES
+    assert stated["accuracy"] == stated["other_accuracy"] == same["accuracy"]
+    assert stated["mcnemar"] == {"only_this": 0, "only_other": 0, "p_value": 1.0}
+    with pytest.raises(EvaluationError, match=r"Accuracy fell by 0\.\d+ against .*, more than --max-drop 0\.1\."):
+        evaluate(EvaluateConfig(bundle=str(worse), output=str(tmp_path / "out"), max_drop=0.1, **arguments))
+    stated = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
+    assert stated["mcnemar"]["p_value"] < 1e-6
+    assert "McNemar" in (tmp_path / "out" / "report.html").read_text()
+    evaluate(EvaluateConfig(bundle=str(worse), output=str(tmp_path / "out"), max_drop=1.0, **arguments))
+
+
+def test_splits_are_chosen_and_names_are_escaped(onnx_bundle, tmp_path):
+    images, targets = coloured_noise(12, 32)
+    rows = []
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        name = f"<b>{number}$.png"
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        (tmp_path / name).write_bytes(buffer.getvalue())
+        rows.append(f"{name},{NAMES[target]},{'validation' if number < 9 else 'train'}")
+    (tmp_path / "<i>bad.png").write_bytes(b"nothing")
+    rows.append("<i>bad.png,red,validation")
+    table = tmp_path / "images.csv"
+    table.write_text("\n".join(["uri,label,split", *rows]))
+    bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
+    text = json.loads((bundle / "bundle.json").read_text())
+    for split, count in (("auto", 10), ("all", 13), ("train", 3)):
+        line = evaluate(
+            EvaluateConfig(
+                bundle=str(bundle), data=str(table), output=str(tmp_path / split), split=split, engine="onnx"
+            )
+        )
+        assert line["images"] == count
+    report = (tmp_path / "auto" / "report.html").read_text()
+    assert "<i>bad" not in report
+    assert "&lt;i&gt;bad" in report
+    with pytest.raises(EvaluationError, match="no images of the split test"):
+        evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "x"), split="test"))
+    text["class_names"] = ["red", "green", "<script>$"]
+    (bundle / "bundle.json").write_text(json.dumps(text))
+    with pytest.raises(EvaluationError, match="labels that the bundle does not know: 'blue'"):
+        evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "y")))
+    table.write_text(table.read_text().replace(",blue,", ",<script>$,"))
+    evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "z"), engine="onnx"))
+    assert "<script>$" not in (tmp_path / "z" / "report.html").read_text()
+
+
+def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labelled, tmp_path):
+    _, output = evaluated
+    (tmp_path / "data" / "red").mkdir(parents=True)
+    (tmp_path / "data" / "green").mkdir()
+    (tmp_path / "data" / "red" / "a.png").touch()
+    with pytest.raises(ManifestError, match="hold no images: 'green'"):
+        evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(tmp_path / "out")))
+    (tmp_path / "data" / "green" / "a.png").touch()
+    config = EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(tmp_path / "out"))
+    with pytest.raises(EvaluationError, match="None of the 2 images has an answer: empty"):
+        evaluate(config)
+    with pytest.raises(EvaluationError, match="holds an evaluation of other images"):
+        evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(output)))
+    with pytest.raises(EvaluationError, match=r"is no metrics\.json"):
+        evaluate(
+            EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx",
+                           compare=str(tmp_path / "none.json"))
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bundle": None}, "--bundle is needed"),
+        ({"output": None}, "--output is needed"),
+        ({"output": "/d/out"}, "lies in --data"),
+        ({"engine": "x"}, "--engine 'x'"),
+        ({"wanted_accuracy": 2}, "--wanted-accuracy must be 0 to 1"),
+        ({"samples": 0}, "--samples must be at least 1"),
+    ],
+)
+def test_impossible_flags_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EvaluateConfig(**{"bundle": "/b", "data": "/d", "output": "/o"} | changes)
+
+
+def test_the_prediction_run_has_the_flags_of_the_evaluation():
+    config = EvaluateConfig(bundle="/b", data="/d", output="/o", engine="onnx", batch_size=3, max_workers=2)
+    assert config.predicting("/o/manifest.parquet") == PredictConfig(
+        bundle="/b", input="/o/manifest.parquet", output="/o/predictions", engine="onnx", batch_size=3, max_workers=2,
+        probabilities=True, max_error_fraction=1.0,
+    )  # fmt: skip
+
+
+def test_data_are_checked_alone(labelled, tmp_path):
+    root = shutil.copytree(labelled, tmp_path / "data")
+    shutil.copy(next((root / "red").glob("*0.png")), root / "blue" / "copy.png")
+    line = check_data(EvaluateConfig(data=str(root), check_data=True))
+    assert (line["images"], line["unreadable"], line["copies"]) == (IMAGES + 3, 2, 1)
+    assert line["findings"]["the same image under two labels"] == 1

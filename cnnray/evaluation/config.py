@@ -28,7 +28,7 @@ class EvaluateConfig:
     when it is given the same output."""
     split: Split = "auto"
     """Which images, where the data have splits: train, validation, test or all; auto: test, or where there are none
-    validation."""
+    validation (with --calibrate validation first)."""
     engine: str = "auto"
     """What runs the network (see jobs/predict.py)."""
     batch_size: int = engines.BATCH_SIZE
@@ -41,11 +41,15 @@ class EvaluateConfig:
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
     calibrate: bool = False
     """Write the temperature that fits these images into the bundle: its confidences are then as often right as they
-    say. To be done with images that the network was not trained on."""
+    say. To be done with images that the network was not trained on; the engine is then keras, or one of float32."""
     wanted_accuracy: float = 0.99
     """The report names the confidence from which on answers are so often right."""
     samples: int = 16
-    """Images in each of the report's grids."""
+    """Images in each of the report's grids, at most 100."""
+    data_checks: bool = True
+    """Whether the report says what is wrong with the data (see --check-data); of at most 50,000 images."""
+    retry_errors: bool = False
+    """Run again those parts of an earlier evaluation in which images could not be read."""
     compare: str | None = None
     """The metrics.json of another evaluation of the same images, to compare with."""
     max_drop: float = 0.0
@@ -60,7 +64,8 @@ class EvaluateConfig:
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
-        flags.check_at_least_one(self, "samples")
+        if not 1 <= self.samples <= 100:
+            raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
         flags.check_share(self, "wanted_accuracy", "max_drop")
         flags.make_absolute(self, "data", "bundle", "output", "compare")
         if not self.check_data:
@@ -69,7 +74,12 @@ class EvaluateConfig:
                     raise ValueError(f"--{flag} is needed, unless with --check-data.")
             if f"{self.output}/".startswith(f"{self.data}/"):
                 raise ValueError(f"--output {self.output} lies in --data {self.data}, and would be taken for data.")
+            if self.output == self.bundle:
+                raise ValueError("--output is the bundle itself: give another folder.")
             _ = self.predicting("")  # which checks the flags that it shares
+            rounded = [name for name, runner in engines.RUNNERS.items() if runner.tolerance is None]
+            if self.calibrate and self.engine in rounded:
+                raise ValueError(f"--calibrate needs finer probabilities than those of --engine {self.engine}.")
 
     def predicting(self, manifest: str) -> PredictConfig:
         """The prediction run over a manifest that gives this evaluation its answers."""
@@ -79,13 +89,15 @@ class EvaluateConfig:
             bundle=self.bundle,
             input=manifest or self.data,
             output=storage.join(self.output, PREDICTIONS),
-            engine=self.engine,
+            # int8's probabilities are too coarse to fit a temperature to.
+            engine=engines.KERAS if self.calibrate and self.engine == "auto" else self.engine,
             probabilities=True,
             batch_size=self.batch_size,
             max_workers=self.max_workers,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=self.gpus_per_worker,
             max_error_fraction=1.0,
+            retry_errors=self.retry_errors,
             overwrite=self.overwrite,
         )
 

@@ -13,11 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+import yaml
 
 from cnnray import cluster
-from cnnray.evaluation import metrics, pictures, report
-from cnnray.evaluation.config import EvaluateConfig
+from cnnray.cluster import Resources
+from cnnray.evaluation import comparison, metrics, report
+from cnnray.evaluation.comparison import ROWS, EvaluationError
+from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Answers
+from cnnray.evaluation.pictures import pictures_of
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.images.checks import Checked
@@ -30,15 +34,11 @@ from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
 
-MANIFEST, ROWS, METRICS, REPORT = "manifest.parquet", "predictions.parquet", "metrics.json", "report.html"
+CONFIG, MANIFEST, METRICS, REPORT, PLOTS = "config.yaml", "manifest.parquet", "metrics.json", "report.html", "plots"
 _HISTORY = "history.csv"
 """Which training leaves beside the bundle, as it does its manifest."""
 _ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
-_MOST_ERRORS_SHOWN = 100
-
-
-class EvaluationError(RuntimeError):
-    """An evaluation that cannot be made, or a gate that was not passed; the message is one sentence for the user."""
+_MOST_ERRORS_SHOWN, _FEWEST_FITTED = 100, 50
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -57,39 +57,49 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     assert config.output is not None
     with alone(config.output):
         bundle = Bundle.load(config.bundle)
+        if config.engine != "auto":
+            engines.check_exported(bundle, config.engine)
+        other = comparison.read(config.compare) if config.compare else None
         everything = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
         manifest = _chosen(everything, config)
         _check_classes(manifest, bundle, config)
+        _begin(config, manifest.drop_columns(["id"]))
         _warn_of_trained_on(manifest, bundle)
-        _keep_manifest(manifest.drop_columns(["id"]), config)
         with cluster.connected() as found:
             predicting = config.predicting(storage.join(config.output, MANIFEST))
-            if config.calibrate and config.engine == "auto":
-                # int8's probabilities are too coarse to fit to.
-                predicting = dataclasses.replace(predicting, engine=engines.KERAS)
             predicted = predict(predicting)
-            stream.be_quiet()
-            checked = stream.checked(everything, cpus_per_task=min(1.0, found.cpus / 2))
+            checked = _checked(everything, found) if config.data_checks else None
         rows, probabilities = _read(predicting.folder)
         answers = _answers(rows, probabilities, bundle)
-        found_all = _figures(config, bundle, predicted["engine"], rows, answers, checked)
-        if config.compare is not None:
-            found_all["comparison"] = _comparison(config.compare, rows, found_all)
-        shown = pictures.pictures_of(bundle, rows, answers, found_all, _history(bundle), config.samples)
-        _write(config.output, rows, found_all, shown)
+        figures = _figures(config, bundle, predicted["engine"], rows, answers, checked)
+        if other is not None:
+            figures["comparison"] = comparison.of(rows, figures, other)
+        _write(config.output, rows, figures)
+        pictures = pictures_of(bundle, rows, answers, figures, _history(bundle), config.samples)
+        _write_report(config.output, rows, figures, pictures)
+        _log(figures)
+        if other is not None:
+            comparison.gate(figures["comparison"], config.max_drop)
         if config.calibrate:
-            _calibrate(bundle, found_all["calibration"]["fitted_temperature"])
-        _log(found_all)
-        _gate(config, found_all)
+            _calibrate(bundle, answers)
         return {
-            **{name: found_all[name] for name in ("images", "errors", "accuracy")},
-            "top_5_accuracy": found_all.get("top_5_accuracy", 1.0),
-            "expected_calibration_error": found_all["expected_calibration_error"],
+            **{name: figures[name] for name in ("images", "errors", "accuracy")},
+            "top_5_accuracy": figures.get("top_5_accuracy", 1.0),
+            "expected_calibration_error": figures["expected_calibration_error"],
             "report": storage.join(config.output, REPORT),
             "engine": predicted["engine"],
             "temperature": bundles.read_info(bundle.uri).temperature,
             "seconds": round(time.monotonic() - started, 2),
         }
+
+
+def _checked(manifest: pa.Table, found: Resources) -> Checked | None:
+    stream.be_quiet()
+    return stream.checked_in_passing(manifest, _cpus_per_task(found))
+
+
+def _cpus_per_task(found: Resources) -> float:
+    return min(1.0, found.cpus / 2)
 
 
 def check_data(config: EvaluateConfig) -> dict[str, Any]:
@@ -101,10 +111,15 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
     """
-    manifest = manifests.manifest_of(config.data, labelled=False)
+    try:
+        manifest = manifests.manifest_of(config.data, labelled=True)
+    except manifests.ManifestError as error:
+        log.info("without labels: %s", error)
+        manifest = manifests.manifest_of(config.data, labelled=False)
+    log.info("%d images", len(manifest))
     with cluster.connected() as found:
         stream.be_quiet()
-        checked = stream.checked(manifest, cpus_per_task=min(1.0, found.cpus / 2))
+        checked = stream.checked(manifest, _cpus_per_task(found))
     checked.warn()
     log.info(
         "%d images, sides from %d to %d pixels, half of them up to %d; %d copies",
@@ -126,7 +141,8 @@ def _chosen(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
     """The rows of the split that is asked for."""
     splits = set(pc.unique(manifest["split"]).to_pylist())
     if config.split == "auto":
-        wanted = next((split for split in ("test", "validation") if split in splits), "all")
+        order = ("validation", "test") if config.calibrate else ("test", "validation")
+        wanted = next((split for split in order if split in splits), "all")
     else:
         wanted = config.split
     if wanted == "all":
@@ -152,7 +168,7 @@ def _beside(bundle: Bundle, name: str) -> str:
 def _warn_of_trained_on(manifest: pa.Table, bundle: Bundle) -> None:
     try:
         trained = manifests.rows_of(manifests.read(_beside(bundle, MANIFEST)), "train")
-    except (FileNotFoundError, pa.ArrowException, KeyError):
+    except (OSError, pa.ArrowException, KeyError):  # there is none that can be read
         return
     both = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
     if both:
@@ -163,21 +179,40 @@ def _warn_of_trained_on(manifest: pa.Table, bundle: Bundle) -> None:
         )  # fmt: skip
 
 
-def _keep_manifest(manifest: pa.Table, config: EvaluateConfig) -> None:
-    """Write the manifest, which the prediction run reads.
+def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
+    """Make the output this evaluation's; what an earlier one of the same images has predicted stays.
 
     Raises:
-        EvaluationError: the output holds that of other images.
+        EvaluationError: the output holds something else, or an evaluation of other images.
     """
     assert config.output is not None
     uri = storage.join(config.output, MANIFEST)
-    if storage.is_file(uri) and not config.overwrite:
-        if manifests.read(uri).equals(manifest):
-            return
+    parts = (METRICS, REPORT, ROWS, PLOTS, PREDICTIONS, MANIFEST)
+    try:
+        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.output, CONFIG)))
+    except FileNotFoundError:
+        if foreign := [part for part in parts if storage.exists(storage.join(config.output, part))]:
+            raise EvaluationError(
+                f"{config.output} holds {', '.join(foreign)}, but no {CONFIG} of an evaluation; give another "
+                "--output."
+            ) from None
+        earlier = {}
+    if earlier and "wanted_accuracy" not in earlier:
+        raise EvaluationError(f"{config.output} holds a {CONFIG} of another job; give another --output.")
+    same = storage.is_file(uri) and manifests.read(uri).equals(manifest)
+    if earlier and storage.is_file(uri) and not same and not config.overwrite:
         raise EvaluationError(
             f"{config.output} holds an evaluation of other images; give another --output, or --overwrite."
         )
-    manifests.write(manifest, uri)
+    # First of all: an output that has other files and no config is taken for somebody else's.
+    text = yaml.safe_dump(config.as_dict() | {"overwrite": False, "retry_errors": False}, sort_keys=False)
+    storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
+    for part in parts[:3]:
+        storage.delete_file(storage.join(config.output, part))
+    storage.delete_folder(storage.join(config.output, PLOTS))
+    if not same:
+        storage.delete_folder(storage.join(config.output, PREDICTIONS))
+        manifests.write(manifest, uri)
 
 
 # -- the answers ----------------------------------------------------------------------------------------------
@@ -201,12 +236,14 @@ def _answers(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Answers:
     good = rows.filter(pc.is_null(rows["error"]))
     if not len(good):
         raise EvaluationError(f"None of the {len(rows)} images has an answer: {rows['error'][0].as_py()} for one.")
+    if bad := int((~np.isfinite(probabilities)).any(1).sum()):
+        raise EvaluationError(f"The network's answers to {bad} of {len(good)} images are no numbers.")
     targets = pc.index_in(good["label"], pa.array(names, pa.string())).to_numpy().astype(np.int64)
     return Answers(names, targets, metrics.normalised(probabilities))
 
 
 def _figures(
-    config: EvaluateConfig, bundle: Bundle, engine: str, rows: pa.Table, answers: Answers, checked: Checked
+    config: EvaluateConfig, bundle: Bundle, engine: str, rows: pa.Table, answers: Answers, checked: Checked | None
 ) -> dict[str, Any]:
     """What `metrics.json` holds."""
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
@@ -228,6 +265,7 @@ def _figures(
         "errors": reasons.total(),
         "errors_by_reason": dict(reasons.most_common()),
         **metrics.headline(answers),
+        "intervals": metrics.intervals(answers),
         "macro_roc_auc": metrics.macro_mean(classes, "roc_auc"),
         "macro_average_precision": metrics.macro_mean(classes, "average_precision"),
         "expected_calibration_error": metrics.expected_calibration_error(answers),
@@ -236,7 +274,7 @@ def _figures(
         "threshold": metrics.threshold_for(answers, config.wanted_accuracy),
         "classes": classes,
         "confusion_matrix": metrics.confusion(answers).tolist(),
-        "data_checks": dataclasses.asdict(checked),
+        "data_checks": dataclasses.asdict(checked) if checked else None,
     }
 
 
@@ -244,80 +282,54 @@ def _history(bundle: Bundle) -> dict[str, list[float]]:
     """The columns of the history that training left beside the bundle; none where there is none."""
     try:
         text = storage.read_bytes(_beside(bundle, _HISTORY)).decode()
-    except FileNotFoundError:
-        return {}
-    rows = list(csv.DictReader(io.StringIO(text)))
-    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
         return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
-    except ValueError:
-        log.warning("%s is damaged, and left out of the report", _beside(bundle, _HISTORY))
+    except (OSError, ValueError, TypeError):  # there is none that can be read
         return {}
-
-
-def _comparison(other: str, rows: pa.Table, mine: dict[str, Any]) -> dict[str, Any]:
-    """This evaluation beside another one of the same images.
-
-    Raises:
-        EvaluationError: it has no image of these.
-    """
-    try:
-        theirs = json.loads(storage.read_bytes(other))
-        their_rows = pyarrow.parquet.read_table(
-            pa.BufferReader(storage.read_bytes(storage.join(other.rpartition("/")[0], ROWS)))
-        )
-    except (FileNotFoundError, ValueError, pa.ArrowException) as error:
-        raise EvaluationError(f"--compare {other} is no metrics.json of an evaluation: {error}.") from None
-
-    def right(table: pa.Table) -> dict[str, bool]:
-        good = table.filter(pc.is_null(table["error"]))
-        hits = pc.equal(good["prediction"], good["label"]).to_pylist()
-        return dict(zip(good["uri"].to_pylist(), hits, strict=True))
-
-    ours, others = right(rows), right(their_rows)
-    both = [uri for uri in ours if uri in others]
-    if not both:
-        raise EvaluationError(f"--compare {other} is of other images: none is in both.")
-    names = [
-        name
-        for name, value in mine.items()
-        if isinstance(value, float) and isinstance(theirs.get(name), float) and name != "wanted_accuracy"
-    ]
-    this = np.asarray([ours[uri] for uri in both])
-    that = np.asarray([others[uri] for uri in both])
-    return {
-        "other": other,
-        "model": theirs["model"],
-        "images": len(both),
-        "accuracy": float(this.mean()),
-        "other_accuracy": float(that.mean()),
-        "mcnemar": metrics.mcnemar(this, that),
-        "figures": {name: [mine[name], theirs[name]] for name in names},
-    }
 
 
 # -- the end --------------------------------------------------------------------------------------------------
 
 
-def _write(output: str, rows: pa.Table, found: dict[str, Any], shown: dict[str, bytes]) -> None:
+def _write(output: str, rows: pa.Table, figures: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(rows, buffer)
     storage.write_bytes(storage.join(output, ROWS), buffer.getvalue())
-    storage.write_bytes(storage.join(output, METRICS), json.dumps(found, indent=2).encode())
-    for name, data in shown.items():
-        storage.write_bytes(storage.join(output, "plots", f"{name}.png"), data)
+    storage.write_bytes(storage.join(output, METRICS), (json.dumps(figures) + "\n").encode())
+
+
+def _write_report(output: str, rows: pa.Table, figures: dict[str, Any], pictures: dict[str, bytes]) -> None:
+    for name, data in pictures.items():
+        storage.write_bytes(storage.join(output, PLOTS, f"{name}.png"), data)
     bad = rows.filter(pc.is_valid(rows["error"])).select(["uri", "error"]).slice(0, _MOST_ERRORS_SHOWN).to_pylist()
-    storage.write_bytes(storage.join(output, REPORT), report.rendered(found, bad, shown).encode())
+    storage.write_bytes(storage.join(output, REPORT), report.rendered(figures, bad, pictures).encode())
 
 
-def _calibrate(bundle: Bundle, temperature: float) -> None:
+def _calibrate(bundle: Bundle, answers: Answers) -> None:
+    """Write the temperature that fits into the bundle.
+
+    Raises:
+        EvaluationError: these answers say too little about it, or the bundle was changed meanwhile.
+    """
+    fitted = metrics.fitted_temperature(answers)
+    count, wrong = len(answers.targets), int((~answers.correct).sum())
+    inside = metrics.COLDEST * 1.01 < fitted < metrics.WARMEST / 1.01
+    if count < _FEWEST_FITTED or not 0 < wrong < count or not inside:
+        raise EvaluationError(
+            f"{count} answers, {wrong} of them wrong, do not tell a temperature (at least {_FEWEST_FITTED} are "
+            "needed, with some right and some wrong): the bundle was not changed."
+        )
     with alone(bundle.uri):
+        if Bundle.load(bundle.uri).version != bundle.version:
+            raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)
+        temperature = bundle.info.temperature * fitted
         bundles.write_info(bundle.uri, dataclasses.replace(info, temperature=temperature))
     log.info("%s has the temperature %.4f now; before %.4f", bundle.uri, temperature, bundle.info.temperature)
 
 
 def _log(found: dict[str, Any]) -> None:
-    low, high = found["accuracy_interval"]
+    low, high = found["intervals"]["accuracy"]
     log.info("%d images, %d of them without an answer", found["images"], found["errors"])
     log.info("accuracy %.4f (95 %% confidence: %.4f to %.4f)", found["accuracy"], low, high)
     log.info(
@@ -325,22 +337,3 @@ def _log(found: dict[str, Any]) -> None:
         found["expected_calibration_error"], found["calibration"]["fitted_temperature"],
         found["calibration"]["expected_calibration_error_after"],
     )  # fmt: skip
-
-
-def _gate(config: EvaluateConfig, found: dict[str, Any]) -> None:
-    """
-    Raises:
-        EvaluationError: accuracy fell by more than it may.
-    """
-    comparison = found.get("comparison")
-    if comparison is None:
-        return
-    drop = comparison["other_accuracy"] - comparison["accuracy"]
-    log.info(
-        "accuracy on the %d images of both: %.4f, there %.4f (McNemar's p %.4g)",
-        comparison["images"], comparison["accuracy"], comparison["other_accuracy"], comparison["mcnemar"]["p_value"],
-    )  # fmt: skip
-    if drop > config.max_drop + 1e-12:
-        raise EvaluationError(
-            f"Accuracy fell by {drop:.4f} against {comparison['other']}, more than --max-drop {config.max_drop:g}."
-        )

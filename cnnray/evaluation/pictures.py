@@ -1,8 +1,10 @@
 """Which pictures a report has, and of which images."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -68,25 +70,29 @@ def pictures_of(
 
 def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
     """Images, and the same with what Grad-CAM makes of them."""
-    info, tiles, seen = bundle.info, [], []
-    for row in rows.to_pylist():
-        try:
-            data = bytes_of(next(containers.encoded([row["uri"]])))
-            pixels = decode(data, _SHOWN, info.resize)
-            seen.append(decode(data, info.image_size, info.resize))
-        except BadImage:  # it was there a moment ago
-            continue
-        tiles.append(Tile(pixels, row["label"], row["prediction"], row["confidence"]))
-    if not tiles:
+    info, uris = bundle.info, rows["uri"].to_pylist()
+    order = np.argsort(uris)  # in which containers are read
+    shown, seen = {}, {}
+    for place, source in zip(order.tolist(), containers.encoded([uris[place] for place in order]), strict=True):
+        with contextlib.suppress(BadImage):  # it was there a moment ago
+            data = bytes_of(source)
+            shown[place] = decode(data, _SHOWN, info.resize)
+            seen[place] = decode(data, info.image_size, info.resize)
+    found = [row | {"place": place} for place, row in enumerate(rows.to_pylist()) if place in seen]
+    if not found:
         return {}
-    shown = {name: plots.grid(tiles)}
+
+    def grid(pixels: dict[int, npt.NDArray[np.uint8]]) -> bytes:
+        return plots.grid(
+            [Tile(pixels[row["place"]], row["label"], row["prediction"], row["confidence"]) for row in found]
+        )
+
     startup.load_tensorflow(gpus=False)
+    classes = np.asarray([info.class_names.index(row["prediction"]) for row in found])
+    places = [row["place"] for row in found]
     try:
-        heat = grad_cam.heat_maps(bundle, np.stack(seen))
+        heat = grad_cam.heat_maps(bundle, np.stack([seen[place] for place in places]), classes)
     except BundleError:
-        return shown
-    heated = [
-        Tile(plots.with_heat(tile.pixels, one), tile.label, tile.prediction, tile.confidence)
-        for tile, one in zip(tiles, heat, strict=True)
-    ]
-    return shown | {f"{name}_grad_cam": plots.grid(heated)}
+        return {name: grid(shown)}
+    heated = {place: plots.with_heat(shown[place], one) for place, one in zip(places, heat, strict=True)}
+    return {name: grid(shown), f"{name}_grad_cam": grid(heated)}

@@ -197,7 +197,8 @@ def _legend(axes: Axes) -> None:
 
 
 def _short(name: str, most: int = _LONGEST_NAME) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return f"\u200b{short}" if short.startswith("_") else short  # matplotlib leaves such out of legends
 
 
 def _png(figure: Figure) -> bytes:

@@ -19,10 +19,12 @@ def rendered(found: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         pictures: PNG by name (see `pictures`).
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"figure": _figure, "percent": _percent}
+    environment.filters |= {"figure": _figure, "percent": _percent, "small": "{:.2g}".format}
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
         found=found,
+        percent=_percent,
+        figure=_figure,
         errors=errors,
         pictures={name: _inline(data) for name, data in pictures.items()},
         confused=_most_confused(found),

@@ -9,7 +9,7 @@ import io
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +18,29 @@ import imagehash
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import scipy.sparse.csgraph
 from PIL import Image
 
 from cnnray.images import containers
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
-from cnnray.images.reading import bytes_of
+from cnnray.images.reading import bytes_of, threads_for
 
 log = logging.getLogger(__name__)
 
 FEW = 20
 """A class with fewer training images is called small."""
+MOST_IN_PASSING = 50_000
+"""Images up to which training and evaluation check their data without being asked."""
 
-_THREADS, _AT_ONCE = 4, 64
+_AT_ONCE = 64
 _LOOKED_AT, _PICTURE = 64, 16
 """Height and width in pixels that images are decoded to, and of the small grey pictures."""
 _MOST_BITS, _MOST_LEVELS = 4, 6.0
 """Largest differences of nearly equal images: bits of the hash, of 64, and root mean square of grey levels."""
 _BANDS = _MOST_BITS + 1
 """Of hashes that differ in fewer bits than there are bands, one band at least is the same."""
-_MOST_IN_BAND = 2000
+_MOST_IN_BAND, _MOST_LINKS = 2000, 16
 _ODD_RATIO, _ODD_SIDE = 5.0, 4.0
 _EXAMPLES = 10
 
@@ -75,9 +78,11 @@ class Checked:
     copies: int
     """Images that are a copy of another one."""
     nearly: int
-    """Pairs of images that are nearly equal and no copies."""
+    """Images that are nearly equal to another one, and no copies."""
     sides: tuple[int, int, int]
     """Smallest, median and largest side of all images in pixels."""
+    counts: dict[str, dict[str, int]]
+    """Images by split ("" where they have none) and label."""
     findings: list[Finding]
 
     def warn(self) -> None:
@@ -102,7 +107,7 @@ def examined(table: pa.Table) -> Iterator[pa.Table]:
         return
     sources = containers.encoded(table["uri"].to_pylist())
     ids = table["id"].to_pylist()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads_for(table["uri"][0].as_py())) as pool:
         for start in range(0, len(ids), _AT_ONCE):
             some = ids[start : start + _AT_ONCE]
             rows = pool.map(_examined, itertools.islice(sources, len(some)))
@@ -139,6 +144,7 @@ def checked(manifest: pa.Table, told: pa.Table) -> Checked:
         told: what `examined` told of them, in any order.
     """
     told = told.sort_by("id")
+    assert told["id"].equals(manifest["id"])
     uris, labels, splits = (manifest[name].to_pylist() for name in ("uri", "label", "split"))
     errors = told["error"].to_pylist()
     good = [place for place, error in enumerate(errors) if error is None]
@@ -152,36 +158,39 @@ def checked(manifest: pa.Table, told: pa.Table) -> Checked:
         np.frombuffer(b"".join(pictures[place] for place in firsts), np.uint8).reshape(len(firsts), _PICTURE**2),
     )
 
-    def words(group: Iterable[int]) -> str:
-        return " = ".join(
-            f"{uris[place]} ({', '.join(filter(None, (splits[place], labels[place])))})" for place in group
-        )
+    def words(group: list[int]) -> str:
+        shown = [f"{uris[place]} ({', '.join(filter(None, (splits[place], labels[place])))})" for place in group]
+        return " = ".join(shown[:_EXAMPLES] + (["..."] if len(shown) > _EXAMPLES else []))
 
     findings = []
 
-    def find(kind: str, found: list[str]) -> None:
+    def find(kind: str, found: list[str], count: int | None = None) -> None:
         if found:
-            findings.append(Finding(kind, len(found), found[:_EXAMPLES]))
+            findings.append(Finding(kind, count or len(found), found[:_EXAMPLES]))
 
-    for kind, groups in (("the same image", copies), ("nearly the same image", [list(pair) for pair in near])):
+    for kind, groups in (("the same image", copies), ("nearly the same image", near)):
         for values, where in ((splits, "in two splits"), (labels, "under two labels")):
-            find(f"{kind} {where}", [words(group) for group in groups if len({values[one] for one in group}) > 1])
+            mixed = [group for group in groups if len({values[one] for one in group}) > 1]
+            find(f"{kind} {where}", [words(group) for group in mixed[:_EXAMPLES]], len(mixed))
     find("unreadable", [f"{uris[place]}: {error}" for place, error in enumerate(errors) if error is not None])
     widths, heights = (told[name].to_numpy()[good].astype(np.int64) for name in ("width", "height"))
     find("an odd size", [f"{uris[good[place]]}: {why}" for place, why in _odd(widths, heights)])
-    find(f"fewer than {FEW} training images", _small_classes(labels, splits))
+    counts = _counts(labels, splits)
+    find(f"fewer than {FEW} {'training ' if 'train' in counts else ''}images", _small_classes(counts))
     sides = np.concatenate([widths, heights]) if good else np.zeros(1, np.int64)
     return Checked(
         images=len(manifest),
         unreadable=len(errors) - len(good),
         copies=sum(len(group) - 1 for group in copies),
-        nearly=len(near),
+        nearly=sum(len(group) - 1 for group in near),
         sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
+        counts=counts,
         findings=findings,
     )
 
 
 def _groups(places: list[int], values: list[Any]) -> list[list[int]]:
+    """Places that have the same value, in order."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for place in places:
         groups[values[place]].append(place)
@@ -190,9 +199,9 @@ def _groups(places: list[int], values: list[Any]) -> list[list[int]]:
 
 def _near(
     places: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]
-) -> list[tuple[int, int]]:
-    """Pairs of places whose images are nearly equal."""
-    found: set[tuple[int, int]] = set()
+) -> list[list[int]]:
+    """Groups of places whose images are nearly equal, each to another one of its group."""
+    links = [np.empty((0, 2), np.int64)]
     for band in np.array_split(np.arange(64, dtype=np.uint64), _BANDS):
         mask = np.bitwise_or.reduce(np.uint64(1) << band)
         keys = hashes & mask
@@ -205,9 +214,15 @@ def _near(
                 others = others[np.bitwise_count(hashes[others] ^ hashes[one]) <= _MOST_BITS]
                 if len(others):
                     apart = pictures[others].astype(np.float32) - pictures[one]
-                    others = others[np.sqrt((apart**2).mean(1)) <= _MOST_LEVELS]
-                    found.update((int(places[min(one, other)]), int(places[max(one, other)])) for other in others)
-    return sorted(found)
+                    # A few links of each tie a group of very many together.
+                    others = others[np.sqrt((apart**2).mean(1)) <= _MOST_LEVELS][:_MOST_LINKS]
+                    links.append(np.stack([np.full(len(others), one), others], 1))
+    one, other = np.concatenate(links).T
+    size = max(len(places), 1)
+    graph = scipy.sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), (size, size))
+    _, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    groups = _groups(list(range(size)), group_of.tolist())
+    return [places[group].tolist() for group in groups if len(group) > 1]
 
 
 def _odd(widths: npt.NDArray[np.int64], heights: npt.NDArray[np.int64]) -> Iterator[tuple[int, str]]:
@@ -222,6 +237,15 @@ def _odd(widths: npt.NDArray[np.int64], heights: npt.NDArray[np.int64]) -> Itera
         yield place, f"{widths[place]}x{heights[place]}, where most sides have {middle:.0f} pixels"
 
 
-def _small_classes(labels: list[str | None], splits: list[str | None]) -> list[str]:
-    counts = Counter(label for label, split in zip(labels, splits, strict=True) if label and split in ("train", None))
-    return [f"{label} ({count})" for label, count in sorted(counts.items()) if count < FEW]
+def _counts(labels: list[str | None], splits: list[str | None]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, split in zip(labels, splits, strict=True):
+        counts[split or ""][label or ""] += 1
+    return {split: dict(sorted(some.items())) for split, some in sorted(counts.items())}
+
+
+def _small_classes(counts: dict[str, dict[str, int]]) -> list[str]:
+    """Of the training images, or where nothing is said of splits of all."""
+    counted = counts.get("train") or counts.get("", {})
+    names = sorted({label for some in counts.values() for label in some if label})
+    return [f"{name} ({counted.get(name, 0)})" for name in names if counted and counted.get(name, 0) < FEW]

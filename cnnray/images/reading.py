@@ -52,7 +52,7 @@ def decoded_blocks(
     sources = containers.encoded(uris) if sources is None else sources
     at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
     decode_into = functools.partial(_decode_into, size=size, resize=resize)
-    with ThreadPoolExecutor(threads or _THREADS["s3" if storage.is_s3(uris[0]) else "local"]) as pool:
+    with ThreadPoolExecutor(threads or threads_for(uris[0])) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
             images = np.zeros((len(rows), size, size, 3), np.uint8)
@@ -62,6 +62,11 @@ def decoded_blocks(
                 errors += pool.map(decode_into, some, itertools.islice(sources, len(some)))
             columns = {name: rows[name].to_numpy() for name in rows.column_names}
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
+
+
+def threads_for(uri: str) -> int:
+    """Reads side by side in one task, of images as this one."""
+    return _THREADS["s3" if storage.is_s3(uri) else "local"]
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

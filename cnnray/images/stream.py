@@ -13,6 +13,8 @@ from cnnray.images import checks, containers, reading
 from cnnray.images.decode import ResizeRule
 from cnnray.images.reading import Batch
 
+log = logging.getLogger(__name__)
+
 ROWS_PER_BLOCK = 256
 """Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
 
@@ -63,6 +65,20 @@ def checked(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Checked:
     )
     batches = list(told.iter_batches(batch_size=None, batch_format="pyarrow"))
     return checks.checked(manifest, pa.concat_tables(batches))
+
+
+def checked_in_passing(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Checked | None:
+    """`checked`, for a job that has something else to do: None, and a line in the log, where there are too many
+    images, or one of them ends its worker."""
+    if len(manifest) > checks.MOST_IN_PASSING:
+        log.info("%d images are too many to be checked in passing: jobs/evaluate.py --check-data does", len(manifest))
+        return None
+    log.info("checking %d images", len(manifest))
+    try:
+        return checked(manifest, cpus_per_task)
+    except ray.exceptions.RayError as error:
+        log.warning("the images could not be checked: %s", str(error).strip().splitlines()[-1])
+        return None
 
 
 def rows_per_block(size: int) -> int:

@@ -20,7 +20,7 @@ _FREE_ON_RESUME = {
     "cpus_per_worker",
     "gpus_per_worker",
     "decode_cpus",
-    "check_data",
+    "data_checks",
     "cache",
     "max_bad_fraction",
     "max_failures",
@@ -86,9 +86,9 @@ class TrainConfig:
     where they take less than a fifth of it)."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; null: at the end of each epoch only."""
-    check_data: bool = True
+    data_checks: bool = True
     """Look first for images in two splits or under two labels, unreadable ones, odd sizes and small classes, and warn
-    of them; of at most 50,000 images (jobs/evaluate.py --check-data looks at any number)."""
+    of them; where there are at most 50,000 (jobs/evaluate.py --check-data looks at more)."""
     max_bad_fraction: float = 0.01
     """Share of images that may be unreadable before the run fails; they are skipped and listed."""
     max_failures: int = 3

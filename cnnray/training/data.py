@@ -14,8 +14,6 @@ from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-_MOST_CHECKED = 50_000
-
 
 def manifest_of_run(config: TrainConfig) -> pa.Table:
     """The run's manifest, with every row's split decided.
@@ -58,13 +56,10 @@ def warn_of_faults(config: TrainConfig, manifest: pa.Table, shares: Budget) -> N
     """Look at all images, where they are not too many, and log what is wrong with them."""
     from cnnray.images import stream
 
-    if not config.check_data:
-        return
-    if len(manifest) > _MOST_CHECKED:
-        log.info("%d images are too many to be checked in passing: jobs/evaluate.py --check-data does", len(manifest))
-        return
-    stream.be_quiet()
-    stream.checked(manifest, shares.decode_cpus).warn()
+    if config.data_checks:
+        stream.be_quiet()
+        if checked := stream.checked_in_passing(manifest, shares.decode_cpus):
+            checked.warn()
 
 
 def is_cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> bool:

@@ -107,7 +107,7 @@ def described(address, examples, folder):
         # Random bytes that are allowed by the description need not be an image.
         "positive_data_acceptance",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout[done.stdout.rindex("Test cases:") :]
     return int(re.search(r"[\d,]+", summary)[0].replace(",", "")), summary

@@ -10,8 +10,9 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
+from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
-from cnnray.evaluation.job import EvaluationError, check_data, evaluate
+from cnnray.evaluation.job import check_data, evaluate
 from cnnray.images.manifest import ManifestError
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
@@ -132,6 +133,19 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
     assert again["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
 
 
+def test_too_few_answers_tell_no_temperature(onnx_bundle, tmp_path):
+    images, targets = coloured_noise(12, 32)
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        (tmp_path / "data" / NAMES[target]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "data" / NAMES[target] / f"{number}.png")
+    bundle, data, output = (str(tmp_path / name) for name in ("bundle", "data", "out"))
+    shutil.copytree(onnx_bundle, bundle)
+    with pytest.raises(EvaluationError, match="12 answers, 0 of them wrong, do not tell a temperature"):
+        evaluate(EvaluateConfig(bundle=bundle, data=data, output=output, calibrate=True))
+    assert Bundle.load(bundle).info.temperature == 1
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bundle, labelled, tmp_path):
     _, output = evaluated
     worse = shutil.copytree(onnx_bundle, tmp_path / "worse")
@@ -201,6 +215,17 @@ def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labell
         evaluate(config)
     with pytest.raises(EvaluationError, match="holds an evaluation of other images"):
         evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(output)))
+    (tmp_path / "foreign" / "predictions").mkdir(parents=True)
+    (tmp_path / "foreign" / "predictions" / "part-000000.parquet").touch()
+    for changes in ({}, {"overwrite": True}):
+        with pytest.raises(EvaluationError, match=r"holds predictions, but no config\.yaml of an evaluation"):
+            evaluate(
+                EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "foreign"), **changes)
+            )
+    assert (tmp_path / "foreign" / "predictions" / "part-000000.parquet").exists()
+    (tmp_path / "foreign" / "config.yaml").write_text("epochs: 3\n")
+    with pytest.raises(EvaluationError, match=r"a config\.yaml of another job"):
+        evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "foreign")))
     with pytest.raises(EvaluationError, match=r"is no metrics\.json"):
         evaluate(
             EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx",
@@ -216,7 +241,9 @@ def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labell
         ({"output": "/d/out"}, "lies in --data"),
         ({"engine": "x"}, "--engine 'x'"),
         ({"wanted_accuracy": 2}, "--wanted-accuracy must be 0 to 1"),
-        ({"samples": 0}, "--samples must be at least 1"),
+        ({"samples": 0}, "--samples must be 1 to 100"),
+        ({"output": "/b"}, "--output is the bundle itself"),
+        ({"calibrate": True, "engine": "onnx-int8"}, "--calibrate needs finer probabilities"),
     ],
 )
 def test_impossible_flags_are_refused(changes, sentence):
@@ -238,3 +265,7 @@ def test_data_are_checked_alone(labelled, tmp_path):
     line = check_data(EvaluateConfig(data=str(root), check_data=True))
     assert (line["images"], line["unreadable"], line["copies"]) == (IMAGES + 3, 2, 1)
     assert line["findings"]["the same image under two labels"] == 1
+    # Without labels there is less to find.
+    line = check_data(EvaluateConfig(data=f"{root}/*/*.png", check_data=True))
+    assert (line["images"], line["copies"]) == (IMAGES + 3, 1)
+    assert "the same image under two labels" not in line["findings"]

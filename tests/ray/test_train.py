@@ -43,7 +43,7 @@ def _config(digits, output, **changes):
         cpus_per_worker=0.5,
         checkpoint_every_steps=2,
         cache="none",
-        check_data=False,
+        data_checks=False,
     ).with_changes(**changes)
 
 

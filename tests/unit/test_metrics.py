@@ -42,8 +42,14 @@ def test_headline_equals_scikit_learn(count):
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-12), name
     assert "top_5_accuracy" not in found
-    low, high = found["accuracy_interval"]
-    assert 0 <= low <= found["accuracy"] <= high <= 1
+    for name, (low, high) in metrics.intervals(answers).items():
+        figure = found[name] if name in found else metrics.expected_calibration_error(answers)
+        assert 0 <= low <= high
+        if count > 7:
+            # The calibration error of a sample is larger than that of all, so that its interval lies above.
+            assert low <= figure + 0.01
+            assert figure <= high
+    assert {"accuracy", "top_2_accuracy"} <= metrics.intervals(answers).keys()
 
 
 def test_wilsons_interval_by_hand():
@@ -80,6 +86,35 @@ def test_one_class_alone_has_no_curves():
     assert metrics.roc_curves(answers) == {}
     assert metrics.by_class(answers)[0]["roc_auc"] is None
     assert metrics.headline(answers)["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_curves_are_those_of_scikit_learn_also_of_a_rare_class():
+    generator = np.random.default_rng(1)
+    targets = (np.arange(20_000) < 40).astype(np.int64)
+    scores = np.clip(generator.normal(0.3 + 0.3 * targets, 0.12), 0.001, 0.999)
+    answers = Answers(["most", "rare"], targets, np.stack([1 - scores, scores], 1))
+    found = metrics.precision_recall_curves(answers)[1]
+    for recall, precision in zip(found["x"], found["y"], strict=True):
+        # The highest threshold that reaches this recall.
+        order = np.argsort(-scores, kind="stable")
+        hits = np.cumsum(targets[order])
+        first = int(np.searchsorted(hits, np.ceil(recall * 40 - 1e-9)))
+        assert precision == pytest.approx(hits[first] / (first + 1) if recall else 1.0)
+    x, y, _ = sklearn.metrics.roc_curve(targets, scores)
+    found = metrics.roc_curves(answers)[1]
+    assert found["y"][-1] == 1
+    for place, height in zip(found["x"], found["y"], strict=True):
+        assert height == y[x <= place].max()
+    assert metrics.macro_curve({0: found, 1: found})["y"] == found["y"]
+
+
+def test_answers_that_int8_rounds_away_are_no_numbers_lost():
+    rows = metrics.normalised(np.asarray([[0, 0, 0], [0.5, 0.25, 0.25]], np.float32))
+    np.testing.assert_allclose(rows, [[1 / 3] * 3, [0.5, 0.25, 0.25]])
+    # Of equal ones that which comes first, as in the answers themselves.
+    equal = Answers(["a", "b", "c"], np.asarray([0, 1, 2]), np.full((3, 3), 1 / 3))
+    assert metrics.headline(equal)["accuracy"] == pytest.approx(1 / 3)
+    assert metrics.headline(equal)["top_2_accuracy"] == pytest.approx(2 / 3)
 
 
 def test_expected_calibration_error_by_hand():

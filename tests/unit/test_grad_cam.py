@@ -1,0 +1,56 @@
+"""Where Grad-CAM sees a class."""
+
+import numpy as np
+import pytest
+
+from cnnray.models import bundle as bundles
+from cnnray.models import grad_cam
+from cnnray.models.bundle import Bundle, BundleInfo
+from tests.networks import fitted
+
+SIZE = 32
+
+
+def _with_patch(count, seed=0):
+    """Grey noise with a patch of red, green or blue in a corner; which corner: (row, column), 0 or 1."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(90, 110, (count, SIZE, SIZE, 3)).astype(np.uint8)
+    corners, targets = generator.integers(0, 2, (count, 2)), np.arange(count) % 3
+    for image, (row, column), target in zip(images, corners * 16, targets, strict=True):
+        image[row + 3 : row + 13, column + 3 : column + 13, target] = 255
+    return images, targets, corners
+
+
+@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenetv2"])
+def test_the_patch_that_decides_is_where_the_heat_is(architecture, tmp_path):
+    images, targets, _ = _with_patch(60)
+    bundles.save(
+        fitted(architecture, SIZE, images, targets),
+        BundleInfo(class_names=["r", "g", "b"], image_size=SIZE),
+        tmp_path,
+    )
+    bundle = Bundle.load(str(tmp_path))
+    images, targets, corners = _with_patch(24, seed=1)
+    heat = grad_cam.heat_maps(bundle, images, targets)
+    assert (heat.shape, heat.dtype) == ((24, SIZE, SIZE), np.float32)
+    assert heat.min() >= 0
+    assert heat.max() == pytest.approx(1)
+    if architecture == "small_cnn":
+        inside = [
+            one[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean() / one.mean()
+            for one, (row, column) in zip(heat, corners, strict=True)
+            if one.any()  # nothing speaks for the class but the layers' biases
+        ]
+        assert len(inside) > 12
+        assert np.median(inside) > 1.3
+
+
+def test_a_network_without_convolutions_is_refused(tmp_path):
+    import keras
+
+    pixels = keras.Input((8, 8, 3), dtype="uint8", name="image")
+    logits = keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(pixels)))
+    model = keras.Model(pixels, keras.layers.Softmax(name="probabilities")(logits))
+    bundles.save(model, BundleInfo(class_names=["a", "b"], image_size=8), tmp_path)
+    with pytest.raises(bundles.BundleError, match="no convolutional features"):
+        grad_cam.heat_maps(Bundle.load(str(tmp_path)), np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))

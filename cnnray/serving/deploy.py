@@ -26,9 +26,13 @@ from cnnray.serving.config import ServeConfig
 log = logging.getLogger(__name__)
 
 APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
-FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-"""HAProxy sends requests straight to the replicas, and these run them in one event loop. They count where Ray's nodes
-are started."""
+ON_NODES = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
+}
+"""What Ray's nodes are started with: HAProxy sends requests straight to the replicas, these run them in one event
+loop, and no header makes Ray answer 500."""
 
 
 Versions = dict[str, list[tuple[str, float]]]
@@ -166,7 +170,7 @@ def _names(config: ServeConfig) -> dict[str, list[str]]:
 def _prepare_environment(folder: Path) -> None:
     """What Ray's processes on this machine are started with: the fast path, and files and ports that a second service
     does not share."""
-    for name, value in FAST_PATH.items():
+    for name, value in ON_NODES.items():
         os.environ.setdefault(name, value)
     # On one machine HAProxy hears of a replica's end at once.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")

@@ -108,6 +108,19 @@ def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundl
     assert best.decode().split(":")[1] == str(wanted.argmax())
 
 
+def test_headers_that_are_no_utf_8(service):
+    # As bytes, which Python's clients do not send.
+    host, _, port = service.address.removeprefix("http://").partition(":")
+    for name in ("x-request-id", "x-session-id", "serve_multiplexed_model_id", "x-other"):
+        with socket.create_connection((host, int(port)), 10) as connection:
+            connection.sendall(
+                f"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{name}: ".encode()
+                + b"\xff\xfe\r\n\r\n"
+            )
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200"), (name, answer)
+
+
 @pytest.mark.browser
 def test_the_page(service, browser, tmp_path):
     names = {"one.png": GOOD, "two.jpg": awkward_images()["large.jpg"], "bad.png": b"nothing"}

@@ -14,6 +14,7 @@ from tests.networks import coloured_noise
 from tests.runs import rows_of
 
 IMAGES = 3000
+PARTS = -(-IMAGES // 64)
 WATCHDOG = 240
 """Seconds that no run may take, on two cores."""
 
@@ -77,26 +78,26 @@ def _victims(job, kind):
     return [process for process, name in named if "raylet" in name or "gcs_server" in name]
 
 
-def _runs_until_done(start_job, command, output, kind, moments):
-    """Kill a run at each of these moments (seconds after its start), then let the last one finish."""
-    for moment in moments:
-        job = start_job(*command)
-        end = time.monotonic() + moment
-        while time.monotonic() < end and job.process.poll() is None:
-            time.sleep(0.05)
-        before = _parts(output)
-        if kind in ON_RAY:
-            until(lambda job=job: _victims(job, kind), 30, kind)
-        assert kill(_victims(job, kind))
-        if kind in ON_RAY:
-            assert job.wait(WATCHDOG) == 0, job.err.read_text()
-            return _line(job)
+def _killed_and_done(start_job, command, output, kind, parts, seconds):
+    """Kill a run so many seconds after so many parts of its output were there, and let it, or the next one, finish.
+
+    Returns:
+        the JSON line, and how many parts there were at the kill.
+    """
+    job = start_job(*command)
+    until(lambda: _parts(output) >= parts or job.process.poll() is not None, WATCHDOG, f"{parts} parts")
+    time.sleep(seconds)
+    if kind in ON_RAY:
+        until(lambda: _victims(job, kind), 30, kind)
+    before = _parts(output)
+    assert kill(_victims(job, kind)), job.err.read_text()
+    if kind not in ON_RAY:
         job.wait(WATCHDOG)
         job.end()
         assert _parts(output) >= before
-    job = start_job(*command)
+        job = start_job(*command)
     assert job.wait(WATCHDOG) == 0, job.err.read_text()
-    return _line(job)
+    return _line(job), before
 
 
 def test_a_run_leaves_rows_and_says_so(start_job, command):
@@ -121,8 +122,10 @@ def test_a_run_leaves_rows_and_says_so(start_job, command):
 @pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
 def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, command):
     arguments, output = command
-    line = _runs_until_done(start_job, arguments, output, kind, [random.Random(kind).uniform(9, 12)])
+    line, before = _killed_and_done(start_job, arguments, output, kind, 2, 0)
     _check(output, line)
+    if kind not in ON_RAY:
+        assert line["resumed"] >= 64 * before > 0
 
 
 @pytest.mark.chaos
@@ -133,15 +136,16 @@ def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
     if kind == "task":
         arguments = (*arguments, "--decoding", "tasks", "--cpus-per-worker", "0.5")
     for trial in range(10):
-        moment = random.uniform(2, 16)
-        before = _parts(output)
+        # Some while Ray and the workers start, the others over the whole of the run.
+        parts = max(0, random.randint(-PARTS // 3, PARTS - 12))
+        seconds = random.uniform(0.5, 10) if parts == 0 else random.uniform(0, 0.3)
         started = time.monotonic()
-        line = _runs_until_done(start_job, arguments, output, kind, [moment])
+        line, before = _killed_and_done(start_job, arguments, output, kind, parts, seconds)
         _check(output, line)
         with capsys.disabled():
             print(
-                f"{kind} {trial + 1}: killed after {moment:.1f} s; {before} parts before, {line['resumed']} images "
-                f"resumed; done after {time.monotonic() - started:.0f} s in all"
+                f"{kind} {trial + 1}: killed {seconds:.1f} s after {parts} parts ({before} of {PARTS} were there); "
+                f"{line['resumed']} images resumed; done after {time.monotonic() - started:.0f} s in all"
             )
         for path in output.iterdir():
             path.unlink()

@@ -17,7 +17,7 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="all: but formats",
+        help="all leaves out formats, which takes long",
     )
     measure = parser.parse_args().measure
 

@@ -30,6 +30,8 @@ class Other:
     """Of its metrics.json."""
     figures: dict[str, Any]
     """What that holds."""
+    model: str
+    """The version of the bundle."""
     right: dict[str, bool]
     """Of each image that has an answer, by uri, whether it is right."""
 
@@ -47,7 +49,7 @@ def read(uri: str) -> Other:
         figures = json.loads(storage.read_bytes(uri))
         data = storage.read_bytes(storage.join(uri.rpartition("/")[0], ROWS))
         rows = pyarrow.parquet.read_table(pa.BufferReader(data))
-        return Other(uri, {"model": figures["model"]} | figures, _right(rows))
+        return Other(uri, figures, figures["model"], _right(rows))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise EvaluationError(f"--compare {uri} is no metrics.json of an evaluation: {error}.") from None
 
@@ -70,7 +72,7 @@ def of(rows: pa.Table, figures: dict[str, Any], other: Other) -> dict[str, Any]:
     ]
     return {
         "other": other.uri,
-        "model": other.figures["model"],
+        "model": other.model,
         "images": len(both),
         "only_this_has": len(mine) - len(both),
         "only_other_has": len(other.right) - len(both),

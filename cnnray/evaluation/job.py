@@ -63,9 +63,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         everything = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
         manifest = _chosen(everything, config)
         _check_classes(manifest, bundle, config)
-        _begin(config, manifest.drop_columns(["id"]))
         _warn_of_trained_on(manifest, bundle)
         with cluster.connected() as found:
+            # Nothing is written, or taken away, before all is known to be right.
+            _begin(config, manifest.drop_columns(["id"]))
             predicting = config.predicting(storage.join(config.output, MANIFEST))
             predicted = predict(predicting)
             checked = _checked(everything, found) if config.data_checks else None
@@ -74,14 +75,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         figures = _figures(config, bundle, predicted["engine"], rows, answers, checked)
         if other is not None:
             figures["comparison"] = comparison.of(rows, figures, other)
-        _write(config.output, rows, figures)
+        _write(config, rows, figures)
         pictures = pictures_of(bundle, rows, answers, figures, _history(bundle), config.samples)
         _write_report(config.output, rows, figures, pictures)
         _log(figures)
         if other is not None:
             comparison.gate(figures["comparison"], config.max_drop)
         if config.calibrate:
-            _calibrate(bundle, answers)
+            _calibrate(bundle, answers, figures["calibration"]["fitted_temperature"])
         return {
             **{name: figures[name] for name in ("images", "errors", "accuracy")},
             "top_5_accuracy": figures.get("top_5_accuracy", 1.0),
@@ -180,7 +181,7 @@ def _warn_of_trained_on(manifest: pa.Table, bundle: Bundle) -> None:
 
 
 def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
-    """Make the output this evaluation's; what an earlier one of the same images has predicted stays.
+    """Make the output this evaluation's; what an earlier one of the same images has left stays until there is more.
 
     Raises:
         EvaluationError: the output holds something else, or an evaluation of other images.
@@ -204,15 +205,20 @@ def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
         raise EvaluationError(
             f"{config.output} holds an evaluation of other images; give another --output, or --overwrite."
         )
-    # First of all: an output that has other files and no config is taken for somebody else's.
+    if not same:
+        # First of all: an output that has other files and no config is taken for somebody else's.
+        _write_config(config)
+        for part in (METRICS, REPORT, ROWS):
+            storage.delete_file(storage.join(config.output, part))
+        for part in (PLOTS, PREDICTIONS):
+            storage.delete_folder(storage.join(config.output, part))
+        manifests.write(manifest, uri)
+
+
+def _write_config(config: EvaluateConfig) -> None:
+    assert config.output is not None
     text = yaml.safe_dump(config.as_dict() | {"overwrite": False, "retry_errors": False}, sort_keys=False)
     storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
-    for part in parts[:3]:
-        storage.delete_file(storage.join(config.output, part))
-    storage.delete_folder(storage.join(config.output, PLOTS))
-    if not same:
-        storage.delete_folder(storage.join(config.output, PREDICTIONS))
-        manifests.write(manifest, uri)
 
 
 # -- the answers ----------------------------------------------------------------------------------------------
@@ -291,11 +297,16 @@ def _history(bundle: Bundle) -> dict[str, list[float]]:
 # -- the end --------------------------------------------------------------------------------------------------
 
 
-def _write(output: str, rows: pa.Table, figures: dict[str, Any]) -> None:
+def _write(config: EvaluateConfig, rows: pa.Table, figures: dict[str, Any]) -> None:
+    """Write the figures, and take away the pictures of others."""
+    assert config.output is not None
+    storage.delete_file(storage.join(config.output, REPORT))
+    storage.delete_folder(storage.join(config.output, PLOTS))
+    _write_config(config)
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(rows, buffer)
-    storage.write_bytes(storage.join(output, ROWS), buffer.getvalue())
-    storage.write_bytes(storage.join(output, METRICS), (json.dumps(figures) + "\n").encode())
+    storage.write_bytes(storage.join(config.output, ROWS), buffer.getvalue())
+    storage.write_bytes(storage.join(config.output, METRICS), (json.dumps(figures) + "\n").encode())
 
 
 def _write_report(output: str, rows: pa.Table, figures: dict[str, Any], pictures: dict[str, bytes]) -> None:
@@ -305,13 +316,13 @@ def _write_report(output: str, rows: pa.Table, figures: dict[str, Any], pictures
     storage.write_bytes(storage.join(output, REPORT), report.rendered(figures, bad, pictures).encode())
 
 
-def _calibrate(bundle: Bundle, answers: Answers) -> None:
-    """Write the temperature that fits into the bundle.
+def _calibrate(bundle: Bundle, answers: Answers, temperature: float) -> None:
+    """Write the temperature that fits these answers into the bundle.
 
     Raises:
         EvaluationError: these answers say too little about it, or the bundle was changed meanwhile.
     """
-    fitted = metrics.fitted_temperature(answers)
+    fitted = temperature / bundle.info.temperature
     count, wrong = len(answers.targets), int((~answers.correct).sum())
     inside = metrics.COLDEST * 1.01 < fitted < metrics.WARMEST / 1.01
     if count < _FEWEST_FITTED or not 0 < wrong < count or not inside:
@@ -323,7 +334,6 @@ def _calibrate(bundle: Bundle, answers: Answers) -> None:
         if Bundle.load(bundle.uri).version != bundle.version:
             raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)
-        temperature = bundle.info.temperature * fitted
         bundles.write_info(bundle.uri, dataclasses.replace(info, temperature=temperature))
     log.info("%s has the temperature %.4f now; before %.4f", bundle.uri, temperature, bundle.info.temperature)
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle
-from cnnray.models.engines import Images, Probabilities
 from cnnray.models.predictor import Predictor
 from cnnray.serving.batching import Batcher
 from cnnray.serving.settings import Settings
@@ -31,10 +30,8 @@ class Served:
     """`Bundle.version`."""
     bundle: Bundle
     engine: str
-    probabilities: Callable[[Images], Probabilities]
-    """All at once: uint8 (N, size, size, 3) to float32 (N, classes)."""
     batcher: Batcher
-    """One by one, together with those of other requests."""
+    """Runs the engine on images of all requests together."""
 
 
 class Models:
@@ -129,7 +126,6 @@ class Loader:
             version=bundle.version,
             bundle=bundle,
             engine=engine,
-            probabilities=predictor.probabilities,
             batcher=Batcher(predictor.probabilities, batch_size, self._executor, self._observe),
         )
 

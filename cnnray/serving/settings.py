@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from cnnray.models import engines
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -25,19 +23,19 @@ class Settings:
 
     models: tuple[ModelSettings, ...]
     """Older versions of a name before newer ones. The first name answers requests that name none."""
-    engine: str = "auto"
+    engine: str
     """See `engines.choose`."""
-    batch_size: int = engines.BATCH_SIZE
+    batch_size: int
     """Images that a network is given at once, at most."""
-    max_bytes: int = 32 * 2**20
+    max_bytes: int
     """Of a request's body."""
-    max_pixels: int = 50_000_000
+    max_pixels: int
     """Of an image while it is decoded."""
-    max_images: int = 32
+    max_images: int
     """Of a request."""
-    timeout_seconds: float = 30.0
-    """For an answer, from the end of the request's body on."""
-    access_log: bool = True
+    timeout_seconds: float
+    """For a request's body, and for its answer."""
+    access_log: bool
     """Whether each request is logged, as a line of JSON."""
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Evaluations on a cluster: every labelled image once, figures as scikit-learn's, calibration, comparison."""
 
-import io
+import dataclasses
 import json
 import shutil
 
@@ -10,14 +10,15 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from cnnray.evaluation import comparison
+from cnnray.evaluation import comparison, job
 from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.job import check_data, evaluate
-from cnnray.images.manifest import ManifestError
+from cnnray.images.manifest import ManifestError, manifest_of
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.resume import PredictionError
 from tests.networks import coloured_noise
 
 IMAGES = 101  # neither batches of 7 nor 2 workers divide it
@@ -103,8 +104,11 @@ def test_an_evaluation_leaves_its_pictures_and_goes_on_from_what_was_predicted(e
             assert image.width > 200
     before = (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns
     again = evaluate(
-        EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8)
-    )
+        EvaluateConfig(
+            bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8,
+            data_checks=False,
+        )
+    )  # fmt: skip
     assert again["accuracy"] == line["accuracy"]
     assert (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns == before
 
@@ -127,24 +131,17 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
         np.testing.assert_allclose(
             np.stack([one.probabilities for one in after]), powers / powers.sum(1, keepdims=True), atol=1e-5
         )
-    line = evaluate(
-        EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "again"), engine="keras")
+    # What was there of the network before its new temperature stays.
+    with pytest.raises(PredictionError, match="holds a run with the model"):
+        evaluate(EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "report.html").exists()
+    evaluate(
+        EvaluateConfig(
+            bundle=str(bundle), data=str(labelled), output=str(tmp_path / "again"), engine="keras", data_checks=False
+        )
     )
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())["calibration"]
     assert again["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
-
-
-def test_too_few_answers_tell_no_temperature(onnx_bundle, tmp_path):
-    images, targets = coloured_noise(12, 32)
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
-        (tmp_path / "data" / NAMES[target]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "data" / NAMES[target] / f"{number}.png")
-    bundle, data, output = (str(tmp_path / name) for name in ("bundle", "data", "out"))
-    shutil.copytree(onnx_bundle, bundle)
-    with pytest.raises(EvaluationError, match="12 answers, 0 of them wrong, do not tell a temperature"):
-        evaluate(EvaluateConfig(bundle=bundle, data=data, output=output, calibrate=True))
-    assert Bundle.load(bundle).info.temperature == 1
-    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bundle, labelled, tmp_path):
@@ -153,7 +150,12 @@ def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bun
     text = json.loads((worse / "bundle.json").read_text())
     text["class_names"] = ["green", "red", "blue"]  # two of them exchanged
     (worse / "bundle.json").write_text(json.dumps(text))
-    arguments = {"data": str(labelled), "engine": "onnx", "compare": str(output / "metrics.json")}
+    arguments = {
+        "data": str(labelled),
+        "engine": "onnx",
+        "compare": str(output / "metrics.json"),
+        "data_checks": False,
+    }
     same = evaluate(EvaluateConfig(bundle=onnx_bundle, output=str(tmp_path / "same"), **arguments))
     stated = json.loads((tmp_path / "same" / "metrics.json").read_text())["comparison"]
     assert stated["images"] == IMAGES
@@ -167,35 +169,40 @@ def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bun
     comparison.gate(stated, max_drop=1.0)
 
 
-def test_splits_are_chosen_and_names_are_escaped(onnx_bundle, tmp_path):
+def test_splits_names_too_few_answers_and_images_that_come_back(onnx_bundle, tmp_path):
     images, targets = coloured_noise(12, 32)
-    rows = []
+    names = ["red", "green", "<script>$"]
+    rows = ["<i>late.png,red,validation"]
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
-        name = f"<b>{number}$.png"
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        (tmp_path / name).write_bytes(buffer.getvalue())
-        rows.append(f"{name},{NAMES[target]},{'validation' if number < 9 else 'train'}")
-    (tmp_path / "<i>bad.png").write_bytes(b"nothing")
-    rows.append("<i>bad.png,red,validation")
+        Image.fromarray(image).save(tmp_path / f"{number}$.png")
+        rows.append(f"{number}$.png,{names[target]},{'validation' if number < 9 else 'train'}")
     table = tmp_path / "images.csv"
     table.write_text("\n".join(["uri,label,split", *rows]))
     bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
+    config = EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "out"), engine="keras")
+    with pytest.raises(EvaluationError, match=r"labels that the bundle does not know: '<script>\$'"):
+        evaluate(config)
     text = json.loads((bundle / "bundle.json").read_text())
-    line = evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "auto"), engine="onnx"))
-    assert line["images"] == 10  # those of the split validation
-    report = (tmp_path / "auto" / "report.html").read_text()
-    assert "<i>bad" not in report
-    assert "&lt;i&gt;bad" in report
+    (bundle / "bundle.json").write_text(json.dumps(text | {"class_names": names}))
     with pytest.raises(EvaluationError, match="no images of the split test"):
-        evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "x"), split="test"))
-    text["class_names"] = ["red", "green", "<script>$"]
-    (bundle / "bundle.json").write_text(json.dumps(text))
-    with pytest.raises(EvaluationError, match="labels that the bundle does not know: 'blue'"):
-        evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "y")))
-    table.write_text(table.read_text().replace(",blue,", ",<script>$,"))
-    evaluate(EvaluateConfig(bundle=str(bundle), data=str(table), output=str(tmp_path / "z"), engine="onnx"))
-    assert "<script>$" not in (tmp_path / "z" / "report.html").read_text()
+        evaluate(dataclasses.replace(config, split="test"))
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    manifest = manifest_of(str(table), labelled=True)
+    for split, count in (("auto", 10), ("all", 13), ("train", 3)):
+        assert len(job._chosen(manifest, dataclasses.replace(config, split=split))) == count
+    with pytest.raises(EvaluationError, match="9 answers, 0 of them wrong, do not tell a temperature"):
+        evaluate(dataclasses.replace(config, calibrate=True))
+    assert Bundle.load(str(bundle)).info.temperature == 1
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (figures["images"], figures["errors"]) == (10, 1)  # those of the split validation
+    report = (tmp_path / "out" / "report.html").read_text()
+    for name in ("<i>late", "<script>$"):
+        assert name not in report
+        assert name.replace("<", "&lt;").replace(">", "&gt;") in report
+    Image.fromarray(images[0]).save(tmp_path / "<i>late.png")
+    line = evaluate(dataclasses.replace(config, retry_errors=True, data_checks=False))
+    assert (line["images"], line["errors"]) == (10, 0)
+    assert "The data were not checked" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labelled, tmp_path):
@@ -249,9 +256,10 @@ def test_impossible_flags_are_refused(changes, sentence):
 
 def test_the_prediction_run_has_the_flags_of_the_evaluation():
     config = EvaluateConfig(bundle="/b", data="/d", output="/o", engine="onnx", batch_size=3, max_workers=2)
+    config = dataclasses.replace(config, retry_errors=True)
     assert config.predicting("/o/manifest.parquet") == PredictConfig(
         bundle="/b", input="/o/manifest.parquet", output="/o/predictions", engine="onnx", batch_size=3, max_workers=2,
-        probabilities=True, max_error_fraction=1.0,
+        retry_errors=True, probabilities=True, max_error_fraction=1.0,
     )  # fmt: skip
 
 

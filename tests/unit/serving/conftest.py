@@ -8,8 +8,9 @@ from starlette.testclient import TestClient
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.serving.application import application
+from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
-from cnnray.serving.settings import ModelSettings, Settings
+from cnnray.serving.settings import ModelSettings
 from tests.awkward import awkward_images
 from tests.networks import coloured_noise, fitted
 
@@ -37,7 +38,8 @@ def newer(bundle, tmp_path_factory):
 
 def settings(*models, **changes):
     named = tuple(ModelSettings(name=name, uri=uri, share=share) for name, uri, share in models)
-    return Settings(models=named, engine="keras", batch_size=8, **changes)
+    stated = ServeConfig(bundle="/nowhere", engine="keras", batch_size=8).settings
+    return dataclasses.replace(stated, models=named, **changes)
 
 
 @pytest.fixture(scope="module")

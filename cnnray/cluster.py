@@ -91,7 +91,8 @@ def connected() -> Iterator[Resources]:
     # Ray refuses a variable that `ray job submit --runtime-env` has set already.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
     given = submitted.get("env_vars", {})
-    variables = {"TF_CPP_MIN_LOG_LEVEL": "2"} | storage.cluster_environment()
+    # Jobs show progress of their own, also where a dataset is read in an actor.
+    variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
     variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.

@@ -20,6 +20,9 @@ class _Parser(ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> Any:
         if options.get("type") is bool:
             options |= {"nargs": "?", "const": True}  # --overwrite is --overwrite true
+        if isinstance(options.get("default"), list):
+            names = names[:1]
+            options = {"help": options["help"], "default": options["default"], "nargs": "+"}  # --search A B
         spelt = [n.replace("_", "-") if isinstance(n, str) and n.startswith("--") else n for n in names]
         return super().add_argument(*spelt, **options)
 

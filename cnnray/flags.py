@@ -1,7 +1,7 @@
 """Checks that the configs of several jobs share: each names the flag in one sentence."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from cnnray.images import storage
 
@@ -42,6 +42,17 @@ def check_share(config: Any, *fields: str) -> None:
         value = getattr(config, field)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{spelt(field)} must be 0 to 1, not {value}.")
+
+
+def check_choices(config: Any, **choices: Any) -> None:
+    """
+    Raises:
+        ValueError: a field is none of the values of the Literal that stands for it.
+    """
+    for field, literal in choices.items():
+        value = getattr(config, field)
+        if value not in get_args(literal):
+            raise ValueError(f"{spelt(field)} {value!r} is not known; there are {', '.join(get_args(literal))}.")
 
 
 def make_absolute(config: Any, *fields: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnnray import cluster, commandline
 
-MEASURES = ("ingest", "train", "predict", "export", "serve", "formats", "all")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "formats", "recipes", "all")
 
 
 def main() -> None:
@@ -17,19 +17,19 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="all leaves out formats, which takes long",
+        help="all leaves out formats and recipes, which take long",
     )
     measure = parser.parse_args().measure
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import export, ingest, load, predict, report, serve, train
+        from cnnray.benchmarks import export, ingest, load, predict, recipes, report, serve, train
         from cnnray.images import stream
 
         if measure in ("serve", "all"):
             load.require_wrk()
         comparisons, tables = [], []
         with tempfile.TemporaryDirectory() as folder:
-            if measure not in ("export", "formats", "serve"):
+            if measure not in ("export", "formats", "recipes", "serve"):
                 with cluster.connected() as found:
                     stream.be_quiet()
                     if measure in ("ingest", "all"):
@@ -42,6 +42,8 @@ def main() -> None:
                 comparisons += export.export(Path(folder))
             if measure == "formats":
                 tables.append(export.formats(Path(folder)))
+            if measure == "recipes":
+                tables.append(recipes.recipes(Path(folder)))
             if measure in ("serve", "all"):
                 of_services, latencies = serve.serve(Path(folder))
                 comparisons += of_services

@@ -8,6 +8,10 @@ def main() -> None:
     config = commandline.parse(TrainConfig, "jobs/train.py")
 
     def job() -> dict[str, object]:
+        if config.preview_augmentations is not None:
+            from cnnray.training.preview import preview
+
+            return preview(config)
         from cnnray.training.driver import train
 
         return train(config)

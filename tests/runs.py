@@ -12,14 +12,14 @@ def last_checkpoint(output: Path) -> Path:
 
 
 def final_state(output: Path):
-    """The weights and the optimizer's variables that a run ended with: arrays."""
+    """The bundle's weights, and the rest of the state (see `Steps.state`) that a run ended with: arrays."""
     import keras
     import numpy as np
 
     checkpoint = last_checkpoint(output)
     weights = keras.saving.load_model(checkpoint / "bundle" / "model.keras", compile=False).get_weights()
-    with np.load(checkpoint / "optimizer.npz") as optimizer:
-        return weights, [optimizer[str(index)] for index in range(len(optimizer.files))]
+    with np.load(checkpoint / "state.npz") as state:
+        return weights, [state[name] for name in sorted(state.files)]
 
 
 def largest_difference(found, expected) -> float:

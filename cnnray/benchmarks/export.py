@@ -72,7 +72,7 @@ def _trained(architecture: str, images: Images, targets: npt.NDArray[np.int64], 
 
     epochs, learning_rate = ARCHITECTURES[architecture]
     keras.utils.set_random_seed(0)
-    model = architectures.build(architecture, SIZE, 10)
+    model = architectures.build(architecture, SIZE, 10, head="linear")
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # of so few steps the slow average of 0.99 would still hold its start

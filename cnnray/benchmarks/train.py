@@ -36,7 +36,12 @@ def train(folder: Path, found: Resources, *, steps: int = 16, rounds: int = 3) -
         rounds: how often each is measured, in turns.
     """
     config = TrainConfig(
-        data=str(write_photos(folder / "photos_of_steps", steps * BATCH)), output=str(folder / "out")
+        data=str(write_photos(folder / "photos_of_steps", steps * BATCH)),
+        output=str(folder / "out"),
+        # As the peer.
+        augment="none",
+        optimizer="adam",
+        schedule="constant",
     )
     fit, two, memory, files = [], [], [], []
     for _ in range(rounds):
@@ -121,6 +126,7 @@ def _measure(config: TrainConfig, threads: int, decode_cpus: float, steps: int, 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         trained = Steps(config, CLASSES)
+        trained.begin(config.plan[0], steps)
     manifest = manifest_of(config.data, labelled=True)
     manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
     source = StreamedSource(

@@ -3,7 +3,7 @@
 Scaling of the pixels is inside the network. The layer before the softmax is called `logits`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import keras
@@ -59,8 +59,14 @@ _SMALLEST = {
     "small_cnn": 8,
 }
 
-NAMES: tuple[str, ...] = (*_OWN, *_BACKBONES)
+BACKBONES: tuple[str, ...] = tuple(_BACKBONES)
+"""Those of `keras.applications`."""
+NAMES: tuple[str, ...] = (*_OWN, *BACKBONES)
 """Every architecture that `build` knows."""
+
+Head = Literal["dense", "linear"]
+
+_HEAD_UNITS = (512, 256)
 
 
 def smallest_image_size(architecture: str) -> int:
@@ -73,22 +79,22 @@ def build(
     image_size: int,
     classes: int,
     *,
+    head: Head = "dense",
     dropout: float = 0.5,
     synchronized: bool = False,
-    weights: str | None = None,
     dtype: str = "float32",
 ) -> "keras.Model":
-    """Build a network.
+    """Build a network with random weights: a backbone, global average pooling, and a head.
 
     Args:
         architecture: one of `NAMES`.
         image_size: height and width of the images in pixels.
         classes: number of classes.
-        dropout: share of the last hidden layer's units dropped while training; after each block of the
-            article's networks half of it.
+        head: what is behind the pooling: `dense`, for the backbones layers of 512 and 256 units with ReLU, each with
+            dropout, for the article's networks one layer; `linear`, dropout alone.
+        dropout: share of units dropped while training in front of the last layer, or behind the first of two, of
+            which the second then drops 0.6 of that; after each block of the article's networks half of it.
         synchronized: whether batch norm takes its statistics over all workers' images.
-        weights: a local file of `keras.applications` weights without the classification layers
-            (`..._notop.h5`), for its backbones only; None starts at random.
         dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`; the probabilities are float32
             in any.
 
@@ -96,7 +102,7 @@ def build(
         keras.Model from uint8 (N, image_size, image_size, 3) to float32 (N, classes).
 
     Raises:
-        ValueError: an unknown architecture, or weights that do not fit.
+        ValueError: an unknown architecture.
     """
     import keras
 
@@ -107,11 +113,11 @@ def build(
     try:
         pixels = keras.Input((image_size, image_size, 3), dtype="uint8", name="image")
         if architecture in _OWN:
-            if weights:
-                raise ValueError(f"{architecture} has no published weights; weights are for keras.applications.")
-            hidden = _convolutional(pixels, *_OWN[architecture], dropout=dropout, synchronized=synchronized)
+            hidden = _convolutional(
+                pixels, *_OWN[architecture], head=head, dropout=dropout, synchronized=synchronized
+            )
         else:
-            hidden = _backbone(pixels, architecture, dropout, weights)
+            hidden = _with_head(_backbone(pixels, architecture), head, dropout)
         logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
         probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
         model = keras.Model(pixels, probabilities, name=architecture)
@@ -129,6 +135,7 @@ def _convolutional(
     blocks: tuple[tuple[int, ...], ...],
     units: int,
     *,
+    head: Head,
     dropout: float,
     synchronized: bool,
 ) -> "keras.KerasTensor":
@@ -149,34 +156,40 @@ def _convolutional(
         x = layers.MaxPooling2D(2)(x)
         x = layers.Dropout(dropout / 2)(x)
     x = layers.GlobalAveragePooling2D()(x)
-    x = layers.Dense(units, activation="relu", kernel_regularizer=regularizers.L2(0.01))(x)
+    if head == "dense":
+        x = layers.Dense(units, activation="relu", kernel_regularizer=regularizers.L2(0.01))(x)
     return layers.Dropout(dropout)(x)
 
 
-def _backbone(
-    pixels: "keras.KerasTensor", architecture: str, dropout: float, weights: str | None
-) -> "keras.KerasTensor":
+def _with_head(features: "keras.KerasTensor", head: Head, dropout: float) -> "keras.KerasTensor":
+    from keras import layers
+
+    x = layers.GlobalAveragePooling2D()(features)
+    if head == "linear":
+        return layers.Dropout(dropout)(x)
+    for units, share in zip(_HEAD_UNITS, (dropout, 0.6 * dropout), strict=True):
+        x = layers.Dense(units, activation="relu")(x)
+        x = layers.Dropout(share)(x)
+    return x
+
+
+def _backbone(pixels: "keras.KerasTensor", architecture: str) -> "keras.KerasTensor":
+    backbone = application(architecture, pixels.shape[1], None)
+    return backbone(_scaled(pixels, _BACKBONES[architecture][1]))
+
+
+def application(architecture: str, image_size: int, weights: str | None) -> "keras.Model":
+    """The network of `keras.applications` without its classification layers, called as the architecture is."""
     import keras
 
-    function, mode = _BACKBONES[architecture]
-    backbone = getattr(keras.applications, function)(
-        include_top=False, weights=None, input_shape=(*pixels.shape[1:3], 3), name=architecture
-    )
-    if weights:
-        try:
-            backbone.load_weights(weights)
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{weights} does not hold weights of {architecture}: {reason}") from None
-        if function.startswith("EfficientNetB"):
-            _scale_as_published(backbone)
-    x = backbone(_scaled(pixels, mode))
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.layers.Dropout(dropout)(x)
+    function = getattr(keras.applications, _BACKBONES[architecture][0])
+    return function(include_top=False, weights=weights, input_shape=(image_size, image_size, 3), name=architecture)
 
 
-def _scale_as_published(efficientnet: "keras.Model") -> None:
+def scale_as_published(backbone: "keras.Model") -> None:
     """Divide what the first version of EfficientNet normalises by the root of ImageNet's deviations once more.
+
+    Other backbones are left as they are.
 
     Its published weights were trained so, and Keras adds a layer for it, but only where it fetches the weights
     itself. Here the layer's variance takes the factor in, which is the same.
@@ -184,7 +197,9 @@ def _scale_as_published(efficientnet: "keras.Model") -> None:
     import keras
     import numpy as np
 
-    normalization = next(layer for layer in efficientnet.layers if isinstance(layer, keras.layers.Normalization))
+    if not backbone.name.startswith("efficientnetb"):
+        return
+    normalization = next(layer for layer in backbone.layers if isinstance(layer, keras.layers.Normalization))
     normalization.adapt_variance.assign(normalization.adapt_variance * np.asarray([0.229, 0.224, 0.225]))
     normalization.finalize_state()
 

@@ -100,7 +100,7 @@ class Bundle:
             OSError: storage that cannot be read.
         """
         with self.local_copy(MODEL) as path:
-            model = _load_model(path, self.uri)
+            model = load_model(path, self.uri)
         _check_model(model, self.info, self.uri)
         return model
 
@@ -219,7 +219,12 @@ def replace(target: str, source: str) -> None:
     storage.copy_folder(source, target, last=[_INFO])
 
 
-def _load_model(path: Path, uri: str) -> "keras.Model":
+def load_model(path: Path, uri: str) -> "keras.Model":
+    """A local `.keras` file, loaded without running any code found in it; `uri` is its name in errors.
+
+    Raises:
+        BundleError: it is not there, or cannot be loaded safely.
+    """
     import keras
 
     if not path.is_file():

@@ -19,6 +19,8 @@ class Assignment:
     """Of the bundle to come, without metrics."""
     manifest: str
     """Where the manifest is."""
+    weights: str | None
+    """File of weights that the backbone begins with."""
     threads: int
     """TensorFlow threads of a worker."""
     decode_cpus: float

@@ -32,8 +32,14 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self._epochs, self._steps, self._images = epochs, steps, images
         self._epoch = 0
+        self.phase = ""
+        """Name of the phase; empty where there is only one."""
         self._shown = 0.0
         self._rate = 0.0
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.phase}: " if self.phase else ""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Remember which epoch it is."""
@@ -51,8 +57,8 @@ class Progress(keras.callbacks.Callback):
         share = (batch + 1) / self._steps
         left = self._images * (self._epochs - self._epoch - share) / max(self._rate, 1e-9)
         log.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  accuracy %.4f  %.0f images/s  %s left",
-            self._epoch + 1, self._epochs, batch + 1, self._steps, logs["loss"], logs["accuracy"],
+            "%sepoch %d/%d  step %d/%d  loss %.4f  accuracy %.4f  %.0f images/s  %s left",
+            self._prefix, self._epoch + 1, self._epochs, batch + 1, self._steps, logs["loss"], logs["accuracy"],
             self._rate, duration(left),
         )  # fmt: skip
 
@@ -61,24 +67,22 @@ class Progress(keras.callbacks.Callback):
         logs = logs or {}
         left = (self._epochs - epoch - 1) * logs["seconds"]
         log.info(
-            "epoch %d/%d  loss %.4f  accuracy %.4f  val_loss %.4f  val_accuracy %.4f  val_top_5_accuracy %.4f  "
+            "%sepoch %d/%d  loss %.4f  accuracy %.4f  val_loss %.4f  val_accuracy %.4f  val_top_5_accuracy %.4f  "
             "%.0f images/s  %s left",
-            epoch + 1, self._epochs, logs["loss"], logs["accuracy"], logs["val_loss"], logs["val_accuracy"],
-            logs["val_top_5_accuracy"], logs["images_per_second"], duration(left),
+            self._prefix, epoch + 1, self._epochs, logs["loss"], logs["accuracy"], logs["val_loss"],
+            logs["val_accuracy"], logs["val_top_5_accuracy"], logs["images_per_second"], duration(left),
         )  # fmt: skip
         self._shown = time.monotonic()
 
 
 def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:
-    """The callbacks that change the training: they run on every worker, on the same logs."""
+    """The callbacks that change a phase of the training: they run on every worker, on the same logs."""
     callbacks: list[keras.callbacks.Callback] = []
     if config.early_stopping_patience is not None:
         callbacks.append(keras.callbacks.EarlyStopping(MONITOR, patience=config.early_stopping_patience))
-    if config.reduce_on_plateau_patience is not None:
+    if config.schedule == "plateau":
         callbacks.append(
-            keras.callbacks.ReduceLROnPlateau(
-                MONITOR, factor=0.5, patience=config.reduce_on_plateau_patience, min_lr=1e-7
-            )
+            keras.callbacks.ReduceLROnPlateau(MONITOR, factor=0.5, patience=config.plateau_patience, min_lr=1e-7)
         )
     return callbacks
 

@@ -1,7 +1,7 @@
 """What a run needs to go on from where it was, in a folder that `ray.train.report` keeps.
 
     bundle/               a bundle with the weights of this moment
-    optimizer.npz         the optimizer's variables in their order
+    state.npz             the optimizer's variables, and the weights where the bundle has their mean
     progress.json         `Progress`
     bad_images-R.jsonl    images that worker R could not read, where there were any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cnnray.training.step import Steps
 
 BUNDLE = "bundle"
-_OPTIMIZER = "optimizer.npz"
+_STATE = "state.npz"
 PROGRESS = "progress.json"
 
 BadImages = dict[int, dict[str, Any]]
@@ -35,8 +35,12 @@ BadImages = dict[int, dict[str, Any]]
 class Progress:
     """How far a run is. Everything is the same on all workers, but for `seen`, which rank 0 restores."""
 
+    phase: int = 0
+    """The phase that goes on."""
+    phase_epoch: int = 0
+    """Its epoch that goes on."""
     epoch: int = 0
-    """The epoch that goes on; equal to the number of finished ones."""
+    """The epoch that goes on, over all phases; equal to the number of finished ones."""
     step: int = 0
     """Its next step."""
     sums: Sums = field(default_factory=Sums)
@@ -52,18 +56,23 @@ class Progress:
     seconds_to_first_step: float = 0.0
     """From the start of the job to the end of the first step."""
     stopped: bool = False
-    """Whether a callback ended the training."""
+    """Whether a callback ended the last phase."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """The logs of each finished epoch."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """State of the callbacks."""
 
+    @property
+    def begins_phase(self) -> bool:
+        """Whether nothing of the phase is done."""
+        return self.phase_epoch == 0 and self.step == 0
+
 
 def write(folder: Path, steps: "Steps", info: BundleInfo, progress: Progress) -> None:
     """Write a checkpoint's folder, but for the bad images."""
     bundle.save(steps.inference, info, folder / BUNDLE)
-    optimizer: dict[str, Any] = steps.optimizer_state()
-    np.savez(folder / _OPTIMIZER, **optimizer)
+    state: dict[str, Any] = steps.state()
+    np.savez(folder / _STATE, **state)
     (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
 
 
@@ -79,9 +88,13 @@ def read_bad_images(lines_of_files: Iterable[bytes]) -> BadImages:
     return {row["id"]: row for row in rows}
 
 
-def restore(folder: Path, steps: "Steps") -> Progress:
-    """Load a checkpoint's weights and optimizer, and return how far it was."""
-    with np.load(folder / _OPTIMIZER, allow_pickle=False) as optimizer:
-        steps.load(str(folder / BUNDLE / "model.keras"), dict(optimizer))
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint is."""
     found = json.loads((folder / PROGRESS).read_text())
     return Progress(**found | {"sums": Sums(**found["sums"])})
+
+
+def restore(folder: Path, steps: "Steps", progress: Progress) -> None:
+    """Load a checkpoint's weights, and its optimizer where the phase that has begun is that of the checkpoint."""
+    with np.load(folder / _STATE, allow_pickle=False) as state:
+        steps.load(str(folder / BUNDLE / "model.keras"), dict(state), optimizer=not progress.begins_phase)

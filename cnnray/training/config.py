@@ -1,16 +1,21 @@
 """What a training run is told: every field is a flag of jobs/train.py and a key of its YAML."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from cnnray import flags
 from cnnray.images.decode import ResizeRule
 from cnnray.models import architectures
+from cnnray.models.architectures import Head
+from cnnray.models.augment import Augmentations, Strength
+from cnnray.training.phases import PRESETS, Phase, Preset
 
 LARGEST_IMAGE_SIZE = 4096
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Optimizer = Literal["adam", "sgd"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "plateau"]
+ClassWeights = Literal["none", "balanced"]
 Cache = Literal["auto", "memory", "none"]
 
 # Another value of these gives another way of running the same training, not another training.
@@ -26,6 +31,7 @@ _FREE_ON_RESUME = {
     "max_failures",
     "overwrite",
     "output",
+    "preview_augmentations",
 }
 
 
@@ -46,7 +52,12 @@ class TrainConfig:
     architecture: str = "vgg_bn"
     """vgg_bn, small_cnn, or a backbone of keras.applications in lower case, such as resnet50."""
     weights: str = "none"
-    """none, or a file (or s3://) of keras.applications weights without the classification layers (notop)."""
+    """What the network's backbone begins with: none, imagenet (as keras.applications publishes them), or a path or s3://
+    of a bundle, a .keras file, or a .weights.h5 or .h5 file (of keras.applications' networks without the
+    classification layers). The head always begins anew."""
+    head: Head = "dense"
+    """Behind the backbone: dense (512 and 256 units for those of keras.applications, the article's own for its
+    networks), or linear."""
     image_size: int = 64
     """Height and width in pixels that images are brought to."""
     resize: ResizeRule = "stretch"
@@ -56,22 +67,61 @@ class TrainConfig:
     synchronized_batch_norm: bool = False
     """Whether batch norm takes its statistics over all workers' images; else each worker's own, averaged over
     the workers at every checkpoint."""
+    augment: Strength = "light"
+    """How much training images are changed at random: none, light (turned, shifted, zoomed a little), standard (for
+    photographs: also mirrored), strong (also mixed)."""
+    augmentations: Augmentations = field(default_factory=Augmentations)
+    """Single switches on top of that."""
+    preview_augmentations: int | None = None
+    """Write a picture of as many training images beside their changed versions into the output, and stop."""
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training images, of each phase that does not state its own."""
+    phases: Preset | list[Phase] | None = None
+    """article (the head, then the top 20 % of the backbone, then the top 50 %), prune (all, then zeros in 50 %, then
+    in 80 % of each kernel), or a list in the YAML; null: one phase that trains all."""
     batch_size: int = 64
     """Images a step over all workers together. An epoch is cut into equal steps of at most as many."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged for one update."""
     learning_rate: float = 0.001
-    """Step size of the optimizer."""
-    optimizer: Optimizer = "adam"
+    """Step size of the optimizer, at its highest."""
+    schedule: Schedule = "cosine"
+    """constant; cosine (up from zero, then down to zero, over each phase); or plateau (halved where the validation
+    loss no longer falls, down to 1e-7)."""
+    warmup_epochs: float | None = None
+    """Of cosine, the way up; null: a tenth of the phase, at most 5 epochs."""
+    warmup_steps: int | None = None
+    """The same in steps."""
+    decay_epochs: float | None = None
+    """Of cosine, the way down; null: all the rest."""
+    decay_steps: int | None = None
+    """The same in steps."""
+    plateau_patience: int = 5
+    """Of plateau: epochs without a lower validation loss before the learning rate is halved."""
+    optimizer: Optimizer = "adamw"
     """The optimizer; sgd has a momentum of 0.9."""
+    weight_decay: float | None = None
+    """By how much of the learning rate kernels shrink at each update; null: 0.01 with adamw, else 0."""
+    clip_norm: float | None = None
+    """Longest gradient, over all weights together; null: any."""
+    average: float = 0.0
+    """The bundle holds the moving average of the weights with this momentum, such as 0.99; 0: the weights."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    class_weights: ClassWeights = "none"
+    """balanced: images of rare classes weigh more in the loss, so that all classes weigh the same."""
+    teacher: str | None = None
+    """A bundle of the same classes and image size from whose answers the network learns too (distillation)."""
+    distillation: float = 0.5
+    """Share of the loss that is the teacher's."""
+    distillation_temperature: float = 3.0
+    """Logits of both are divided by it; higher: more of what the teacher thinks of the wrong classes."""
     precision: Precision = "float32"
     """Type that the network computes in; weights, statistics and the bundle stay float32."""
     early_stopping_patience: int | None = None
-    """Stop after as many epochs without a lower validation loss; null: never."""
-    reduce_on_plateau_patience: int | None = None
-    """Halve the learning rate after as many epochs without a lower validation loss; null: never."""
+    """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0
-    """Seed of the split, the initial weights, the order of the images and the dropout."""
+    """Seed of the split, the initial weights, the order of the images, and all that is random in training."""
     workers: int = 2
     """Processes that train side by side."""
     cpus_per_worker: float | None = None
@@ -102,10 +152,22 @@ class TrainConfig:
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
+        # As YAML and JSON give them.
+        if isinstance(self.augmentations, dict):
+            object.__setattr__(self, "augmentations", Augmentations(**self.augmentations))
+        if isinstance(self.phases, list):
+            stated = [Phase(**phase) if isinstance(phase, dict) else phase for phase in self.phases]
+            object.__setattr__(self, "phases", stated)
         flags.check_at_least_one(
             self, "epochs", "batch_size", "workers", "checkpoint_every_steps", "early_stopping_patience",
-            "reduce_on_plateau_patience",
+            "plateau_patience", "accumulate", "preview_augmentations",
         )  # fmt: skip
+        flags.check_choices(
+            self, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights, head=Head,
+            precision=Precision, cache=Cache, resize=ResizeRule,
+        )  # fmt: skip
+        if isinstance(self.phases, str) and self.phases not in PRESETS:
+            raise ValueError(f"--phases {self.phases!r} is not known; there are {', '.join(PRESETS)}, or a list.")
         if self.architecture not in architectures.NAMES:
             raise ValueError(
                 f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}."
@@ -116,18 +178,25 @@ class TrainConfig:
                 f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels for {self.architecture}, "
                 f"not {self.image_size}."
             )
-        if self.weights == "imagenet":
-            raise ValueError(
-                f"--weights imagenet: fetch the notop weights of {self.architecture} from the Keras project's "
-                "keras-applications storage yourself and give their path, or use --weights none."
-            )
-        flags.check_more_than_zero(self, "learning_rate", "cpus_per_worker", "decode_cpus")
+        if self.weights == "imagenet" and self.architecture not in architectures.BACKBONES:
+            raise ValueError(f"--weights imagenet: there are none of {self.architecture}.")
+        flags.check_more_than_zero(
+            self, "learning_rate", "cpus_per_worker", "decode_cpus", "clip_norm", "distillation_temperature"
+        )
+        self._check_schedule()
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError("--weight-decay: adam with it is --optimizer adamw.")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ValueError(f"--weight-decay must not be negative, but is {self.weight_decay}.")
+        if isinstance(self.phases, list) and not self.phases:
+            raise ValueError("--phases is empty.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be at least 0 and less than 2**32, not {self.seed}.")
-        for flag in ("validation_fraction", "dropout", "max_bad_fraction"):
+        for flag in ("validation_fraction", "dropout", "max_bad_fraction", "average", "label_smoothing"):
             value = getattr(self, flag)
             if not 0 <= value < 1:
                 raise ValueError(f"{flags.spelt(flag)} must be at least 0 and less than 1, not {value}.")
+        flags.check_share(self, "distillation")
         if self.validation_fraction == 0 and self.validation is None:
             raise ValueError("--validation-fraction must be more than 0 where --validation is not given.")
         if not 0 <= self.gpus_per_worker <= 1:
@@ -142,7 +211,41 @@ class TrainConfig:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")
         if self.weights not in ("none", "imagenet"):
             flags.make_absolute(self, "weights")
-        flags.make_absolute(self, "data", "output", "validation")
+        flags.make_absolute(self, "data", "output", "validation", "teacher")
+
+    def _check_schedule(self) -> None:
+        for what in ("warmup", "decay"):
+            given = [name for name in (f"{what}_epochs", f"{what}_steps") if getattr(self, name) is not None]
+            if given and self.schedule != "cosine":
+                raise ValueError(f"{flags.spelt(given[0])} is of --schedule cosine, not of {self.schedule}.")
+            if len(given) > 1:
+                raise ValueError(
+                    f"{flags.spelt(given[0])} and {flags.spelt(given[1])} say the same: give one of them."
+                )
+            if given and getattr(self, given[0]) < 0:
+                raise ValueError(f"{flags.spelt(given[0])} must not be negative, but is {getattr(self, given[0])}.")
+
+    @property
+    def plan(self) -> tuple[Phase, ...]:
+        """The phases, each with its epochs and its learning rate."""
+        stated: list[Phase] | tuple[Phase, ...]
+        if self.phases is None:
+            stated = (Phase(name="all"),)
+        else:
+            stated = PRESETS[self.phases] if isinstance(self.phases, str) else self.phases
+        return tuple(
+            replace(
+                phase,
+                epochs=phase.epochs or self.epochs,
+                learning_rate=phase.learning_rate or self.learning_rate,
+            )
+            for phase in stated
+        )
+
+    @property
+    def all_epochs(self) -> int:
+        """Of all phases together."""
+        return sum(phase.passes for phase in self.plan)
 
     def as_dict(self) -> dict[str, Any]:
         """The config as plain values, for YAML and JSON."""
@@ -154,4 +257,8 @@ class TrainConfig:
 
     def differs_from(self, earlier: dict[str, Any]) -> list[str]:
         """The flags in which this config asks for another training than `earlier` (an `as_dict`) did."""
-        return flags.differences(self, earlier, _FREE_ON_RESUME)
+        free = set(_FREE_ON_RESUME)
+        if self.phases is not None or (self.schedule == "cosine" and (self.decay_epochs or self.decay_steps) is None):
+            # The learning rate of each step, or what it trains, depends on how many there are.
+            free.remove("epochs")
+        return flags.differences(self, earlier, free)

@@ -5,11 +5,13 @@ import functools
 import io
 import json
 import logging
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +21,9 @@ from cnnray import cluster
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.lock import alone
-from cnnray.models import bundle, startup
+from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
-from cnnray.training import data
+from cnnray.training import data, recipe
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
@@ -30,19 +32,24 @@ log = logging.getLogger(__name__)
 
 BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
+IMAGENET = "imagenet.weights.h5"
 # In the order of deleting: a run without its summary is not finished, and one without its config is none.
-_FILES, _FOLDERS = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST), (CHECKPOINTS, TENSORBOARD, BUNDLE)
+_FILES, _FOLDERS = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET), (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
 class TrainingError(RuntimeError):
     """A run that cannot start or ended badly; the message is one sentence for the user."""
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, and leave in `config.output`: `bundle/`, `history.csv`, `tensorboard/`, `config.yaml`,
     `manifest.parquet`, `summary.json`, `checkpoints/`, and `bad_images.csv` where there were any.
 
     A run that was interrupted goes on from its last checkpoint; one that is finished is not run again.
+
+    Args:
+        config: the flags.
+        callbacks: Ray Train's `UserCallback`s.
 
     Returns:
         What is also in `summary.json`: `bundle` (its uri), `epochs` (run in all), `metrics` (of the bundle's
@@ -61,8 +68,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"--output {config.output} lies in --data {config.data}, where its folders would be taken for classes."
         )
     with alone(config.output):
-        if config.weights != "none" and not storage.is_file(config.weights):
-            raise TrainingError(f"--weights {config.weights} does not exist.")
+        if config.weights not in ("none", "imagenet"):
+            transfer.check(config.weights)
         earlier = _earlier_run(config)
         if earlier is not None and (summary := _finished(config, earlier)) is not None:
             if not config.overwrite:
@@ -71,6 +78,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             earlier = None
         manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else data.manifest_of_run(config)
         data.describe(manifest)
+        recipe.check(config, manifest)
+        weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected() as found:
             shares = budget_of(config, found)
             cached = data.is_cached(config, manifest, shares)
@@ -80,12 +89,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 # First of all: an output that has other files and no config is taken for somebody else's.
                 _write_config(config)
                 manifests.write(manifest, storage.join(config.output, MANIFEST))
+                if weights is not None:
+                    storage.write_bytes(storage.join(config.output, IMAGENET), weights)
                 data.warn_of_faults(config, manifest, shares)
             else:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)
                 _write_config(config)
-            best, latest = _run(config, manifest, shares, cached, started)
+            best, latest = _run(config, manifest, shares, cached, started, callbacks)
             return _finish(config, best, latest, started)
 
 
@@ -153,7 +164,14 @@ def _drop_torn_checkpoints(output: str) -> None:
 # -- the run --------------------------------------------------------------------------------------------------
 
 
-def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, started: float) -> tuple[Any, Any]:
+def _run(
+    config: TrainConfig,
+    manifest: pa.Table,
+    shares: Budget,
+    cached: bool,
+    started: float,
+    callbacks: Sequence[Any],
+) -> tuple[Any, Any]:
     """Run Ray Train.
 
     Returns:
@@ -173,6 +191,7 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, 
         config=config,
         info=_bundle_info(config, manifest),
         manifest=storage.join(config.output, MANIFEST),
+        weights=_weights_file(config),
         threads=shares.threads_per_worker,
         decode_cpus=shares.decode_cpus,
         stream_bytes=shares.stream_bytes,
@@ -193,6 +212,7 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, 
             name=CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -201,7 +221,7 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, 
         ),
     )
     try:
-        result = _interruptible(trainer.fit)
+        result = interruptible(trainer.fit)
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Training failed: {_cause(error)}") from error
     if result.return_value:
@@ -209,8 +229,24 @@ def _run(config: TrainConfig, manifest: pa.Table, shares: Budget, cached: bool, 
     return result.get_best_checkpoint("score", "min"), result.checkpoint
 
 
-def _interruptible(function: Callable[[], Any]) -> Any:
-    """Call a function in a thread, where Ray Train leaves Ctrl-C to us: its own handler ends the process with 0."""
+def _imagenet_weights(config: TrainConfig) -> bytes:
+    startup.load_tensorflow(gpus=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, IMAGENET)
+        transfer.imagenet(config.architecture, config.image_size, path)
+        return path.read_bytes()
+
+
+def _weights_file(config: TrainConfig) -> str | None:
+    if config.weights == "none":
+        return None
+    if config.weights == "imagenet":
+        return storage.join(config.output, IMAGENET)
+    return config.weights if storage.is_file(config.weights) else storage.join(config.weights, bundle.MODEL)
+
+
+def interruptible(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread, where Ray leaves Ctrl-C to us: Ray Train's own handler ends the process with 0."""
     outcome: Future[Any] = Future()
 
     def call() -> None:

@@ -2,9 +2,11 @@
 
 Keras 3's own `fit` does not run under it (its logs and its symbolic build fail), so this is a custom loop:
 every worker takes gradients on its part of the global batch, the losses are divided by the global batch's
-number of images, and `optimizer.apply_gradients` sums the gradients over the workers.
+number of images, and the gradients are summed over the workers before the optimizer sees them: what it then
+does (clip, look for overflows, accumulate) is the same on all, and as it would be in one process.
 """
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,8 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from cnnray.models import architectures
+from cnnray.models import architectures, augment, transfer
+from cnnray.models.augment import Augmenter
+from cnnray.training import recipe
 from cnnray.training.config import TrainConfig
+from cnnray.training.phases import Phase, prunes_at, sparsity_at
+from cnnray.training.pruning import Pruning
 from cnnray.training.sums import TOP_K, Sums
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -24,69 +30,113 @@ class Steps:
 
     Attributes:
         model: the network that is trained.
-        inference: the float32 network that goes into the bundle; `model` itself where it computes in float32.
+        inference: the float32 network that goes into the bundle; `model` itself where it computes in float32 and its
+            weights are not averaged.
         optimizer: a Keras optimizer, with loss scaling for float16.
     """
 
-    def __init__(self, config: TrainConfig, classes: int, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        classes: int,
+        *,
+        weights: str | None = None,
+        teacher: keras.Model | None = None,
+        class_weights: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """
         Args:
-            config: architecture, sizes, precision, optimizer and seed.
+            config: architecture, sizes, precision, recipe and seed.
             classes: number of classes.
-            weights: local file of backbone weights.
+            weights: local file of weights for the backbone (see `transfer.load`).
+            teacher: network of a bundle from which this one learns too.
+            class_weights: float32 (classes,), what an image of each weighs in the loss; None: 1.
         """
         keras.utils.set_random_seed(config.seed)
+        self._config = config
         self._strategy = tf.distribute.get_strategy()
-        self.model = self._build(config, classes, _POLICIES[config.precision], weights)
+        self.model = self._build(config, classes, _POLICIES[config.precision])
+        if weights is not None:
+            transfer.load(self.model, Path(weights))
+        self._averages = config.average > 0
         self.inference = self.model
-        if config.precision != "float32":
-            self.inference = self._build(config, classes, "float32", None)
-        self.optimizer = _optimizer(config)
-        self.optimizer.build(self.model.trainable_variables)
-        self._network = keras.Model(self.model.inputs, self.model.get_layer("logits").output)
-        # Keras's callbacks look for the optimizer at the model.
-        self.model.compile(optimizer=self.optimizer)
+        if config.precision != "float32" or self._averages:
+            self.inference = self._build(config, classes, "float32")
+            self.inference.set_weights(self.model.get_weights())
+        self._network = _logits_of(self.model)
+        self._teacher = None if teacher is None else _logits_of(teacher)
+        # By its name, "kl_divergence", Keras would take the logits for probabilities.
+        self._distillation = keras.distillation.LogitsDistillation(
+            config.distillation_temperature, keras.losses.KLDivergence()
+        )
+        self._augmenter = Augmenter(augment.resolved(config.augment, config.augmentations))
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
-        self._seed = config.seed
-        self._synchronized = config.synchronized_batch_norm
-        self._statistics = [
-            variable
-            for layer in self.model._flatten_layers()
-            if isinstance(layer, keras.layers.BatchNormalization)
-            for variable in (layer.moving_mean, layer.moving_variance)
-        ]
+        self._seeds += self._augmenter.seeds
+        self._classes = classes
+        self._class_weights = np.ones(classes, np.float32) if class_weights is None else class_weights
         self._top_k = min(TOP_K, classes)
         shape = (None, config.image_size, config.image_size, 3)
-        signature = [
+        self._signature = [
             tf.TensorSpec(shape, tf.uint8),
             tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((None,), tf.float32),
         ]
         # Nothing here needs AutoGraph, whose files a killed worker would leave in the temporary folder.
-        self._compiled_train = tf.function(self._train, [*signature, tf.TensorSpec((), tf.float32)], autograph=False)
         self._compiled_reduce = tf.function(self._reduce, autograph=False)
-        inference = keras.Model(self.inference.inputs, self.inference.get_layer("logits").output)
+        inference = _logits_of(self.inference)
         self._compiled_evaluate = tf.function(
-            lambda images, targets, weights: self._sums(inference(images, training=False), targets, weights),
-            signature,
+            lambda images, targets, weights: self._evaluate(inference(images, training=False), targets, weights),
+            self._signature,
             autograph=False,
         )
 
     @staticmethod
-    def _build(config: TrainConfig, classes: int, policy: str, weights: str | None) -> Any:
+    def _build(config: TrainConfig, classes: int, policy: str) -> Any:
         return architectures.build(
             config.architecture,
             config.image_size,
             classes,
+            head=config.head,
             dropout=config.dropout,
             synchronized=config.synchronized_batch_norm,
-            weights=weights,
             dtype=policy,
         )
 
+    def begin(self, phase: Phase, steps_per_epoch: int) -> None:
+        """Begin a phase, with an optimizer of its own; to be called inside the strategy's scope.
+
+        Args:
+            phase: of `TrainConfig.plan`.
+            steps_per_epoch: steps of an epoch.
+        """
+        transfer.set_trainable(self.model, phase.trainable)
+        self.optimizer = recipe.optimizer(self._config, phase, steps_per_epoch)
+        self.optimizer.build(self.model.trainable_variables)
+        # Keras's callbacks look for the optimizer at the model.
+        self.model.compile(optimizer=self.optimizer)
+        self._pruning = Pruning(self.model, self.inference) if phase.sparsity else None
+        self._statistics = _moving_statistics(self.model)
+        if self._averages:
+            self._statistics += _moving_statistics(self.inference, like=self.model)
+        self._waiting = 0
+        if self._config.accumulate > 1:
+            # Keras's own accumulation fails under the strategy (its `cond` holds a `merge_call`).
+            self._accumulated = [
+                tf.Variable(tf.zeros(v.shape), trainable=False) for v in self.model.trainable_variables
+            ]
+        signature = [*self._signature, tf.TensorSpec((), tf.float32), tf.TensorSpec((None, 2), tf.int64)]
+        self._compiled_train = tf.function(self._train, signature, autograph=False)
+        self._compiled_accumulate = tf.function(self._accumulate, signature, autograph=False)
+
     # -- one step --------------------------------------------------------------------------------------
 
-    def train(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], bad: int = 0) -> Sums:
+    def train(
+        self,
+        images: npt.NDArray[np.uint8],
+        targets: npt.NDArray[np.int64],
+        bad: int = 0,
+        position: tuple[int, int, int] = (0, 0, 0),
+    ) -> Sums:
         """Train on one global batch, of which this worker brings a part.
 
         Args:
@@ -94,9 +144,10 @@ class Steps:
                 differ between workers and steps, and may be 0.
             targets: int64 (n,), class indices.
             bad: how many of this worker's part could not be read.
+            position: epoch, step and rank, of which, with the run's seed, all that is random is a function.
 
         Returns:
-            The sums over all workers' parts, before the update.
+            The sums over all workers' parts, before the update; their loss is that which is minimised.
         """
         weights = np.ones(len(images), np.float32)
         kept = []
@@ -104,41 +155,94 @@ class Steps:
             # TensorFlow has no convolution of nothing, and batch norm no mean: one black image, which weighs
             # nothing, and leaves no trace in the statistics but where they are of all workers' images.
             images, targets, weights = _padding(images, 1), np.zeros(1, np.int64), np.zeros(1, np.float32)
-            if not self._synchronized:
+            if not self._config.synchronized_batch_norm:
                 kept = [variable.numpy() for variable in self._statistics]
-        sums = Sums(*self._compiled_train(images, targets, weights, np.float32(bad)).numpy().tolist())
+        entropy = np.random.SeedSequence([self._config.seed, *position])
+        seeds = entropy.generate_state(2 * len(self._seeds)).reshape(-1, 2) >> 1  # Keras's are int32
+        self._waiting = (self._waiting + 1) % self._config.accumulate
+        step = self._compiled_accumulate if self._waiting else self._compiled_train
+        sums = Sums(*step(images, targets, weights, np.float32(bad), seeds.astype(np.int64)).numpy().tolist())
         for variable, value in zip(self._statistics, kept, strict=False):
             variable.assign(value)
         return sums
 
-    def _train(self, images: Any, targets: Any, weights: Any, bad: Any) -> Any:
-        return self._strategy.run(self._replica_step, args=(images, targets, weights, bad))
+    def _train(self, *batch: Any) -> Any:
+        sums = self._strategy.run(self._replica_step, args=batch)
+        with tf.control_dependencies([sums]):
+            if self._config.accumulate > 1:
+                for gradient in self._accumulated:
+                    gradient.assign(tf.zeros_like(gradient))
+            if self._pruning:
+                self._pruning.apply()
+            if self._averages:
+                self._average()
+        return sums
 
-    def _replica_step(self, images: Any, targets: Any, weights: Any, bad: Any) -> Any:
+    def _accumulate(self, *batch: Any) -> Any:
+        sums, gradients = self._strategy.run(self._replica_gradients, args=batch)
+        for accumulated, gradient in zip(self._accumulated, gradients, strict=True):
+            accumulated.assign_add(gradient)
+        return sums
+
+    def _replica_step(self, *batch: Any) -> Any:
+        sums, gradients = self._replica_gradients(*batch)
+        if self._config.accumulate > 1:
+            pairs = zip(self._accumulated, gradients, strict=True)
+            gradients = [(earlier + gradient) / self._config.accumulate for earlier, gradient in pairs]
+        self.optimizer.apply_gradients(zip(gradients, self._network.trainable_variables, strict=True))
+        return sums
+
+    def _replica_gradients(self, images: Any, targets: Any, weights: Any, bad: Any, seeds: Any) -> Any:
+        """The step's sums and gradients, over all workers."""
         replica = tf.distribute.get_replica_context()
         # Waits for the other workers to begin the step, not for their forward pass as a sum of losses would.
         count = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
+        for index, state in enumerate(self._seeds):
+            state.assign(tf.cast(seeds[index], state.dtype))
+        images, labels = self._augmenter(images, tf.one_hot(targets, self._classes))
         with tf.GradientTape() as tape:
-            logits = self._network(images, training=True)
-            loss = tf.reduce_sum(_cross_entropy(targets, logits) * weights) / tf.maximum(count, 1.0)
+            logits = tf.cast(self._network(images, training=True), tf.float32)
+            losses = self._losses(images, labels, logits)
+            loss = tf.reduce_sum(losses * weights) / tf.maximum(count, 1.0)
             if self._network.losses:
                 # Weight penalties are the same on every worker, and the workers' gradients are summed.
                 loss += tf.add_n(self._network.losses) / replica.num_replicas_in_sync
             loss = self.optimizer.scale_loss(loss)
         variables = self._network.trainable_variables
-        gradients = tape.gradient(loss, variables)
-        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            gradients = _overflow_everywhere(replica, gradients)
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        sums = tf.concat([self._sums(logits, targets, weights), [bad]], 0)
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+        gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, tape.gradient(loss, variables))
+        sums = tf.concat([self._sums(losses, logits, targets, weights), [bad]], 0)
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, sums), gradients
 
-    def _sums(self, logits: Any, targets: Any, weights: Any) -> Any:
-        logits = tf.cast(logits, tf.float32)
+    def _losses(self, images: Any, labels: Any, logits: Any) -> Any:
+        """float32 (n,): what is minimised, of each image; labels: the shares of each class, float32 (n, classes)."""
+        importance = tf.linalg.matvec(labels, self._class_weights)
+        smoothing = self._config.label_smoothing
+        labels = labels * (1 - smoothing) + smoothing / self._classes
+        losses = importance * tf.nn.softmax_cross_entropy_with_logits(labels, logits)
+        if self._teacher is None:
+            return losses
+        share = self._config.distillation
+        # Keras's is a mean over the images.
+        taught = self._distillation.compute_loss(self._teacher(images, training=False), logits)
+        return (1 - share) * losses + share * taught
+
+    def _average(self) -> None:
+        """Move the bundle's weights and statistics towards those that are trained."""
+        # As TensorFlow's ExponentialMovingAverage with `num_updates`: soon away from the first weights.
+        updates = tf.cast(self.optimizer.iterations, tf.float32)
+        momentum = tf.minimum(self._config.average, (1 + updates) / (10 + updates))
+        for average, variable in zip(self.inference.weights, self.model.weights, strict=True):
+            average.assign(average + (1 - momentum) * (tf.cast(variable, tf.float32) - average))
+
+    def _sums(self, losses: Any, logits: Any, targets: Any, weights: Any) -> Any:
         correct = tf.cast(tf.equal(tf.argmax(logits, -1), targets), tf.float32)
         in_top_k = tf.cast(keras.ops.in_top_k(targets, logits, self._top_k), tf.float32)
-        per_image = tf.stack([tf.ones_like(weights), _cross_entropy(targets, logits), correct, in_top_k])
-        return tf.reduce_sum(per_image * weights, axis=1)
+        return tf.reduce_sum(tf.stack([tf.ones_like(weights), losses, correct, in_top_k]) * weights, axis=1)
+
+    def _evaluate(self, logits: Any, targets: Any, weights: Any) -> Any:
+        logits = tf.cast(logits, tf.float32)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+        return self._sums(losses, logits, targets, weights)
 
     def evaluate(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int) -> Sums:
         """The sums over this worker's images alone, by the weights that would go into the bundle.
@@ -184,53 +288,71 @@ class Steps:
             variable.assign(mean[start:stop])
             start = stop
 
-    def seed_dropout(self, epoch: int, step: int, rank: int) -> None:
-        """Make the random layers a function of (seed, epoch, step, worker), different on every worker."""
-        for index, state in enumerate(self._seeds):
-            entropy = np.random.SeedSequence([self._seed, epoch, rank, index]).generate_state(1)[0]
-            state.assign([int(entropy), step])
+    def prune_at(self, step: int, steps_per_epoch: int, phase: Phase, before: float) -> None:
+        """Choose anew, where it is time for it in a phase that prunes, which weights are zero.
+
+        Args:
+            step: of the phase, that comes next.
+            steps_per_epoch: steps of an epoch.
+            phase: that which was begun.
+            before: share of zeros that it began with.
+        """
+        steps = phase.passes * steps_per_epoch
+        if self._pruning and prunes_at(step, steps):
+            self._pruning.choose(sparsity_at(step, steps, before, phase.sparsity))
 
     def update_inference(self) -> None:
-        """Bring the float32 network up to date with the trained one."""
-        if self.inference is not self.model:
+        """Bring the float32 network up to date with the trained one, where it is not its average."""
+        if self.inference is not self.model and not self._averages:
             self.inference.set_weights(self.model.get_weights())
 
-    def load(self, model_file: str, optimizer: dict[str, npt.NDArray[Any]]) -> None:
-        """Take the weights of a `.keras` file and the optimizer's variables (see `optimizer_state`)."""
+    # -- checkpoints -----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What `inference` lacks: optimizer, gathered gradients, and the weights themselves where it has their average."""
+        found = {f"optimizer/{index}": variable.numpy() for index, variable in enumerate(self.optimizer.variables)}
+        if self._averages:
+            found |= {f"model/{index}": weight for index, weight in enumerate(self.model.get_weights())}
+        if self._waiting:
+            found |= {f"gradient/{index}": variable.numpy() for index, variable in enumerate(self._accumulated)}
+            found["waiting"] = np.asarray(self._waiting)
+        return found
+
+    def load(self, model_file: str, state: dict[str, npt.NDArray[Any]], optimizer: bool) -> None:
+        """Take the weights of a `.keras` file and a `state`.
+
+        Args:
+            model_file: of `inference`.
+            state: of the same phase, or of the one before.
+            optimizer: whether the optimizer's variables are taken too.
+        """
         self.inference.load_weights(model_file)
-        if self.inference is not self.model:
+        if self._averages:
+            self.model.set_weights([state[f"model/{index}"] for index in range(len(self.model.weights))])
+        elif self.inference is not self.model:
             self.model.set_weights(self.inference.get_weights())
-        for index, variable in enumerate(self.optimizer.variables):
-            variable.assign(optimizer[str(index)])
-
-    def optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
-        """The optimizer's variables in their order."""
-        return {str(index): variable.numpy() for index, variable in enumerate(self.optimizer.variables)}
-
-
-def _optimizer(config: TrainConfig) -> Any:
-    if config.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(config.learning_rate)
-    else:
-        optimizer = keras.optimizers.SGD(config.learning_rate, momentum=0.9)
-    if config.precision == "float16":
-        return keras.optimizers.LossScaleOptimizer(optimizer)
-    return optimizer
+        if optimizer:
+            for index, variable in enumerate(self.optimizer.variables):
+                variable.assign(state[f"optimizer/{index}"])
+            self._waiting = int(state.get("waiting", 0))
+            for index, variable in enumerate(self._accumulated if self._waiting else ()):
+                variable.assign(state[f"gradient/{index}"])
+        if self._pruning:
+            self._pruning.take_from_weights()
 
 
-def _overflow_everywhere(replica: Any, gradients: list[Any]) -> list[Any]:
-    """Make all workers' gradients infinite where those of one have overflowed.
-
-    Keras's loss scaling looks at its own worker's gradients, and skips the update, with the all-reduce in it, where
-    they are not finite: a worker that skipped alone would leave the others waiting.
-    """
-    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
-    overflows = replica.all_reduce(tf.distribute.ReduceOp.SUM, 1.0 - tf.cast(finite, tf.float32))
-    return [tf.where(overflows > 0, tf.constant(np.inf, gradient.dtype), gradient) for gradient in gradients]
+def _logits_of(model: keras.Model) -> keras.Model:
+    return keras.Model(model.inputs, model.get_layer("logits").output)
 
 
-def _cross_entropy(targets: Any, logits: Any) -> Any:
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
+def _moving_statistics(model: keras.Model, like: keras.Model | None = None) -> list[Any]:
+    """The statistics of the batch norms that are trained, in `model` or in `like`, which has the same layers."""
+    return [
+        variable
+        for layer, other in zip(model._flatten_layers(), (like or model)._flatten_layers(), strict=True)
+        if isinstance(layer, keras.layers.BatchNormalization) and other.trainable
+        for variable in (layer.moving_mean, layer.moving_variance)
+    ]
 
 
 def _padding(images: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:

@@ -19,8 +19,9 @@ import tensorflow as tf
 
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
+from cnnray.models.bundle import Bundle
 from cnnray.training import callbacks as glue
-from cnnray.training import checkpoint, epoch
+from cnnray.training import checkpoint, epoch, recipe
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.checkpoint import BadImages
 from cnnray.training.source import CachedSource, Source, StreamedSource
@@ -40,7 +41,7 @@ def run(assignment: Assignment) -> str:
     _set_up(assignment)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        worker = _Worker(assignment)
+        worker = _Worker(assignment, strategy)
     # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
     try:
         worker.run()
@@ -64,8 +65,9 @@ class _GivenUp(Exception):  # noqa: N818 - no error of the program
 
 
 class _Worker:
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, strategy: tf.distribute.Strategy) -> None:
         self.assignment = assignment
+        self.strategy = strategy
         self.config = assignment.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -78,8 +80,17 @@ class _Worker:
         self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
         self.bad_images: BadImages = {}
         self.compiled = False
-        with _local_weights(self.config.weights) as weights:
-            self.steps = Steps(self.config, len(assignment.info.class_names), weights)
+        self.plan = self.config.plan
+        names, counts = assignment.info.class_names, assignment.info.class_counts
+        teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
+        with _local_file(assignment.weights) as weights:
+            self.steps = Steps(
+                self.config,
+                len(names),
+                weights=weights,
+                teacher=teacher,
+                class_weights=recipe.class_weights(self.config, [counts.get(name, 0) for name in names]),
+            )
 
     def _source(self, split: str, manifest: pa.Table) -> Source:
         if split in self.assignment.cached:
@@ -100,62 +111,105 @@ class _Worker:
         Raises:
             _GivenUp: on all workers alike.
         """
-        self.deciding = glue.deciding_callbacks(self.config)
         with tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") as events:
             shown: list[keras.callbacks.Callback] = []
+            self.lines = glue.Progress(self.config.all_epochs, len(self.bounds) - 1, self.images)
             if self.rank == 0:
-                progress = glue.Progress(self.config.epochs, len(self.bounds) - 1, self.images)
-                shown = [keras.callbacks.TensorBoard(events, write_graph=False), progress]
-            self._run(keras.callbacks.CallbackList([*self.deciding, *shown], model=self.steps.model), events)
+                shown = [keras.callbacks.TensorBoard(events, write_graph=False), self.lines]
+            self._run(keras.callbacks.CallbackList(shown, model=self.steps.model), events)
 
-    def _run(self, callbacks: keras.callbacks.CallbackList, events: str) -> None:
-        self.steps.model.stop_training = False
-        callbacks.on_train_begin()
-        self.progress = self._restored()
-        while self.progress.epoch < self.config.epochs and not self.progress.stopped:
-            number = self.progress.epoch
-            callbacks.on_epoch_begin(number)
-            self._train_epoch(callbacks)
+    def _run(self, shown: keras.callbacks.CallbackList, events: str) -> None:
+        self._restore()
+        shown.on_train_begin()
+        while not self._is_over():
+            progress = self.progress
+            number = progress.epoch
+            shown.on_epoch_begin(number)
+            self._train_epoch(shown)
             logs = self._end_epoch()
-            callbacks.on_epoch_end(number, logs)
-            self.progress.stopped = bool(self.steps.model.stop_training)
+            self.deciding.on_epoch_end(number, logs)
+            shown.on_epoch_end(number, logs)
+            progress.stopped = bool(self.steps.model.stop_training)
             if self.rank == 0:
-                glue.write_history(self.progress.history, storage.join(self.config.output, HISTORY))
+                glue.write_history(progress.history, storage.join(self.config.output, HISTORY))
                 storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
-            self._checkpoint(logs)
-        callbacks.on_train_end()
+            score = self._score(logs)
+            over = progress.stopped or progress.phase_epoch >= self.plan[progress.phase].passes
+            if over and progress.phase + 1 < len(self.plan):
+                # The next phase goes on from the weights that this one ends with.
+                progress.phase, progress.phase_epoch, progress.stopped = progress.phase + 1, 0, False
+            self._checkpoint(logs, score)
+            if progress.begins_phase:
+                self._begin_phase()
+        shown.on_train_end()
         if self.rank == 0:
             storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
 
-    def _restored(self) -> checkpoint.Progress:
+    def _is_over(self) -> bool:
+        progress = self.progress
+        return progress.stopped or progress.phase_epoch >= self.plan[progress.phase].passes
+
+    def _begin_phase(self) -> None:
+        phase = self.plan[self.progress.phase]
+        with self.strategy.scope():
+            self.steps.begin(phase, len(self.bounds) - 1)
+        self.steps.model.stop_training = False
+        self.compiled = False
+        self.deciding = keras.callbacks.CallbackList(glue.deciding_callbacks(self.config), model=self.steps.model)
+        self.deciding.on_train_begin()
+        if len(self.plan) > 1:
+            self.lines.phase = phase.name
+            if self.rank == 0:
+                log.info(
+                    "phase %d/%d: %s; %d weights are trained", self.progress.phase + 1, len(self.plan), phase.name,
+                    sum(math.prod(variable.shape) for variable in self.steps.model.trainable_variables),
+                )  # fmt: skip
+
+    def _score(self, logs: dict[str, float]) -> float:
+        """What the best epoch has least of; where zeros are wanted, none counts that has not all of them yet."""
+        sparsities = [phase.sparsity for phase in self.plan]
+        phase = self.progress.phase
+        half = self.plan[phase].passes / 2
+        if any(sparsities[phase + 1 :]) or (sparsities[phase] and self.progress.phase_epoch <= half):
+            return sys.float_info.max
+        return logs[glue.MONITOR]
+
+    def _restore(self) -> None:
         found = ray.train.get_checkpoint()
+        self.progress = checkpoint.Progress()
         if found is None:
-            return checkpoint.Progress()
+            self._begin_phase()
+            return
         with found.as_directory() as folder:
-            progress = checkpoint.restore(Path(folder), self.steps)
+            self.progress = checkpoint.read_progress(Path(folder))
+            self._begin_phase()
+            checkpoint.restore(Path(folder), self.steps, self.progress)
             if self.rank == 0:
                 files = sorted(Path(folder).glob("bad_images-*.jsonl"))
                 self.bad_images = checkpoint.read_bad_images(file.read_bytes() for file in files)
-        if progress.callbacks:
-            glue.restore(self.deciding, progress.callbacks)
+        if self.progress.callbacks and not self.progress.begins_phase:
+            glue.restore(self.deciding.callbacks, self.progress.callbacks)
         if self.rank == 0:
-            log.info("going on from epoch %d, step %d", progress.epoch + 1, progress.step)
+            log.info("going on from epoch %d, step %d", self.progress.epoch + 1, self.progress.step)
         else:
-            progress.seen = [0, 0, 0]
-        return progress
+            self.progress.seen = [0, 0, 0]
 
     def _train_epoch(self, callbacks: keras.callbacks.CallbackList) -> None:
         progress, every = self.progress, self.config.checkpoint_every_steps
         order = epoch.order(self.config.seed, progress.epoch, self.images)
         rows, sizes = epoch.rank_rows(order, self.bounds, progress.step, self.rank, self.world)
-        self.steps.seed_dropout(progress.epoch, progress.step, self.rank)
+        phase = self.plan[progress.phase]
+        before = max([0.0, *(earlier.sparsity for earlier in self.plan[: progress.phase])])
+        per_epoch = len(self.bounds) - 1
         allowed_bad = self.config.max_bad_fraction * self.images
         clock = time.monotonic()
         for batch in self.train_source.batches(rows, sizes):
             callbacks.on_train_batch_begin(progress.step)
             good = self._good(batch)
             bad = len(good) - int(good.sum())
-            sums = self.steps.train(batch["image"][good], batch["target"][good], bad)
+            self.steps.prune_at(progress.phase_epoch * per_epoch + progress.step, per_epoch, phase, before)
+            position = (progress.epoch, progress.step, self.rank)
+            sums = self.steps.train(batch["image"][good], batch["target"][good], bad, position)
             now = time.monotonic()
             took, clock = now - clock, now
             progress.sums += sums
@@ -173,7 +227,7 @@ class _Worker:
             if progress.sums.bad > allowed_bad:
                 raise self._too_many_bad(progress.sums.bad, self.images, "training")
             if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
-                self._checkpoint(None)
+                self._checkpoint(None, sys.float_info.max)
                 clock = time.monotonic()
 
     def _end_epoch(self) -> dict[str, float]:
@@ -202,8 +256,10 @@ class _Worker:
             "images_per_second": trained.count / max(progress.epoch_seconds, 1e-9),
             "seconds": progress.epoch_seconds,
         }
-        progress.history.append({"epoch": progress.epoch + 1, **logs})
+        named = {"phase": self.plan[progress.phase].name} if len(self.plan) > 1 else {}
+        progress.history.append({"epoch": progress.epoch + 1, **named, **logs})
         progress.epoch += 1
+        progress.phase_epoch += 1
         progress.step = 0
         progress.sums, progress.seen, progress.epoch_seconds = Sums(), [0, 0, 0], 0.0
         return logs
@@ -240,14 +296,18 @@ class _Worker:
             f"--max-bad-fraction {self.config.max_bad_fraction} allows."
         )
 
-    def _checkpoint(self, logs: dict[str, float] | None) -> None:
-        """Report a checkpoint; at the end of an epoch with its logs, inside one without."""
+    def _checkpoint(self, logs: dict[str, float] | None, score: float) -> None:
+        """Report a checkpoint; at the end of an epoch with its logs, inside one without.
+
+        Ray keeps that with the least score; one inside an epoch has the largest. (Ray's own snapshot makes null of
+        nan and infinity, and fails on it when it is read again.)
+        """
         progress = self.progress
         if logs is None:
             self.steps.average_statistics()
             self.steps.update_inference()
         seen = self.steps.reduce(np.asarray(progress.seen, np.int64)).tolist()
-        progress.callbacks = glue.state_of(self.deciding)
+        progress.callbacks = glue.state_of(self.deciding.callbacks)
         metrics = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder)
@@ -257,18 +317,15 @@ class _Worker:
             if self.bad_images:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)
             found = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
-            # Ray keeps the best by this metric; a checkpoint inside an epoch never is. (Ray's own snapshot makes
-            # null of nan and infinity, and fails on it when it is read again.)
-            score = metrics.get(glue.MONITOR, sys.float_info.max)
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
             ray.train.report(report | metrics, checkpoint=found)
 
 
 @contextlib.contextmanager
-def _local_weights(uri: str) -> Iterator[str | None]:
-    """A local copy of a file of weights for as long as it is needed; None for `none`."""
-    if uri == "none" or not storage.is_s3(uri):
-        yield None if uri == "none" else uri
+def _local_file(uri: str | None) -> Iterator[str | None]:
+    """A local copy of a file for as long as it is needed."""
+    if uri is None or not storage.is_s3(uri):
+        yield uri
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, storage.name(uri))

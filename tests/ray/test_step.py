@@ -8,10 +8,11 @@ from cnnray.training.config import TrainConfig
 from tests.ray.workers import on_workers
 
 STEPS, BATCH, SIZE, CLASSES = 10, 32, 32, 4
+WEIGHTS = (0.5, 1.0, 2.0, 1.0)
 # Rounding differs between one process and two, and training amplifies it: by 30 a step at a rate of 0.01 and
 # batches of 8. At these rates ten steps leave 1e-6, where a wrong statistic leaves 1e-3 (`plain`).
 CASES = {
-    "sgd": {"architecture": "vgg16", "optimizer": "sgd", "learning_rate": 1e-5},
+    "sgd": {"architecture": "vgg16", "head": "linear", "optimizer": "sgd", "learning_rate": 1e-5},
     "sgd_synchronized": {
         "architecture": "small_cnn",
         "optimizer": "sgd",
@@ -20,6 +21,18 @@ CASES = {
     },
     "adam": {"architecture": "small_cnn", "learning_rate": 1e-4, "synchronized_batch_norm": True},
     "plain": {"architecture": "small_cnn", "learning_rate": 1e-4},
+    # All that is done with the summed gradients, and to the weights behind them.
+    "recipe": {
+        "architecture": "small_cnn",
+        "optimizer": "sgd",
+        "learning_rate": 1e-4,
+        "synchronized_batch_norm": True,
+        "clip_norm": 0.5,
+        "accumulate": 2,
+        "weight_decay": 0.1,
+        "label_smoothing": 0.1,
+        "average": 0.9,
+    },
     "bfloat16": {"architecture": "small_cnn", "precision": "bfloat16"},
     "float16": {"architecture": "small_cnn", "precision": "float16"},
 }
@@ -47,15 +60,20 @@ def _train(rank, world, cases, batches):
     results = {}
     for name, case in cases.items():
         keras.backend.clear_session()
-        config = TrainConfig(data="/d", output="/o", image_size=SIZE, dropout=0.0, workers=world, **case)
+        config = TrainConfig(
+            data="/d", output="/o", image_size=SIZE, dropout=0.0, workers=world, augment="none", schedule="constant",
+            **{"optimizer": "adam"} | case,
+        )  # fmt: skip
         with strategy.scope():
-            steps = Steps(config, CLASSES)
+            steps = Steps(config, CLASSES, class_weights=np.asarray(WEIGHTS, np.float32))
+            steps.begin(config.plan[0], STEPS)
         sums = [steps.train(x[rank::world], y[rank::world]).values for x, y in batches]
         statistics = [v.numpy() for v in steps._statistics]
         steps.average_statistics()
         steps.update_inference()
         averaged = [v.numpy() for v in steps._statistics]
         weights = [v.numpy() for v in steps.model.weights]
+        inference = steps.inference.get_weights()
         images, targets = batches[0]
         probabilities = np.asarray(steps.inference(images, training=False))
         before = [v.numpy() for v in steps._statistics]
@@ -65,7 +83,7 @@ def _train(rank, world, cases, batches):
         results[name] = {
             "sums": np.asarray(sums),
             "weights": weights,
-            "inference": steps.inference.get_weights(),
+            "inference": inference,
             "statistics": statistics,
             "averaged": averaged,
             "probabilities": probabilities,
@@ -104,9 +122,10 @@ def _relative(found, expected):
     return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) / scale
 
 
-@pytest.mark.parametrize("case", ["sgd", "sgd_synchronized"])
+@pytest.mark.parametrize("case", ["sgd", "sgd_synchronized", "recipe"])
 def test_sgd_gives_the_same_weights(trained, case):
     one, first, second = (result[case] for result in trained)
+    assert _relative(first["inference"], one["inference"]) <= 1e-5
     assert _relative(first["weights"], one["weights"]) <= 1e-5
     assert _relative(second["weights"], first["weights"]) == 0
     np.testing.assert_allclose(first["sums"], one["sums"], rtol=1e-4)

@@ -1,7 +1,6 @@
 """Whole runs on the session's cluster: what they leave, what they survive, what they refuse."""
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -21,11 +20,13 @@ from cnnray.cluster import ClusterError
 from cnnray.images import lock
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
+from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.training import driver
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import TrainingError, train
+from cnnray.training.phases import Phase
 from tests.awkward import bad_images
 from tests.runs import final_state, largest_difference
 
@@ -44,6 +45,8 @@ def _config(digits, output, **changes):
         checkpoint_every_steps=2,
         cache="none",
         data_checks=False,
+        average=0.9,
+        phases=[Phase(name="top half", epochs=1, trainable=0.5), Phase(name="all", epochs=1)],
     ).with_changes(**changes)
 
 
@@ -132,7 +135,7 @@ def test_what_a_run_leaves(undisturbed, digits):
     assert summary["images_per_second"] > 0
     assert 0 < summary["seconds_to_first_step"] < summary["seconds"]
     history = list(csv.DictReader((output / "history.csv").open()))
-    assert [row["epoch"] for row in history] == ["1", "2"]
+    assert [(row["epoch"], row["phase"]) for row in history] == [("1", "top half"), ("2", "all")]
     best = min(history, key=lambda row: float(row["val_loss"]))
     assert summary["metrics"] == {name: float(best[name]) for name in summary["metrics"]}
     assert set(summary["metrics"]) == {"val_loss", "val_accuracy", "val_top_5_accuracy"}
@@ -204,13 +207,18 @@ def test_a_lost_image_fails_the_epoch(digits, tmp_path):
             train(_config(digits, tmp_path / "out", max_failures=0))
 
 
-def test_a_finished_run_is_not_run_again_but_goes_on_to_more_epochs(undisturbed, digits, tmp_path):
+def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
     summary, output, _ = undisturbed
     shutil.copytree(output, tmp_path / "out")
-    config = dataclasses.replace(_config(digits, tmp_path / "out"))
+    config = _config(digits, tmp_path / "out")
     assert train(config) == summary
-    with pytest.raises(TrainingError, match=r"--learning-rate 0.001 \(now 0.1\)"):
-        train(config.with_changes(learning_rate=0.1))
+    for changes, sentence in (
+        ({"learning_rate": 0.1}, r"--learning-rate 0.001 \(now 0.1\)"),
+        ({"phases": None}, "--phases"),
+        ({"augmentations": Augmentations(zoom=0.5)}, "--augmentations"),
+    ):
+        with pytest.raises(TrainingError, match=sentence):
+            train(config.with_changes(**changes))
     # What --overwrite would replace is still there when the new run cannot start.
     with pytest.raises(ManifestError):
         train(config.with_changes(overwrite=True, data="/nowhere"))
@@ -218,9 +226,16 @@ def test_a_finished_run_is_not_run_again_but_goes_on_to_more_epochs(undisturbed,
     with pytest.raises(ClusterError, match="leave 0"):
         train(config.with_changes(overwrite=True, cpus_per_worker=2.0))
     assert train(config) == summary
-    longer = train(config.with_changes(epochs=3, early_stopping_patience=None, workers=1))
-    assert longer["epochs"] == 3
-    assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 3
+
+
+def test_a_finished_run_goes_on_to_more_epochs(digits, tmp_path):
+    config = _config(
+        digits, tmp_path / "out", phases=None, schedule="constant", epochs=1, cache="memory", average=0.0
+    )
+    train(config)
+    longer = train(config.with_changes(epochs=2, early_stopping_patience=None, workers=1))
+    assert longer["epochs"] == 2
+    assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 2
 
 
 def test_a_second_run_into_the_same_output_is_refused(digits, tmp_path):
@@ -234,7 +249,7 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
     names = ("empty.jpg", "html.jpg", "truncated.png")
     for name in names:
         (data / "3" / name).write_bytes(bad_images()[name][0])
-    train(_config(data, tmp_path / "out", max_bad_fraction=0.1, epochs=1))
+    train(_config(data, tmp_path / "out", max_bad_fraction=0.1, phases=None, epochs=1))
     listed = list(csv.DictReader((tmp_path / "out" / "bad_images.csv").open()))
     assert {row["uri"].rpartition("/")[2]: row["error"].partition(":")[0] for row in listed} == {
         name: bad_images()[name][1] for name in names
@@ -247,7 +262,7 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     config = _config(
         digits, tmp_path / "out", epochs=40, learning_rate=0.03, cache="memory", early_stopping_patience=1,
-        checkpoint_every_steps=100,
+        checkpoint_every_steps=100, phases=None, schedule="constant", average=0.0,
     )  # fmt: skip
     summary = train(config)
     assert summary["epochs"] < 40
@@ -257,7 +272,7 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(digits, tmp_path):
-    config = _config(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30, cache="memory")
+    config = _config(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30, schedule="constant", phases=None)
     with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
         train(config)
     assert not (tmp_path / "out" / "bundle").exists()

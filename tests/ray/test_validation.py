@@ -27,7 +27,7 @@ def _validate(rank, world, assignments):
     results = {}
     for size, assignment in assignments.items():
         with strategy.scope():
-            worker = _Worker(assignment)
+            worker = _Worker(assignment, strategy)
         sums = worker._validate()
         rows = manifests.rows_of(manifests.read(assignment.manifest), "validation").to_pylist()
         with_data = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
@@ -53,6 +53,7 @@ def validated(digits, tmp_path_factory):
             ),
             info=BundleInfo(class_names=manifests.class_names(everything), image_size=16),
             manifest=path,
+            weights=None,
             threads=1,
             decode_cpus=0.25,
             stream_bytes=2**28,

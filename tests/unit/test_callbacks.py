@@ -16,7 +16,7 @@ def _list(config):
 
 
 def test_callbacks_go_on_where_they_were():
-    config = TrainConfig(data="/d", output="/o", early_stopping_patience=4, reduce_on_plateau_patience=2)
+    config = TrainConfig(data="/d", output="/o", early_stopping_patience=4, schedule="plateau", plateau_patience=2)
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.98, 0.5]
     decisions = {}
     for interrupted in (False, True):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnnray.images.decode import BadImage
-from cnnray.models import architectures, bundle
+from cnnray.models import architectures, bundle, transfer
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
@@ -70,17 +70,23 @@ def test_vgg_bn_is_the_articles_network():
     assert (dense.units, float(dense.kernel_regularizer.l2)) == (512, pytest.approx(0.01))
 
 
-def test_weights_come_from_a_file_and_must_fit(tmp_path):
-    source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
-    path = str(tmp_path / "notop.weights.h5")
-    source.save_weights(path)
-    model = architectures.build("mobilenetv2", 32, 3, weights=path)
-    for found, expected in zip(model.get_layer("mobilenetv2").get_weights(), source.get_weights(), strict=True):
-        np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match="does not hold weights of vgg16"):
-        architectures.build("vgg16", 32, 3, weights=path)
-    with pytest.raises(ValueError, match="no published weights"):
-        architectures.build("small_cnn", 32, 3, weights=path)
+@pytest.mark.parametrize(
+    ("head", "behind"),
+    [
+        (
+            "dense",
+            [("Dense", 512), ("Dropout", 0.5), ("Dense", 256), ("Dropout", 0.3), ("Dense", 3), ("Softmax", None)],
+        ),
+        ("linear", [("Dropout", 0.5), ("Dense", 3), ("Softmax", None)]),
+    ],
+)
+def test_heads_of_backbones(head, behind):
+    layers = architectures.build("mobilenetv2", 32, 3, head=head).layers
+    start = next(i for i, layer in enumerate(layers) if isinstance(layer, keras.layers.GlobalAveragePooling2D))
+    found = [
+        (type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in layers[start + 1 :]
+    ]
+    assert found == [(kind, pytest.approx(value)) for kind, value in behind]
 
 
 def test_efficientnet_sees_pixels_as_its_published_weights_were_trained(tmp_path):
@@ -90,7 +96,8 @@ def test_efficientnet_sees_pixels_as_its_published_weights_were_trained(tmp_path
     layer.adapt_mean.assign([0.485, 0.456, 0.406])
     layer.adapt_variance.assign(deviation**2)
     source.save_weights(str(tmp_path / "notop.weights.h5"))
-    model = architectures.build("efficientnetb0", 32, 3, weights=str(tmp_path / "notop.weights.h5"))
+    model = architectures.build("efficientnetb0", 32, 3)
+    transfer.load(model, tmp_path / "notop.weights.h5")
     bundle.save(model, BundleInfo(class_names=["a", "b", "c"], image_size=32), tmp_path)
     for built in (model, Bundle.load(str(tmp_path)).model):
         backbone = built.get_layer("efficientnetb0")

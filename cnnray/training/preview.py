@@ -1,0 +1,79 @@
+"""A picture of training images beside what augmentation makes of them."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cnnray.images import manifest as manifests
+from cnnray.images import reading, storage
+from cnnray.images.manifest import ManifestError
+from cnnray.models import startup
+from cnnray.training import data
+from cnnray.training.config import TrainConfig
+
+PREVIEW = "augmentations.png"
+_VERSIONS = 7
+_LABEL_HEIGHT, _MARGIN = 14, 4
+
+
+def preview(config: TrainConfig) -> dict[str, Any]:
+    """Write the picture into the output: a row for each image, the original first, then changed versions of it.
+
+    Mixed images are mixed with others of the picture.
+
+    Returns:
+        `preview` (the uri of the picture) and `images` (its rows).
+
+    Raises:
+        ManifestError, OSError: with a sentence for the user.
+    """
+    assert config.preview_augmentations is not None
+    rows = manifests.rows_of(data.manifest_of_run(config), "train")
+    chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.preview_augmentations]
+    rows = rows.take(np.sort(chosen))
+    found = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))
+    good = found["error"] == ""
+    if not good.any():
+        raise ManifestError(f"None of the {len(rows)} images of the preview can be read: {found['error'][0]}.")
+    images, labels = found["image"][good], found["label"][good].tolist()
+    startup.load_tensorflow(gpus=False)
+    sheet = _sheet(images, labels, _versions(config, images))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    uri = storage.join(config.output, PREVIEW)
+    storage.write_bytes(uri, buffer.getvalue())
+    return {"preview": uri, "images": len(images)}
+
+
+def _versions(config: TrainConfig, images: Any) -> list[Any]:
+    """Changed versions of all images: `_VERSIONS` arrays like `images`."""
+    import keras
+
+    from cnnray.models import augment
+
+    augmenter = augment.Augmenter(augment.resolved(config.augment, config.augmentations))
+    versions = []
+    for version in range(_VERSIONS):
+        seeds = np.random.SeedSequence([config.seed, version]).generate_state(2 * len(augmenter.seeds)).reshape(-1, 2)
+        for state, seed in zip(augmenter.seeds, seeds >> 1, strict=True):
+            state.assign(seed)
+        changed, _ = augmenter(images, np.zeros((len(images), 1), np.float32))
+        versions.append(keras.ops.convert_to_numpy(changed))
+    return versions
+
+
+def _sheet(images: Any, labels: list[str], versions: list[Any]) -> Image.Image:
+    size = images.shape[1]
+    shown = max(size, 96)  # small ones are enlarged
+    step = shown + _MARGIN
+    sheet = Image.new("RGB", (step * (1 + len(versions)) + _MARGIN, (step + _LABEL_HEIGHT) * len(images)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        top = row * (step + _LABEL_HEIGHT)
+        draw.text((0, top), label, fill="black")
+        for column, pixels in enumerate([image, *(version[row] for version in versions)]):
+            place = (column * step + (_MARGIN if column else 0), top + _LABEL_HEIGHT)
+            sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), place)
+    return sheet

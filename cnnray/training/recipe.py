@@ -1,0 +1,130 @@
+"""How a phase learns: learning rate, optimizer, loss weights, from the flags to Keras's parts."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cnnray.images import manifest as manifests
+from cnnray.models import bundle
+from cnnray.training import epoch
+from cnnray.training.config import TrainConfig
+from cnnray.training.phases import Phase
+
+if TYPE_CHECKING:
+    import keras
+
+_NO_DECAY = ("bias", "gamma", "beta")
+"""Variables that weight decay leaves alone: it is to keep kernels small, and these have no direction to shrink in."""
+
+
+class RecipeError(ValueError):
+    """A recipe that these data cannot be trained by; the message is one sentence for the user."""
+
+
+def check(config: TrainConfig, manifest: pa.Table) -> None:
+    """See to it, before anything starts, that the flags fit the images.
+
+    Raises:
+        RecipeError, BundleError, OSError: with a sentence.
+    """
+    images = len(manifests.rows_of(manifest, "train"))
+    per_epoch = epoch.steps(images, config.batch_size)
+    for phase in config.plan:
+        if config.schedule == "cosine":
+            lengths(config, phase, per_epoch)
+        if config.accumulate > per_epoch * phase.passes:
+            raise RecipeError(f"--accumulate {config.accumulate} is more than all {per_epoch * phase.passes} steps.")
+    if config.teacher is not None:
+        teacher = bundle.read_info(config.teacher)
+        if teacher.class_names != manifests.class_names(manifest):
+            raise RecipeError(f"--teacher {config.teacher} knows other classes than the images have.")
+        if teacher.image_size != config.image_size:
+            raise RecipeError(
+                f"--teacher {config.teacher} takes images of {teacher.image_size} pixels, not of {config.image_size}."
+            )
+
+
+def lengths(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> tuple[int, int]:
+    """The steps of a phase's warm-up and of the cosine decay behind it.
+
+    What is not given is a tenth of the phase, at most five epochs, for the warm-up, and all the rest for the decay.
+
+    Raises:
+        RecipeError: they are longer than the phase, in one sentence.
+    """
+    total = phase.passes * steps_per_epoch
+
+    def given(steps: int | None, epochs: float | None) -> int | None:
+        return round(epochs * steps_per_epoch) if epochs is not None else steps
+
+    warmup = given(config.warmup_steps, config.warmup_epochs)
+    decay = given(config.decay_steps, config.decay_epochs)
+    if warmup is None:
+        warmup = min(total // 10, 5 * steps_per_epoch, total - (decay or 1))
+    if decay is None:
+        decay = total - warmup
+    if warmup < 0 or decay < 1 or warmup + decay > total:
+        raise RecipeError(
+            f"--schedule cosine: a warm-up of {max(warmup, 0)} and a decay of {max(decay, 0)} steps do not fit "
+            f"into the {total} steps of {phase.passes} epochs."
+        )
+    return warmup, decay
+
+
+def learning_rate(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> Any:
+    """A phase's learning rate: a number, which callbacks may change, or a Keras schedule over its steps."""
+    import keras
+
+    assert phase.learning_rate is not None
+    if config.schedule != "cosine":
+        return phase.learning_rate
+    # Schedules count updates.
+    warmup, decay = (length // config.accumulate for length in lengths(config, phase, steps_per_epoch))
+    decay = max(1, decay)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(phase.learning_rate, decay)
+    return keras.optimizers.schedules.CosineDecay(0.0, decay, warmup_target=phase.learning_rate, warmup_steps=warmup)
+
+
+def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
+    """The optimizer of a phase, for gradients that are summed over the workers already."""
+    import keras
+
+    weight_decay = config.weight_decay
+    if weight_decay is None:
+        weight_decay = 0.01 if config.optimizer == "adamw" else 0.0
+    options: dict[str, Any] = {
+        "learning_rate": learning_rate(config, phase, steps_per_epoch),
+        "global_clipnorm": config.clip_norm,
+        "weight_decay": weight_decay or None,
+    }
+    found: Any
+    if config.optimizer == "sgd":
+        found = keras.optimizers.SGD(momentum=0.9, **options)
+    elif config.optimizer == "adamw":
+        found = keras.optimizers.AdamW(**options)
+    else:
+        found = keras.optimizers.Adam(**options)
+    if weight_decay:
+        found.exclude_from_weight_decay(var_names=list(_NO_DECAY))
+    # Keras sums each worker's gradients after it has clipped them and looked whether they are finite, where it should
+    # do so before: the sum is the step's (see `Steps`).
+    found._all_reduce_sum_gradients = list
+    if config.precision == "float16":
+        found = keras.optimizers.LossScaleOptimizer(found)
+    return found
+
+
+def class_weights(config: TrainConfig, counts: list[int]) -> npt.NDArray[np.float32]:
+    """What an image of each class weighs in the loss: float32 (classes,).
+
+    Balanced, as scikit-learn's: images / (classes * images of the class), so that all classes together weigh the same
+    and the mean over the images is 1.
+    """
+    if config.class_weights == "none":
+        return np.ones(len(counts), np.float32)
+    images = np.asarray(counts, np.float64)
+    weights: npt.NDArray[np.float32] = (images.sum() / (len(counts) * np.maximum(images, 1))).astype(np.float32)
+    return weights

@@ -1,0 +1,63 @@
+"""Every architecture trains on two workers, is saved, loaded, and predicts the same."""
+
+import numpy as np
+import pytest
+
+from cnnray.models import architectures
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from tests.ray.workers import on_workers
+
+CLASSES = 3
+QUICK = ("small_cnn", "mobilenetv2")
+
+
+def _images(size):
+    return np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8), np.asarray([0, 1, 2, 0])
+
+
+def _step(rank, world, architecture, size, folder):
+    from pathlib import Path
+
+    import tensorflow as tf
+
+    from cnnray.models import bundle
+    from cnnray.models.bundle import BundleInfo
+    from cnnray.training.config import TrainConfig
+    from cnnray.training.step import Steps
+
+    # The largest would not fit this machine twice with adam's two moments.
+    config = TrainConfig(
+        data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", workers=world,
+        epochs=1, schedule="constant",
+    )  # fmt: skip
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        steps = Steps(config, CLASSES)
+        steps.begin(config.plan[0], 1)
+    images, targets = _images(size)
+    before = [v.numpy().sum() for v in steps.model.trainable_variables]
+    loss = steps.train(images[rank::world], targets[rank::world]).loss
+    moved = np.mean([v.numpy().sum() != old for v, old in zip(steps.model.trainable_variables, before, strict=True)])
+    steps.average_statistics()
+    steps.update_inference()
+    if rank == 0:
+        names = [str(number) for number in range(CLASSES)]
+        bundle.save(steps.inference, BundleInfo(class_names=names, image_size=size), Path(folder))
+    return loss, moved, np.asarray(steps.inference(images, training=False))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in architectures.NAMES],
+)
+def test_trains_on_two_workers_and_predicts_the_same_when_it_is_loaded(architecture, tmp_path):
+    size = architectures.smallest_image_size(architecture)
+    found = on_workers(_step, 2, tmp_path, architecture, size, str(tmp_path / "bundle"))
+    (loss, moved, first), (_, _, second) = found
+    assert np.isfinite(loss)
+    assert moved > 0.5
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    loaded = Predictor(Bundle.load(str(tmp_path / "bundle"))).probabilities(_images(size)[0])
+    np.testing.assert_allclose(loaded, first, atol=1e-5)

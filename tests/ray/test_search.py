@@ -1,0 +1,78 @@
+"""A search on the session's cluster: what it leaves, how it goes on, what it refuses."""
+
+import csv
+
+import pytest
+import yaml
+
+from cnnray.training.config import TrainConfig
+from cnnray.training.search import SearchConfig, SearchError, search
+
+
+def _config(digits, output, **changes):
+    flags = {
+        "architecture": "small_cnn", "image_size": 16, "epochs": 2, "batch_size": 32, "workers": 1,
+        "cpus_per_worker": 0.5, "cache": "memory", "data_checks": False,
+        "search": ["learning_rate=grid_search([1e-5,1e-2,1e30])"], "trials": 1, "optimizer": "sgd", "seed": 3,
+    }  # fmt: skip
+    return SearchConfig(data=str(digits), output=str(output), **flags | changes)
+
+
+def test_the_best_trial_becomes_a_config(digits, tmp_path):
+    config = _config(digits, tmp_path / "out", parallel=2)
+    line = search(config)
+    rows = {float(row["learning_rate"]): row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
+    assert line["trials"] == len(rows) == 3
+    assert rows[1e30]["state"] == "failed"
+    assert rows.pop(1e30)["val_accuracy"] == ""
+    assert {row["state"] for row in rows.values()} <= {"finished", "stopped early"}
+    assert line["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows.values())
+    rate = line["best"]["learning_rate"]
+    assert line["val_accuracy"] == float(rows[rate]["val_accuracy"])
+    best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
+    assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": rate}, "/o")
+    assert len(list((tmp_path / "out" / "trials").iterdir())) == 3
+    # The same command runs no finished trial again.
+    history = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").glob("*/history.csv")}
+    again = search(config)
+    assert again["best"] == line["best"]
+    assert {path: path.stat().st_mtime_ns for path in history} == history
+    with pytest.raises(SearchError, match=r"holds a search with --epochs 2 \(now 3\)"):
+        search(_config(digits, tmp_path / "out", epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"search": []}, "--search is needed"),
+        ({"search": ["learning_rate"]}, "expected flag=space"),
+        ({"search": ["rate=choice([1])"]}, "'rate' is no training flag"),
+        ({"search": ["augmentations=choice([1])"]}, "'augmentations' is no training flag"),
+        ({"search": ["augmentations.fog=choice([1])"]}, "is no training flag"),
+        ({"search": ["output=choice(['/x'])"]}, "is no training flag"),
+        ({"search": ["dropout=normal(0,1)"]}, "no space is called 'normal'"),
+        ({"search": ["dropout=choice(open('/etc/passwd'))"]}, "expected flag=space"),
+        ({"trials": 0}, "--trials must be at least 1"),
+    ],
+)
+def test_impossible_searches_are_refused(flags, sentence, digits, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        _config(digits, tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("space", "sentence"),
+    [
+        ("dropout=uniform(0.5,2)", "--dropout must be at least 0 and less than 1"),
+        ("augmentations.rotation=uniform(-1,0)", "--augmentations.rotation must be 0 to 1"),
+        ("dropout=uniform(0.5)", "uniform"),
+        ("schedule=choice(['linear'])", "--schedule"),
+    ],
+)
+def test_spaces_whose_values_no_training_takes_are_refused(space, sentence, digits, tmp_path):
+    with pytest.raises(SearchError, match=sentence):
+        search(_config(digits, tmp_path / "out", search=[space]))
+    assert not (tmp_path / "out").exists()
+    assert _config(digits, tmp_path, search=["augmentations.zoom=choice([0,0.1])"]).trial(
+        {"augmentations.zoom": 0.1}, "/o"
+    ).augmentations.zoom == pytest.approx(0.1)

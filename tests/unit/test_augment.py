@@ -1,0 +1,149 @@
+"""Augmentation: every switch does what it says, and nothing else; the same seeds give the same images."""
+
+from dataclasses import asdict, replace
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnray.models import augment
+from cnnray.models.augment import STRENGTHS, Augmentations, Augmenter
+from cnnray.training.config import TrainConfig
+from cnnray.training.preview import preview
+
+NONE = STRENGTHS["none"]
+SWITCHES = {
+    "horizontal_flip": True, "vertical_flip": True, "rotation": 0.1, "zoom": 0.1, "translation": 0.1, "crop": 0.5,
+    "contrast": 0.3, "brightness": 0.3, "saturation": 0.8, "hue": 0.3, "noise": 0.1, "blur": 1.0, "erasing": 1.0,
+    "rand_augment": 0.2, "mix_up": 0.4, "cut_mix": 1.0, "one_of": ["noise", "blur"],
+}  # fmt: skip
+
+
+def _images(count=6, size=24):
+    generator = np.random.default_rng(0)
+    small = generator.integers(30, 226, (count, 6, 6, 3), np.uint8)
+    return np.stack(
+        [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in small]
+    )
+
+
+def _run(augmenter, images, seed=1):
+    labels = np.eye(3, dtype=np.float32)[np.arange(len(images)) % 3]
+    for number, state in enumerate(augmenter.seeds):
+        state.assign([seed, number])
+    return [keras.ops.convert_to_numpy(found) for found in augmenter(images, labels)]
+
+
+def test_every_switch_is_tested():
+    assert set(SWITCHES) == set(asdict(NONE))
+    assert all(None not in asdict(switches).values() for switches in STRENGTHS.values())
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, *STRENGTHS])
+def test_a_switch_changes_images_as_its_seeds_say(name):
+    images = _images()
+    switches = STRENGTHS[name] if name in STRENGTHS else replace(NONE, **{name: SWITCHES[name]})
+    if name == "one_of":
+        switches = replace(switches, noise=0.1, blur=1.0)
+    augmenter = Augmenter(switches)
+    changed, labels = _run(augmenter, images)
+    again, _ = _run(augmenter, images)
+    other, _ = _run(augmenter, images, seed=2)
+    assert (changed.dtype, changed.shape) == (np.uint8, images.shape)
+    np.testing.assert_array_equal(changed, again)
+    if name == "none":
+        np.testing.assert_array_equal(changed, images)
+        assert not augmenter.seeds
+        return
+    assert (changed != images).any()
+    assert (changed != other).any()
+    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)
+    mixed = name in ("mix_up", "cut_mix", "strong")
+    assert augmenter.mixes == mixed
+    if not mixed:
+        assert set(labels.ravel()) == {0, 1}
+
+
+def test_flips_are_mirror_images_and_half_of_them():
+    images = _images(count=64, size=8)
+    changed, _ = _run(Augmenter(replace(NONE, horizontal_flip=True)), images)
+    kept = (changed == images).all((1, 2, 3))
+    mirrored = (changed == images[:, :, ::-1]).all((1, 2, 3))
+    assert (kept | mirrored).all()
+    assert 15 < mirrored.sum() < 49
+
+
+def test_of_alternatives_each_image_has_one():
+    images = _images(count=40, size=8)
+    augmenter = Augmenter(replace(NONE, brightness=0.5, erasing=1.0, one_of=["brightness", "erasing"]))
+    changed, _ = _run(augmenter, images)
+    # Erasing leaves most pixels, brightness none; both would leave none of them and noise beside.
+    untouched = (changed == images).mean((1, 2, 3))
+    erased = untouched > 0.3
+    assert 5 < erased.sum() < 35
+    difference = changed.astype(int) - images
+    shift = np.abs(difference[~erased] - np.median(difference[~erased], (1, 2, 3), keepdims=True))
+    assert np.median(shift) <= 1
+
+
+def test_a_crop_is_a_part_of_the_image():
+    ramp = np.broadcast_to(np.linspace(0, 255, 32)[None, None, :, None], (50, 32, 32, 3)).astype(np.uint8)
+    changed, _ = _run(Augmenter(replace(NONE, crop=0.25)), ramp)
+    widths = (changed[:, 0, -1, 0].astype(int) - changed[:, 0, 0, 0]) / 255
+    assert (np.diff(changed[:, 0, :, 0].astype(int), axis=1) >= 0).all()
+    assert widths.min() >= np.sqrt(0.25 * 3 / 4) - 0.02
+    assert widths.max() <= 1
+    assert widths.std() > 0.05
+
+
+def test_mix_up_blends_images_as_its_labels_say():
+    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
+    changed, labels = _run(Augmenter(replace(NONE, mix_up=1.0)), images)
+    np.testing.assert_allclose(changed[:, 0, 0, 0], labels @ [0, 120, 240], atol=1)
+    assert ((labels > 0.05) & (labels < 0.95)).any()
+
+
+def test_cut_mix_pastes_as_its_labels_say():
+    images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
+    changed, labels = _run(Augmenter(replace(NONE, cut_mix=1.0)), images)
+    assert set(np.unique(changed)) <= {0, 120, 240}
+    np.testing.assert_allclose(changed.mean((1, 2, 3)), labels @ [0, 120, 240], atol=240 * 0.12)
+
+
+def test_switches_go_on_top_of_a_strength():
+    found = augment.resolved("standard", Augmentations(horizontal_flip=False, rotation=0.0, noise=0.1))
+    assert found == replace(STRENGTHS["standard"], horizontal_flip=False, rotation=0.0, noise=0.1)
+    assert not augment.resolved("light", Augmentations()).horizontal_flip
+
+
+@pytest.mark.parametrize(
+    ("switches", "sentence"),
+    [
+        ({"rotation": -0.1}, "--augmentations.rotation must be 0 to 1, not -0.1"),
+        ({"cut_mix": 2}, "--augmentations.cut-mix must be 0 to 1, not 2"),
+        ({"one_of": ["noise", "fog"]}, "--augmentations.one-of 'fog' is not known"),
+        ({"one_of": ["noise", "noise"]}, "names a change twice"),
+    ],
+)
+def test_impossible_switches_are_refused(switches, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Augmentations(**switches)
+
+
+def test_a_contact_sheet_shows_originals_beside_changed_ones(tmp_path):
+    for number, image in enumerate(_images(12)):
+        (tmp_path / "data" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "data" / "ab"[number % 2] / f"{number}.png")
+    config = TrainConfig(
+        data=str(tmp_path / "data"), output=str(tmp_path / "out"), image_size=24, architecture="small_cnn",
+        augment="standard", preview_augmentations=4,
+    )  # fmt: skip
+    line = preview(config)
+    assert line == {"preview": str(tmp_path / "out" / "augmentations.png"), "images": 4}
+    with Image.open(line["preview"]) as sheet:
+        assert sheet.size == (8 * 100 + 4, 4 * 114)
+        first = np.asarray(sheet)[14:110, :96]
+    originals = [np.asarray(Image.open(path)) for path in (tmp_path / "data").rglob("*.png")]
+    assert any((first[2::4, 2::4] == original).all() for original in originals)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["augmentations.png"]

@@ -94,8 +94,8 @@ def trained(
     """Train as a run with one worker does.
 
     Returns:
-        The network with the weights of the last epoch (which holds, unlike that of the lowest loss, no choice made on
-        the held-out images), and its accuracy on these.
+        The network with the weights of the epoch of the lowest loss on the held-out images, as a bundle has them
+        (of a pruned one, of those in which all zeros are there), and its accuracy on these.
     """
     import keras
 
@@ -108,7 +108,9 @@ def trained(
     )
     bounds = epoch.step_bounds(len(train.targets), config.batch_size)
     per_epoch, number, zeros = len(bounds) - 1, 0, 0.0
-    for phase in config.plan:
+    best: tuple[float, Any] = (np.inf, None)
+    plan = config.plan
+    for phase in plan:
         steps.begin(phase, per_epoch)
         for passed in range(phase.passes):
             order = epoch.order(config.seed, number, len(train.targets))
@@ -117,8 +119,12 @@ def trained(
                 rows = order[bounds[step] : bounds[step + 1]]
                 steps.train(train.images[rows], train.targets[rows], position=(number, step, 0))
             number += 1
+            steps.update_inference()
+            loss = steps.evaluate(held_out.images, held_out.targets, len(held_out.targets)).loss
+            if phase is plan[-1] and not (phase.sparsity and passed < phase.passes / 2) and loss < best[0]:
+                best = loss, steps.inference.get_weights()
         zeros = max(zeros, phase.sparsity)
-    steps.update_inference()
+    steps.inference.set_weights(best[1])
     return steps.inference, accuracy(steps.inference, held_out)
 
 

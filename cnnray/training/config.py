@@ -62,8 +62,9 @@ class TrainConfig:
     """Height and width in pixels that images are brought to."""
     resize: ResizeRule = "stretch"
     """How: stretch to the square, crop its centre, or pad with black."""
-    dropout: float = 0.5
-    """Share of units dropped in front of the last layer; after each block of vgg_bn and small_cnn half of it."""
+    dropout: float | None = None
+    """Share of units dropped in front of the last layer, or behind the first of a head's two; after each block of
+    vgg_bn and small_cnn half of it. null: 0.2 for these two, 0.5 for the heads of others."""
     synchronized_batch_norm: bool = False
     """Whether batch norm takes its statistics over all workers' images; else each worker's own, averaged over
     the workers at every checkpoint."""
@@ -83,8 +84,8 @@ class TrainConfig:
     """Images a step over all workers together. An epoch is cut into equal steps of at most as many."""
     accumulate: int = 1
     """Steps whose gradients are averaged for one update."""
-    learning_rate: float = 0.001
-    """Step size of the optimizer, at its highest."""
+    learning_rate: float | None = None
+    """Step size of the optimizer, at its highest; null: 0.003 for vgg_bn and small_cnn, 0.001 for others."""
     schedule: Schedule = "cosine"
     """constant; cosine (up from zero, then down to zero, over each phase); or plateau (halved where the validation
     loss no longer falls, down to 1e-7)."""
@@ -194,7 +195,7 @@ class TrainConfig:
             raise ValueError(f"--seed must be at least 0 and less than 2**32, not {self.seed}.")
         for flag in ("validation_fraction", "dropout", "max_bad_fraction", "average", "label_smoothing"):
             value = getattr(self, flag)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{flags.spelt(flag)} must be at least 0 and less than 1, not {value}.")
         flags.check_share(self, "distillation")
         if self.validation_fraction == 0 and self.validation is None:
@@ -228,6 +229,7 @@ class TrainConfig:
     @property
     def plan(self) -> tuple[Phase, ...]:
         """The phases, each with its epochs and its learning rate."""
+        learning_rate = self.learning_rate or (0.001 if self.architecture in architectures.BACKBONES else 0.003)
         stated: list[Phase] | tuple[Phase, ...]
         if self.phases is None:
             stated = (Phase(name="all"),)
@@ -237,7 +239,7 @@ class TrainConfig:
             replace(
                 phase,
                 epochs=phase.epochs or self.epochs,
-                learning_rate=phase.learning_rate or self.learning_rate,
+                learning_rate=phase.learning_rate or learning_rate,
             )
             for phase in stated
         )

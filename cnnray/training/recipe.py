@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.images import manifest as manifests
-from cnnray.models import bundle
+from cnnray.models import architectures, bundle
 from cnnray.training import epoch
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
@@ -115,6 +115,13 @@ def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras
     if config.precision == "float16":
         found = keras.optimizers.LossScaleOptimizer(found)
     return found
+
+
+def dropout(config: TrainConfig) -> float:
+    """The share of units that is dropped (see `architectures.build`)."""
+    if config.dropout is not None:
+        return config.dropout
+    return 0.5 if config.architecture in architectures.BACKBONES else 0.2
 
 
 def class_weights(config: TrainConfig, counts: list[int]) -> npt.NDArray[np.float32]:

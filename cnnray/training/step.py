@@ -97,7 +97,7 @@ class Steps:
             config.image_size,
             classes,
             head=config.head,
-            dropout=config.dropout,
+            dropout=recipe.dropout(config),
             synchronized=config.synchronized_batch_norm,
             dtype=policy,
         )
@@ -309,7 +309,7 @@ class Steps:
     # -- checkpoints -----------------------------------------------------------------------------------
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """What `inference` lacks: optimizer, gathered gradients, and the weights themselves where it has their average."""
+        """What a run goes on with beside `inference`."""
         found = {f"optimizer/{index}": variable.numpy() for index, variable in enumerate(self.optimizer.variables)}
         if self._averages:
             found |= {f"model/{index}": weight for index, weight in enumerate(self.model.get_weights())}

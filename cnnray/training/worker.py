@@ -246,7 +246,7 @@ class _Worker:
             if not math.isfinite(sums.loss):
                 raise _GivenUp(
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
-                    f"(it was {self.config.learning_rate:g}), or use --precision float32."
+                    f"(it was {self.plan[progress.phase].learning_rate:g}), or use --precision float32."
                 )
         logs = trained.metrics() | validation.metrics("val_")
         logs |= {

@@ -213,7 +213,7 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
     config = _config(digits, tmp_path / "out")
     assert train(config) == summary
     for changes, sentence in (
-        ({"learning_rate": 0.1}, r"--learning-rate 0.001 \(now 0.1\)"),
+        ({"learning_rate": 0.1}, r"--learning-rate None \(now 0.1\)"),
         ({"phases": None}, "--phases"),
         ({"augmentations": Augmentations(zoom=0.5)}, "--augmentations"),
     ):

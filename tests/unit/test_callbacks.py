@@ -7,7 +7,7 @@ from cnnray.training.config import TrainConfig
 
 def _list(config):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(optimizer=keras.optimizers.SGD(config.learning_rate))
+    model.compile(optimizer=keras.optimizers.SGD(0.001))
     model.stop_training = False
     deciding = glue.deciding_callbacks(config)
     callbacks = keras.callbacks.CallbackList(deciding, model=model)

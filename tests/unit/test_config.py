@@ -1,8 +1,13 @@
 import pytest
+import yaml
 
+from cnnray import commandline
 from cnnray.cluster import ClusterError, Node, Resources
+from cnnray.models.augment import Augmentations
 from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
+from cnnray.training.phases import Phase
+from cnnray.training.search import SearchConfig
 
 
 def _config(**changes):
@@ -24,7 +29,7 @@ def _config(**changes):
         ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
         ({"gpus_per_worker": 2}, "take more --workers"),
         ({"dropout": 1}, "--dropout"),
-        ({"weights": "imagenet"}, "fetch the notop weights"),
+        ({"weights": "imagenet"}, "there are none of vgg_bn"),
         ({"data": ""}, "--data is empty"),
         ({"seed": -1}, "--seed must be"),
         ({"seed": 2**32}, "--seed must be"),
@@ -85,6 +90,37 @@ def test_fractions_of_cpus_make_room():
 
 
 def test_only_what_changes_the_training_forbids_going_on():
-    earlier = _config().as_dict()
-    assert _config(epochs=99, workers=1, cache="none").differs_from(earlier) == []
-    assert _config(seed=7).differs_from(earlier) == ["--seed 0 (now 7)"]
+    earlier = _config(schedule="constant").as_dict()
+    assert _config(epochs=99, workers=1, cache="none", schedule="constant").differs_from(earlier) == []
+    assert _config(seed=7, schedule="constant").differs_from(earlier) == ["--seed 0 (now 7)"]
+
+
+def test_nested_flags_and_lists_are_parsed(tmp_path):
+    config = commandline.parse(
+        SearchConfig, "jobs/tune.py",
+        ["--data", "/d", "--output", "/o", "--search", "dropout=choice([0])", "augment=choice(['none'])",
+         "--augmentations.horizontal-flip", "false", "--phases", "[{name: a, epochs: 2}]"],
+    )  # fmt: skip
+    assert config.search == ["dropout=choice([0])", "augment=choice(['none'])"]
+    assert config.augmentations == Augmentations(horizontal_flip=False)
+    assert config.phases == [Phase(name="a", epochs=2)]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    assert commandline.parse(SearchConfig, "jobs/tune.py", ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--augmentations.rotation", "3"], "--augmentations.rotation must be 0 to 1"),
+        (["--phases", "[{name: a, epochs: 0}]"], "a has 0 epochs"),
+        (["--phases", "[{name: a, epoch: 2}]"], "epoch"),
+        (["--phases", "none"], "phases"),
+        (["--augment", "heavy"], "augment"),
+    ],
+)
+def test_mistakes_in_nested_flags_get_a_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit):
+        commandline.parse(TrainConfig, "jobs/train.py", ["--data", "/d", "--output", "/o", *flags])
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert len(message.strip().splitlines()) == 1

@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.transfer import WeightsError
 from cnnray.training import callbacks as glue
 from cnnray.training import checkpoint, epoch, recipe
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
@@ -40,12 +41,12 @@ def run(assignment: Assignment) -> str:
     """
     _set_up(assignment)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    with strategy.scope():
-        worker = _Worker(assignment, strategy)
-    # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
     try:
+        with strategy.scope():
+            worker = _Worker(assignment, strategy)
+        # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
         worker.run()
-    except _GivenUp as reason:
+    except (_GivenUp, WeightsError, BundleError) as reason:
         return str(reason)
     return ""
 

@@ -11,9 +11,9 @@ from cnnray.training.search import SearchConfig, SearchError, search
 
 def _config(digits, output, **changes):
     flags = {
-        "architecture": "small_cnn", "image_size": 16, "epochs": 2, "batch_size": 32, "workers": 1,
+        "architecture": "small_cnn", "image_size": 16, "epochs": 1, "batch_size": 32, "workers": 1,
         "cpus_per_worker": 0.5, "cache": "memory", "data_checks": False,
-        "search": ["learning_rate=grid_search([1e-5,1e-2,1e30])"], "trials": 1, "optimizer": "sgd", "seed": 3,
+        "search": ["learning_rate=grid_search([1e-2,1e30])"], "trials": 1, "optimizer": "sgd", "seed": 3,
     }  # fmt: skip
     return SearchConfig(data=str(digits), output=str(output), **flags | changes)
 
@@ -22,22 +22,21 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
     config = _config(digits, tmp_path / "out", parallel=2)
     line = search(config)
     rows = {float(row["learning_rate"]): row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
-    assert line["trials"] == len(rows) == 3
+    assert line["trials"] == len(rows) == 2
     assert rows[1e30]["state"] == "failed"
     assert rows.pop(1e30)["val_accuracy"] == ""
-    assert {row["state"] for row in rows.values()} <= {"finished", "stopped early"}
-    assert line["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows.values())
-    rate = line["best"]["learning_rate"]
-    assert line["val_accuracy"] == float(rows[rate]["val_accuracy"])
+    assert line["best"] == {"learning_rate": 0.01}
+    assert rows[0.01]["state"] == "finished"
+    assert line["val_accuracy"] == float(rows[0.01]["val_accuracy"])
     best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
-    assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": rate}, "/o")
-    assert len(list((tmp_path / "out" / "trials").iterdir())) == 3
+    assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": 0.01}, "/o")
+    assert len(list((tmp_path / "out" / "trials").iterdir())) == 2
     # The same command runs no finished trial again.
     history = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").glob("*/history.csv")}
     again = search(config)
     assert again["best"] == line["best"]
     assert {path: path.stat().st_mtime_ns for path in history} == history
-    with pytest.raises(SearchError, match=r"holds a search with --epochs 2 \(now 3\)"):
+    with pytest.raises(SearchError, match=r"holds a search with --epochs 1 \(now 3\)"):
         search(_config(digits, tmp_path / "out", epochs=3))
 
 

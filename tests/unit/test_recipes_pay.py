@@ -7,7 +7,7 @@ from cnnray.training.config import TrainConfig
 
 
 def test_transfer_pays(tmp_path):
-    found = recipes.transfer(tmp_path, (0,), epochs=4, fine_tuning=8)
+    found = recipes.transfer(tmp_path, (0,), epochs=4, fine_tuning=(8,))
     alone, transferred = (values[0] for values in found.values())
     assert transferred > alone + 0.05
 

@@ -135,7 +135,7 @@ def accuracy(model: Any, data: Labelled) -> float:
 
 
 def _config(**changes: Any) -> TrainConfig:
-    stated: dict[str, Any] = {"data": "/", "output": "/", "architecture": "small_cnn", "image_size": SIZE}
+    stated: dict[str, Any] = {"data": "/none", "output": "/nowhere", "architecture": "small_cnn", "image_size": SIZE}
     return TrainConfig(**stated | changes)
 
 

@@ -1,5 +1,6 @@
 """What a training run is told: every field is a flag of jobs/train.py and a key of its YAML."""
 
+import itertools
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -213,6 +214,10 @@ class TrainConfig:
         if self.weights not in ("none", "imagenet"):
             flags.make_absolute(self, "weights")
         flags.make_absolute(self, "data", "output", "validation", "teacher")
+        if f"{self.output}/".startswith(f"{self.data}/"):
+            raise ValueError(
+                f"--output {self.output} lies in --data {self.data}, where its folders would be taken for classes."
+            )
 
     def _check_schedule(self) -> None:
         for what in ("warmup", "decay"):
@@ -228,20 +233,22 @@ class TrainConfig:
 
     @property
     def plan(self) -> tuple[Phase, ...]:
-        """The phases, each with its epochs and its learning rate."""
+        """The phases, each with its epochs, its learning rate, and at least the zeros of the one before."""
         learning_rate = self.learning_rate or (0.001 if self.architecture in architectures.BACKBONES else 0.003)
         stated: list[Phase] | tuple[Phase, ...]
         if self.phases is None:
             stated = (Phase(name="all"),)
         else:
             stated = PRESETS[self.phases] if isinstance(self.phases, str) else self.phases
+        sparsities = itertools.accumulate((phase.sparsity for phase in stated), max)
         return tuple(
             replace(
                 phase,
                 epochs=phase.epochs or self.epochs,
                 learning_rate=phase.learning_rate or learning_rate,
+                sparsity=sparsity,
             )
-            for phase in stated
+            for phase, sparsity in zip(stated, sparsities, strict=True)
         )
 
     @property

@@ -63,10 +63,6 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     started = time.time()
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    if f"{config.output}/".startswith(f"{config.data}/"):
-        raise TrainingError(
-            f"--output {config.output} lies in --data {config.data}, where its folders would be taken for classes."
-        )
     with alone(config.output):
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)

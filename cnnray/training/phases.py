@@ -19,7 +19,7 @@ class Phase:
     their weights, and their batch norms their statistics."""
     sparsity: float = 0.0
     """Share of each kernel's weights that become zero, the smallest ones, over the first half of the phase, while the
-    others go on learning."""
+    others go on learning. Zeros of earlier phases stay."""
 
     @property
     def passes(self) -> int:

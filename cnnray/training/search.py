@@ -18,6 +18,8 @@ from cnnray.cluster import Resources
 from cnnray.images import storage
 from cnnray.images.lock import alone
 from cnnray.models.augment import Augmentations
+from cnnray.training import data, recipe
+from cnnray.training.budget import check_cpus
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -121,10 +123,10 @@ def search(config: SearchConfig) -> dict[str, Any]:
     started = time.time()
     spaces = _spaces(config)
     if cluster.starts_own():
-        from cnnray.training.budget import check_cpus
-
         check_cpus(config, cluster.local_cpus())
     with alone(config.output):
+        # Each trial would find the same fault.
+        recipe.check(config, data.manifest_of_run(config))
         _begin(config)
         with cluster.connected() as found:
             results = _results(config, spaces, found)
@@ -205,6 +207,7 @@ def _begin(config: SearchConfig) -> None:
 def _results(config: SearchConfig, spaces: dict[str, Any], found: Resources) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from cnnray.training.driver import interruptible
 
@@ -226,7 +229,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], found: Resources) -> 
                 metric=config.metric,
                 mode=_MODES[config.metric],
                 num_samples=config.trials,
-                max_concurrent_trials=config.parallel,
+                search_alg=BasicVariantGenerator(max_concurrent=config.parallel, random_state=config.seed),
                 scheduler=ASHAScheduler("epoch", max_t=max(2, config.all_epochs), grace_period=1, reduction_factor=2),
             ),
             run_config=tune.RunConfig(

@@ -168,12 +168,14 @@ class _Worker:
 
     def _score(self, logs: dict[str, float]) -> float:
         """What the best epoch has least of; where zeros are wanted, none counts that has not all of them yet."""
-        sparsities = [phase.sparsity for phase in self.plan]
-        phase = self.progress.phase
-        half = self.plan[phase].passes / 2
-        if any(sparsities[phase + 1 :]) or (sparsities[phase] and self.progress.phase_epoch <= half):
-            return sys.float_info.max
-        return logs[glue.MONITOR]
+        phase, before = self.plan[self.progress.phase], self._zeros_before()
+        reached = phase.sparsity == before or self.progress.phase_epoch > phase.passes / 2
+        counts = reached and phase.sparsity == self.plan[-1].sparsity
+        return logs[glue.MONITOR] if counts else sys.float_info.max
+
+    def _zeros_before(self) -> float:
+        """The share of zeros that the phase began with."""
+        return self.plan[self.progress.phase - 1].sparsity if self.progress.phase else 0.0
 
     def _restore(self) -> None:
         found = ray.train.get_checkpoint()
@@ -200,7 +202,7 @@ class _Worker:
         order = epoch.order(self.config.seed, progress.epoch, self.images)
         rows, sizes = epoch.rank_rows(order, self.bounds, progress.step, self.rank, self.world)
         phase = self.plan[progress.phase]
-        before = max([0.0, *(earlier.sparsity for earlier in self.plan[: progress.phase])])
+        before = self._zeros_before()
         per_epoch = len(self.bounds) - 1
         allowed_bad = self.config.max_bad_fraction * self.images
         clock = time.monotonic()

@@ -303,8 +303,8 @@ def test_a_run_killed_before_its_manifest_was_written_starts_again(digits, tmp_p
 
 
 def test_an_output_inside_the_data_is_refused(digits):
-    with pytest.raises(TrainingError, match="would be taken for classes"):
-        train(_config(digits, digits / "out"))
+    with pytest.raises(ValueError, match="would be taken for classes"):
+        _config(digits, digits / "out")
 
 
 def test_bad_input_leaves_nothing(tmp_path):

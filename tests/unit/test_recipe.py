@@ -108,6 +108,8 @@ def test_presets_and_stated_phases_are_a_plan():
     assert [(p.learning_rate, p.epochs) for p in stated.plan] == [(0.1, 2), (0.5, 10)]
     assert stated.all_epochs == 12
     assert [p.sparsity for p in _config(phases="prune").plan] == [0, 0.5, 0.8]
+    after = _config(phases=[Phase(name="zeros", sparsity=0.5), Phase(name="tune")])
+    assert [p.sparsity for p in after.plan] == [0.5, 0.5]
 
 
 def test_more_epochs_are_another_training_only_where_they_change_it():

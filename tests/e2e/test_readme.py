@@ -56,7 +56,7 @@ def test_make_targets_and_flags_exist():
         subprocess.run(
             [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
-        for job in ("train", "evaluate", "export", "predict", "serve")
+        for job in ("train", "tune", "evaluate", "export", "predict", "serve")
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--working-dir", "--generate"}:
         assert flag in help_text, flag

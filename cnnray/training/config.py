@@ -88,8 +88,8 @@ class TrainConfig:
     learning_rate: float | None = None
     """Step size of the optimizer, at its highest; null: 0.003 for vgg_bn and small_cnn, 0.001 for others."""
     schedule: Schedule = "cosine"
-    """constant; cosine (up from zero, then down to zero, over each phase); or plateau (halved where the validation
-    loss no longer falls, down to 1e-7)."""
+    """How the learning rate goes: constant; cosine (up from zero, then down to zero, over each phase); or plateau
+    (halved where the validation loss no longer falls, down to 1e-7)."""
     warmup_epochs: float | None = None
     """Of cosine, the way up; null: a tenth of the phase, at most 5 epochs."""
     warmup_steps: int | None = None

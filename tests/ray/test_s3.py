@@ -176,6 +176,7 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
         cpus_per_worker=0.5,
         checkpoint_every_steps=10,
         cache="none",
+        schedule="constant",
     )
     summary = train(config)
     assert f"data: unreadable: {bucket}/digits/3/bad.png" in caplog.text

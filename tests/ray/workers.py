@@ -23,18 +23,24 @@ def on_workers(function, workers, folder, *arguments):
     Returns:
         What each rank returned.
     """
-    # Workers do not have the tests on their path.
-    for name in (function.__module__, __name__):
-        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
     folder = Path(folder)
-    DataParallelTrainer(
-        functools.partial(_call, function, str(folder), arguments),
-        backend_config=MultiWorkerConfig(),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        run_config=ray.train.RunConfig(
-            storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="WARNING")
-        ),
-    ).fit()
+    # Workers do not have the tests on their path.
+    modules = [sys.modules[name] for name in (function.__module__, __name__)]
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        DataParallelTrainer(
+            functools.partial(_call, function, str(folder), arguments),
+            backend_config=MultiWorkerConfig(),
+            scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+            run_config=ray.train.RunConfig(
+                storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="WARNING")
+            ),
+        ).fit()
+    finally:
+        # Classes of other tests must not be pickled so: what they patch in a module would not be seen.
+        for module in modules:
+            ray.cloudpickle.unregister_pickle_by_value(module)
     return [pickle.loads((folder / f"{workers}-{rank}.pickle").read_bytes()) for rank in range(workers)]
 
 

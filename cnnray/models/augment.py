@@ -114,11 +114,21 @@ def resolved(strength: str, switches: Augmentations) -> Augmentations:
     )
 
 
+def check_alternatives(strength: str, switches: Augmentations) -> None:
+    """
+    Raises:
+        ValueError: `one_of` names a change that is off, in one sentence.
+    """
+    found = resolved(strength, switches)
+    off = [name for name in switches.one_of or () if not getattr(found, name)]
+    if off:
+        raise ValueError(f"--augmentations.one-of names {off[0]}, which is off: give --augmentations.{off[0]}, too.")
+
+
 class Augmenter:
     """Changes batches of training images. It is made, as a network is, inside the strategy's scope.
 
     Attributes:
-        mixes: whether labels are mixed too.
         seeds: the variables (int, (2,)) that decide, together with the images, all that it does.
     """
 
@@ -141,10 +151,6 @@ class Augmenter:
         if switches.cut_mix:
             self._mixing.append(layers.CutMix(switches.cut_mix, seed=0, dtype="float32"))
         self._tracked = [*self._layers, *alternatives, *self._mixing]
-
-    @property
-    def mixes(self) -> bool:
-        return bool(self._mixing)
 
     @property
     def seeds(self) -> list[Any]:

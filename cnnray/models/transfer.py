@@ -39,6 +39,8 @@ def load(model: "keras.Model", path: Path) -> None:
     Raises:
         WeightsError: it does not hold weights of this architecture.
     """
+    from keras import layers
+
     if path.suffix == ".keras":
         _copy(bundle.load_model(path, str(path)), model, path)
         return
@@ -52,7 +54,7 @@ def load(model: "keras.Model", path: Path) -> None:
     unchanged = [
         layer.name
         for layer, old in zip(backbone_layers(model), before, strict=True)
-        if isinstance(layer, _kernel_layers()) and (layer.get_weights()[0] == old[0]).all()
+        if isinstance(layer, layers.Conv2D) and (layer.get_weights()[0] == old[0]).all()
     ]
     if unchanged:
         raise WeightsError(f"{path} does not hold weights of {model.name}: there are none for {unchanged[0]}.")
@@ -91,7 +93,6 @@ def imagenet(architecture: str, image_size: int, path: Path) -> None:
     Raises:
         WeightsError: they are not there, with what to fetch and where to put it.
     """
-    weights = []
     try:
         weights = architectures.application(architecture, image_size, "imagenet").get_weights()
     except Exception as error:  # Keras raises a bare Exception
@@ -134,12 +135,6 @@ def _backbone(model: "keras.Model") -> "keras.Model":
     import keras
 
     return keras.Model(model.inputs, _in_front(model)[-1].output)
-
-
-def _kernel_layers() -> Any:
-    from keras import layers
-
-    return layers.Conv2D
 
 
 def _copy(source: "keras.Model", target: "keras.Model", path: Path) -> None:

@@ -8,7 +8,7 @@ from cnnray import flags
 from cnnray.images.decode import ResizeRule
 from cnnray.models import architectures
 from cnnray.models.architectures import Head
-from cnnray.models.augment import Augmentations, Strength
+from cnnray.models.augment import Augmentations, Strength, check_alternatives
 from cnnray.training.phases import PRESETS, Phase, Preset
 
 LARGEST_IMAGE_SIZE = 4096
@@ -18,6 +18,10 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "plateau"]
 ClassWeights = Literal["none", "balanced"]
 Cache = Literal["auto", "memory", "none"]
+
+# What null stands for, by measurement (README, "Recipes, measured"): of the article's networks, and of backbones.
+_DEFAULTS = {"learning_rate": (0.003, 0.001), "dropout": (0.2, 0.5)}
+_ADAMW_WEIGHT_DECAY = 0.01
 
 # Another value of these gives another way of running the same training, not another training.
 _FREE_ON_RESUME = {
@@ -168,6 +172,7 @@ class TrainConfig:
             self, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights, head=Head,
             precision=Precision, cache=Cache, resize=ResizeRule,
         )  # fmt: skip
+        check_alternatives(self.augment, self.augmentations)
         if isinstance(self.phases, str) and self.phases not in PRESETS:
             raise ValueError(f"--phases {self.phases!r} is not known; there are {', '.join(PRESETS)}, or a list.")
         if self.architecture not in architectures.NAMES:
@@ -234,7 +239,7 @@ class TrainConfig:
     @property
     def plan(self) -> tuple[Phase, ...]:
         """The phases, each with its epochs, its learning rate, and at least the zeros of the one before."""
-        learning_rate = self.learning_rate or (0.001 if self.architecture in architectures.BACKBONES else 0.003)
+        learning_rate = self.decided("learning_rate")
         stated: list[Phase] | tuple[Phase, ...]
         if self.phases is None:
             stated = (Phase(name="all"),)
@@ -250,6 +255,15 @@ class TrainConfig:
             )
             for phase, sparsity in zip(stated, sparsities, strict=True)
         )
+
+    def decided(self, flag: Literal["learning_rate", "dropout", "weight_decay"]) -> float:
+        """The value of a flag, or what its null stands for."""
+        value: float | None = getattr(self, flag)
+        if value is not None:
+            return value
+        if flag == "weight_decay":
+            return _ADAMW_WEIGHT_DECAY if self.optimizer == "adamw" else 0.0
+        return _DEFAULTS[flag][self.architecture in architectures.BACKBONES]
 
     @property
     def all_epochs(self) -> int:
@@ -267,7 +281,9 @@ class TrainConfig:
     def differs_from(self, earlier: dict[str, Any]) -> list[str]:
         """The flags in which this config asks for another training than `earlier` (an `as_dict`) did."""
         free = set(_FREE_ON_RESUME)
-        if self.phases is not None or (self.schedule == "cosine" and (self.decay_epochs or self.decay_steps) is None):
+        stated = [(self.warmup_epochs, self.warmup_steps), (self.decay_epochs, self.decay_steps)]
+        derived = any(lengths == (None, None) for lengths in stated)
+        if self.phases is not None or (self.schedule == "cosine" and derived):
             # The learning rate of each step, or what it trains, depends on how many there are.
             free.remove("epochs")
         return flags.differences(self, earlier, free)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.images import manifest as manifests
-from cnnray.models import architectures, bundle
+from cnnray.models import bundle
 from cnnray.training import epoch
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
@@ -92,9 +92,7 @@ def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras
     """The optimizer of a phase, for gradients that are summed over the workers already."""
     import keras
 
-    weight_decay = config.weight_decay
-    if weight_decay is None:
-        weight_decay = 0.01 if config.optimizer == "adamw" else 0.0
+    weight_decay = config.decided("weight_decay")
     options: dict[str, Any] = {
         "learning_rate": learning_rate(config, phase, steps_per_epoch),
         "global_clipnorm": config.clip_norm,
@@ -117,21 +115,17 @@ def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras
     return found
 
 
-def dropout(config: TrainConfig) -> float:
-    """The share of units that is dropped (see `architectures.build`)."""
-    if config.dropout is not None:
-        return config.dropout
-    return 0.5 if config.architecture in architectures.BACKBONES else 0.2
-
-
 def class_weights(config: TrainConfig, counts: list[int]) -> npt.NDArray[np.float32]:
     """What an image of each class weighs in the loss: float32 (classes,).
 
-    Balanced, as scikit-learn's: images / (classes * images of the class), so that all classes together weigh the same
-    and the mean over the images is 1.
+    Args:
+        config: `none` gives ones; `balanced` images / (classes * images of the class), so that all classes weigh the
+            same and the mean over the images is 1.
+        counts: training images of each class; of balanced ones each at least 1.
     """
     if config.class_weights == "none":
         return np.ones(len(counts), np.float32)
-    images = np.asarray(counts, np.float64)
-    weights: npt.NDArray[np.float32] = (images.sum() / (len(counts) * np.maximum(images, 1))).astype(np.float32)
-    return weights
+    from sklearn.utils.class_weight import compute_class_weight
+
+    classes = np.arange(len(counts))
+    return np.asarray(compute_class_weight("balanced", classes=classes, y=np.repeat(classes, counts)), np.float32)

@@ -61,6 +61,8 @@ class SearchConfig(TrainConfig):
         """
         super().__post_init__()
         flags.check_at_least_one(self, "trials", "parallel")
+        if self.preview_augmentations is not None:
+            raise ValueError("--preview-augmentations is of jobs/train.py.")
         if not self.search:
             raise ValueError("--search is needed, such as --search 'learning_rate=loguniform(1e-4,1e-2)'.")
         for text in self.search:
@@ -114,8 +116,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     A search that was interrupted goes on with the trials that are not finished.
 
     Returns:
-        `config` (the uri of best.yaml), `trials`, `stopped_early`, `best` (its values), `val_accuracy`, `val_loss`
-        and `bundle` of its best epoch, `seconds`.
+        `config` (the uri of best.yaml), `trials`, `stopped_early`, `best` (its values), `val_accuracy` and `val_loss`
+        of its best epoch, `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, SearchError: with a sentence for the user.

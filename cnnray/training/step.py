@@ -97,7 +97,7 @@ class Steps:
             config.image_size,
             classes,
             head=config.head,
-            dropout=recipe.dropout(config),
+            dropout=config.decided("dropout"),
             synchronized=config.synchronized_batch_norm,
             dtype=policy,
         )

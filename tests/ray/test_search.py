@@ -52,6 +52,7 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
         ({"search": ["dropout=normal(0,1)"]}, "no space is called 'normal'"),
         ({"search": ["dropout=choice(open('/etc/passwd'))"]}, "expected flag=space"),
         ({"trials": 0}, "--trials must be at least 1"),
+        ({"preview_augmentations": 3}, "is of jobs/train.py"),
     ],
 )
 def test_impossible_searches_are_refused(flags, sentence, digits, tmp_path):

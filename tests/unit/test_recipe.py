@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from cnnray.images import manifest as manifests
 from cnnray.models import architectures, bundle
+from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import recipe
 from cnnray.training.config import TrainConfig
@@ -75,6 +76,7 @@ def test_lengths_that_do_not_fit_are_refused(flags):
         ({"accumulate": 0}, "--accumulate must be at least 1"),
         ({"distillation": 1.5}, "--distillation must be 0 to 1"),
         ({"weights": "imagenet"}, "there are none of small_cnn"),
+        ({"augmentations": Augmentations(one_of=["noise"])}, "one-of names noise, which is off"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(flags, sentence):
@@ -116,7 +118,8 @@ def test_more_epochs_are_another_training_only_where_they_change_it():
     for flags, same in (
         ({"schedule": "constant"}, True),
         ({"schedule": "cosine"}, False),
-        ({"schedule": "cosine", "decay_epochs": 2}, True),
+        ({"schedule": "cosine", "decay_epochs": 2}, False),  # its warm-up is a share of all epochs
+        ({"schedule": "cosine", "warmup_epochs": 1, "decay_epochs": 2}, True),
         ({"schedule": "plateau", "phases": "article"}, False),
     ):
         differences = _config(epochs=20, **flags).differs_from(_config(epochs=10, **flags).as_dict())
@@ -128,6 +131,7 @@ def test_class_weights_are_scikit_learns():
     expected = sklearn.utils.class_weight.compute_class_weight("balanced", classes=np.arange(3), y=labels)
     found = recipe.class_weights(_config(class_weights="balanced"), [50, 7, 143])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, [200 / 150, 200 / 21, 200 / 429], rtol=1e-6)
     assert (recipe.class_weights(_config(), [50, 7, 143]) == 1).all()
 
 

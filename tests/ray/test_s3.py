@@ -171,8 +171,9 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
         output=f"{bucket}/runs/1",
         architecture="small_cnn",
         image_size=16,
-        epochs=2,
+        epochs=1,
         batch_size=64,
+        workers=1,
         cpus_per_worker=0.5,
         checkpoint_every_steps=10,
         cache="none",
@@ -202,8 +203,8 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
     assert storage.read_bytes(line["report"]).startswith(b"<!doctype html>")
     # A second time nothing is run; with more epochs it goes on from the checkpoint on S3.
     assert train(config) == summary
-    assert train(config.with_changes(epochs=3))["epochs"] == 3
-    assert json.loads(storage.read_bytes(f"{bucket}/runs/1/summary.json"))["epochs"] == 3
+    assert train(config.with_changes(epochs=2, workers=2))["epochs"] == 2
+    assert json.loads(storage.read_bytes(f"{bucket}/runs/1/summary.json"))["epochs"] == 2
     with pytest.raises(TrainingError, match="holds a run with"):
         train(config.with_changes(seed=5))
     assert not Path("s3:").exists()

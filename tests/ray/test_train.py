@@ -50,6 +50,11 @@ def _config(digits, output, **changes):
     ).with_changes(**changes)
 
 
+def _simple(digits, output, **changes):
+    """One worker, one phase: half of the time, where a test is of neither."""
+    return _config(digits, output, workers=1, phases=None, average=0.0, schedule="constant", **changes)
+
+
 def _recording(assignment, log, kill):
     """The training loop, which also writes down the ids of every step, and may kill its worker at one."""
     from cnnray.models import startup
@@ -204,7 +209,7 @@ def test_a_lost_image_fails_the_epoch(digits, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "train_on_worker", losing)
         with pytest.raises(TrainingError, match="saw other images"):
-            train(_config(digits, tmp_path / "out", max_failures=0))
+            train(_simple(digits, tmp_path / "out", max_failures=0))
 
 
 def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
@@ -229,11 +234,9 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
 
 
 def test_a_finished_run_goes_on_to_more_epochs(digits, tmp_path):
-    config = _config(
-        digits, tmp_path / "out", phases=None, schedule="constant", epochs=1, cache="memory", average=0.0
-    )
+    config = _simple(digits, tmp_path / "out", epochs=1, cache="memory")
     train(config)
-    longer = train(config.with_changes(epochs=2, early_stopping_patience=None, workers=1))
+    longer = train(config.with_changes(epochs=2, workers=2))
     assert longer["epochs"] == 2
     assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 2
 
@@ -249,20 +252,20 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
     names = ("empty.jpg", "html.jpg", "truncated.png")
     for name in names:
         (data / "3" / name).write_bytes(bad_images()[name][0])
-    train(_config(data, tmp_path / "out", max_bad_fraction=0.1, phases=None, epochs=1))
+    train(_config(data, tmp_path / "out", max_bad_fraction=0.1, phases=None, average=0.0, epochs=1))
     listed = list(csv.DictReader((tmp_path / "out" / "bad_images.csv").open()))
     assert {row["uri"].rpartition("/")[2]: row["error"].partition(":")[0] for row in listed} == {
         name: bad_images()[name][1] for name in names
     }
     with pytest.raises(TrainingError, match=r"images could not be read, .*--max-bad-fraction 0.001"):
-        train(_config(data, tmp_path / "strict", max_bad_fraction=0.001))
+        train(_simple(data, tmp_path / "strict", max_bad_fraction=0.001))
     assert not (tmp_path / "strict" / "bundle").exists()
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
-    config = _config(
+    config = _simple(
         digits, tmp_path / "out", epochs=40, learning_rate=0.03, cache="memory", early_stopping_patience=1,
-        checkpoint_every_steps=100, phases=None, schedule="constant", average=0.0,
+        checkpoint_every_steps=100,
     )  # fmt: skip
     summary = train(config)
     assert summary["epochs"] < 40
@@ -272,7 +275,7 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(digits, tmp_path):
-    config = _config(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30, schedule="constant", phases=None)
+    config = _simple(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30)
     with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
         train(config)
     assert not (tmp_path / "out" / "bundle").exists()

@@ -88,8 +88,15 @@ def test_imagenet_weights_are_written_or_it_is_said_where_to_get_them(tmp_path, 
     assert _same(_backbone_weights(model), fetched.get_weights())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenetv2"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("small_cnn", "float32"),
+        ("small_cnn", "bfloat16"),
+        ("mobilenetv2", "float32"),
+        pytest.param("mobilenetv2", "bfloat16", marks=pytest.mark.long),
+    ],
+)
 def test_only_what_a_phase_trains_moves(architecture, precision):
     images, targets = coloured_noise(16, SIZE)
     config = TrainConfig(data="/d", output="/o", architecture=architecture, image_size=SIZE, precision=precision)

@@ -67,7 +67,8 @@ class Proxy:
                 for name, value in ({"Content-Length": str(len(content))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if broken else content)
+                if self.command != "HEAD":  # has no body, which the next answer on the connection would begin with
+                    self.wfile.write(content[: len(content) // 2] if broken else content)
                 self.close_connection = self.close_connection or broken
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815 - http.server's names

@@ -62,7 +62,7 @@ def test_submitted_jobs_succeed_and_fail_as_they_should(head, digits, tmp_path):
     output = tmp_path / "out"
     done = _submit(
         head, tmp_path, "python", "jobs/train.py", "--data", str(digits), "--output", str(output),
-        "--architecture", "small_cnn", "--image-size", "16", "--epochs", "1",
+        "--architecture", "small_cnn", "--image-size", "16", "--epochs", "1", "--workers", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout

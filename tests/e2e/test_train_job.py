@@ -45,7 +45,9 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
 
 
 def test_ctrl_c_ends_the_job_with_a_sentence_and_leaves_a_run_that_goes_on(start_job, digits, tmp_path):
-    job = start_job("train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500")
+    job = start_job(
+        "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500", "--workers", "1"
+    )
     until(lambda: job.process.poll() is not None or checkpoints(tmp_path / "out"), 120, "a checkpoint")
     job.process.send_signal(signal.SIGINT)
     assert job.wait(60) == 130, job.err.read_text()

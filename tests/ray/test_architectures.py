@@ -9,7 +9,7 @@ from cnnray.models.predictor import Predictor
 from tests.ray.workers import on_workers
 
 CLASSES = 3
-QUICK = ("small_cnn", "mobilenetv2")
+QUICK = ("small_cnn",)
 
 
 def _images(size):

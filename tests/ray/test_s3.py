@@ -205,6 +205,8 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
     assert train(config) == summary
     assert train(config.with_changes(epochs=2, workers=2))["epochs"] == 2
     assert json.loads(storage.read_bytes(f"{bucket}/runs/1/summary.json"))["epochs"] == 2
+    history = csv.DictReader(io.StringIO(storage.read_bytes(f"{bucket}/runs/1/history.csv").decode()))
+    assert [row["epoch"] for row in history] == ["1", "2"]
     with pytest.raises(TrainingError, match="holds a run with"):
         train(config.with_changes(seed=5))
     assert not Path("s3:").exists()

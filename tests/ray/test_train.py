@@ -233,14 +233,6 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
     assert train(config) == summary
 
 
-def test_a_finished_run_goes_on_to_more_epochs(digits, tmp_path):
-    config = _simple(digits, tmp_path / "out", epochs=1, cache="memory")
-    train(config)
-    longer = train(config.with_changes(epochs=2, workers=2))
-    assert longer["epochs"] == 2
-    assert len(list(csv.DictReader((tmp_path / "out" / "history.csv").open()))) == 2
-
-
 def test_a_second_run_into_the_same_output_is_refused(digits, tmp_path):
     with lock.alone(str(tmp_path)), pytest.raises(lock.OutputInUseError, match="Another run is writing"):
         train(_config(digits, tmp_path))

@@ -13,7 +13,7 @@ from tests.e2e.conftest import kill, until
 from tests.networks import coloured_noise
 from tests.runs import rows_of
 
-IMAGES = 3000
+IMAGES = 1500
 PARTS = -(-IMAGES // 64)
 WATCHDOG = 240
 """Seconds that no run may take, on two cores."""

@@ -178,6 +178,7 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
         checkpoint_every_steps=10,
         cache="none",
         schedule="constant",
+        augment="none",
     )
     summary = train(config)
     assert f"data: unreadable: {bucket}/digits/3/bad.png" in caplog.text

@@ -52,7 +52,9 @@ def _config(digits, output, **changes):
 
 def _simple(digits, output, **changes):
     """One worker, one phase: half of the time, where a test is of neither."""
-    return _config(digits, output, workers=1, phases=None, average=0.0, schedule="constant", **changes)
+    return _config(
+        digits, output, workers=1, phases=None, average=0.0, schedule="constant", augment="none", **changes
+    )
 
 
 def _recording(assignment, log, kill):

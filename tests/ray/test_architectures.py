@@ -11,7 +11,7 @@ from tests.ray.workers import on_workers
 CLASSES = 3
 QUICK = ("small_cnn",)
 GIANTS = ("convnextxlarge",)
-"""Of which two workers need 24 GiB (350 million weights, each with its gradient, its momentum, and copies on the way)."""
+"""Of which two workers need 24 GiB: 350 million weights, each with its gradient, its momentum, and copies of them."""
 
 
 def _images(size):

@@ -28,8 +28,8 @@ def _step(rank, world, architecture, size, folder):
     from cnnray.training.config import TrainConfig
     from cnnray.training.step import Steps
 
-    # The largest would not fit this machine twice with adam's two moments. Where batch norm after batch norm divides by
-    # the variance of two images, gradients are long.
+    # The largest would not fit this machine twice with adam's two moments. Gradients are long where batch norm after
+    # batch norm divides by the variance of two images.
     config = TrainConfig(
         data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", workers=world,
         epochs=1, schedule="constant", learning_rate=0.1, clip_norm=1.0,

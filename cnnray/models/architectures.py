@@ -183,7 +183,9 @@ def application(architecture: str, image_size: int, weights: str | None) -> "ker
     import keras
 
     function = getattr(keras.applications, _BACKBONES[architecture][0])
-    return function(include_top=False, weights=weights, input_shape=(image_size, image_size, 3), name=architecture)
+    network = function(include_top=False, weights=weights, input_shape=(image_size, image_size, 3))
+    # Not as an argument: EfficientNetV2 looks its blocks up by the name that it is given.
+    return keras.Model(network.input, network.output, name=architecture)
 
 
 def scale_as_published(backbone: "keras.Model") -> None:

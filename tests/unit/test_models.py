@@ -15,7 +15,7 @@ from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
 
-TESTED = ("vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilenetv2")
+TESTED = ("vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilenetv2", "efficientnetv2b0")
 
 
 def _save(folder, architecture="small_cnn", size=32, **info):

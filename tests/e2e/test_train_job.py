@@ -13,8 +13,7 @@ from tests.runs import final_state, largest_difference
 
 FAST = (
     "--architecture", "small_cnn", "--image-size", "16", "--batch-size", "16", "--epochs", "2",
-    "--checkpoint-every-steps", "3", "--cache", "none", "--data-checks", "false",
-    "--augment", "none",
+    "--checkpoint-every-steps", "3", "--cache", "none", "--data-checks", "false", "--augment", "none",
 )  # fmt: skip
 
 

@@ -50,10 +50,10 @@ def _config(digits, output, **changes):
     ).with_changes(**changes)
 
 
-def _simple(digits, output, **changes):
-    """One worker, one phase: half of the time, where a test is of neither."""
+def _simple(digits, output, workers=1, **changes):
+    """One worker, one phase: half of the time, where a test is not of what workers agree on, nor of phases."""
     return _config(
-        digits, output, workers=1, phases=None, average=0.0, schedule="constant", augment="none", **changes
+        digits, output, workers=workers, phases=None, average=0.0, schedule="constant", augment="none", **changes
     )
 
 
@@ -252,14 +252,14 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
         name: bad_images()[name][1] for name in names
     }
     with pytest.raises(TrainingError, match=r"images could not be read, .*--max-bad-fraction 0.001"):
-        train(_simple(data, tmp_path / "strict", max_bad_fraction=0.001))
+        train(_simple(data, tmp_path / "strict", workers=2, max_bad_fraction=0.001))
     assert not (tmp_path / "strict" / "bundle").exists()
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     config = _simple(
         digits, tmp_path / "out", epochs=40, learning_rate=0.03, cache="memory", early_stopping_patience=1,
-        checkpoint_every_steps=100,
+        checkpoint_every_steps=100, workers=2,
     )  # fmt: skip
     summary = train(config)
     assert summary["epochs"] < 40

@@ -13,7 +13,7 @@ def coloured_noise(count, size, seed=0):
     """Images uint8 (count, size, size, 3) of noise in which red, green or blue is stronger, and which: int64."""
     generator = np.random.default_rng(seed)
     targets = np.arange(count) % CLASSES
-    images = generator.integers(0, 60, (count, size, size, 3))
+    images = generator.integers(0, 20, (count, size, size, 3))
     images[np.arange(count), :, :, targets] += 135
     return images.astype(np.uint8), targets
 

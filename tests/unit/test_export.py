@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 
 
 def _save(folder, architecture, **info):
-    model = fitted(architecture, SIZE, *coloured_noise(96, SIZE))
+    model = fitted(architecture, SIZE, *coloured_noise(192, SIZE))
     stated = BundleInfo(class_names=NAMES, image_size=SIZE, architecture=architecture)
     bundles.save(model, dataclasses.replace(stated, **info), folder)
 
@@ -84,7 +84,7 @@ def _content(folder):
     }
 
 
-LARGE = ("resnet50", "vgg16", "efficientnetb0")
+LARGE = ("resnet50", "vgg16", "efficientnetb0", "efficientnetv2b0")
 
 
 @pytest.mark.parametrize(

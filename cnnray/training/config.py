@@ -20,7 +20,7 @@ ClassWeights = Literal["none", "balanced"]
 Cache = Literal["auto", "memory", "none"]
 
 # What null stands for, by measurement (README, "Recipes, measured"): of the article's networks, and of backbones.
-_DEFAULTS = {"learning_rate": (0.003, 0.001), "dropout": (0.2, 0.5)}
+_DEFAULTS = {"learning_rate": (0.003, 0.001), "dropout": (0.1, 0.5)}
 _ADAMW_WEIGHT_DECAY = 0.01
 
 # Another value of these gives another way of running the same training, not another training.
@@ -69,7 +69,7 @@ class TrainConfig:
     """How: stretch to the square, crop its centre, or pad with black."""
     dropout: float | None = None
     """Share of units dropped in front of the last layer, or behind the first of a head's two; after each block of
-    vgg_bn and small_cnn half of it. null: 0.2 for these two, 0.5 for the heads of others."""
+    vgg_bn and small_cnn half of it. null: 0.1 for these two, 0.5 for the heads of others."""
     synchronized_batch_norm: bool = False
     """Whether batch norm takes its statistics over all workers' images; else each worker's own, averaged over
     the workers at every checkpoint."""

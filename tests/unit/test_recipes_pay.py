@@ -19,7 +19,7 @@ def test_class_weights_raise_the_recall_of_a_rare_class():
     recall = {}
     for class_weights in ("none", "balanced"):
         config = TrainConfig(
-            data="/none", output="/nowhere", architecture="small_cnn", image_size=recipes.SIZE, epochs=3,
+            data="/none", output="/nowhere", architecture="small_cnn", image_size=recipes.SIZE, epochs=4,
             class_weights=class_weights,
         )  # fmt: skip
         model, _ = recipes.trained(config, train, held_out)

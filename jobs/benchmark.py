@@ -19,7 +19,11 @@ def main() -> None:
         choices=MEASURES,
         help="all leaves out formats and recipes, which take long",
     )
-    measure = parser.parse_args().measure
+    parser.add_argument("--data", help="recipes: your own labelled images, as training takes them")
+    given = parser.parse_args()
+    measure = given.measure
+    if given.data and measure != "recipes":
+        parser.error("--data is for recipes")
 
     def job() -> dict[str, object]:
         from cnnray.benchmarks import export, ingest, load, predict, recipes, report, serve, train
@@ -43,7 +47,7 @@ def main() -> None:
             if measure == "formats":
                 tables.append(export.formats(Path(folder)))
             if measure == "recipes":
-                tables.append(recipes.recipes(Path(folder)))
+                tables.append(recipes.recipes(Path(folder), given.data))
             if measure in ("serve", "all"):
                 of_services, latencies = serve.serve(Path(folder))
                 comparisons += of_services

@@ -19,6 +19,7 @@ from cnnray.images import storage
 from cnnray.images.lock import alone
 from cnnray.models.augment import Augmentations
 from cnnray.training import data, recipe
+from cnnray.training.assignment import HISTORY
 from cnnray.training.budget import check_cpus
 from cnnray.training.config import TrainConfig
 
@@ -266,11 +267,16 @@ def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
 
     class AtEpochs(TuneReportCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            if config.metric in metrics[0]:
+            if config.metric in metrics[0] and metrics[0]["epoch"] < config.all_epochs:
                 super().after_report(run_context, metrics, None)
 
     output = storage.join(config.output, TRIALS, tune.get_context().get_trial_id())
     train(config.trial(values, output), callbacks=[AtEpochs()])
+    # Of the last epoch Ray Tune hears once all is written: it ends the trial's process, as there are no more.
+    last = list(csv.DictReader(io.StringIO(storage.read_bytes(storage.join(output, HISTORY)).decode())))[-1]
+    if int(last["epoch"]) == config.all_epochs:
+        scores = {name: float(value) for name, value in last.items() if name.startswith("val_")}
+        tune.report({"epoch": config.all_epochs} | scores)
 
 
 def _progress(config: SearchConfig) -> Any:

@@ -30,7 +30,13 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
     assert line["val_accuracy"] == float(rows[0.01]["val_accuracy"])
     best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
     assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": 0.01}, "/o")
-    assert len(list((tmp_path / "out" / "trials").iterdir())) == 2
+    trials = list((tmp_path / "out" / "trials").iterdir())
+    assert len(trials) == 2
+    assert (
+        [trial for trial in trials if (trial / "bundle" / "model.keras").exists()]
+        == [trial for trial in trials if (trial / "summary.json").exists()]
+        == [tmp_path / "out" / "trials" / rows[0.01]["trial"]]
+    )
     with pytest.raises(SearchError, match=r"holds a search with --epochs 1 \(now 3\)"):
         search(_config(digits, tmp_path / "out", epochs=3))
 

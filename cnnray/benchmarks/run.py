@@ -51,8 +51,7 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     if measure in _ON_THE_CLUSTER:
         with cluster.connected() as found:
             if len(found.nodes) > 1 and not shared:
-                raise BenchmarkError("The cluster has several nodes: give a --folder that all of them see.")} nodes: give a --folder that all of them see."
-                )
+                raise BenchmarkError("The cluster has several nodes: give a --folder that all of them see.")
             stream.be_quiet()
             result.cluster = report.cluster_of(found)
             _on_the_cluster(result, measure, Photos(folder=folder, data=data, images=images), found)

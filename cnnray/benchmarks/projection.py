@@ -35,7 +35,7 @@ class Costs:
     row_bytes: float
     """Of a part's file."""
     task: float
-    """Seconds that a task of Ray Data which does nothing takes, one with another."""
+    """Seconds of the driver for a task of Ray Data, which here does nothing."""
     task_images: int
     """Images of a task."""
     image: float

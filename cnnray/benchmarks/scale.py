@@ -166,12 +166,12 @@ def _manifest_costs(folder: str) -> tuple[float, float]:
     """Seconds and bytes of memory that the driver's manifest takes."""
     before = _most_memory()
     uris = [f"s3://a-bucket-of-photos/some/prefix/class-{i % 1000:04d}/image-{i:012d}.jpg" for i in range(_ROWS)]
-    start = time.perf_counter()
+    start = time.process_time()
     manifest = manifests.manifest_of_uris(uris)
     del uris
     stream.pieces(manifest["uri"].to_pylist(), _ROWS_PER_TASK)
     manifests.write(manifest, storage.join(folder, _MANIFEST))
-    return time.perf_counter() - start, _most_memory() - before
+    return time.process_time() - start, _most_memory() - before
 
 
 def _most_memory() -> int:
@@ -180,8 +180,10 @@ def _most_memory() -> int:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    """What comes of some work, and the seconds of a processor that this process took for it: there is one of it,
+    whoever else is busy meanwhile."""
+    start = time.process_time()
+    return work(), time.process_time() - start
 
 
 def _rows(manifest: pa.Table) -> pa.Table:

@@ -1,61 +1,44 @@
-"""Measure against peers and bare limits, side by side on this machine: make bench"""
+"""Measure against peers and bare limits, side by side, on this machine or on the cluster that RAY_ADDRESS names."""
 
 import argparse
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
 
-from cnnray import cluster, commandline
+from cnnray import commandline
 
-MEASURES = ("ingest", "train", "predict", "export", "serve", "formats", "recipes", "all")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "all")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "measure",
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="all leaves out formats and recipes, which take long",
+        help="scale: more and more workers, and a projection; all leaves out formats and recipes, which take long",
     )
-    parser.add_argument("--data", help="recipes: your own labelled images, as training takes them")
+    parser.add_argument("--data", help="your own images, as the jobs take them (for recipes with labels); else made")
+    parser.add_argument("--images", type=int, help="how many, instead of each measurement's own number")
+    parser.add_argument(
+        "--folder", help="where photos, bundles and the peers' environment are kept; on several nodes a shared one"
+    )
     given = parser.parse_args()
-    measure = given.measure
-    if given.data and measure != "recipes":
-        parser.error("--data is for recipes")
+    if given.images is not None and given.images < 1:
+        parser.error("--images must be at least 1")
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import export, ingest, load, predict, recipes, report, serve, train
-        from cnnray.images import stream
+        from cnnray.benchmarks import report
+        from cnnray.benchmarks.run import run
 
-        if measure in ("serve", "all"):
-            load.require_wrk()
-        comparisons, tables = [], []
-        with tempfile.TemporaryDirectory() as folder:
-            if measure not in ("export", "formats", "recipes", "serve"):
-                with cluster.connected() as found:
-                    stream.be_quiet()
-                    if measure in ("ingest", "all"):
-                        comparisons += ingest.ingest(Path(folder), found)
-                    if measure in ("train", "all"):
-                        comparisons += train.train(Path(folder), found)
-                    if measure in ("predict", "all"):
-                        comparisons += predict.predict(Path(folder), found)
-            if measure in ("export", "all"):
-                comparisons += export.export(Path(folder))
-            if measure == "formats":
-                tables.append(export.formats(Path(folder)))
-            if measure == "recipes":
-                tables.append(recipes.recipes(Path(folder), given.data))
-            if measure in ("serve", "all"):
-                of_services, latencies = serve.serve(Path(folder))
-                comparisons += of_services
-                tables.append(latencies)
-        if comparisons:
-            tables.append(report.table(comparisons))
-        print("\n\n".join([*tables, report.machine()]))
-        return {"comparisons": [dataclasses.asdict(one) for one in comparisons], "machine": report.machine()}
+        with contextlib.ExitStack() as stack:
+            folder = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            result = run(given.measure, Path(folder).absolute(), given.data, given.images, shared=bool(given.folder))
+        print("\n\n".join([*result.tables, report.machine(), result.cluster]))
+        return dataclasses.asdict(result) | {"machine": report.machine()}
 
     commandline.run(job)
 

@@ -1,34 +1,35 @@
 """JPEG files to decoded images in a worker, against bare Pillow and `ray.data.read_images`."""
 
+import io
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import ray.data
 from PIL import Image
 
-from cnnray.benchmarks.report import Comparison, write_photos
+from cnnray.benchmarks.photos import Photos
+from cnnray.benchmarks.report import Comparison, bare_loops
 from cnnray.cluster import Resources
-from cnnray.images.manifest import manifest_of
+from cnnray.images import storage
 from cnnray.training.source import StreamedSource
 
 SIZE = 224
 
 
-def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 5) -> list[Comparison]:
-    """Measure, on a cluster of this machine's cores, each way once in every round.
+def ingest(photos: Photos, found: Resources, *, images: int = 4000, rounds: int = 3) -> list[Comparison]:
+    """Measure each way once in every round.
 
     Args:
-        folder: where the photos are written.
+        photos: the images, which are brought to 224x224.
         found: the cluster.
-        images: number of JPEGs of 500x375, brought to 224x224.
+        images: how many, where `photos` does not say.
         rounds: how often.
     """
-    manifest = manifest_of(str(write_photos(folder / "photos_to_read", images)), labelled=True)
+    manifest = photos.manifest(images)
     manifest = manifest.append_column("target", [np.zeros(len(manifest), np.int64)])
     paths = manifest["uri"].to_pylist()
-    processes = max(1, int(found.cpus))
+    limit = bare_loops(found)
     source = StreamedSource(
         manifest=manifest,
         image_size=SIZE,
@@ -39,7 +40,7 @@ def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 
 
     def ours() -> int:
         rows = np.arange(len(manifest))
-        sizes = [len(part) for part in np.array_split(rows, len(rows) // 32)]
+        sizes = [len(part) for part in np.array_split(rows, max(1, len(rows) // 32))]
         return sum(len(batch["image"]) for batch in source.batches(rows, sizes))
 
     def read_images() -> int:
@@ -47,7 +48,7 @@ def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 
         return sum(len(batch["image"]) for batch in dataset.iter_batches(batch_size=32))
 
     rates: dict[str, list[float]] = {"ours": [], "pillow": [], "read_images": []}
-    with get_context("spawn").Pool(processes) as pool:
+    with get_context("spawn").Pool(limit.processes) as pool:
 
         def pillow() -> int:
             return sum(pool.imap_unordered(_decode_with_pillow, paths, chunksize=64))
@@ -60,14 +61,16 @@ def ingest(folder: Path, found: Resources, *, images: int = 6000, rounds: int = 
                 start = time.perf_counter()
                 count = way()
                 rates[name].append(count / (time.perf_counter() - start))
-    name = "JPEG 500x375 to 224x224, delivered to a worker"
+    rates["pillow"] = [rate * limit.times for rate in rates["pillow"]]
+    name = f"{photos.name} to 224x224, delivered to a worker"
+    peer = limit.named(f"bare Pillow in {limit.processes} processes")
     return [
-        Comparison(name, rates["ours"], f"bare Pillow in {processes} processes", rates["pillow"], 0.85),
+        Comparison(name, rates["ours"], peer, rates["pillow"], 0.85),
         Comparison(name, rates["ours"], "ray.data.read_images", rates["read_images"], 2.5),
     ]
 
 
-def _decode_with_pillow(path: str) -> int:
-    with Image.open(path) as image:
+def _decode_with_pillow(uri: str) -> int:
+    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
         pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     return 1 if pixels.shape == (SIZE, SIZE, 3) else 0

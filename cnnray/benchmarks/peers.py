@@ -166,13 +166,15 @@ def install(folder: Path) -> Path:
         its Python.
     """
     environment = folder / "peers"
-    uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
     python = environment / "bin" / "python"
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, "litserve", "bentoml"], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    lines = [sysconfig.get_path("purelib"), str(Path(__file__).parents[2])]
-    (environment / "lib" / version / "site-packages" / "cnnray-peers.pth").write_text("\n".join(lines) + "\n")
+    finder = environment / "lib" / version / "site-packages" / "cnnray-peers.pth"
+    if finder.exists():  # which is written last
+        return python
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment], check=True)
+    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, "litserve", "bentoml"], check=True)
+    finder.write_text("\n".join([sysconfig.get_path("purelib"), str(Path(__file__).parents[2])]) + "\n")
     return python
 
 

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing import get_context
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from cnnray.benchmarks.report import Comparison, write_photos
+from cnnray.benchmarks import photos
+from cnnray.benchmarks.photos import Photos
+from cnnray.benchmarks.report import BenchmarkError, Comparison, bare_loops
 from cnnray.cluster import Resources
-from cnnray.images import stream
+from cnnray.images import storage, stream
 from cnnray.images.decode import decode
-from cnnray.images.manifest import manifest_of
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleInfo
@@ -30,38 +32,41 @@ SIZE, BATCH, CLASSES = 64, 64, 10
 _FLOAT32, _AUTO = "onnx", "auto"
 
 
-def predict(folder: Path, found: Resources, *, images: int = 4000, rounds: int = 3) -> list[Comparison]:
-    """Measure `vgg_bn` at 64x64 on JPEGs of 500x375, on a cluster of this machine's cores, at steady state.
+def predict(given: Photos, found: Resources, *, images: int = 2000, rounds: int = 3) -> list[Comparison]:
+    """Measure `vgg_bn` at 64x64, at steady state.
 
     Args:
-        folder: where photos and bundle are written.
+        given: the images; bundle and lists are written beside them.
         found: the cluster.
-        images: number of JPEGs.
+        images: how many, where `given` does not say.
         rounds: how often each way is measured, in turns.
+
+    Raises:
+        BenchmarkError: there are too few images.
     """
-    manifest = pipeline.passed_through(
-        manifest_of(str(write_photos(folder / "photos_to_predict", images)), labelled=False)
-    )
-    paths = manifest["uri"].to_pylist()
-    bundle = Bundle.load(random_bundle(folder / "bundle_to_predict", folder / "photos_to_predict"))
-    processes = max(1, int(found.cpus))
+    manifest = pipeline.passed_through(given.manifest(images))
+    paths, count = manifest["uri"].to_pylist(), len(manifest)
+    bundle = Bundle.load(random_bundle(given.folder))
+    limit = bare_loops(found)
+    if count < (least := 4 * BATCH * limit.processes):
+        raise BenchmarkError(f"{count} images are too few to measure prediction with: {least} at least.")
 
     def ours(engine: str) -> Callable[[], float]:
         planned = pipeline.plan(bundle, PredictOptions(engine=engine), found)
 
         def run() -> float:
             dataset = pipeline.predicted(manifest, planned, stream.pieces(paths, 128))
-            return _steady_rate(
-                (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")), images
+            return steady_rate(
+                (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")), count
             )
 
         return run
 
     def bare(engine: str) -> Callable[[], float]:
         def run() -> float:
-            shares = [(bundle.uri, engine, paths[share::processes]) for share in range(processes)]
-            with get_context("spawn").Pool(processes) as pool:
-                return sum(pool.starmap(_bare_loop, shares, chunksize=1))
+            shares = [(bundle.uri, engine, paths[share :: limit.processes]) for share in range(limit.processes)]
+            with get_context("spawn").Pool(limit.processes) as pool:
+                return limit.times * sum(pool.starmap(_bare_loop, shares, chunksize=1))
 
         return run
 
@@ -71,12 +76,14 @@ def predict(folder: Path, found: Resources, *, images: int = 4000, rounds: int =
             fn_constructor_args=[bundle.uri],
             batch_size=BATCH,
             num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=max(1, processes - 1)),
+            compute=ray.data.ActorPoolStrategy(size=max(1, int(found.cpus) - 1)),
         )
-        return _steady_rate((len(rows["answer"]) for rows in dataset.iter_batches(batch_size=BATCH)), images)
+        return steady_rate((len(rows["answer"]) for rows in dataset.iter_batches(batch_size=BATCH)), count)
 
     def tf_data() -> float:
-        program = f"from cnnray.benchmarks import predict; predict.with_tf_data({bundle.uri!r}, {str(folder)!r})"
+        listed = given.folder / "listed.txt"
+        listed.write_text("\n".join(paths))
+        program = f"from cnnray.benchmarks import predict; predict.with_tf_data({bundle.uri!r}, {str(listed)!r})"
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
         return float(done.stdout.splitlines()[-1])
 
@@ -85,33 +92,43 @@ def predict(folder: Path, found: Resources, *, images: int = 4000, rounds: int =
         "auto": ours(_AUTO), "float32": ours(_FLOAT32), "bare auto": bare(fastest), "bare float32": bare(_FLOAT32),
         "documented": documented, "tf.data": tf_data,
     }  # fmt: skip
+    if storage.is_s3(paths[0]):
+        ways.pop("tf.data")  # which reads no S3 without a package of its own
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             rates[name].append(way())
         log.info("%s", ", ".join(f"{name} {found[-1]:.0f}" for name, found in rates.items()))
-    files = "vgg_bn 64x64 on JPEG 500x375"
+    files, loops = f"vgg_bn 64x64 on {given.name}", f"a bare loop in {limit.processes} processes"
     return [
         Comparison(f"{files}, {ours}", rates[ours.split()[0]], theirs, rates[key], aim)
         for ours, theirs, key, aim in (
-            (f"auto ({fastest})", f"a bare loop in {processes} processes, {fastest}", "bare auto", 0.9),
-            ("float32 (onnx)", f"a bare loop in {processes} processes, onnx", "bare float32", 0.9),
+            (f"auto ({fastest})", limit.named(f"{loops}, {fastest}"), "bare auto", 0.9),
+            ("float32 (onnx)", limit.named(f"{loops}, onnx"), "bare float32", 0.9),
             (f"auto ({fastest})", "read_images, then model.predict in an actor", "documented", 4.0),
             ("float32 (onnx)", "read_images, then model.predict in an actor", "documented", 1.3),
             (f"auto ({fastest})", "tf.data and model.predict in one process", "tf.data", 1.0),
             ("float32 (onnx)", "tf.data and model.predict in one process", "tf.data", 1.0),
         )
+        if key in rates
     ]
 
 
-def random_bundle(folder: Path, photos: Path) -> str:
-    """A network of random weights, which is as fast as any, in ONNX float32 and int8."""
-    program = f"from cnnray.benchmarks import predict; predict.write_bundle({str(folder)!r}, {str(photos)!r})"
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    return str(folder)
+def random_bundle(folder: Path) -> str:
+    """A network of random weights, which is as fast as any, in ONNX float32 and int8, in `folder/bundle`; where it is
+    there already, that one."""
+    target = folder / "bundle"
+    if not target.exists():
+        calibration = photos.write(folder / "calibration", 200)
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            made = str(Path(part, "bundle"))
+            program = f"from cnnray.benchmarks import predict; predict.write_bundle({made!r}, {str(calibration)!r})"
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+            Path(made).rename(target)
+    return str(target)
 
 
-def write_bundle(folder: str, photos: str) -> None:
+def write_bundle(folder: str, calibration: str) -> None:
     """Write it (in a process of its own, so that TensorFlow's threads end with it)."""
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures
@@ -122,13 +139,13 @@ def write_bundle(folder: str, photos: str) -> None:
     bundles.save(architectures.build("vgg_bn", SIZE, CLASSES), info, Path(folder))
     export(
         ExportConfig(
-            bundle=folder, calibration=photos, formats="onnx,onnx-int8", max_accuracy_drop=1.0,
+            bundle=folder, calibration=calibration, formats="onnx,onnx-int8", max_accuracy_drop=1.0,
             verification_images=200,
         )
     )  # fmt: skip
 
 
-def _steady_rate(counts: Iterable[int], images: int) -> float:
+def steady_rate(counts: Iterable[int], images: int) -> float:
     """Images/s between a quarter and nine tenths of the images."""
     arrived, first, last = 0, (0, 0.0), (0, 0.0)
     for count in counts:
@@ -145,7 +162,7 @@ def _bare_loop(uri: str, engine: str, paths: list[str]) -> float:
     predictor = Predictor(Bundle.load(uri), engine=engine, threads=1, batch_size=BATCH)
     ends = []
     for start in range(0, len(paths), BATCH):
-        batch = np.stack([decode(Path(path).read_bytes(), SIZE) for path in paths[start : start + BATCH]])
+        batch = np.stack([decode(storage.read_bytes(path), SIZE) for path in paths[start : start + BATCH]])
         assert len(predictor.probabilities(batch)) == len(batch)
         ends.append(time.perf_counter())
     return (len(ends) - 2) * BATCH / (ends[-2] - ends[0])
@@ -162,16 +179,16 @@ class _KerasPredict:
         return {"answer": self._model.predict(batch["image"], verbose=0).argmax(1)}
 
 
-def with_tf_data(uri: str, folder: str) -> None:
+def with_tf_data(uri: str, listed: str) -> None:
     """Print the images/s of `model.predict` on a tf.data pipeline over the same files."""
     startup.load_tensorflow(gpus=False)
     import tensorflow as tf
 
     model = Bundle.load(uri).model
-    paths = [str(path) for path in sorted(Path(folder, "photos_to_predict").rglob("*.jpg"))]
+    paths = Path(listed).read_text().splitlines()
 
     def pixels(path: Any) -> Any:
-        image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
+        image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
         return tf.cast(tf.image.resize(image, (SIZE, SIZE), antialias=True), tf.uint8)
 
     def over(some: list[str]) -> Any:

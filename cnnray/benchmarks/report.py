@@ -6,11 +6,13 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_sample_images
-
+from cnnray import cluster
+from cnnray.cluster import Resources
 from cnnray.models.bundle import library_versions
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark that cannot be run; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,31 @@ def table(comparisons: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Bare:
+    """How bare loops run: on the machine of the benchmark, with its cores, as they know no other."""
+
+    processes: int
+    """One a core."""
+    times: float
+    """How many times more cores the cluster has; their rates are taken times that."""
+
+    def named(self, what: str) -> str:
+        """For a table."""
+        return what if self.times == 1 else f"{what}, times {self.times:.3g}"
+
+
+def bare_loops(found: Resources) -> Bare:
+    """The bare loops' share of a cluster."""
+    processes = max(1, min(cluster.local_cpus(), int(found.cpus)))
+    return Bare(processes, max(1.0, found.cpus / processes))
+
+
+def cluster_of(found: Resources) -> str:
+    """Nodes, CPUs and GPUs, for the line under a table."""
+    return f"{len(found.nodes)} node(s), {found.cpus:g} CPUs and {found.gpus:g} GPUs in all"
+
+
 def machine() -> str:
     """Cores, processor and library versions, for the line under a table."""
     model = platform.processor() or platform.machine()
@@ -54,22 +81,3 @@ def machine() -> str:
         model = names[0] if names else model
     versions = ", ".join(f"{library} {number}" for library, number in library_versions().items())
     return f"{len(os.sched_getaffinity(0))} cores of {model}; {versions}"
-
-
-def write_photos(folder: Path, count: int, classes: int = 10) -> Path:
-    """Write JPEGs of 500x375 pixels and 20 to 60 KB into class folders: cuts from the two photos that scikit-learn
-    brings."""
-    generator = np.random.default_rng(0)
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    for index in range(count):
-        path = folder / f"class{index % classes}" / f"{index:06d}.jpg"
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo = photos[index % len(photos)]
-        width = int(generator.integers(400, photo.width))
-        height = width * 3 // 4 if width * 3 // 4 <= photo.height else photo.height
-        left, top = (int(generator.integers(0, room + 1)) for room in (photo.width - width, photo.height - height))
-        cut = photo.resize((500, 375), box=(left, top, left + width, top + height))
-        cut.save(path, quality=int(generator.integers(75, 93)))
-    return folder

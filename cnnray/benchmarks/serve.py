@@ -21,24 +21,22 @@ from sklearn.datasets import load_sample_images
 from cnnray.benchmarks import peers
 from cnnray.benchmarks.load import Peak, finished, peak, start_steady
 from cnnray.benchmarks.predict import BATCH, random_bundle
-from cnnray.benchmarks.report import Comparison, write_photos
+from cnnray.benchmarks.report import BenchmarkError, Comparison
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
+_JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
 CONNECTIONS = (1, 16, 64)
-_SECONDS = 8
+_COMPARED = 16
+_SECONDS = 6
 _JPEG_BYTES = 68_000
 _AIMS = {"flask": 15.0, "fastapi": 0.9, "litserve": 1.0, "bentoml": 1.0}
 _NAMES = {
     "flask": "the article's Flask service", "fastapi": "bare FastAPI, 2 processes", "litserve": "LitServe, 2 workers",
     "bentoml": "BentoML, 2 workers",
 }  # fmt: skip
-
-
-class BenchmarkError(RuntimeError):
-    """A benchmark that cannot be run; the message is one sentence for the user."""
 
 
 def serve(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
@@ -56,21 +54,21 @@ def serve(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
     """
     photo = folder / "photo.jpg"
     photo.write_bytes(photo_of_68_kb())
-    write_photos(folder / "photos_to_predict", 400)
-    bundle = random_bundle(folder / "bundle_to_predict", folder / "photos_to_predict")
+    bundle = random_bundle(folder)
     engine = engines.choose(Bundle.load(bundle), gpus=False, batch_size=BATCH)
     python = peers.install(folder)
     found: dict[str, dict[int, list[Peak]]] = {}
     steady: list[Peak] = []
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in ("ours", *peers.PEERS):
-            with _service(name, folder, bundle, engine, python) as address:
-                for connections in CONNECTIONS:
+            with service(name, folder, bundle, engine, python) as address:
+                # What is compared with the peers in every round; the others once.
+                for connections in CONNECTIONS if number == 0 else (_COMPARED,):
                     measured = peak(f"{address}/predict", photo, folder, connections=connections, seconds=_SECONDS)
                     found.setdefault(name, {}).setdefault(connections, []).append(measured)
                     log.info("%s, %d connections: %.0f requests/s", name, connections, measured.rate)
-                if name == "ours":
-                    steady.append(_at_half(f"{address}/predict", photo, measured.rate))
+                if name == "ours" and number == 0:
+                    steady.append(_at_half(f"{address}/predict", photo, found[name][_COMPARED][0].rate))
                     log.info("ours at half of that: p50 %.1f ms, p99 %.1f ms", steady[-1].p50, steady[-1].p99)
     files = f"vgg_bn 64x64 ({engine}) over HTTP, JPEG of 68 KB, 16 connections"
     comparisons = [
@@ -87,7 +85,7 @@ def _at_half(address: str, photo: Path, rate: float) -> Peak:
 
 
 def _rates(found: dict[int, list[Peak]]) -> list[float]:
-    return [one.rate for one in found[16]]
+    return [one.rate for one in found[_COMPARED]]
 
 
 def _table(found: dict[str, dict[int, list[Peak]]], steady: list[Peak]) -> str:
@@ -118,21 +116,37 @@ def photo_of_68_kb() -> bytes:
 
 
 @contextlib.contextmanager
-def _service(name: str, folder: Path, bundle: str, engine: str, python: Path) -> Iterator[str]:
-    """A service for as long as it is needed: its address."""
+def service(
+    name: str, folder: Path, bundle: str, engine: str, python: Path, replicas: int = peers.WORKERS
+) -> Iterator[str]:
+    """A service for as long as it is needed: its address.
+
+    Args:
+        name: `ours`, or a peer.
+        folder: for logs.
+        bundle: what it serves.
+        engine: that it uses.
+        python: of the peers that have an environment of their own.
+        replicas: of ours.
+
+    Raises:
+        BenchmarkError: it does not start.
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     if name == "ours":
         command = [
-            sys.executable, "jobs/serve.py", "--bundle", bundle, "--engine", engine, "--port", str(port),
-            "--min-replicas", str(peers.WORKERS), "--max-replicas", str(peers.WORKERS), "--access-log", "false",
+            sys.executable, str(_JOB), "--bundle", bundle, "--engine", engine, "--port", str(port),
+            "--min-replicas", str(replicas), "--max-replicas", str(replicas), "--access-log", "false",
         ]  # fmt: skip
     else:
         interpreter = str(python) if name in ("litserve", "bentoml") else sys.executable
         command = [interpreter, "-m", "cnnray.benchmarks.peers", name, bundle, engine, str(port)]
     with (folder / f"{name}.log").open("w") as output:
-        environment = os.environ | {"PEER_FOLDER": str(folder)}
+        # On this machine, as the peers are, also where the benchmark itself is a job of a cluster.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = inherited | {"PEER_FOLDER": str(folder)}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment
         )

@@ -7,7 +7,6 @@ import pytest
 
 from cnnray.benchmarks import load
 from cnnray.benchmarks.predict import random_bundle
-from cnnray.benchmarks.report import write_photos
 from cnnray.benchmarks.serve import photo_of_68_kb
 from cnnray.models.bundle import Bundle
 from tests.e2e.conftest import started_jobs, until
@@ -31,8 +30,7 @@ def photo(tmp_path_factory):
 def bundle(tmp_path_factory):
     """`vgg_bn` at 64x64 with int8 engines, as the benchmark has it."""
     folder = tmp_path_factory.mktemp("bundle")
-    write_photos(folder / "photos", 100)
-    return random_bundle(folder / "bundle", folder / "photos")
+    return random_bundle(folder)
 
 
 def _said(capsys, sentence):

@@ -73,6 +73,12 @@ def local_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def submitted_variables() -> dict[str, str]:
+    """The environment variables that this job was submitted with: `ray job submit --runtime-env`."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
+    return dict(submitted.get("env_vars", {}))
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[Resources]:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine for as long as it is needed.
@@ -88,11 +94,12 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    # Ray refuses a variable that `ray job submit --runtime-env` has set already.
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
-    given = submitted.get("env_vars", {})
+    given = submitted_variables()  # which Ray refuses to set once more
     # Jobs show progress of their own, also where a dataset is read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
+    if address := os.environ.get("RAY_ADDRESS"):
+        # Ray Train's own actors ask the cluster's address of the machine, which may be of several clusters.
+        variables["RAY_ADDRESS"] = address
     variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnnray import commandline
+from cnnray import commandline, flags
 from cnnray.images.decode import BadImage
 from cnnray.models import startup
 from cnnray.training.config import TrainConfig
@@ -43,8 +43,11 @@ def show_answers(bundle: str, manifest: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where digits and run go")
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--folder", default="demo", help="where digits and run go")
+    try:
+        folder = Path(flags.absolute("folder", parser.parse_args().folder))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     def job() -> dict[str, object]:
         from cnnray.training.driver import train

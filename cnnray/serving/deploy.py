@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 import cnnray
-from cnnray import cluster
+from cnnray import cluster, paths
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -118,7 +118,7 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     check(config)
     assert config.write_config is not None
     text = yaml.safe_dump(configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
-    storage.write_bytes(storage.absolute(config.write_config), text.encode())
+    storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _names(config)}
 
 
@@ -144,6 +144,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         if own:
             _prepare_environment(Path(folder))
         with cluster.connected() as found:
+            paths.check_shared(found, [model.uri for model in config.models])
             if own:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
@@ -227,6 +228,9 @@ def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.
     client = ServeSubmissionClient(_dashboard())
     before = client.get_serve_details().get("applications", {})
     wanted = configuration(config, max_replicas=room)
+    # Serve starts replicas outside of the job.
+    if variables := storage.cluster_environment() | cluster.submitted_variables():
+        wanted["applications"][0]["runtime_env"] = {"env_vars": variables}
     # Serve ends those applications that a configuration does not name.
     wanted["applications"] += [
         one["deployed_app_config"]

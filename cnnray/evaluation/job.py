@@ -22,8 +22,8 @@ from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Answers
 from cnnray.evaluation.pictures import pictures_of
-from cnnray.images import manifest as manifests
 from cnnray.images import containers, storage, stream
+from cnnray.images import manifest as manifests
 from cnnray.images.checks import Checked
 from cnnray.images.lock import alone
 from cnnray.models import bundle as bundles

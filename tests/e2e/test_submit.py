@@ -244,9 +244,6 @@ JOBS = {
 def test_every_job_from_a_fresh_clone(head, clone, digits, tmp_path, capsys):
     places = {"digits": digits, "out": tmp_path / "out", "port": free_port(), "small": " ".join(SMALL)}
     for name, (flags, files) in JOBS.items():
-        arguments = [flag.format(**places) for flag in flags.split()] + [
-            *(SMALL if name in ("train", "tune") else ())
-        ]
         started = time.monotonic()
         _, status, log = head.submit(clone, tmp_path, name, *flags.format(**places).split())
         with capsys.disabled():

@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,6 +119,9 @@ def connected() -> Iterator[Resources]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
+    if threading.current_thread() is threading.main_thread():
+        # Set once more, Python's handler takes the place of Ray's, which prints a stack trace before it calls that.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         found = resources()
         log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, len(found.nodes), found.cpus, found.gpus)

@@ -24,6 +24,14 @@ from tests.networks import coloured_noise
 from tests.runs import final_state, largest_difference, rows_of
 
 RAY = str(Path(sys.executable).with_name("ray"))
+OF_THE_CLUSTER = (
+    *AGENTS,
+    "ray::IDLE",
+    "ray::_StatsActor",
+    "ray::_AutoscalingCoordinatorActor",
+    "ray::ServeController",
+)
+"""Names of Ray's processes that are of no job."""
 WATCHDOG = 300
 """Seconds that no job may take, on two cores."""
 
@@ -90,14 +98,14 @@ class Head:
         return len(json.loads(listed.stdout))
 
     def at_work(self):
-        """The names of Ray's processes that are more than waiting, but for those that each head has."""
+        """The names of Ray's processes that are more than waiting, but for those that a cluster has once."""
         names = []
         for process in psutil.Process(self._process.pid).children(recursive=True):
             try:
                 names.append(" ".join(process.cmdline()))
             except psutil.NoSuchProcess:
                 continue
-        return [name for name in names if name.startswith("ray::") and not name.startswith(("ray::IDLE", *AGENTS))]
+        return [name for name in names if name.startswith("ray::") and not name.startswith(OF_THE_CLUSTER)]
 
     def end(self):
         head = psutil.Process(self._process.pid)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cnnray.images import storage
 
@@ -75,10 +76,10 @@ def local_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def submitted_variables() -> dict[str, str]:
-    """The environment variables that this job was submitted with: `ray job submit --runtime-env`."""
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
-    return dict(submitted.get("env_vars", {}))
+def submitted_environment() -> dict[str, Any]:
+    """Ray's runtime environment that this job was submitted with; empty for a job that was not submitted."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return dict(submitted.get("runtime_env", {}))
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    given = submitted_variables()  # which Ray refuses to set once more
+    given = submitted_environment().get("env_vars", {})  # which Ray refuses to set once more
     # Jobs show progress of their own, also where a dataset is read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
     if address := os.environ.get("RAY_ADDRESS"):

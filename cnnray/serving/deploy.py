@@ -35,6 +35,9 @@ ON_NODES = {
 loop, and no header makes Ray answer 500."""
 
 
+_KEPT_SECONDS = 10 * 365 * 24 * 3600
+"""That a submitted job's code is kept for replicas."""
+
 Versions = dict[str, list[tuple[str, float]]]
 
 
@@ -228,9 +231,8 @@ def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.
     client = ServeSubmissionClient(_dashboard())
     before = client.get_serve_details().get("applications", {})
     wanted = configuration(config, max_replicas=room)
-    # Serve starts replicas outside of the job.
-    if variables := storage.cluster_environment() | cluster.submitted_variables():
-        wanted["applications"][0]["runtime_env"] = {"env_vars": variables}
+    if environment := _environment():
+        wanted["applications"][0]["runtime_env"] = environment
     # Serve ends those applications that a configuration does not name.
     wanted["applications"] += [
         one["deployed_app_config"]
@@ -249,6 +251,19 @@ def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.
             client.deploy_applications(wanted | {"applications": [earlier, *wanted["applications"][1:]]})
         raise
     return {"address": address, "models": _names(config), "replicas": replicas}
+
+
+def _environment() -> dict[str, Any]:
+    """Ray's runtime environment of the replicas, which Serve starts outside of this job: code, packages and variables
+    that the job was submitted with, and what else it takes to reach the same S3."""
+    from ray._private.runtime_env.packaging import pin_runtime_env_uri
+
+    environment = cluster.submitted_environment()
+    if environment.get("working_dir", "").startswith("gcs://"):
+        # Else Ray deletes the job's code with the last process that uses it, and then no replica could be started.
+        pin_runtime_env_uri(environment["working_dir"], expiration_s=_KEPT_SECONDS)
+    variables = storage.cluster_environment() | environment.get("env_vars", {})
+    return environment | ({"env_vars": variables} if variables else {})
 
 
 def _wait(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:

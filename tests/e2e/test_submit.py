@@ -43,7 +43,9 @@ class Head:
         # Not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="r"))
         self.port, dashboard = free_port(), free_port()
-        self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        # Of the code nodes have what a job brings.
+        left_out = ("RAY_ADDRESS", "PYTHONPATH")
+        self.environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
             "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
@@ -177,6 +179,7 @@ def _stop(head, job):
     stopped = time.monotonic()
     said = head.job("stop", job)
     assert head.status(job) == "STOPPED", said.stdout + said.stderr + head.log(job)
+    assert head.log(job).splitlines()[-1] == "Stopped; the same command goes on from what was done."
     until(lambda: not head.at_work(), 30, "the end of the job's workers")
     return f"stopped and gone in {time.monotonic() - stopped:.1f} s"
 

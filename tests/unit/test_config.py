@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -140,3 +143,10 @@ def test_mistakes_in_nested_flags_get_a_sentence(flags, sentence, capsys):
     message = capsys.readouterr().err
     assert sentence in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_job_that_is_told_to_end_says_that_it_can_go_on():
+    job = "import os; from cnnray import commandline; commandline.run(lambda: os.kill(os.getpid(), 15))"
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "Stopped; the same command goes on from what was done.\n"

@@ -4,9 +4,12 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cnnray.images import storage
 
@@ -73,6 +76,12 @@ def local_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def submitted_environment() -> dict[str, Any]:
+    """Ray's runtime environment that this job was submitted with; empty for a job that was not submitted."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return dict(submitted.get("runtime_env", {}))
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[Resources]:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine for as long as it is needed.
@@ -88,11 +97,12 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    # Ray refuses a variable that `ray job submit --runtime-env` has set already.
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
-    given = submitted.get("env_vars", {})
+    given = submitted_environment().get("env_vars", {})  # which Ray refuses to set once more
     # Jobs show progress of their own, also where a dataset is read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
+    if address := os.environ.get("RAY_ADDRESS"):
+        # Ray Train's own actors ask the cluster's address of the machine, which may be of several clusters.
+        variables["RAY_ADDRESS"] = address
     variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
@@ -110,6 +120,9 @@ def connected() -> Iterator[Resources]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
+    if threading.current_thread() is threading.main_thread():
+        # Set once more, Python's handler takes the place of Ray's, which prints a stack trace before it calls that.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         found = resources()
         log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, len(found.nodes), found.cpus, found.gpus)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +14,10 @@ Config = TypeVar("Config")
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+EXIT_STOPPED = 128 + signal.SIGTERM
+
+_NOISE = r"ray/issues/53727|Created TensorFlow Lite XNNPACK delegate"
+"""In lines of workers that say nothing of the job: what Ray's actors log of Ray's actors, LiteRT's greeting."""
 
 
 class _Parser(ArgumentParser):
@@ -61,14 +67,26 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job's one call; its result becomes the last line of stdout, its errors one sentence on stderr.
 
     Raises:
-        SystemExit: 0, 1 for an error that has a sentence, 130 for Ctrl-C. Other errors keep their traceback.
+        SystemExit: 0, 1 for an error that has a sentence, 130 for Ctrl-C, 143 for SIGTERM (`ray job stop`). Other
+            errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    # What Ray reads when it is imported, or prints a worker's line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # As Ray's own handler does from `ray.init` on: what was begun is left in order, locks for one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         result = job()
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted; the same command goes on from what was done.\n")
         sys.exit(130)
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:
+            raise
+        sys.stderr.write("Stopped; the same command goes on from what was done.\n")
+        sys.exit(EXIT_STOPPED)
     except (ValueError, OSError, RuntimeError) as error:
         if type(error) in (ValueError, RuntimeError):
             raise

@@ -1,6 +1,8 @@
 """Checks that the configs of several jobs share: each names the flag in one sentence."""
 
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 from cnnray.images import storage
@@ -55,19 +57,37 @@ def check_choices(config: Any, **choices: Any) -> None:
             raise ValueError(f"{spelt(field)} {value!r} is not known; there are {', '.join(get_args(literal))}.")
 
 
-def make_absolute(config: Any, *fields: str) -> None:
-    """Make paths and s3:// addresses, of a frozen config too, what `storage.absolute` gives; None stays None.
+def absolute(field: str, value: str) -> str:
+    """A path or s3:// address that a flag names, as `storage.absolute` gives it.
 
     Raises:
-        ValueError: one of them is empty.
+        ValueError: it is empty, or, in a job of `ray job submit`, a relative path.
         OSError: it is an address of another kind.
+    """
+    if not value:
+        raise ValueError(f"{spelt(field)} is empty.")
+    found = storage.absolute(value)
+    # Ray tells the driver of such a job in this variable what it was submitted with.
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
+        storage.is_s3(found) or Path(value).expanduser().is_absolute()
+    ):
+        raise ValueError(
+            f"{spelt(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "
+            "directory, which Ray deletes: give an absolute path that all nodes see, or s3://BUCKET/PREFIX."
+        )
+    return found
+
+
+def make_absolute(config: Any, *fields: str) -> None:
+    """Make paths and s3:// addresses, of a frozen config too, what `absolute` gives; None stays None.
+
+    Raises:
+        ValueError, OSError: as `absolute`.
     """
     for field in fields:
         value = getattr(config, field)
         if value is not None:
-            if not value:
-                raise ValueError(f"{spelt(field)} is empty.")
-            object.__setattr__(config, field, storage.absolute(value))
+            object.__setattr__(config, field, absolute(field, value))
 
 
 def differences(config: Any, earlier: dict[str, Any], free: set[str]) -> list[str]:

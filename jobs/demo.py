@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnnray import commandline
+from cnnray import commandline, flags
+from cnnray.images import storage
 from cnnray.images.decode import BadImage
 from cnnray.models import startup
 from cnnray.training.config import TrainConfig
@@ -43,8 +44,14 @@ def show_answers(bundle: str, manifest: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where digits and run go")
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--folder", default="demo", help="where digits and run go")
+    folder = parser.parse_args().folder
+    if storage.is_s3(folder):
+        parser.error(f"--folder {folder} is on S3: give a local folder.")
+    try:
+        folder = Path(flags.absolute("folder", folder))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     def job() -> dict[str, object]:
         from cnnray.training.driver import train

@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import yaml
 
-from cnnray import cluster
+from cnnray import cluster, paths
 from cnnray.cluster import Resources
 from cnnray.evaluation import comparison, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Answers
 from cnnray.evaluation.pictures import pictures_of
+from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
-from cnnray.images import storage, stream
 from cnnray.images.checks import Checked
 from cnnray.images.lock import alone
 from cnnray.models import bundle as bundles
@@ -119,6 +119,7 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
         manifest = manifests.manifest_of(config.data, labelled=False)
     log.info("%d images", len(manifest))
     with cluster.connected() as found:
+        paths.check_shared(found, [containers.file_of(manifest["uri"][0].as_py())])
         stream.be_quiet()
         checked = stream.checked(manifest, _cpus_per_task(found))
     checked.warn()

@@ -46,6 +46,11 @@ def group_of(uri: str) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
+def file_of(uri: str) -> str:
+    """The file that is opened for an image: its own, or that of many which holds it."""
+    return _holder(uri)[0] or uri
+
+
 def is_inside(uri: str) -> bool:
     """Whether an image is inside a file of many."""
     return _holder(uri)[0] is not None

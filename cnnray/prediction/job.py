@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray import cluster
+from cnnray import cluster, paths
+from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
-from cnnray.images import storage, stream
 from cnnray.images.lock import alone
 from cnnray.images.manifest import ManifestError
 from cnnray.models import engines
@@ -68,6 +68,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
             with cluster.connected() as found:
+                paths.check_shared(found, [config.bundle, containers.file_of(manifest["uri"][0].as_py())])
                 planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
                 engine = planned.engine
                 # Nothing is written, or taken away, before all is known to be right.

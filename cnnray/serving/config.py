@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 from cnnray import flags
-from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.serving.settings import ModelSettings, Settings
 
@@ -75,6 +74,7 @@ class ServeConfig:
         if not 0 < self.port < 2**16:
             raise ValueError(f"--port {self.port} is no port.")
         _ = self.models
+        flags.make_absolute(self, "write_config")
 
     @property
     def models(self) -> tuple[ModelSettings, ...]:
@@ -88,7 +88,7 @@ class ServeConfig:
             name, named, uri = one.partition("=")
             if not named or not _NAME.fullmatch(name):
                 name, uri = DEFAULT_NAME, one
-            uris.setdefault(name, []).append(storage.absolute(uri))
+            uris.setdefault(name, []).append(flags.absolute("bundle", uri))
         if not uris:
             raise ValueError("--bundle names no bundle.")
         shares = self._canaries()

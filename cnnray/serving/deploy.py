@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 import cnnray
-from cnnray import cluster
+from cnnray import cluster, paths
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -34,6 +34,9 @@ ON_NODES = {
 """What Ray's nodes are started with: HAProxy sends requests straight to the replicas, these run them in one event
 loop, and no header makes Ray answer 500."""
 
+
+_KEPT_SECONDS = 10 * 365 * 24 * 3600
+"""That a submitted job's code is kept for replicas."""
 
 Versions = dict[str, list[tuple[str, float]]]
 
@@ -118,7 +121,7 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     check(config)
     assert config.write_config is not None
     text = yaml.safe_dump(configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
-    storage.write_bytes(storage.absolute(config.write_config), text.encode())
+    storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _names(config)}
 
 
@@ -144,6 +147,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         if own:
             _prepare_environment(Path(folder))
         with cluster.connected() as found:
+            paths.check_shared(found, [model.uri for model in config.models])
             if own:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
@@ -227,6 +231,8 @@ def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.
     client = ServeSubmissionClient(_dashboard())
     before = client.get_serve_details().get("applications", {})
     wanted = configuration(config, max_replicas=room)
+    if environment := _environment():
+        wanted["applications"][0]["runtime_env"] = environment
     # Serve ends those applications that a configuration does not name.
     wanted["applications"] += [
         one["deployed_app_config"]
@@ -245,6 +251,19 @@ def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.
             client.deploy_applications(wanted | {"applications": [earlier, *wanted["applications"][1:]]})
         raise
     return {"address": address, "models": _names(config), "replicas": replicas}
+
+
+def _environment() -> dict[str, Any]:
+    """Ray's runtime environment of the replicas, which Serve starts outside of this job: code, packages and variables
+    that the job was submitted with, and what else it takes to reach the same S3."""
+    from ray._private.runtime_env.packaging import pin_runtime_env_uri
+
+    environment = cluster.submitted_environment()
+    if environment.get("working_dir", "").startswith("gcs://"):
+        # Else Ray deletes the job's code with the last process that uses it, and then no replica could be started.
+        pin_runtime_env_uri(environment["working_dir"], expiration_s=_KEPT_SECONDS)
+    variables = storage.cluster_environment() | environment.get("env_vars", {})
+    return environment | ({"env_vars": variables} if variables else {})
 
 
 def _wait(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:

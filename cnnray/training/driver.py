@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from cnnray import cluster
+from cnnray import cluster, paths
+from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
-from cnnray.images import storage
 from cnnray.images.lock import alone
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
@@ -77,6 +77,13 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected() as found:
+            opened = [
+                config.output,
+                config.teacher,
+                None if config.weights in ("none", "imagenet") else config.weights,
+            ]
+            first = containers.file_of(manifest["uri"][0].as_py())
+            paths.check_shared(found, [first, *filter(None, opened)])
             shares = budget_of(config, found)
             cached = data.is_cached(config, manifest, shares)
             # Nothing is written, or taken away, before all is known to be right.

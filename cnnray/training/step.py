@@ -6,6 +6,7 @@ number of images, and the gradients are summed over the workers before the optim
 does (clip, look for overflows, accumulate) is the same on all, and as it would be in one process.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,10 @@ class Steps:
             state: of the same phase, or of the one before.
             optimizer: whether the optimizer's variables are taken too.
         """
-        self.inference.load_weights(model_file)
+        with warnings.catch_warnings():
+            # It is in `state`, as that of the model which is trained.
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+            self.inference.load_weights(model_file)
         if self._averages:
             self.model.set_weights([state[f"model/{index}"] for index in range(len(self.model.weights))])
         elif self.inference is not self.model:

@@ -1,76 +1,320 @@
-"""`ray job submit` of the training job to a Ray that somebody else started, from another folder."""
+"""Jobs by `ray job submit` to a Ray that somebody else started, from another folder."""
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
+from tests.awkward import awkward_images
 from tests.conftest import REPOSITORY
-from tests.e2e.conftest import free_port, kill
+from tests.e2e.conftest import AGENTS, free_port, kill, until
+from tests.e2e.service import ask
+from tests.networks import coloured_noise
+from tests.runs import final_state, largest_difference, rows_of
 
 RAY = str(Path(sys.executable).with_name("ray"))
+OF_THE_CLUSTER = (
+    *AGENTS,
+    "ray::IDLE",
+    "ray::_StatsActor",
+    "ray::_AutoscalingCoordinatorActor",
+    "ray::ServeController",
+)
+"""Names of Ray's processes that are of no job."""
+WATCHDOG = 300
+"""Seconds that no job may take, on two cores."""
 
 
-@pytest.fixture
+class Head:
+    """A Ray head node with ports and a folder of its own, which asks for a token."""
+
+    def __init__(self, cpus):
+        # Not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix="r"))
+        self.port, dashboard = free_port(), free_port()
+        # Of the code nodes have what a job brings.
+        left_out = ("RAY_ADDRESS", "PYTHONPATH")
+        self.environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
+            "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        }
+        with (self._folder / "out").open("w") as out:
+            self._process = subprocess.Popen(
+                [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={self.port}",
+                 f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+                 f"--temp-dir={self._folder}", "--disable-usage-stats"],
+                env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        for _ in range(30):
+            listed = self.job("list")
+            if listed.returncode == 0:
+                break
+        else:
+            raise AssertionError(f"the head did not answer: {listed.stderr[-500:]}")
+
+    def job(self, *arguments, folder="/", **changes):
+        """What `ray job ...` came to, in that folder."""
+        return subprocess.run(
+            [RAY, "job", *map(str, arguments)], env=self.environment | changes, cwd=folder,
+            capture_output=True, text=True, timeout=WATCHDOG, check=False,
+        )  # fmt: skip
+
+    def submit(self, repository, folder, name, *arguments, wait=True):
+        """Submit `jobs/NAME.py` of a repository from a folder: the job's id, its status, and its log."""
+        job = f"{name}-{secrets.token_hex(4)}"
+        done = self.job(
+            "submit", *([] if wait else ["--no-wait"]), "--submission-id", job, "--working-dir", repository, "--",
+            "python", f"jobs/{name}.py", *arguments, folder=folder,
+        )  # fmt: skip
+        assert (done.returncode == 0) == (not wait or self.status(job) == "SUCCEEDED"), done.stdout + done.stderr
+        return (job, self.status(job), self.log(job)) if wait else job
+
+    def status(self, job):
+        return re.search(r"[A-Z]{5,}", self.job("status", job).stdout.rpartition("job ")[2])[0]
+
+    def log(self, job):
+        """What the job itself wrote, stdout and stderr in one."""
+        return self.job("logs", job).stdout.partition("Running entrypoint for job")[2].partition("\n")[2]
+
+    def nodes(self):
+        """How many are alive."""
+        command = [RAY, "list", "nodes", "--filter", "state=ALIVE", "--format", "json"]
+        address = self.environment["RAY_API_SERVER_ADDRESS"]
+        listed = subprocess.run(
+            [*command, "--address", address], env=self.environment, capture_output=True, text=True, check=True
+        )
+        return len(json.loads(listed.stdout))
+
+    def at_work(self):
+        """The names of Ray's processes that are more than waiting, but for those that a cluster has once."""
+        names = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            try:
+                names.append(" ".join(process.cmdline()))
+            except psutil.NoSuchProcess:
+                continue
+        return [name for name in names if name.startswith("ray::") and not name.startswith(OF_THE_CLUSTER)]
+
+    def end(self):
+        head = psutil.Process(self._process.pid)
+        family = [head, *head.children(recursive=True)]
+        self._process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        kill(alive)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
 def head():
-    """A Ray head node with ports and a folder of its own; gives the variables that a client needs."""
-    # Not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="r"))
-    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
-        "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-    }
-    port, dashboard = free_port(), free_port()
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={dashboard}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}",
-         f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"],
-        env=variables, stdin=subprocess.DEVNULL, stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    yield variables | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    head = psutil.Process(process.pid)
-    family = [head, *head.children(recursive=True)]
-    process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    kill(alive)
-    shutil.rmtree(folder, ignore_errors=True)
+    head = Head(cpus=3)
+    yield head
+    head.end()
 
 
-def _submit(head, folder, *command):
-    for _ in range(30):
-        listed = subprocess.run([RAY, "job", "list"], env=head, capture_output=True, text=True, check=False)
-        if listed.returncode == 0:
-            break
-    else:
-        raise AssertionError(f"the head did not answer: {listed.stderr[-500:]}")
-    return subprocess.run(
-        [RAY, "job", "submit", "--working-dir", str(REPOSITORY), "--", *command],
-        env=head, cwd=folder, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+SMALL = ("--architecture", "small_cnn", "--image-size", "16", "--workers", "1")
+
+
+def _is_readable(log):
+    """No bars, colours or tracebacks, and no line over and over; the JSON line comes last."""
+    assert not re.search(r"[\r\x1b]|it/s|Traceback", log), log
+    lines = [re.sub(r"\d+", "0", line) for line in log.splitlines()]
+    assert not [line for line in set(lines) if lines.count(line) > 30], log
+    return json.loads(log.splitlines()[-1])
 
 
 def test_submitted_jobs_succeed_and_fail_as_they_should(head, digits, tmp_path):
     output = tmp_path / "out"
-    done = _submit(
-        head, tmp_path, "python", "jobs/train.py", "--data", str(digits), "--output", str(output),
-        "--architecture", "small_cnn", "--image-size", "16", "--epochs", "1", "--workers", "1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert json.loads(lines[-1])["bundle"] == str(output / "bundle")
+    _, status, log = head.submit(
+        REPOSITORY, tmp_path, "train", "--data", digits, "--output", output, *SMALL, "--epochs", "1"
+    )
+    assert status == "SUCCEEDED", log
+    assert _is_readable(log)["bundle"] == str(output / "bundle")
     assert (output / "bundle" / "model.keras").exists()
-    assert not list(tmp_path.glob("*.keras"))
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
 
-    failed = _submit(head, tmp_path, "python", "jobs/train.py", "--data", "/nowhere", "--output", str(output / "2"))
-    assert failed.returncode != 0
-    assert "/nowhere does not exist" in failed.stdout
+    for wrong, sentence in (
+        (["--data", "/nowhere", "--output", output / "2"], "/nowhere does not exist"),
+        (["--data", digits, "--output", "runs/1"], "--output runs/1 is a relative path, and a submitted job"),
+    ):
+        _, status, log = head.submit(REPOSITORY, tmp_path, "train", *wrong)
+        assert status == "FAILED"
+        assert sentence in log
+        assert len(log.splitlines()) == 1, log
+
+
+def test_without_the_token_no_job_is_taken(head, tmp_path):
+    for variables in ({"RAY_AUTH_TOKEN": secrets.token_hex(16)}, {"RAY_AUTH_MODE": "disabled"}):
+        refused = head.job("submit", "--", "true", folder=tmp_path, **variables)
+        assert refused.returncode != 0
+        assert "auth" in (refused.stdout + refused.stderr).lower(), refused.stderr[-500:]
+
+
+# -- from a fresh clone ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A repository as one has it who has just cloned it."""
+    folder = tmp_path_factory.mktemp("clone") / "cnnray"
+    subprocess.run(["git", "clone", "--quiet", REPOSITORY, folder], check=True)
+    return folder
+
+
+def _stop(head, job):
+    """Stop a job that runs, and see that nothing of it is left."""
+    stopped = time.monotonic()
+    said = head.job("stop", job)
+    assert head.status(job) == "STOPPED", said.stdout + said.stderr + head.log(job)
+    assert head.log(job).splitlines()[-1] == "Stopped; the same command goes on from what was done."
+    until(lambda: not head.at_work(), 30, "the end of the job's workers")
+    return f"stopped and gone in {time.monotonic() - stopped:.1f} s"
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_a_training_that_is_stopped_goes_on(head, clone, digits, tmp_path, capsys):
+    stated = ("--data", digits, *SMALL, "--epochs", "4", "--checkpoint-every-steps", "3", "--batch-size", "16")
+    _, status, log = head.submit(clone, tmp_path, "train", *stated, "--output", tmp_path / "undisturbed")
+    assert status == "SUCCEEDED", log
+    wanted = json.loads(log.splitlines()[-1])
+
+    output = tmp_path / "stopped"
+    job = head.submit(clone, tmp_path, "train", *stated, "--output", output, wait=False)
+    listed = output / "checkpoints" / "checkpoint_manager_snapshot.json"
+    until(lambda: listed.exists() and '"step":' in listed.read_text(), WATCHDOG, "a checkpoint")
+    said = _stop(head, job)
+    assert not (output / "bundle").exists()
+    started = time.monotonic()
+    _, status, log = head.submit(clone, tmp_path, "train", *stated, "--output", output)
+    assert status == "SUCCEEDED", log
+    assert re.search(r"going on from epoch [1-4], step \d", log), log
+    assert _is_readable(log)["metrics"] == pytest.approx(wanted["metrics"], rel=1e-5)
+    for found, expected in zip(final_state(output), final_state(tmp_path / "undisturbed"), strict=True):
+        assert largest_difference(found, expected) <= 1e-5
+    with capsys.disabled():
+        print(f"\ntrain: {said}; submitted again: SUCCEEDED in {time.monotonic() - started:.0f} s")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_a_prediction_that_is_stopped_goes_on(head, clone, onnx_bundle, tmp_path, capsys):
+    photos, output, images = tmp_path / "photos", tmp_path / "out", 3000
+    photos.mkdir()
+    for number, image in enumerate(coloured_noise(8, 1000, seed=7)[0]):
+        Image.fromarray(image).save(photos / f"{number:05d}.jpg", quality=90)
+    for number in range(8, images):
+        (photos / f"{number:05d}.jpg").hardlink_to(photos / f"{number % 8:05d}.jpg")
+    stated = ("--bundle", onnx_bundle, "--input", photos, "--output", output, "--rows-per-part", "64")
+    job = head.submit(clone, tmp_path, "predict", *stated, wait=False)
+    until(lambda: len(list(output.glob("part-*"))) >= 2, WATCHDOG, "two parts")
+    said = _stop(head, job)
+    started = time.monotonic()
+    _, status, log = head.submit(clone, tmp_path, "predict", *stated)
+    assert status == "SUCCEEDED", log
+    line = _is_readable(log)
+    assert images > line["resumed"] >= 128
+    assert [row["id"] for row in rows_of(output)] == list(range(images))
+    with capsys.disabled():
+        print(
+            f"\npredict: {said} after {line['resumed']} of {images} images; submitted again: SUCCEEDED in "
+            f"{time.monotonic() - started:.0f} s"
+        )
+
+
+@pytest.fixture
+def node_of_its_own(head, tmp_path):
+    """A second node that sees nothing in a folder of the first; gives the folder."""
+    folder = tmp_path / "of the first"
+    folder.mkdir()
+    command = [
+        RAY, "start", "--block", f"--address=127.0.0.1:{head.port}", "--num-cpus=2", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]  # fmt: skip
+    with (tmp_path / "node").open("w") as out:
+        node = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', folder, *command],
+            env=head.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    until(lambda: head.nodes() == 2, 60, "the second node")
+    yield folder
+    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    node.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    kill(alive)
+    until(lambda: head.nodes() == 1, 60, "the end of the second node")
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a node mounts of its own")
+def test_a_path_that_another_node_lacks_is_refused(head, clone, node_of_its_own, onnx_bundle, digits, tmp_path):
+    images = shutil.copytree(digits, node_of_its_own / "digits")
+    stated = ("--bundle", onnx_bundle, "--output", tmp_path / "out")
+    _, status, log = head.submit(clone, tmp_path, "predict", *stated, "--input", images)
+    assert status == "FAILED"
+    assert re.search(r"digits/\d/\d+\.png is not on the node [\d.]+: on several nodes", log.splitlines()[-1]), log
+    _, status, log = head.submit(clone, tmp_path, "predict", *stated, "--input", digits)
+    assert status == "SUCCEEDED", log
+    assert "2 node(s)" in log
+    assert _is_readable(log)["ok"] == 200
+
+
+JOBS = {
+    "train": (
+        "--data {digits} --output {out}/train {small} --epochs 2",
+        ["train/bundle/model.keras", "train/history.csv"],
+    ),
+    "tune": (
+        "--data {digits} --output {out}/tune {small} --epochs 1 --trials 2 "
+        "--search learning_rate=loguniform(1e-4,1e-2)",
+        ["tune/best.yaml", "tune/trials.csv"],
+    ),
+    "export": ("--bundle {out}/train/bundle --calibration {digits} --formats onnx", ["train/bundle/model.onnx"]),
+    "evaluate": (
+        "--bundle {out}/train/bundle --data {out}/train/manifest.parquet --output {out}/report",
+        ["report/report.html", "report/metrics.json"],
+    ),
+    "predict": (
+        "--bundle {out}/train/bundle --input {digits} --output {out}/predictions",
+        ["predictions/part-000000.parquet", "predictions/summary.json"],
+    ),
+    "demo": ("--folder {out}/demo", ["demo/run/bundle/model.keras"]),
+    "serve": ("--bundle {out}/train/bundle --port {port}", []),
+}
+"""Flags of each job, and what it leaves."""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_every_job_from_a_fresh_clone(head, clone, digits, tmp_path, capsys):
+    places = {"digits": digits, "out": tmp_path / "out", "port": free_port(), "small": " ".join(SMALL)}
+    for name, (flags, files) in JOBS.items():
+        started = time.monotonic()
+        _, status, log = head.submit(clone, tmp_path, name, *flags.format(**places).split())
+        with capsys.disabled():
+            print(f"\n{name}: {status} in {time.monotonic() - started:.0f} s", end="")
+        assert status == "SUCCEEDED", log
+        assert _is_readable(log)
+        for file in files:
+            assert (tmp_path / "out" / file).stat().st_size, file
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+    # The service outlives its job, and another job changes what it serves.
+    address = f"http://127.0.0.1:{places['port']}"
+    assert ask(f"{address}/predict", awkward_images()["rgb.png"])[0] == 200
+    demo = f"--bundle digits={tmp_path}/out/demo/run/bundle --port {places['port']}"
+    _, status, log = head.submit(clone, tmp_path, "serve", *demo.split())
+    assert status == "SUCCEEDED", log
+    assert list(ask(f"{address}/metadata")[1]["models"]) == ["digits"]

@@ -1,9 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
 from cnnray import commandline
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models.augment import Augmentations
+from cnnray.serving.config import ServeConfig
 from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
@@ -12,6 +16,21 @@ from cnnray.training.search import SearchConfig
 
 def _config(**changes):
     return TrainConfig(data="/d", output="/o").with_changes(**changes)
+
+
+def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert TrainConfig(data="d", output="o").output == f"{tmp_path}/o"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for relative in ({"data": "d"}, {"output": "runs/o"}, {"validation": "./v"}):
+        ((field, value),) = relative.items()
+        with pytest.raises(ValueError, match=f"--{field} {value} is a relative path, and a submitted job"):
+            TrainConfig(**{"data": "/d", "output": "/o"} | relative)
+    with pytest.raises(ValueError, match="--bundle b is a relative path"):
+        ServeConfig(bundle="cats=/a,dogs=b")
+    with pytest.raises(ValueError, match=r"--write-config c.yaml is a relative path"):
+        ServeConfig(bundle="/a", write_config="c.yaml")
+    assert TrainConfig(data="s3://b/d", output="~/o").output.startswith("/")
 
 
 @pytest.mark.parametrize(
@@ -124,3 +143,10 @@ def test_mistakes_in_nested_flags_get_a_sentence(flags, sentence, capsys):
     message = capsys.readouterr().err
     assert sentence in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_job_that_is_told_to_end_says_that_it_can_go_on():
+    job = "import os; from cnnray import commandline; commandline.run(lambda: os.kill(os.getpid(), 15))"
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "Stopped; the same command goes on from what was done.\n"

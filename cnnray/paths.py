@@ -1,0 +1,57 @@
+"""Local paths on a cluster of several nodes, where each must be a mount that all nodes share."""
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from cnnray.cluster import ClusterError, Resources
+from cnnray.images import storage
+
+_ASKED_NODES, _SECONDS = 16, 60.0
+
+
+def check_shared(found: Resources, uris: Iterable[str]) -> None:
+    """See whether other nodes have these files and folders, too, before images that they lack are taken for bad ones.
+
+    Of many nodes some are asked. A node that does not answer in a minute is not waited for.
+
+    Args:
+        found: the cluster.
+        uris: what the job's workers open. What is on S3 needs no asking, what this node lacks itself neither.
+
+    Raises:
+        ClusterError: a node has not got one of them.
+    """
+    paths = [uri for uri in uris if not storage.is_s3(uri) and Path(uri).exists()]
+    if len(found.nodes) < 2 or not paths:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    others = random.Random(0).sample(others, min(len(others), _ASKED_NODES))
+    ask = ray.remote(num_cpus=0, max_retries=0)(_missing)
+    answers = {
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            paths
+        ): node
+        for node in others
+    }
+    answered, waiting = ray.wait(list(answers), num_returns=len(answers), timeout=_SECONDS)
+    for answer in waiting:
+        ray.cancel(answer)
+    for answer in answered:
+        try:
+            missing = ray.get(answer)
+        except ray.exceptions.RayError:
+            continue  # a node that went meanwhile
+        if missing:
+            raise ClusterError(
+                f"{missing[0]} is not on the node {answers[answer]['NodeManagerAddress']}: on several nodes local "
+                "paths must be on a file system that all of them share; or give s3://BUCKET/PREFIX."
+            )
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]

@@ -1,12 +1,11 @@
+import functools
 import sys
 
 import pytest
 
-from tests.cluster.nodes import Nodes, why_not
+from tests.cluster.nodes import Nodes, autoscaling, why_not
 from tests.conftest import write_digits
 from tests.e2e.conftest import Job
-
-CLASSES = 10
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +19,16 @@ def session_nodes():
 
 
 @pytest.fixture
+def growing_nodes():
+    """A head of 1 CPU, to which Ray's autoscaler adds up to two nodes of 2 CPUs."""
+    if reason := why_not():
+        pytest.skip(reason)
+    nodes = Nodes(grows=autoscaling(cpus=2, most=2))
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture
 def nodes(session_nodes):
     """The session's cluster, with all of its nodes."""
     session_nodes.restore()
@@ -27,11 +36,11 @@ def nodes(session_nodes):
 
 
 @pytest.fixture
-def start(nodes, tmp_path_factory):
-    """Start `python jobs/NAME.py ...` on the head; what runs in the end is ended."""
+def start_on(tmp_path_factory):
+    """Start `python jobs/NAME.py ...` on the head of a cluster; what runs in the end is ended."""
     jobs = []
 
-    def start(name, *arguments):
+    def start(nodes, name, *arguments):
         command = nodes.on_head(sys.executable, f"jobs/{name}.py", *arguments)
         jobs.append(Job(command, tmp_path_factory.mktemp("job"), nodes.variables))
         return jobs[-1]
@@ -39,6 +48,12 @@ def start(nodes, tmp_path_factory):
     yield start
     for job in jobs:
         job.end()
+
+
+@pytest.fixture
+def start(nodes, start_on):
+    """The same on that of the session's cluster."""
+    return functools.partial(start_on, nodes)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ node can lose its power: its link goes down, and nobody hears of its end; then a
 """
 
 import contextlib
+import json
 import os
 import random
 import secrets
@@ -22,7 +23,7 @@ from cnnray.serving.deploy import ON_NODES
 from tests.conftest import REPOSITORY
 from tests.e2e.conftest import until
 
-_PORT = 6379
+_PORT, _STORE_BYTES = 6379, 80 * 2**20
 _TOOLS = ("ip", "nsenter", "unshare")
 
 
@@ -44,15 +45,48 @@ def _ip(*arguments) -> str:
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-class Nodes:
-    """A head, and nodes that come and go; all of two CPUs."""
+def autoscaling(cpus: int, most: int) -> dict[str, object]:
+    """What `ray start --autoscaling-config` takes for nodes of so many CPUs, which Ray's own fake provider starts in
+    the head's network."""
+    nothing = ("head_setup_commands", "worker_setup_commands", "setup_commands", "initialization_commands")
+    nothing += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
+    return {
+        "cluster_name": "growing",
+        "max_workers": most,
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "ray.worker.cpu": {
+                "resources": {"CPU": cpus, "object_store_memory": _STORE_BYTES},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "head_node": {},
+        "worker_nodes": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "rsync_filter": [],
+        **{name: [] for name in nothing},
+    }
 
-    def __init__(self, others: int, cpus: int = 2, store_mebibytes: int = 80) -> None:
+
+class Nodes:
+    """A head, and nodes that come and go, all of two CPUs; or a head of one CPU that starts more by itself."""
+
+    def __init__(self, others: int = 0, grows: dict[str, object] | None = None) -> None:
         self._id = f"n{secrets.token_hex(4)}"  # an interface's name has 15 characters at most
         self._subnet = f"10.{random.randint(1, 254)}.{random.randint(1, 254)}"
-        self._cpus, self._store = cpus, store_mebibytes * 2**20
-        self._folder = Path(tempfile.mkdtemp(prefix="r"))
-        (self._folder / "ray").mkdir()
         self._processes: dict[int, subprocess.Popen] = {}
         self._starts = 0
         self.variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -62,9 +96,16 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_ADDRESS": f"{self.address(0)}:{_PORT}",
-            # Serve's own, by which a client is told that the connection ends: for 30 seconds, by default.
+            # Else a replica that is ended goes on for half a minute, for balancers that hear of it late.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         }
+        self._folder = Path(tempfile.mkdtemp(prefix="r"))
+        (self._folder / "ray").mkdir()
+        self._cpus, self._config = 2, self._folder / "growing.json"
+        if grows is not None:
+            self._cpus = 1
+            self.variables["RAY_FAKE_CLUSTER"] = "1"  # which the fake provider insists on
+            self._config.write_text(json.dumps(grows))
         self.others = range(1, others + 1)
         _ip("link", "add", self._id, "type", "bridge")
         try:
@@ -92,17 +133,20 @@ class Nodes:
         _ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", name, "link", "set", device, "up")
+        _ip("-n", name, "route", "add", "default", "dev", "eth0")  # by which Ray finds the node's address
         self._starts += 1
         own = self._folder / f"{self._starts}-of-node-{number}"
         own.mkdir()
         role = ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}/ray", f"--dashboard-host={self.address(0)}"]
+        if self._config.exists():
+            role.append(f"--autoscaling-config={self._config}")
         if number:
             role = [f"--address={self.address(0)}:{_PORT}"]
         command = [
             "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c",
             'mount --bind "$0" "$1" && shift && exec "$@"', str(own), f"{self._folder}/ray",
             "ray", "start", "--block", *role, f"--node-ip-address={self.address(number)}",
-            f"--num-cpus={self._cpus}", f"--object-store-memory={self._store}", "--disable-usage-stats",
+            f"--num-cpus={self._cpus}", f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats",
         ]  # fmt: skip
         variables = {key: value for key, value in self.variables.items() if key != "RAY_ADDRESS"}
         with (own / "out").open("w") as out:

@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help install demo test lint types bench test-long chaos soak test-s3 test-browser lock clean
+.PHONY: help install demo test lint types bench test-long chaos soak test-cluster test-s3 test-browser lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -42,6 +42,11 @@ chaos: .venv/installed  ## Kill prediction runs at random moments, ten times eac
 soak: .venv/installed  ## A million images with a kill at half; a service under load, faults and nonsense; flat memory.
 	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python -m pytest -m soak -s
+
+test-cluster: .venv/installed  ## Three nodes of which some lose their power, as root; installs what is missing of Debian's packages.
+	command -v ip || { apt-get update -qq && apt-get install -y -qq iproute2; }
+	command -v prometheus || { apt-get update -qq && apt-get install -y -qq prometheus; }
+	$(BIN)/python -m pytest -m cluster -s
 
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests

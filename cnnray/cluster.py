@@ -7,13 +7,23 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cnnray.images import storage
+from cnnray.progress import duration
 
 log = logging.getLogger(__name__)
+
+Planned = TypeVar("Planned")
+
+LOOK_SECONDS = 5.0
+"""Time between two looks at a cluster that lacks nodes, or may lose some."""
+_SAY_SECONDS = 60.0
+LOST_MINUTES = 10.0
+"""How long a running job waits for nodes that were lost, where it is not told."""
 
 
 class ClusterError(RuntimeError):
@@ -152,3 +162,119 @@ def resources() -> Resources:
             for has in found
         )
     )
+
+
+class Shortage:
+    """What a job lacks nodes for: said when it begins and every minute, and not waited for longer than is allowed."""
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            minutes: that it may last.
+            clock: gives seconds.
+        """
+        self._minutes, self._clock = minutes, clock
+        self._since: float | None = None
+        self._said = -_SAY_SECONDS
+
+    def look(self, plan: Callable[[Resources], Planned]) -> Planned | None:
+        """What a plan of the cluster as it is gives; None where it lacks nodes.
+
+        Args:
+            plan: raises `ClusterError` where the cluster has too little.
+
+        Raises:
+            ClusterError: it has had too little for too long.
+        """
+        try:
+            planned = plan(resources())
+        except ClusterError as error:
+            self.lasts(error)
+            return None
+        if self._since is not None:
+            log.info("the nodes are there, after %s", duration(self._clock() - self._since))
+        self._since, self._said = None, -_SAY_SECONDS
+        return planned
+
+    def lasts(self, error: ClusterError) -> None:
+        """Say what is lacking.
+
+        Raises:
+            ClusterError: it has lasted too long.
+        """
+        if not self._minutes:
+            raise error
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        left = self._since + 60 * self._minutes - now
+        if left <= 0:
+            raise ClusterError(f"{error} (Waited {self._minutes:g} minutes for nodes.)")
+        if now - self._said >= _SAY_SECONDS:
+            self._said = now
+            log.info("waiting for nodes, at most %s: %s", duration(left), error)
+
+
+def when_it_fits(
+    plan: Callable[[Resources], Planned], bundles: list[dict[str, float]], minutes: float | None
+) -> Planned:
+    """Plan a job on what the cluster has; where that is too little, wait for more, and ask the autoscaler for it.
+
+    Args:
+        plan: gives something, or raises `ClusterError` where it is too little.
+        bundles: what the job would like to have: the resources of each of its processes.
+        minutes: to wait at most; None or 0: not at all.
+
+    Raises:
+        ClusterError: it is still too little.
+    """
+    shortage = Shortage(minutes or 0.0)
+    if (planned := shortage.look(plan)) is not None:
+        return planned
+    from ray.autoscaler import sdk
+
+    try:
+        while planned is None:
+            # Again and again: each request replaces all others of the cluster, such as those of other jobs.
+            sdk.request_resources(bundles=[{name: has for name, has in one.items() if has} for one in bundles])
+            time.sleep(LOOK_SECONDS)
+            planned = shortage.look(plan)
+        return planned
+    finally:
+        # Else it would hold the nodes for ever; jobs that run ask for themselves.
+        sdk.request_resources(bundles=[])
+
+
+@contextlib.contextmanager
+def watched(check: Callable[[Resources], object], minutes: float | None) -> Iterator[None]:
+    """Watch the cluster while something runs in the main thread, which Ray may let wait for ever for lost nodes.
+
+    Args:
+        check: raises `ClusterError` where the cluster has too little to go on.
+        minutes: that this may last; None: `LOST_MINUTES`.
+
+    Raises:
+        ClusterError: it lasted longer; what ran was interrupted as by Ctrl-C.
+    """
+    shortage, ended = Shortage(LOST_MINUTES if minutes is None else minutes), threading.Event()
+    errors: list[ClusterError] = []
+
+    def watch() -> None:
+        while not errors and not ended.wait(LOOK_SECONDS):
+            try:
+                shortage.look(check)
+            except ClusterError as error:
+                if not ended.is_set():
+                    errors.append(error)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if errors:
+            raise errors[0] from None
+        raise
+    finally:
+        ended.set()
+        watcher.join(LOOK_SECONDS)

@@ -35,6 +35,17 @@ def check_more_than_zero(config: Any, *fields: str) -> None:
             raise ValueError(f"{spelt(field)} must be more than 0, not {value}.")
 
 
+def check_not_negative(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: one of them is neither None nor at least 0.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{spelt(field)} must not be negative, but is {value}.")
+
+
 def check_share(config: Any, *fields: str) -> None:
     """
     Raises:

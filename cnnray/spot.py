@@ -34,7 +34,7 @@ class SpotElseOnDemand(AWSNodeProvider):
             NodeLaunchException: there are none on demand either, or the request is wrong.
         """
         if "InstanceMarketOptions" not in node_config:
-            return super().create_node(node_config, tags, count)
+            return dict(super().create_node(node_config, tags, count))
         created: dict[str, Any] = {}
         try:
             created = super().create_node(node_config, tags, count)

@@ -39,6 +39,9 @@ class EvaluateConfig:
     """CPUs, and so threads, of each worker; null: 1, or with GPUs the node's share."""
     gpus_per_worker: float | None = None
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
+    wait_minutes: float | None = None
+    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
+    lost while it works."""
     calibrate: bool = False
     """Write the temperature that fits these images into the bundle: its confidences are then as often right as they
     say. To be done with images that the network was not trained on; the engine is then keras, or one of float32."""
@@ -96,6 +99,7 @@ class EvaluateConfig:
             max_workers=self.max_workers,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=self.gpus_per_worker,
+            wait_minutes=self.wait_minutes,
             max_error_fraction=1.0,
             retry_errors=self.retry_errors,
             overwrite=self.overwrite,

@@ -64,12 +64,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         manifest = _chosen(everything, config)
         _check_classes(manifest, bundle, config)
         _warn_of_trained_on(manifest, bundle)
-        with cluster.connected() as found:
+        with cluster.connected():
             # Nothing is written, or taken away, before all is known to be right.
             _begin(config, manifest.drop_columns(["id"]))
             predicting = config.predicting(storage.join(config.output, MANIFEST))
             predicted = predict(predicting)
-            checked = _checked(everything, found) if config.data_checks else None
+            checked = _checked(everything, cluster.resources()) if config.data_checks else None
         rows, probabilities = _read(predicting.folder)
         answers = _answers(rows, probabilities, bundle)
         figures = _figures(config, bundle, predicted["engine"], rows, answers, checked)

@@ -27,7 +27,6 @@ def predict(
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
     """
-    from cnnray import cluster
     from cnnray.images import manifest as manifests
     from cnnray.models.bundle import Bundle
     from cnnray.prediction import pipeline
@@ -37,5 +36,5 @@ def predict(
         manifest = manifests.manifest_of(images, labelled=False)
     else:
         manifest = manifests.manifest_of_uris(images) if isinstance(images, Sequence) else images
-    planned = pipeline.plan(Bundle.load(bundle), options or PredictOptions(), cluster.resources())
+    planned = pipeline.plan_when_it_fits(Bundle.load(bundle), options or PredictOptions())
     return pipeline.predicted(pipeline.passed_through(manifest), planned)

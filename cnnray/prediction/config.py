@@ -13,7 +13,7 @@ Decoding = Literal["auto", "workers", "tasks"]
 # Another value of these gives another way of running the same prediction, not other rows.
 _FREE_ON_RESUME = {
     "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding", "batch_size",
-    "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine",
+    "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine", "wait_minutes",
 }  # fmt: skip
 
 
@@ -41,6 +41,9 @@ class PredictOptions:
     """CPUs, and so threads, of each worker; null: 1, or with GPUs the node's share."""
     gpus_per_worker: float | None = None
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
+    wait_minutes: float | None = None
+    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
+    lost while it works."""
     decoding: Decoding = "auto"
     """Where images are read and decoded: in the workers themselves, or in tasks beside them; auto: in tasks where
     workers have GPUs and the cluster has nodes without."""
@@ -57,6 +60,7 @@ class PredictOptions:
         flags.check_at_least_one(self, "top_k", "min_workers", "max_workers", "batch_size")
         flags.check_more_than_zero(self, "cpus_per_worker")
         flags.check_share(self, "gpus_per_worker")
+        flags.check_not_negative(self, "wait_minutes")
         if self.min_workers and self.max_workers and self.min_workers > self.max_workers:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
 

@@ -1,5 +1,6 @@
 """A prediction job from end to end: manifest, workers, parts, reconciliation, summary."""
 
+import functools
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ from cnnray.prediction import parts as output
 from cnnray.prediction import pipeline, resume, summary
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.parts import Parts
+from cnnray.prediction.pool import check_room
 from cnnray.prediction.resume import PredictionError
 from cnnray.progress import Progress, duration
 
@@ -67,9 +69,11 @@ def run(config: PredictConfig) -> dict[str, Any]:
         log.info("%d images, %d of them done", len(manifest), resumed)
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
-            with cluster.connected() as found:
-                paths.check_shared(found, [config.bundle, containers.file_of(manifest["uri"][0].as_py())])
-                planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
+            with cluster.connected():
+                planned = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
+                paths.check_shared(
+                    cluster.resources(), [config.bundle, containers.file_of(manifest["uri"][0].as_py())]
+                )
                 engine = planned.engine
                 # Nothing is written, or taken away, before all is known to be right.
                 if earlier is None:
@@ -106,8 +110,8 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     manifest = resume.read_manifest(config) if earlier else manifest_of(config)
     parts = resume.parts_of(config, manifest)
     resumed = _rows_of(parts, parts.written() if earlier else set())
-    with cluster.connected() as found:
-        planned = pipeline.plan(bundle, config, found, earlier["engine"] if earlier else None)
+    with cluster.connected():
+        planned = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
     sample = _sample(manifest)
     worker = pipeline.Worker(planned, bundle.version)
     list(worker(sample.slice(0, 1)))
@@ -202,10 +206,11 @@ def _run(
     del uris  # of millions of images it is large
     dataset = pipeline.predicted(manifest.replace_schema_metadata(None), planned, tasks)
     try:
-        for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            collector.add(found)
-            errors.add(found)
-            progress.add(len(found), f"{errors.count} errors" if errors.count else "")
+        with cluster.watched(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+            for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                collector.add(found)
+                errors.add(found)
+                progress.add(len(found), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:
         raise PredictionError(f"Prediction failed: {_cause(error)} (The same command goes on.)") from error
     finally:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
+from cnnray import cluster
 from cnnray.cluster import Resources
 from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
@@ -64,6 +65,20 @@ def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str 
         engine = engine_of(bundle, options, gpus=gpus)
     pool = pool_of(options, engine, found)
     return Plan(bundle=bundle, engine=engine, options=options, pool=pool, digest=engines.digest(bundle, engine))
+
+
+def plan_when_it_fits(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
+    """`plan` on the cluster that this process is connected to, for which it may wait.
+
+    Raises:
+        BundleError, ClusterError: see `plan`.
+    """
+    worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
+    return cluster.when_it_fits(
+        lambda found: plan(bundle, options, found, engine),
+        [worker] * (options.max_workers or options.min_workers or 1),
+        options.wait_minutes,
+    )
 
 
 def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:

@@ -46,12 +46,8 @@ def pool_of(options: PredictOptions, engine: str, found: Resources) -> Pool:
     if options.decoding == "auto":
         in_tasks = gpus > 0 and any(node.cpus >= 1 and not node.gpus for node in found.nodes)
     cpus = options.cpus_per_worker or _default_cpus(found, 0 if in_tasks else gpus)
+    check_room(cpus, gpus, found)
     room = found.room_for(cpus, gpus)
-    if room < 1:
-        raise ClusterError(
-            f"No worker of {cpus:g} CPUs and {gpus:g} GPUs fits the cluster's {len(found.nodes)} node(s) of "
-            f"{found.cpus:g} CPUs and {found.gpus:g} GPUs in all: lower --cpus-per-worker or --gpus-per-worker."
-        )
     largest = options.max_workers or (room if gpus or not in_tasks else max(1, room // 2))
     smallest = options.min_workers or 1
     if smallest > largest:
@@ -68,6 +64,19 @@ def pool_of(options: PredictOptions, engine: str, found: Resources) -> Pool:
         decode_cpus = min(1.0, math.floor(left * 1000) / 1000)
     first = max(smallest, min(room, largest))
     return Pool(smallest=smallest, first=first, largest=largest, cpus=cpus, gpus=gpus, decode_cpus=decode_cpus)
+
+
+def check_room(cpus: float, gpus: float, found: Resources) -> None:
+    """Refuse a cluster that has no room for a worker (any more).
+
+    Raises:
+        ClusterError: it has none.
+    """
+    if found.room_for(cpus, gpus) < 1:
+        raise ClusterError(
+            f"No worker of {cpus:g} CPUs and {gpus:g} GPUs fits the cluster's {len(found.nodes)} node(s) of "
+            f"{found.cpus:g} CPUs and {found.gpus:g} GPUs in all: lower --cpus-per-worker or --gpus-per-worker."
+        )
 
 
 def _default_cpus(found: Resources, gpus: float) -> float:

@@ -42,6 +42,8 @@ class ServeConfig:
     """CPUs, and so threads, of each replica."""
     gpus_per_replica: float = 0.0
     """GPUs of each replica."""
+    wait_minutes: float = 0.0
+    """Minutes that the job waits for nodes where the cluster has no room for the replicas that there are at least."""
     max_queued_requests: int = 128
     """Requests that wait in a replica, at most; further ones are answered 503."""
     max_mebibytes: float = 32.0
@@ -69,6 +71,7 @@ class ServeConfig:
             self, "cpus_per_replica", "max_mebibytes", "max_megapixels", "timeout_seconds", "target_ongoing_requests"
         )
         flags.check_share(self, "gpus_per_replica")
+        flags.check_not_negative(self, "wait_minutes")
         if self.min_replicas < 0 or (self.max_replicas and self.min_replicas > self.max_replicas):
             raise ValueError(f"--min-replicas {self.min_replicas} is not from 0 to --max-replicas.")
         if not 0 < self.port < 2**16:

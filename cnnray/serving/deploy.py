@@ -1,6 +1,7 @@
 """A service on a Ray cluster: its configuration, as `serve deploy` takes it, and a Serve that is started here."""
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -151,17 +152,30 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             if own:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
-            room = found.room_for(config.cpus_per_replica, config.gpus_per_replica)
-            if room < max(1, config.min_replicas):
-                raise cluster.ClusterError(
-                    f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
-                    f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {room}."
-                )
+            replica = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
+            room = cluster.when_it_fits(
+                functools.partial(_room, config), [replica] * max(1, config.min_replicas), config.wait_minutes
+            )
             line = _deploy(config, versions, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
             if own and not stop.is_set():
                 _tell(line["address"], ray.get_runtime_context().gcs_address, _dashboard())
                 stop.wait()
             return line
+
+
+def _room(config: ServeConfig, found: cluster.Resources) -> int:
+    """How many replicas fit.
+
+    Raises:
+        ClusterError: fewer than there are at least.
+    """
+    room = found.room_for(config.cpus_per_replica, config.gpus_per_replica)
+    if room < max(1, config.min_replicas):
+        raise cluster.ClusterError(
+            f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
+            f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {room}."
+        )
+    return room
 
 
 def _names(config: ServeConfig) -> dict[str, list[str]]:

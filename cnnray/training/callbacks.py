@@ -105,7 +105,8 @@ def write_history(history: list[dict[str, Any]], uri: str) -> None:
     if not history:
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    # The first epochs may be of a version that wrote fewer columns.
+    writer = csv.DictWriter(text, fieldnames=list(history[-1]))
     writer.writeheader()
     writer.writerows(history)
     storage.write_bytes(uri, text.getvalue().encode())

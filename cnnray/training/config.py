@@ -13,6 +13,9 @@ from cnnray.training.phases import PRESETS, Phase, Preset
 
 LARGEST_IMAGE_SIZE = 4096
 
+SIXTEENTHS = 16
+"""Shares of a CPU or GPU that Ray's sums of floating-point numbers hold without rounding."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "plateau"]
@@ -27,6 +30,7 @@ _ADAMW_WEIGHT_DECAY = 0.01
 _FREE_ON_RESUME = {
     "epochs",
     "workers",
+    "wait_minutes",
     "cpus_per_worker",
     "gpus_per_worker",
     "decode_cpus",
@@ -128,8 +132,12 @@ class TrainConfig:
     """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0
     """Seed of the split, the initial weights, the order of the images, and all that is random in training."""
-    workers: int = 2
-    """Processes that train side by side."""
+    workers: str | int = 2
+    """Processes that train side by side; or MIN:MAX, such as 1:4: as many as the cluster has room for, fewer where a
+    node is lost, and more when one comes."""
+    wait_minutes: float | None = None
+    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
+    lost while it trains."""
     cpus_per_worker: float | None = None
     """CPUs of one worker, rounded up also its TensorFlow threads; null: three quarters of the cluster's CPUs
     shared by the workers, or 1 where they have GPUs."""
@@ -164,8 +172,9 @@ class TrainConfig:
         if isinstance(self.phases, list):
             stated = [Phase(**phase) if isinstance(phase, dict) else phase for phase in self.phases]
             object.__setattr__(self, "phases", stated)
+        self._check_workers()
         flags.check_at_least_one(
-            self, "epochs", "batch_size", "workers", "checkpoint_every_steps", "early_stopping_patience",
+            self, "epochs", "batch_size", "checkpoint_every_steps", "early_stopping_patience",
             "plateau_patience", "accumulate", "preview_augmentations",
         )  # fmt: skip
         flags.check_choices(
@@ -210,10 +219,12 @@ class TrainConfig:
             raise ValueError(
                 f"--gpus-per-worker must be 0 to 1, not {self.gpus_per_worker}: for more GPUs take more --workers."
             )
-        if self.batch_size < self.workers:
+        if self.batch_size < self.most_workers:
             raise ValueError(
-                f"--batch-size {self.batch_size} is over all workers: it must be at least --workers {self.workers}."
+                f"--batch-size {self.batch_size} is over all workers: it must be at least --workers "
+                f"{self.most_workers}."
             )
+        flags.check_not_negative(self, "wait_minutes")
         if self.max_failures < 0:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")
         if self.weights not in ("none", "imagenet"):
@@ -223,6 +234,26 @@ class TrainConfig:
             raise ValueError(
                 f"--output {self.output} lies in --data {self.data}, where its folders would be taken for classes."
             )
+
+    def _check_workers(self) -> None:
+        if isinstance(self.workers, str):  # a number comes so from the command line
+            least, colon, most = self.workers.partition(":")
+            numbers = [int(part) for part in ((least, most) if colon else (least,)) if part.strip().isdecimal()]
+            if len(numbers) != 1 + len(colon):
+                raise ValueError(f"--workers {self.workers!r}: expected a number, or MIN:MAX such as 1:4.")
+            if numbers[0] > numbers[-1]:
+                raise ValueError(f"--workers {self.workers}: the first number is more than the second.")
+            fixed = numbers[0] == numbers[-1]
+            object.__setattr__(self, "workers", numbers[0] if fixed else f"{numbers[0]}:{numbers[1]}")
+        if self.fewest_workers < 1:
+            raise ValueError(f"--workers must be at least 1, not {self.fewest_workers}.")
+        for flag in ("cpus_per_worker", "gpus_per_worker") if self.is_elastic else ():
+            share = getattr(self, flag)
+            if share is not None and share * SIXTEENTHS % 1:
+                raise ValueError(
+                    f"{flags.spelt(flag)} {share} with --workers {self.workers}: expected sixteenths, such as "
+                    f"{max(1, round(share * SIXTEENTHS)) / SIXTEENTHS:g}, in which Ray counts without rounding."
+                )
 
     def _check_schedule(self) -> None:
         for what in ("warmup", "decay"):
@@ -235,6 +266,21 @@ class TrainConfig:
                 )
             if given and getattr(self, given[0]) < 0:
                 raise ValueError(f"{flags.spelt(given[0])} must not be negative, but is {getattr(self, given[0])}.")
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change on the way."""
+        return isinstance(self.workers, str)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The least number of workers."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        """The greatest number of workers."""
+        return int(str(self.workers).rpartition(":")[2])
 
     @property
     def plan(self) -> tuple[Phase, ...]:

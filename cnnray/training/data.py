@@ -41,8 +41,8 @@ def manifest_of_run(config: TrainConfig) -> pa.Table:
     missing = sorted(set(manifests.class_names(manifest)) - set(manifests.class_names(train)))
     if missing:
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
-    if len(train) < config.workers:
-        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.workers} workers.")
+    if len(train) < config.most_workers:
+        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.most_workers} workers.")
     return manifest
 
 

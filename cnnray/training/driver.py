@@ -5,12 +5,13 @@ import functools
 import io
 import json
 import logging
+import os
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, recipe
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
-from cnnray.training.budget import Budget, budget_of, check_cpus
+from cnnray.training.budget import Budget, budget_of, bundles, check_cpus, check_shares
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
 IMAGENET = "imagenet.weights.h5"
+_RESIZE_SECONDS = 30.0
 # In the order of deleting: a run without its summary is not finished, and one without its config is none.
 _FILES, _FOLDERS = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET), (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
@@ -76,15 +78,12 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data.describe(manifest)
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
-        with cluster.connected() as found:
-            opened = [
-                config.output,
-                config.teacher,
-                None if config.weights in ("none", "imagenet") else config.weights,
-            ]
+        with cluster.connected():
+            shares = cluster.when_it_fits(functools.partial(budget_of, config), bundles(config), config.wait_minutes)
+            weights_file = None if config.weights in ("none", "imagenet") else config.weights
             first = containers.file_of(manifest["uri"][0].as_py())
-            paths.check_shared(found, [first, *filter(None, opened)])
-            shares = budget_of(config, found)
+            opened = filter(None, [first, config.output, config.teacher, weights_file])
+            paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
             # Nothing is written, or taken away, before all is known to be right.
             if earlier is None:
@@ -186,9 +185,9 @@ def _run(
     from cnnray.training.backend import MultiWorkerConfig
 
     log.info(
-        "%d workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
-        config.workers, shares.cpus_per_worker, shares.threads_per_worker, config.gpus_per_worker,
-        shares.decode_cpus,
+        "%s workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
+        str(config.workers).replace(":", " to "), shares.cpus_per_worker, shares.threads_per_worker,
+        config.gpus_per_worker, shares.decode_cpus,
     )  # fmt: skip
     assignment = Assignment(
         config=config,
@@ -201,12 +200,21 @@ def _run(
         cached=data.decoded_into_memory(config, manifest, shares) if cached else {},
         started=started,
     )
+    if config.is_elastic:
+        # Nodes that are lost, but not known to be, are tried for so long.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+        if config.checkpoint_every_steps is None:
+            log.info(
+                "Each time that workers are lost or added the epoch begins anew; with --checkpoint-every-steps it "
+                "would go on from the last of these."
+            )
     filesystem, path = storage.arrow_filesystem(config.output)
     trainer = DataParallelTrainer(
         functools.partial(train_on_worker, assignment),
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=((config.fewest_workers, config.most_workers) if config.is_elastic else config.most_workers),
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": shares.cpus_per_worker}
             | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
@@ -223,8 +231,9 @@ def _run(
             ),
         ),
     )
+    shortage = cluster.Shortage(cluster.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
     try:
-        result = interruptible(trainer.fit)
+        result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_shares, config, shares)))
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Training failed: {_cause(error)}") from error
     if result.return_value:
@@ -248,8 +257,13 @@ def _weights_file(config: TrainConfig) -> str | None:
     return config.weights if storage.is_file(config.weights) else storage.join(config.weights, bundle.MODEL)
 
 
-def interruptible(function: Callable[[], Any]) -> Any:
-    """Call a function in a thread, where Ray leaves Ctrl-C to us: Ray Train's own handler ends the process with 0."""
+def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambda: None) -> Any:
+    """Call a function in a thread, where Ray leaves Ctrl-C to us: Ray Train's own handler ends the process with 0.
+
+    Args:
+        function: to be called.
+        watch: called every few seconds meanwhile; what it raises ends the waiting for the function.
+    """
     outcome: Future[Any] = Future()
 
     def call() -> None:
@@ -259,6 +273,8 @@ def interruptible(function: Callable[[], Any]) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
+    while not wait([outcome], timeout=cluster.LOOK_SECONDS).done:
+        watch()
     return outcome.result()
 
 

@@ -20,7 +20,7 @@ from cnnray.images.lock import alone
 from cnnray.models.augment import Augmentations
 from cnnray.training import data, recipe
 from cnnray.training.assignment import HISTORY
-from cnnray.training.budget import check_cpus
+from cnnray.training.budget import budget_of, bundles, check_cpus
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class SearchConfig(TrainConfig):
         """
         super().__post_init__()
         flags.check_at_least_one(self, "trials", "parallel")
+        if self.is_elastic:
+            raise ValueError(f"--workers {self.workers}: a search's trials have a fixed number of workers.")
         if self.preview_augmentations is not None:
             raise ValueError("--preview-augmentations is of jobs/train.py.")
         if not self.search:
@@ -131,7 +133,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
         # Each trial would find the same fault.
         recipe.check(config, data.manifest_of_run(config))
         _begin(config)
-        with cluster.connected() as found:
+        with cluster.connected():
+            found = cluster.when_it_fits(functools.partial(_fit, config), bundles(config), config.wait_minutes)
             results = _results(config, spaces, found)
         rows = _rows(config, results)
         text = io.StringIO()
@@ -246,6 +249,16 @@ def _results(config: SearchConfig, spaces: dict[str, Any], found: Resources) -> 
     return interruptible(tuner.fit)
 
 
+def _fit(config: SearchConfig, found: Resources) -> Resources:
+    """The same cluster, if a trial fits it.
+
+    Raises:
+        ClusterError: it does not.
+    """
+    budget_of(config, found)
+    return found
+
+
 def _shared_out(config: SearchConfig, found: Resources) -> SearchConfig:
     """The config with each trial's share of the cluster, where several run side by side."""
     if config.parallel == 1:
@@ -253,8 +266,8 @@ def _shared_out(config: SearchConfig, found: Resources) -> SearchConfig:
     each = found.cpus / config.parallel
     return dataclasses.replace(
         config,
-        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.workers,
-        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.workers),
+        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.most_workers,
+        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.most_workers),
     )
 
 

@@ -178,6 +178,8 @@ class _Worker:
         return self.plan[self.progress.phase - 1].sparsity if self.progress.phase else 0.0
 
     def _restore(self) -> None:
+        if self.rank == 0 and self.config.is_elastic:
+            log.info("training on %d worker(s)", self.world)
         found = ray.train.get_checkpoint()
         self.progress = checkpoint.Progress()
         if found is None:
@@ -260,7 +262,7 @@ class _Worker:
             "seconds": progress.epoch_seconds,
         }
         named = {"phase": self.plan[progress.phase].name} if len(self.plan) > 1 else {}
-        progress.history.append({"epoch": progress.epoch + 1, **named, **logs})
+        progress.history.append({"epoch": progress.epoch + 1, **named, **logs, "workers": self.world})
         progress.epoch += 1
         progress.phase_epoch += 1
         progress.step = 0

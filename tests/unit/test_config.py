@@ -8,7 +8,7 @@ from cnnray import commandline
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models.augment import Augmentations
 from cnnray.serving.config import ServeConfig
-from cnnray.training.budget import budget_of
+from cnnray.training.budget import budget_of, bundles, check_shares
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
 from cnnray.training.search import SearchConfig
@@ -54,6 +54,17 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
         ({"seed": 2**32}, "--seed must be"),
         ({"checkpoint_every_steps": 0}, "--checkpoint-every-steps"),
         ({"max_failures": -1}, "--max-failures"),
+        ({"workers": 0}, "--workers must be at least 1"),
+        ({"workers": "0:2"}, "--workers must be at least 1"),
+        ({"workers": "4:1"}, "--workers 4:1: the first number is more than the second"),
+        ({"workers": "1:"}, "--workers '1:': expected a number, or MIN:MAX"),
+        ({"workers": "1:2:3"}, "expected a number, or MIN:MAX"),
+        ({"workers": "-1:3"}, "expected a number, or MIN:MAX"),
+        ({"workers": "many"}, "expected a number, or MIN:MAX"),
+        ({"workers": "1:80"}, "--batch-size 64 is over all workers: it must be at least --workers 80"),
+        ({"workers": "1:3", "cpus_per_worker": 0.3}, "--cpus-per-worker 0.3 .* expected sixteenths, such as 0.3125"),
+        ({"workers": "1:3", "gpus_per_worker": 0.01}, "--gpus-per-worker 0.01 .*, such as 0.0625"),
+        ({"wait_minutes": -1}, "--wait-minutes must not be negative"),
     ],
 )
 def test_impossible_values_name_their_flag(changes, sentence):
@@ -108,9 +119,90 @@ def test_fractions_of_cpus_make_room():
     assert budget_of(_config(workers=4, cpus_per_worker=0.25), _cluster(2)).decode_cpus == 0.25
 
 
+@pytest.mark.parametrize(
+    ("text", "workers", "fewest", "most"),
+    [("3", 3, 3, 3), ("1:4", "1:4", 1, 4), ("2:2", 2, 2, 2), ("16:16", 16, 16, 16)],
+)
+def test_workers_are_a_number_or_two(text, workers, fewest, most, tmp_path):
+    needed = ["--data", "/d", "--output", "/o"]
+    config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--workers", text])
+    assert (config.workers, config.fewest_workers, config.most_workers) == (workers, fewest, most)
+    assert config.is_elastic == (fewest < most)
+    # YAML 1.1 would read 1:4 as 64.
+    (tmp_path / "c.yaml").write_text(f"learning_rate: 1e-3\nworkers: {text}  # or more\nepochs: 3\n")
+    from_file = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--config", str(tmp_path / "c.yaml")])
+    assert (from_file.workers, from_file.learning_rate, from_file.epochs) == (workers, 1e-3, 3)
+    assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "gpus", "per_worker", "decode"),
+    [
+        ("1:3", (2, 2, 2), 0, 1.5, 0.25),
+        ("1:6", (2, 2, 2), 0, 0.75, 0.25),
+        ("1:4", (8, 8), 0, 3.0, 1.0),
+        ("1:4", (2,), 0, 0.375, 0.125),
+        ("2:4", (16, 16), 4, 1.0, 1.0),
+        ("1:2", (4, 1), 0, 1.75, 0.25),
+        ("1:3", (10,) * 3, 0, 7.5, 1.0),
+    ],
+)
+def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_worker, decode):
+    config = _config(workers=workers, gpus_per_worker=float(bool(gpus)))
+    shares = budget_of(config, _cluster(*nodes, gpus=gpus))
+    assert (shares.cpus_per_worker, shares.decode_cpus) == (per_worker, decode)
+    least, most = map(int, workers.split(":"))
+    found = _cluster(*nodes, gpus=gpus)
+    assert found.room_for(shares.cpus_per_worker, bool(gpus)) >= most
+    # Ray's sums of floating-point numbers: as many as there are fit, and not one fewer.
+    assert sum([shares.cpus_per_worker] * most) // shares.cpus_per_worker == most
+    for node in found.nodes:
+        fit = min(most, Resources((node,)).room_for(shares.cpus_per_worker, bool(gpus)))
+        if fit:
+            assert node.cpus - fit * shares.cpus_per_worker >= fit * shares.decode_cpus
+            if fit >= least:
+                check_shares(config, shares, Resources((node,)))
+
+
+def test_elastic_workers_that_would_fill_a_node_are_refused():
+    with pytest.raises(ClusterError, match="2 workers of 1 CPUs leave 0 of a node's 2 CPUs, and reading the images"):
+        budget_of(_config(workers="1:3", cpus_per_worker=1.0), _cluster(2, 2, 2))
+    with pytest.raises(ClusterError, match=r"leave 0\.5 of a node's 2 CPUs, and reading the images needs 1"):
+        budget_of(_config(workers="1:3", cpus_per_worker=1.5, decode_cpus=1.0), _cluster(2, 2, 2))
+    with pytest.raises(ClusterError, match="2 workers do not fit 1 CPUs"):
+        budget_of(_config(workers="2:3"), _cluster(1))
+
+
+def test_only_the_fewest_elastic_workers_must_fit():
+    config = _config(workers="1:8", gpus_per_worker=1.0)
+    assert budget_of(config, _cluster(8, gpus=1)).cpus_per_worker == 0.75
+    with pytest.raises(ClusterError, match="1 workers of 1 GPUs do not fit a cluster of 0 GPUs"):
+        budget_of(config, _cluster(8))
+    assert bundles(config) == [{"CPU": 1.0, "GPU": 1.0}] * 8 + [{"CPU": 1.0}]
+
+
+def test_a_cluster_that_lost_too_much_is_told():
+    config = _config(workers=2)
+    shares = budget_of(config, _cluster(2, 2, 2))
+    assert shares.cpus_per_worker == 2.0
+    check_shares(config, shares, _cluster(2, 2, 2))
+    with pytest.raises(ClusterError, match="leave 0 of the cluster's 4 CPUs, and reading the images needs 1"):
+        check_shares(config, shares, _cluster(2, 2))
+    with pytest.raises(ClusterError, match="Only 1 of 2 workers of 2 CPUs"):
+        check_shares(config, shares, _cluster(2))
+
+
+def test_a_search_has_a_fixed_number_of_workers():
+    with pytest.raises(ValueError, match="--workers 1:2: a search's trials have a fixed number"):
+        SearchConfig(data="/d", output="/o", search=["dropout=choice([0])"], workers="1:2")
+
+
 def test_only_what_changes_the_training_forbids_going_on():
     earlier = _config(schedule="constant").as_dict()
-    assert _config(epochs=99, workers=1, cache="none", schedule="constant").differs_from(earlier) == []
+    assert (
+        _config(epochs=99, workers="1:4", wait_minutes=3, cache="none", schedule="constant").differs_from(earlier)
+        == []
+    )
     assert _config(seed=7, schedule="constant").differs_from(earlier) == ["--seed 0 (now 7)"]
 
 

@@ -31,6 +31,22 @@ def test_going_on_reads_the_rest():
     assert epoch.rank_rows(order, bounds, len(bounds) - 1, 0, 2)[1] == []
 
 
+def test_workers_that_come_and_go_change_no_global_batch():
+    """A run that goes on from a checkpoint with another number of workers sees the same images in each step."""
+    order, bounds = epoch.order(1, 2, 1438), epoch.step_bounds(1438, 64)
+    steps = len(bounds) - 1
+    batches = []
+    for world, first, stop in ((3, 0, 5), (2, 5, 9), (1, 9, 10), (3, 10, steps)):
+        parts = []
+        for rank in range(world):
+            rows, sizes = epoch.rank_rows(order, bounds, first, rank, world)
+            parts.append(np.split(rows, np.cumsum(sizes)[:-1])[: stop - first])
+        batches += [np.concatenate(step) for step in zip(*parts, strict=True)]
+    assert len(batches) == steps
+    for step, batch in enumerate(batches):
+        assert sorted(batch) == sorted(order[bounds[step] : bounds[step + 1]])
+
+
 def test_order_is_a_function_of_seed_and_epoch():
     assert epoch.order(1, 2, 50).tolist() == epoch.order(1, 2, 50).tolist()
     assert epoch.order(1, 2, 50).tolist() != epoch.order(1, 3, 50).tolist()

@@ -1,0 +1,222 @@
+"""A Ray cluster of several nodes on one machine, each with a network, an address and Ray files of its own.
+
+Every node is a network namespace behind one bridge, and has its own folder mounted where Ray keeps its session. So a
+node can lose its power: its link goes down, and nobody hears of its end; then all its processes are killed.
+"""
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from cnnray.serving.deploy import ON_NODES
+from tests.conftest import REPOSITORY
+from tests.e2e.conftest import until
+
+_PORT, _STORE_BYTES = 6379, 80 * 2**20
+_TOOLS = ("ip", "nsenter", "unshare")
+
+
+def why_not() -> str:
+    """Why this machine cannot have such a cluster; empty where it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if missing := [name for name in _TOOLS if shutil.which(name) is None]:
+        return f"{missing[0]} is not installed (Debian's packages iproute2 and util-linux)"
+    name = f"n{secrets.token_hex(4)}"
+    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"network namespaces are not allowed here: {tried.stderr.strip()}"
+    _ip("netns", "del", name)
+    return ""
+
+
+def _ip(*arguments) -> str:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def autoscaling(cpus: int, most: int) -> dict[str, object]:
+    """What `ray start --autoscaling-config` takes for nodes of so many CPUs, which Ray's own fake provider starts in
+    the head's network."""
+    nothing = ("head_setup_commands", "worker_setup_commands", "setup_commands", "initialization_commands")
+    nothing += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
+    return {
+        "cluster_name": "growing",
+        "max_workers": most,
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "ray.worker.cpu": {
+                "resources": {"CPU": cpus, "object_store_memory": _STORE_BYTES},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "head_node": {},
+        "worker_nodes": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "rsync_filter": [],
+        **{name: [] for name in nothing},
+    }
+
+
+class Nodes:
+    """A head, and nodes that come and go, all of two CPUs; or a head of one CPU that starts more by itself."""
+
+    def __init__(self, others: int = 0, grows: dict[str, object] | None = None) -> None:
+        self._id = f"n{secrets.token_hex(4)}"  # an interface's name has 15 characters at most
+        self._subnet = f"10.{random.randint(1, 254)}.{random.randint(1, 254)}"
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._starts = 0
+        self.variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.variables |= ON_NODES | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_ADDRESS": f"{self.address(0)}:{_PORT}",
+            # Else a replica that is ended goes on for half a minute, for balancers that hear of it late.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        }
+        self._folder = Path(tempfile.mkdtemp(prefix="r"))
+        (self._folder / "ray").mkdir()
+        self._cpus, self._config = 2, self._folder / "growing.json"
+        if grows is not None:
+            self._cpus = 1
+            self.variables["RAY_FAKE_CLUSTER"] = "1"  # which the fake provider insists on
+            self._config.write_text(json.dumps(grows))
+        self.others = range(1, others + 1)
+        _ip("link", "add", self._id, "type", "bridge")
+        try:
+            _ip("link", "set", self._id, "up")
+            for number in (0, *self.others):
+                self.start(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def address(self, number: int) -> str:
+        """Of a node; the head is 0."""
+        return f"{self._subnet}.{number + 1}"
+
+    def name(self, number: int) -> str:
+        """Of a node's network namespace."""
+        return f"{self._id}-{number}"
+
+    def start(self, number: int) -> None:
+        """Start a node that is not there, and wait until Ray knows it."""
+        name, link = self.name(number), f"{self._id}v{number}"
+        _ip("netns", "add", name)
+        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("link", "set", link, "master", self._id, "up")
+        _ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _ip("-n", name, "link", "set", device, "up")
+        _ip("-n", name, "route", "add", "default", "dev", "eth0")  # by which Ray finds the node's address
+        self._starts += 1
+        own = self._folder / f"{self._starts}-of-node-{number}"
+        own.mkdir()
+        role = ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}/ray", f"--dashboard-host={self.address(0)}"]
+        if self._config.exists():
+            role.append(f"--autoscaling-config={self._config}")
+        if number:
+            role = [f"--address={self.address(0)}:{_PORT}"]
+        command = [
+            "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c",
+            'mount --bind "$0" "$1" && shift && exec "$@"', str(own), f"{self._folder}/ray",
+            "ray", "start", "--block", *role, f"--node-ip-address={self.address(number)}",
+            f"--num-cpus={self._cpus}", f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats",
+        ]  # fmt: skip
+        variables = {key: value for key, value in self.variables.items() if key != "RAY_ADDRESS"}
+        with (own / "out").open("w") as out:
+            self._processes[number] = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
+        until(lambda: "Ray runtime started" in (own / "out").read_text(), 60, f"node {number}")
+
+    def processes(self, number: int, of: str = "") -> list[psutil.Process]:
+        """A node's processes whose command line begins so."""
+        found = []
+        for pid in map(int, _ip("netns", "pids", self.name(number)).split()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if " ".join(process.cmdline()).startswith(of):
+                    found.append(process)
+        return found
+
+    def that_run(self, of: str) -> list[int]:
+        """The nodes that have such a process."""
+        return [number for number in self._processes if self.processes(number, of)]
+
+    def cut_power(self, number: int) -> None:
+        """End a node as if its power were cut: first nobody hears of it any more, then all its processes are gone."""
+        _ip("link", "set", f"{self._id}v{number}", "down")
+        self._end(number)
+
+    def until_known_to_be_lost(self, number: int) -> float:
+        """Wait until Ray knows: the seconds that it took."""
+        started = time.monotonic()
+        program = f"""
+import time, ray
+ray.init(logging_level="ERROR")
+while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)}" for node in ray.nodes()):
+    time.sleep(0.5)
+"""
+        subprocess.run(
+            self.on_head(sys.executable, "-c", program), env=self.variables, check=True, timeout=120,
+            capture_output=True,
+        )  # fmt: skip
+        return time.monotonic() - started
+
+    def _end(self, number: int) -> None:
+        deadline = time.monotonic() + 10
+        while (alive := self.processes(number)) and time.monotonic() < deadline:
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        process = self._processes.pop(number, None)
+        if process is not None:
+            process.kill()
+            process.wait()
+        _ip("netns", "del", self.name(number))
+
+    def restore(self) -> None:
+        """Start those nodes that were lost."""
+        for number in self.others:
+            if number not in self._processes:
+                self.start(number)
+
+    def on_head(self, *command) -> list[str]:
+        """A command line that runs on the head."""
+        return ["nsenter", f"--target={self._processes[0].pid}", "--net", "--mount", "--", *map(str, command)]
+
+    def close(self) -> None:
+        """End and remove all."""
+        names = [line.split()[0] for line in _ip("netns", "list").splitlines()]
+        for number in reversed((0, *self.others)):
+            if self.name(number) in names:
+                self._end(number)
+        _ip("link", "del", self._id)
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -19,6 +19,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
 from cnnray.prediction import pipeline, resume, summary
 from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.meter import Meter
 from cnnray.prediction.parts import Parts
 from cnnray.prediction.resume import PredictionError
 from cnnray.progress import Progress, duration
@@ -190,7 +191,7 @@ def _run(
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
     progress = Progress(len(manifest), len(manifest) - rows)
-    errors = _Errors(config, rows)
+    errors, meter = _Errors(config, rows), Meter(config.folder)
     per_task = pipeline.rows_per_task(rows, pool)
     uris = manifest["uri"].to_pylist()
     tasks = [
@@ -203,6 +204,7 @@ def _run(
     try:
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             collector.add(found)
+            meter.rows(found)
             errors.add(found)
             progress.add(len(found), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:

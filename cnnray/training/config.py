@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from cnnray import flags
 from cnnray.images.decode import ResizeRule
@@ -37,6 +38,9 @@ _FREE_ON_RESUME = {
     "overwrite",
     "output",
     "preview_augmentations",
+    "mlflow",
+    "mlflow_experiment",
+    "mlflow_model",
 }
 
 
@@ -149,6 +153,12 @@ class TrainConfig:
     """Share of images that may be unreadable before the run fails; they are skipped and listed."""
     max_failures: int = 3
     """Lost workers that a run survives, each from the last checkpoint."""
+    mlflow: str | None = None
+    """MLflow server that is told of flags, epochs and the bundle, such as http://HOST:5000; null: none."""
+    mlflow_experiment: str = "cnnray"
+    """Experiment that the run belongs to there; it is made where it is missing."""
+    mlflow_model: str | None = None
+    """Name that the bundle is registered under there; null: that of the experiment."""
     overwrite: bool = False
     """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on
     in any case."""
@@ -213,6 +223,13 @@ class TrainConfig:
         if self.batch_size < self.workers:
             raise ValueError(
                 f"--batch-size {self.batch_size} is over all workers: it must be at least --workers {self.workers}."
+            )
+        if self.mlflow == "" or not self.mlflow_experiment or self.mlflow_model == "":
+            raise ValueError("--mlflow, --mlflow-experiment and --mlflow-model must not be empty.")
+        if self.mlflow and "@" in urlsplit(self.mlflow).netloc:
+            raise ValueError(
+                "--mlflow must hold no password, as flags are written into the output: set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
             )
         if self.max_failures < 0:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")

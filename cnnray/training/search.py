@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 BEST, TRIALS_TABLE, TRIALS, STATE = "best.yaml", "trials.csv", "trials", "search"
 _CONFIG = "config.yaml"
 # Parts of the whole search, not of one of its trials.
-_NOT_SEARCHED = {"output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric"}
+_NOT_SEARCHED = {
+    "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
+    "mlflow_experiment",
+    "mlflow_model",
+}  # fmt: skip
 _SPACES = ("uniform", "quniform", "loguniform", "qloguniform", "randint", "lograndint", "choice", "grid_search")
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 

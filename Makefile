@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help install demo test lint types bench test-long chaos soak test-s3 test-browser lock clean
+.PHONY: help install demo test lint types bench test-long chaos soak test-s3 test-browser test-cluster lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -49,6 +49,10 @@ test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it insta
 test-browser: .venv/installed  ## The tests in Chromium, which it installs from Debian's packages.
 	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	$(BIN)/python -m pytest -m browser tests
+
+test-cluster: .venv/installed  ## Several nodes, Prometheus and MLflow for real; installs iproute2 and prometheus from Debian's packages.
+	command -v ip prometheus || { apt-get update -qq && apt-get install -y -qq iproute2 prometheus; }
+	$(BIN)/python -m pytest -m cluster -s
 
 lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \

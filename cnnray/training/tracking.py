@@ -275,10 +275,13 @@ def tracker_of(config: TrainConfig) -> Tracker | None:
 
 def _flags(config: TrainConfig) -> dict[str, str]:
     """The flags as text, with what null stands for where that is decided; those inside others with a dot."""
+    decided = {
+        "learning_rate": config.decided("learning_rate"),
+        "dropout": config.decided("dropout"),
+        "weight_decay": config.decided("weight_decay"),
+    }
     found: dict[str, Any] = {}
-    for name, value in config.as_dict().items():
-        if name in ("learning_rate", "dropout", "weight_decay"):
-            value = config.decided(name)
+    for name, value in (config.as_dict() | decided).items():
         if isinstance(value, dict):
             found |= {f"{name}.{inner}": one for inner, one in value.items()}
         elif name not in _OURS:

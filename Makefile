@@ -50,8 +50,9 @@ test-browser: .venv/installed  ## The tests in Chromium, which it installs from 
 	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	$(BIN)/python -m pytest -m browser tests
 
-test-cluster: .venv/installed  ## Several nodes, Prometheus and MLflow for real; installs iproute2 and prometheus from Debian's packages.
-	command -v ip prometheus || { apt-get update -qq && apt-get install -y -qq iproute2 prometheus; }
+test-cluster: .venv/installed  ## Several nodes, Prometheus, MLflow; installs iproute2 and prometheus from Debian's packages.
+	{ command -v ip && command -v prometheus; } || { apt-get update -qq && apt-get install -y -qq iproute2 prometheus; \
+		systemctl disable --now prometheus 2>/dev/null || true; }
 	$(BIN)/python -m pytest -m cluster -s
 
 lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.

@@ -25,14 +25,14 @@ from cnnray.images.lock import alone
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, recipe
-from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
+from cnnray.training.assignment import CONFIG, HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, check_cpus
 from cnnray.training.config import TrainConfig
 from cnnray.training.tracking import RECORD, tracker_of
 
 log = logging.getLogger(__name__)
 
-BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
+BUNDLE, MANIFEST = "bundle", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
 IMAGENET = "imagenet.weights.h5"
 # In the order of deleting: a run without its summary is not finished, and one without its config is none.

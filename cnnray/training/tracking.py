@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+
 from cnnray.images import storage
 from cnnray.models import mlflow_flavor
 from cnnray.models.bundle import Bundle
-from cnnray.training.assignment import HISTORY
+from cnnray.training.assignment import CONFIG, HISTORY
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -54,10 +56,11 @@ class TrackingError(RuntimeError):
 class Tracker:
     """Tells a server of one run."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, parent: str | None = None) -> None:
         """
         Args:
             config: with `mlflow`.
+            parent: id of the run that this one belongs to.
 
         Raises:
             TrackingError: MLflow is not installed.
@@ -65,7 +68,7 @@ class Tracker:
         assert config.mlflow is not None
         if importlib.util.find_spec("mlflow") is None:
             raise TrackingError("--mlflow needs MLflow's client: pip install 'mlflow-skinny>=3'.")
-        self._config = config
+        self._config, self._parent = config, parent
         self._client: Any = None
         self._run_id: str | None = None
         self._told: set[int] = set()
@@ -111,8 +114,8 @@ class Tracker:
             if self._run_id and not thread.is_alive():
                 status = "FAILED" if isinstance(error, Exception) else "KILLED"
                 with _variables(_AT_ONCE), contextlib.suppress(Exception):
-                    self._tell_epochs()
-                    self._client.set_terminated(self._run_id, status)
+                    self.tell()
+                    self.end(status)
             raise
         ended.set()
         thread.join()
@@ -127,7 +130,7 @@ class Tracker:
         if self._run_id is None and self._record().get("finished") == [summary["epochs"], bundle.version]:
             return
         try:
-            self._tell_epochs()
+            self.tell()
             self._tell_end(bundle, summary)
         except Exception as error:
             missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._told]
@@ -140,7 +143,7 @@ class Tracker:
 
     def _try_to_tell(self) -> None:
         try:
-            self._tell_epochs()
+            self.tell()
         except Exception as error:
             if not self._away:
                 log.warning(
@@ -155,12 +158,17 @@ class Tracker:
                 log.info("MLflow at %s answers again.", self._config.mlflow)
             self._away = False
 
-    def _tell_epochs(self) -> None:
+    def tell(self) -> None:
+        """Tell the server of the epochs that it does not know."""
         self._begin()
         for row in self._history():
             if row["epoch"] not in self._told:
                 self._log(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
                 self._told.add(row["epoch"])
+
+    def end(self, status: str) -> None:
+        """Tell the server how the run ended: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self._run_id, status)
 
     def _tell_end(self, bundle: Bundle, summary: dict[str, Any]) -> None:
         name = self._config.mlflow_model or self._config.mlflow_experiment
@@ -174,14 +182,14 @@ class Tracker:
         best = [row["epoch"] for row in self._history() if all(row.get(key) == metrics[key] for key in metrics)]
         step = best[0] if best else summary["epochs"]
         self._log(step, {f"best_{key}": value for key, value in metrics.items()}, model_id)
-        self._client.set_terminated(self._run_id, "FINISHED")
+        self.end("FINISHED")
         self._keep(finished=[summary["epochs"], bundle.version])
         log.info("MLflow at %s: run %s, model %s, version %s", self._config.mlflow, self._run_id, name, version)
 
     def _log(self, step: int, metrics: dict[str, float], model_id: str | None = None) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = int(1000 * time.time())
         points = [Metric(name, value, now, step, model_id=model_id) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=points)
 
@@ -219,7 +227,8 @@ class Tracker:
             run = self._client.create_run(
                 experiment.experiment_id if experiment else self._client.create_experiment(name),
                 run_name=storage.short_name(self._config.output),
-                tags={"cnnray.output": self._config.output},
+                tags={"cnnray.output": self._config.output}
+                | ({"mlflow.parentRunId": self._parent} if self._parent else {}),
             )
             self._keep(run_id=run.info.run_id)
         elif run.info.status != "RUNNING":
@@ -262,6 +271,58 @@ class Tracker:
             | {"epoch": int(row["epoch"])}
             for row in csv.DictReader(io.StringIO(text))
         ]
+
+
+class SearchTracker(Tracker):
+    """Tells a server of a search: one run, with a run inside for each trial. No bundle is registered."""
+
+    def __init__(self, config: TrainConfig, trials: str) -> None:
+        """
+        Args:
+            config: with `mlflow`.
+            trials: the folder of the trials' outputs, which need not be there.
+
+        Raises:
+            TrackingError: MLflow is not installed.
+        """
+        super().__init__(config)
+        self._folder = trials
+        self._trials: dict[str, Tracker] = {}
+
+    def tell(self) -> None:
+        """Tell the server of each trial's epochs that it does not know."""
+        self._begin()
+        for folder in storage.folders(self._folder) if storage.exists(self._folder) else []:
+            config = storage.join(folder, CONFIG)
+            if storage.name(folder) not in self._trials and storage.is_file(config):
+                trial = TrainConfig(**yaml.safe_load(storage.read_bytes(config)))
+                trial = trial.with_changes(
+                    mlflow=self._config.mlflow, mlflow_experiment=self._config.mlflow_experiment
+                )
+                self._trials[storage.name(folder)] = Tracker(trial, parent=self._run_id)
+        for tracker in self._trials.values():
+            tracker.tell()
+
+    def finish_search(self, states: dict[str, str], best: dict[str, float]) -> None:
+        """Tell the server all that it lacks of a search that has come to its end; warn where that fails.
+
+        Args:
+            states: by trial, FINISHED, FAILED or KILLED.
+            best: metrics of the best trial.
+        """
+        try:
+            self.tell()
+            for name, tracker in self._trials.items():
+                tracker.end(states.get(name, "KILLED"))
+            self._log(0, {f"best_{key}": value for key, value in best.items()})
+            self.end("FINISHED")
+        except Exception as error:
+            log.warning(
+                "MLflow at %s has not all of the search (%s). The same command again tells it what it lacks.",
+                self._config.mlflow, _reason(error),
+            )  # fmt: skip
+        else:
+            log.info("MLflow at %s: run %s with %d trials", self._config.mlflow, self._run_id, len(self._trials))
 
 
 def tracker_of(config: TrainConfig) -> Tracker | None:

@@ -34,7 +34,8 @@ class Server:
         self.address = f"http://127.0.0.1:{self.port}"
         self._command = [
             program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination", str(folder / "artifacts"),
         ]  # fmt: skip
         self._folder = folder
         self.start()

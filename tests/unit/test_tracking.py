@@ -3,18 +3,20 @@
 import csv
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from cnnray.models.mlflow_flavor import BUNDLE_TAG
 from cnnray.training import tracking
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import train
-from cnnray.training.tracking import Tracker, TrackingError
+from cnnray.training.tracking import SearchTracker, Tracker, TrackingError
 
 pytest.importorskip("mlflow")
 
@@ -162,6 +164,28 @@ def test_more_epochs_are_another_version_and_another_server_another_run(run, sto
     Tracker(config.with_changes(mlflow=other)).finish(go_on(2))
     client, (found,) = _runs(other)
     assert _steps(client, found) == [1, 2]
+
+
+def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
+    config, go_on = run
+    search = config.with_changes(output=str(tmp_path / "search"))
+    tracker = SearchTracker(search, str(tmp_path / "search" / "trials"))
+    go_on(2)
+    with tracker.following():
+        for name in ("a", "b"):
+            folder = tmp_path / "search" / "trials" / name
+            shutil.copytree(tmp_path / "runs" / "digits", folder)
+            trial = TrainConfig(data="/d", output=str(folder), learning_rate=0.1)
+            (folder / "config.yaml").write_text(yaml.safe_dump(trial.as_dict()))
+    tracker.finish_search({"a": "FINISHED", "b": "KILLED"}, {"val_accuracy": 0.8})
+    client, found = _runs(store)
+    (whole,) = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
+    trials = {one.info.run_name: one for one in found if one.data.tags.get("mlflow.parentRunId") == whole.info.run_id}
+    assert {name: one.info.status for name, one in trials.items()} == {"trials/a": "FINISHED", "trials/b": "KILLED"}
+    assert (whole.info.status, whole.data.metrics) == ("FINISHED", {"best_val_accuracy": 0.8})
+    for one in trials.values():
+        assert _steps(client, one) == [1, 2]
+        assert one.data.params["learning_rate"] == "0.1"
 
 
 def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, monkeypatch):

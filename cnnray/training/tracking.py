@@ -135,8 +135,8 @@ class Tracker:
         except Exception as error:
             missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._told]
             log.warning(
-                "MLflow at %s has not %sthe bundle (%s). The same command again tells it what it lacks.",
-                self._config.mlflow, f"epochs {', '.join(map(str, missing))} and " if missing else "", _reason(error),
+                "MLflow at %s lacks %sthe end of the run (%s). The same command again tells it.",
+                self._config.mlflow, f"epochs {missing[0]} to {missing[-1]} and " if missing else "", _reason(error),
             )  # fmt: skip
 
     # -- what is told ----------------------------------------------------------------------------------
@@ -151,12 +151,15 @@ class Tracker:
                     self._config.mlflow, _reason(error),
                 )  # fmt: skip
             self._away = True
-            # What was sent may have come, or not.
-            self._run_id = None
+            self._forget()
         else:
             if self._away:
                 log.info("MLflow at %s answers again.", self._config.mlflow)
             self._away = False
+
+    def _forget(self) -> None:
+        """Ask the server anew what it has: what was sent may have come, or not."""
+        self._run_id = None
 
     def tell(self) -> None:
         """Tell the server of the epochs that it does not know."""
@@ -181,7 +184,7 @@ class Tracker:
         metrics = summary["metrics"]
         best = [row["epoch"] for row in self._history() if all(row.get(key) == metrics[key] for key in metrics)]
         step = best[0] if best else summary["epochs"]
-        self._log(step, {f"best_{key}": value for key, value in metrics.items()}, model_id)
+        self._log_best(step, metrics, model_id)
         self.end("FINISHED")
         self._keep(finished=[summary["epochs"], bundle.version])
         log.info("MLflow at %s: run %s, model %s, version %s", self._config.mlflow, self._run_id, name, version)
@@ -192,6 +195,12 @@ class Tracker:
         now = int(1000 * time.time())
         points = [Metric(name, value, now, step, model_id=model_id) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=points)
+
+    def _log_best(self, step: int, metrics: dict[str, float], model_id: str | None = None) -> None:
+        told = self._client.get_run(self._run_id).data.metrics
+        new = {f"best_{name}": value for name, value in metrics.items() if told.get(f"best_{name}") != value}
+        if new:
+            self._log(step, new, model_id)
 
     # -- the run ---------------------------------------------------------------------------------------
 
@@ -303,6 +312,10 @@ class SearchTracker(Tracker):
         for tracker in self._trials.values():
             tracker.tell()
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._trials = {}
+
     def finish_search(self, states: dict[str, str], best: dict[str, float]) -> None:
         """Tell the server all that it lacks of a search that has come to its end; warn where that fails.
 
@@ -314,11 +327,11 @@ class SearchTracker(Tracker):
             self.tell()
             for name, tracker in self._trials.items():
                 tracker.end(states.get(name, "KILLED"))
-            self._log(0, {f"best_{key}": value for key, value in best.items()})
+            self._log_best(0, best)
             self.end("FINISHED")
         except Exception as error:
             log.warning(
-                "MLflow at %s has not all of the search (%s). The same command again tells it what it lacks.",
+                "MLflow at %s lacks the end of the search (%s). The same command again tells it.",
                 self._config.mlflow, _reason(error),
             )  # fmt: skip
         else:

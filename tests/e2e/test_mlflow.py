@@ -195,7 +195,7 @@ def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, dig
         assert job.wait(300) == 0, job.err.read_text()
         seconds = time.monotonic() - started
         said = job.err.read_text()
-        assert re.search(r"has not (epochs [\d, ]+ and )?the bundle \(Connection refused\)", said), said
+        assert re.search(r"lacks (epochs [\d to]+ and )?the end of the run \(Connection refused\)", said), said
         assert "Traceback" not in said
         assert json.loads(job.out.read_text())["epochs"] == 20
         print(f"without its server: {seconds:.0f} s to the end")
@@ -214,6 +214,27 @@ def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, dig
     assert run["info"]["status"] == "FINISHED"
     assert server.points(run, "val_loss") == pytest.approx(_history(output))
     assert len(server.versions("vanished")) == 1
+
+
+def test_a_search_is_a_run_with_its_trials_inside(server, start_job, digits, tmp_path):
+    job = start_job(
+        "tune", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "2", "--trials", "2",
+        "--search", "learning_rate=choice([0.001,0.003])", "--mlflow", server.address, "--mlflow-experiment", "search",
+    )  # fmt: skip
+    assert job.wait(400) == 0, job.err.read_text()
+    assert len(job.out.read_text().splitlines()) == 1
+    runs = server.runs("search")
+    tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
+    (whole,) = [run for run, found in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in found]
+    inside = [run for run in runs if run is not whole]
+    assert {found.get("mlflow.parentRunId") for found in tags} == {None, whole["info"]["run_id"]}
+    assert len(inside) == 2
+    for run in inside:
+        assert server.points(run, "val_loss")
+        assert run["info"]["status"] in ("FINISHED", "KILLED")
+    best = json.loads(job.out.read_text())["val_accuracy"]
+    assert [value for _, value in server.points(whole, "best_val_accuracy")] == pytest.approx([best])
+    assert whole["info"]["status"] == "FINISHED"
 
 
 def test_outputs_on_s3(server, start_job, digits, tmp_path):

@@ -144,7 +144,7 @@ def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store,
     with monkeypatch.context() as patch:
         patch.setattr(tracker._client, "log_batch", refuse)
         tracker.finish(summary)
-    assert "has not epochs 2, 3 and the bundle (Connection refused)" in caplog.text
+    assert "lacks epochs 2 to 3 and the end of the run (Connection refused)" in caplog.text
     Tracker(config).finish(summary)
     client, (found,) = _runs(store)
     assert _steps(client, found) == [1, 2, 3]
@@ -186,6 +186,9 @@ def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
     for one in trials.values():
         assert _steps(client, one) == [1, 2]
         assert one.data.params["learning_rate"] == "0.1"
+    SearchTracker(search, str(tmp_path / "search" / "trials")).finish_search({}, {"val_accuracy": 0.8})
+    assert len(_runs(store)[1]) == 3
+    assert _steps(client, whole, "best_val_accuracy") == [0]
 
 
 def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, monkeypatch):

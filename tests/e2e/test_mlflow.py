@@ -219,7 +219,8 @@ def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, dig
 def test_a_search_is_a_run_with_its_trials_inside(server, start_job, digits, tmp_path):
     job = start_job(
         "tune", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "2", "--trials", "2",
-        "--search", "learning_rate=choice([0.001,0.003])", "--mlflow", server.address, "--mlflow-experiment", "search",
+        "--search", "learning_rate=choice([0.001,0.003])",
+        "--mlflow", server.address, "--mlflow-experiment", "search",
     )  # fmt: skip
     assert job.wait(400) == 0, job.err.read_text()
     assert len(job.out.read_text().splitlines()) == 1

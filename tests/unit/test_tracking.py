@@ -199,7 +199,7 @@ def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, mo
         started = time.monotonic()
         with pytest.raises(TrackingError, match=f"No MLflow server at {address}: Connection refused"):
             train(config.with_changes(mlflow=address))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # with MLflow's own retries it would be four minutes
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
         config.with_changes(mlflow="https://me:secret@mlflow.example")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -43,17 +43,17 @@ soak: .venv/installed  ## A million images with a kill at half; a service under 
 	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python -m pytest -m soak -s
 
-test-cluster: .venv/installed  ## Three nodes of which some lose their power, as root; installs what is missing of Debian's packages.
-	command -v ip || { apt-get update -qq && apt-get install -y -qq iproute2; }
-	command -v prometheus || { apt-get update -qq && apt-get install -y -qq prometheus; }
-	$(BIN)/python -m pytest -m cluster -s
-
 test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests
 
 test-browser: .venv/installed  ## The tests in Chromium, which it installs from Debian's packages.
 	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	$(BIN)/python -m pytest -m browser tests
+
+test-cluster: .venv/installed  ## Several nodes, Prometheus, MLflow; installs iproute2 and prometheus from Debian's packages.
+	{ command -v ip && command -v prometheus; } || { apt-get update -qq && apt-get install -y -qq iproute2 prometheus; \
+		systemctl disable --now prometheus 2>/dev/null || true; }
+	$(BIN)/python -m pytest -m cluster -s
 
 lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \

@@ -79,6 +79,11 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
+def short_name(uri: str) -> str:
+    """The last two parts of a path or key, by which a person knows it: runs/1."""
+    return "/".join(uri.rstrip("/").split("/")[-2:])
+
+
 # -- S3 --------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
 from cnnray.prediction import pipeline, resume, summary
 from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.meter import Meter
 from cnnray.prediction.parts import Parts
 from cnnray.prediction.pool import check_room
 from cnnray.prediction.resume import PredictionError
@@ -195,7 +196,7 @@ def _run(
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
     progress = Progress(len(manifest), len(manifest) - rows)
-    errors = _Errors(config, rows)
+    errors, meter = _Errors(config, rows), Meter(config.folder)
     per_task = pipeline.rows_per_task(rows, pool)
     uris = manifest["uri"].to_pylist()
     tasks = [
@@ -209,6 +210,7 @@ def _run(
         with cluster.watched(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
             for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
                 collector.add(found)
+                meter.rows(found)
                 errors.add(found)
                 progress.add(len(found), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:

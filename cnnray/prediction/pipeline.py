@@ -10,6 +10,7 @@ The rows come in any order. A row has the manifest's columns and
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor, ranked
 from cnnray.prediction import ledger
-from cnnray.prediction.config import PredictOptions
+from cnnray.prediction.config import PredictConfig, PredictOptions
+from cnnray.prediction.meter import Meter
 from cnnray.prediction.pool import Pool, pool_of
 
 COLUMNS = (
@@ -51,6 +53,8 @@ class Plan:
     pool: Pool
     digest: str
     """Of the file that the engine runs (`engines.digest`): no worker may run another."""
+    output: str = ""
+    """Where the rows are written, by which the run is known; empty where they are not."""
 
 
 def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str | None = None) -> Plan:
@@ -64,7 +68,14 @@ def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str 
         gpus = found.gpus >= 1 and options.gpus_per_worker != 0
         engine = engine_of(bundle, options, gpus=gpus)
     pool = pool_of(options, engine, found)
-    return Plan(bundle=bundle, engine=engine, options=options, pool=pool, digest=engines.digest(bundle, engine))
+    return Plan(
+        bundle=bundle,
+        engine=engine,
+        options=options,
+        pool=pool,
+        digest=engines.digest(bundle, engine),
+        output=options.folder if isinstance(options, PredictConfig) else "",
+    )
 
 
 def plan_when_it_fits(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
@@ -241,6 +252,7 @@ class Worker:
         if engines.digest(planned.bundle, planned.engine) != planned.digest:
             raise BundleError(f"{planned.bundle.uri} was changed while the run was going on: run it again.")
         self._names = pa.array(self._info.class_names, pa.string())
+        self._meter = Meter(planned.output)
         ledger.end(book, loading)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -250,12 +262,17 @@ class Worker:
         yield from _carefully(table, self._answered, self._crashed, max(rows, 1), self._book, "predict")
 
     def _answered(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
-        start = 0
+        start, clock = 0, time.perf_counter()
         blocks = self._given(table) if _PIXELS in table.column_names else self._read(table, sources)
         for images, errors in blocks:
             rows = table.slice(start, len(errors))
             start += len(errors)
-            yield self._with_answers(rows, images, errors)
+            read = time.perf_counter()
+            answered = self._with_answers(rows, images, errors)
+            self._meter.took("read", read - clock)
+            self._meter.took("predict", time.perf_counter() - read)
+            yield answered
+            clock = time.perf_counter()
 
     def _crashed(self, row: pa.Table) -> pa.Table:
         size = self._info.image_size

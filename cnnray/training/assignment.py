@@ -8,6 +8,8 @@ from cnnray.training.config import TrainConfig
 
 TENSORBOARD, HISTORY = "tensorboard", "history.csv"
 """What the workers themselves write below the output."""
+CONFIG = "config.yaml"
+"""In the output: the resolved flags."""
 
 
 @dataclass(frozen=True, kw_only=True)

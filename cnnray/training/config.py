@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from cnnray import flags
 from cnnray.images.decode import ResizeRule
@@ -41,6 +42,9 @@ _FREE_ON_RESUME = {
     "overwrite",
     "output",
     "preview_augmentations",
+    "mlflow",
+    "mlflow_experiment",
+    "mlflow_model",
 }
 
 
@@ -157,6 +161,12 @@ class TrainConfig:
     """Share of images that may be unreadable before the run fails; they are skipped and listed."""
     max_failures: int = 3
     """Lost workers that a run survives, each from the last checkpoint."""
+    mlflow: str | None = None
+    """MLflow server that is told of flags, epochs and the bundle, such as http://HOST:5000; null: none."""
+    mlflow_experiment: str = "cnnray"
+    """Experiment that the run belongs to there; it is made where it is missing."""
+    mlflow_model: str | None = None
+    """Name that the bundle is registered under there; null: that of the experiment."""
     overwrite: bool = False
     """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on
     in any case."""
@@ -225,6 +235,13 @@ class TrainConfig:
                 f"{self.most_workers}."
             )
         flags.check_not_negative(self, "wait_minutes")
+        if self.mlflow == "" or not self.mlflow_experiment or self.mlflow_model == "":
+            raise ValueError("--mlflow, --mlflow-experiment and --mlflow-model must not be empty.")
+        if self.mlflow and "@" in urlsplit(self.mlflow).netloc:
+            raise ValueError(
+                "--mlflow must hold no password, as flags are written into the output: set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+            )
         if self.max_failures < 0:
             raise ValueError(f"--max-failures must not be negative, but is {self.max_failures}.")
         if self.weights not in ("none", "imagenet"):

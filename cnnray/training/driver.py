@@ -1,5 +1,6 @@
 """A training job from end to end: manifest, cluster, Ray Train's run, and the bundle."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -25,18 +26,20 @@ from cnnray.images.lock import alone
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, recipe
-from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
+from cnnray.training.assignment import CONFIG, HISTORY, TENSORBOARD, Assignment
 from cnnray.training.budget import Budget, budget_of, bundles, check_cpus, check_shares
 from cnnray.training.config import TrainConfig
+from cnnray.training.tracking import RECORD, tracker_of
 
 log = logging.getLogger(__name__)
 
-BUNDLE, CONFIG, MANIFEST = "bundle", "config.yaml", "manifest.parquet"
+BUNDLE, MANIFEST = "bundle", "manifest.parquet"
 SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
 IMAGENET = "imagenet.weights.h5"
 _RESIZE_SECONDS = 30.0
 # In the order of deleting: a run without its summary is not finished, and one without its config is none.
-_FILES, _FOLDERS = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET), (CHECKPOINTS, TENSORBOARD, BUNDLE)
+_FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
+_FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
 class TrainingError(RuntimeError):
@@ -59,8 +62,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         and `seconds` (of this call).
 
     Raises:
-        ValueError, OSError, ClusterError, TrainingError: with a sentence for the user; what can be known before
-            Ray starts is raised before it, and before anything is written.
+        ValueError, OSError, ClusterError, TrainingError, TrackingError: with a sentence for the user; what can be
+            known before Ray starts is raised before it, and before anything is written.
     """
     started = time.time()
     if cluster.starts_own():
@@ -68,12 +71,17 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     with alone(config.output):
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
+        tracker = tracker_of(config)
         earlier = _earlier_run(config)
         if earlier is not None and (summary := _finished(config, earlier)) is not None:
             if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.output)
+                if tracker:
+                    tracker.finish(summary)
                 return summary
             earlier = None
+        if tracker:
+            tracker.reach()
         manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else data.manifest_of_run(config)
         data.describe(manifest)
         recipe.check(config, manifest)
@@ -98,8 +106,12 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)
                 _write_config(config)
-            best, latest = _run(config, manifest, shares, cached, started, callbacks)
-            return _finish(config, best, latest, started)
+            with tracker.following() if tracker else contextlib.nullcontext():
+                best, latest = _run(config, manifest, shares, cached, started, callbacks)
+                summary = _finish(config, best, latest, started)
+        if tracker:
+            tracker.finish(summary)
+        return summary
 
 
 # -- the output -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A search over training flags: trials are training runs, of which Ray Tune stops the worse ones early."""
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -19,17 +20,25 @@ from cnnray.images import storage
 from cnnray.images.lock import alone
 from cnnray.models.augment import Augmentations
 from cnnray.training import data, recipe
-from cnnray.training.assignment import HISTORY
+from cnnray.training.assignment import CONFIG, HISTORY
 from cnnray.training.budget import budget_of, bundles, check_cpus
 from cnnray.training.config import TrainConfig
+from cnnray.training.tracking import RECORD, SearchTracker
 
 log = logging.getLogger(__name__)
 
 BEST, TRIALS_TABLE, TRIALS, STATE = "best.yaml", "trials.csv", "trials", "search"
-_CONFIG = "config.yaml"
 # Parts of the whole search, not of one of its trials.
-_NOT_SEARCHED = {"output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric"}
+_NOT_SEARCHED = {
+    "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
+    "mlflow_experiment",
+    "mlflow_model",
+}  # fmt: skip
+# The search's own, of which trials know nothing.
+_OF_SEARCH = {"overwrite": False, "preview_augmentations": None, "mlflow": None, "mlflow_model": None}
 _SPACES = ("uniform", "quniform", "loguniform", "qloguniform", "randint", "lograndint", "choice", "grid_search")
+_ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
+"""A trial's state in MLflow's words."""
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
@@ -66,6 +75,8 @@ class SearchConfig(TrainConfig):
             raise ValueError(f"--workers {self.workers}: a search's trials have a fixed number of workers.")
         if self.preview_augmentations is not None:
             raise ValueError("--preview-augmentations is of jobs/train.py.")
+        if self.mlflow_model is not None:
+            raise ValueError("--mlflow-model is of jobs/train.py: a search registers no bundle.")
         if not self.search:
             raise ValueError("--search is needed, such as --search 'learning_rate=loguniform(1e-4,1e-2)'.")
         for text in self.search:
@@ -85,7 +96,7 @@ class SearchConfig(TrainConfig):
         for name, value in values.items():
             outer, _, inner = name.partition(".")
             fields[outer] = dataclasses.replace(fields[outer], **{inner: value}) if inner else value
-        return TrainConfig(**fields | {"output": output, "overwrite": False, "preview_augmentations": None})
+        return TrainConfig(**fields | _OF_SEARCH | {"output": output})
 
 
 def parsed(text: str) -> tuple[str, str, list[Any]]:
@@ -123,17 +134,20 @@ def search(config: SearchConfig) -> dict[str, Any]:
         of its best epoch, `seconds`.
 
     Raises:
-        ValueError, OSError, ClusterError, SearchError: with a sentence for the user.
+        ValueError, OSError, ClusterError, SearchError, TrackingError: with a sentence for the user.
     """
     started = time.time()
     spaces = _spaces(config)
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
     with alone(config.output):
+        tracker = SearchTracker(config, storage.join(config.output, TRIALS)) if config.mlflow else None
+        if tracker:
+            tracker.reach()
         # Each trial would find the same fault.
         recipe.check(config, data.manifest_of_run(config))
         _begin(config)
-        with cluster.connected():
+        with cluster.connected(), tracker.following() if tracker else contextlib.nullcontext():
             found = cluster.when_it_fits(functools.partial(_fit, config), bundles(config), config.wait_minutes)
             results = _results(config, spaces, found)
         rows = _rows(config, results)
@@ -147,6 +161,11 @@ def search(config: SearchConfig) -> dict[str, Any]:
             raise SearchError(f"None of the {len(rows)} trials came to an end of an epoch: {_reason(results)}")
         sign = 1 if _MODES[config.metric] == "min" else -1
         best = min(scored, key=lambda row: sign * row[config.metric])
+        if tracker:
+            tracker.finish_search(
+                {row["trial"]: _ENDS[row["state"]] for row in rows},
+                {name: best[name] for name in ("val_accuracy", "val_loss")},
+            )
         values = {name: best[name] for name in spaces}
         winner = config.trial(values, config.output).as_dict()
         del winner["output"]
@@ -187,13 +206,15 @@ def _spaces(config: SearchConfig) -> dict[str, Any]:
 
 
 def _begin(config: SearchConfig) -> None:
-    uri = storage.join(config.output, _CONFIG)
+    uri = storage.join(config.output, CONFIG)
     text = yaml.safe_dump(config.as_dict() | {"overwrite": False}, sort_keys=False).encode()
     if storage.is_file(uri):
         earlier = yaml.safe_load(storage.read_bytes(uri))
         if not isinstance(earlier, dict) or "search" not in earlier:
-            raise SearchError(f"{config.output} holds another job's {_CONFIG}; give another --output.")
-        differences = flags.differences(config, earlier, {"overwrite", "output", "parallel", "data_checks"})
+            raise SearchError(f"{config.output} holds another job's {CONFIG}; give another --output.")
+        differences = flags.differences(
+            config, earlier, {"overwrite", "output", "parallel", "data_checks", "mlflow", "mlflow_experiment"}
+        )
         if not differences:
             return
         if not config.overwrite:
@@ -203,10 +224,10 @@ def _begin(config: SearchConfig) -> None:
             )
         for part in (TRIALS, STATE):
             storage.delete_folder(storage.join(config.output, part))
-        for part in (BEST, TRIALS_TABLE):
+        for part in (BEST, TRIALS_TABLE, RECORD):
             storage.delete_file(storage.join(config.output, part))
     elif storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
-        raise SearchError(f"{config.output} holds {TRIALS}, but no {_CONFIG} of a search; give another --output.")
+        raise SearchError(f"{config.output} holds {TRIALS}, but no {CONFIG} of a search; give another --output.")
     storage.write_bytes(uri, text)
 
 

@@ -25,6 +25,7 @@ from cnnray.training import callbacks as glue
 from cnnray.training import checkpoint, epoch, recipe
 from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
 from cnnray.training.checkpoint import BadImages
+from cnnray.training.meter import Meter
 from cnnray.training.source import CachedSource, Source, StreamedSource
 from cnnray.training.step import Steps
 from cnnray.training.sums import Sums
@@ -81,6 +82,7 @@ class _Worker:
         self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
         self.bad_images: BadImages = {}
         self.compiled = False
+        self.meter = Meter(self.config.output) if self.rank == 0 else None
         self.plan = self.config.plan
         names, counts = assignment.info.class_names, assignment.info.class_counts
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
@@ -131,6 +133,8 @@ class _Worker:
             self.deciding.on_epoch_end(number, logs)
             shown.on_epoch_end(number, logs)
             progress.stopped = bool(self.steps.model.stop_training)
+            if self.meter:
+                self.meter.epoch(progress.epoch, logs)
             if self.rank == 0:
                 glue.write_history(progress.history, storage.join(self.config.output, HISTORY))
                 storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
@@ -218,6 +222,8 @@ class _Worker:
             now = time.monotonic()
             took, clock = now - clock, now
             progress.sums += sums
+            if self.meter:
+                self.meter.step(sums, progress.sums)
             progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
             progress.step += 1
             progress.epoch_seconds += took

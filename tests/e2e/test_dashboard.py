@@ -1,0 +1,232 @@
+"""Every query of the Grafana dashboard, by a real Prometheus that scrapes a real Ray on which jobs and a service
+ran."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from cnnray.serving import deploy
+from tests.awkward import awkward_images
+from tests.conftest import write_digits
+from tests.e2e.conftest import free_port, kill, until
+from tests.e2e.service import ask
+from tests.unit.test_dashboard import PANELS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+RAY = str(Path(sys.executable).with_name("ray"))
+IMAGES, EPOCHS, BAD = 1797, 12, 7
+GOOD = awkward_images()["rgb.png"]
+# What there is nothing of here: GPUs, objects on disk, images that training could not read.
+EMPTY = {"GPU", "Spilled to disk", "Unreadable training images"}
+
+
+class Prometheus:
+    """A server of its own that scrapes the nodes which a Ray head lists."""
+
+    def __init__(self, listed, folder):
+        self.address = f"http://127.0.0.1:{free_port()}"
+        config = {
+            "global": {"scrape_interval": "2s"},
+            "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(listed)]}]}],
+        }
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+        program = shutil.which("prometheus")
+        assert program, "make test-cluster installs it"
+        with (folder / "log").open("w") as log:
+            self._process = subprocess.Popen(
+                [program, f"--config.file={folder / 'prometheus.yaml'}", f"--storage.tsdb.path={folder / 'data'}",
+                 f"--web.listen-address={self.address.removeprefix('http://')}"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        until(self._ready, 60, "Prometheus")
+
+    def _ready(self):
+        try:
+            return requests.get(f"{self.address}/-/ready", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def ask(self, query):
+        """The series that an expression gives: labels and value of each."""
+        answer = requests.get(f"{self.address}/api/v1/query", params={"query": query}, timeout=10).json()
+        assert answer["status"] == "success", (query, answer)
+        return [(one["metric"], float(one["value"][1])) for one in answer["data"]["result"]]
+
+    def names(self):
+        """Names of all metrics."""
+        return set(requests.get(f"{self.address}/api/v1/label/__name__/values", timeout=10).json()["data"])
+
+    def stop(self):
+        self._process.terminate()
+        self._process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A Ray head as the README starts one for a service; gives its folder, and the variables of its jobs."""
+    # Not pytest's own folder: Ray puts sockets there, whose paths may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="r"))
+    (folder / "serve").mkdir()
+    before = dict(os.environ)
+    deploy._prepare_environment(folder / "serve")
+    variables = os.environ | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    os.environ.clear()
+    os.environ.update(before)
+    variables.pop("RAY_ADDRESS", None)
+    port = free_port()
+    process = subprocess.Popen(
+        [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={free_port()}",
+         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}",
+         f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}",
+         "--min-worker-port=10002", "--max-worker-port=19999",
+         f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"],
+        env=variables, stdin=subprocess.DEVNULL, stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    until(lambda: process.poll() is not None or "Ray runtime started" in (folder / "out").read_text(), 60, "Ray")
+    assert process.poll() is None, (folder / "out").read_text()
+    yield folder / "ray", {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    kill(alive)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def prometheus(head, tmp_path_factory):
+    listed = head[0] / "prom_metrics_service_discovery.json"
+    until(listed.exists, 60, "Ray's list of nodes")
+    server = Prometheus(listed, tmp_path_factory.mktemp("prometheus"))
+    yield server
+    server.stop()
+
+
+def _filled(expression):
+    """An expression as Grafana sends it, with all runs and a window of a few scrapes."""
+    return expression.replace("$__rate_interval", "1m").replace("$run", ".*")
+
+
+def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, tmp_path):
+    _, environment = head
+    digits = write_digits(tmp_path / "digits", IMAGES)
+    seen = {}
+    """By panel and expression: the largest value so far. (Gauges end 20 s after what they are of.)"""
+
+    def look():
+        for panel in PANELS:
+            for target in panel["targets"]:
+                values = [value for _, value in prometheus.ask(_filled(target["expr"])) if value == value]
+                key = (panel["title"], target["expr"])
+                if values:
+                    seen[key] = max(*values, seen.get(key, 0), 0)
+        return False
+
+    def wait_for(job, seconds):
+        end = time.monotonic() + seconds
+        while job.process.poll() is None and time.monotonic() < end:
+            look()
+            time.sleep(1)
+        assert job.wait(1) == 0, job.err.read_text()
+        return json.loads(job.out.read_text().splitlines()[-1])
+
+    trained = wait_for(
+        start_job(
+            "train", "--data", digits, "--output", tmp_path / "runs" / "digits", "--architecture", "small_cnn",
+            "--image-size", "16", "--workers", "1", "--epochs", EPOCHS, "--data-checks", "false",
+            environment=environment,
+        ),
+        300,
+    )  # fmt: skip
+    history = (tmp_path / "runs" / "digits" / "history.csv").read_text().splitlines()
+    images = sum(float(line.split(",")[history[0].split(",").index("images")]) for line in history[1:])
+    ended = time.monotonic()
+
+    # A short job: less than the ten seconds after which Ray asks its processes for their metrics.
+    for number in range(BAD):
+        (digits / f"{number}" / "bad.png").write_bytes(b"" if number < 2 else b"no image")
+    predicted = wait_for(
+        start_job(
+            "predict", "--bundle", onnx_bundle, "--input", digits, "--output", tmp_path / "runs" / "predicted",
+            environment=environment,
+        ),
+        120,
+    )  # fmt: skip
+    assert (predicted["rows"], predicted["errors"]) == (IMAGES + BAD, BAD)
+
+    port = free_port()
+    service = start_job(
+        "serve", "--bundle", f"colours={onnx_bundle}", "--port", port, "--cpus-per-replica", "0.5",
+        environment=environment,
+    )  # fmt: skip
+    wait_for(service, 180)
+    address = f"http://127.0.0.1:{port}"
+    asked = {200: 60, 415: 9, 404: 5}
+    for _ in range(asked[200]):
+        assert ask(f"{address}/predict", GOOD)[0] == 200
+    for _ in range(asked[415]):
+        assert ask(f"{address}/predict", b"no image at all")[0] == 415
+    for _ in range(asked[404]):
+        assert ask(f"{address}/predict?model=none", GOOD)[0] == 404
+
+    def total(metric):
+        return sum(value for _, value in prometheus.ask(metric))
+
+    until(
+        lambda: look() or total('ray_cnnray_requests_total{status="404"}') >= asked[404], 60, "the service's metrics"
+    )
+    end = time.monotonic() + 15
+    while time.monotonic() < end:
+        ask(f"{address}/predict", GOOD)
+        look()
+        time.sleep(1)
+
+    counted = {
+        "train": total('ray_cnnray_train_images_total{run="runs/digits"}'),
+        "ok": total('ray_cnnray_predict_images_total{run="runs/predicted", status="ok"}'),
+        "errors": total('ray_cnnray_predict_images_total{run="runs/predicted", status="error"}'),
+    }
+    print(f"counted {counted}; trained in all {images}, {time.monotonic() - ended:.0f} s ago")
+    print("names:", " ".join(sorted(name for name in prometheus.names() if "serve" in name or "cnnray" in name)))
+    for (title, expression), value in seen.items():
+        print(f"{title:40s} {value:12.4g}  {expression}")
+    assert counted == {"train": images, "ok": IMAGES, "errors": BAD}
+    reasons = {
+        labels["reason"]: value for labels, value in prometheus.ask('ray_cnnray_predict_images_total{status="error"}')
+    }
+    assert reasons == {"empty": 2, "not an image": BAD - 2}
+    assert total('ray_cnnray_requests_total{status="415"}') == asked[415]
+    assert total('ray_cnnray_requests_total{status="404"}') == asked[404]
+    assert total("ray_cnnray_predictions_total") >= asked[200]
+
+    missing = [
+        (panel["title"], target["expr"])
+        for panel in PANELS
+        for target in panel["targets"]
+        if (panel["title"], target["expr"]) not in seen and panel["title"] not in EMPTY
+    ]
+    assert not missing
+    values = {re.sub(r"\W+", " ", f"{title} {expression}"): value for (title, expression), value in seen.items()}
+
+    def shown(title, part=""):
+        return [value for name, value in values.items() if name.startswith(title) and part in name]
+
+    (speed,) = shown("Images s", "cnnray_train_images_total")
+    # By Prometheus over a minute, with the start of each epoch in it, beside that of the steps alone.
+    assert 0.2 * trained["images_per_second"] < speed < 1.5 * trained["images_per_second"]
+    assert 0.9 < shown("Accuracy")[0] <= 1
+    assert shown("Epochs done") == [EPOCHS]
+    assert shown("Nodes") == [1]
+    assert 0 < shown("Time to answer", "0 5")[0] < 5
+    assert shown("Replicas", "healthy")[0] >= 1

@@ -1,0 +1,263 @@
+"""jobs/train.py --mlflow with a real MLflow server, which has an environment of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from tests.e2e.conftest import free_port, left_of, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+FAST = (
+    "--architecture", "small_cnn", "--image-size", "16", "--batch-size", "16", "--cache", "none",
+    "--data-checks", "false", "--augment", "none", "--workers", "1",
+)  # fmt: skip
+UV = str(Path(sys.executable).with_name("uv"))
+
+
+class Server:
+    """`mlflow server` with a database and artifacts of its own."""
+
+    def __init__(self, program, folder):
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._command = [
+            program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination", str(folder / "artifacts"),
+        ]  # fmt: skip
+        self._folder = folder
+        self.start()
+
+    def start(self):
+        with (self._folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            )  # fmt: skip
+        until(self._answers, 120, "MLflow")
+
+    def _answers(self):
+        try:
+            return requests.get(f"{self.address}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def stop(self):
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def ask(self, path, **parameters):
+        """The server's REST API, as its users without Python have it."""
+        address = f"{self.address}/api/2.0/mlflow/{path}"
+        post = path.endswith("runs/search")
+        answer = requests.post(address, json=parameters) if post else requests.get(address, params=parameters)
+        answer.raise_for_status()
+        return answer.json()
+
+    def runs(self, name):
+        experiment = self.ask("experiments/get-by-name", experiment_name=name)["experiment"]["experiment_id"]
+        return self.ask("runs/search", experiment_ids=[experiment]).get("runs", [])
+
+    def points(self, run, key):
+        """Step and value of each point of a metric."""
+        found = self.ask("metrics/get-history", run_id=run["info"]["run_id"], metric_key=key).get("metrics", [])
+        return sorted((int(one["step"]), one["value"]) for one in found)
+
+    def versions(self, name):
+        return self.ask("model-versions/search", filter=f"name = '{name}'").get("model_versions", [])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The whole of MLflow as the registry has it, in the version of the client that jobs use."""
+    from importlib.metadata import version
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, str(folder / "venv")], check=True)
+    subprocess.run(
+        [UV, "pip", "install", "--quiet", "--python", str(folder / "venv/bin/python"),
+         f"mlflow=={version('mlflow-skinny')}"],
+        check=True,
+    )  # fmt: skip
+    server = Server(str(folder / "venv/bin/mlflow"), folder)
+    yield server
+    server.stop()
+
+
+def _history(output):
+    table = pd.read_csv(output / "history.csv")
+    return [(int(row["epoch"]), row["val_loss"]) for row in table.to_dict("records")]
+
+
+def test_a_run_its_epochs_and_a_model_that_answers_as_the_bundle_does(
+    server, start_job, digits, tmp_path, monkeypatch
+):
+    output = tmp_path / "runs" / "digits"
+    job = start_job(
+        "train", "--data", digits, "--output", output, *FAST, "--epochs", "2",
+        "--mlflow", server.address, "--mlflow-experiment", "first", "--mlflow-model", "digits",
+    )  # fmt: skip
+    assert job.wait(300) == 0, job.err.read_text()
+    assert len(job.out.read_text().splitlines()) == 1  # MLflow says nothing there
+    summary = json.loads(job.out.read_text())
+    (run,) = server.runs("first")
+    assert (run["info"]["status"], run["info"]["run_name"]) == ("FINISHED", "runs/digits")
+    flags = {one["key"]: one["value"] for one in run["data"]["params"]}
+    assert (flags["epochs"], flags["learning_rate"], flags["architecture"]) == ("2", "0.003", "small_cnn")
+    assert server.points(run, "val_loss") == pytest.approx(_history(output))
+    for name in ("loss", "accuracy", "val_accuracy", "learning_rate", "images_per_second"):
+        assert [step for step, _ in server.points(run, name)] == [1, 2]
+    ((_, best),) = server.points(run, "best_val_accuracy")
+    assert best == pytest.approx(summary["metrics"]["val_accuracy"])
+
+    (version,) = server.versions("digits")
+    assert (version["version"], version["run_id"]) == ("1", run["info"]["run_id"])
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow.artifacts
+    import mlflow.pyfunc
+
+    mlflow.set_tracking_uri(server.address)
+    fetched = mlflow.artifacts.download_artifacts("models:/digits/1", dst_path=str(tmp_path / "fetched"))
+    loaded = mlflow.pyfunc.load_model(fetched)
+    images = [path.read_bytes() for path in sorted(digits.rglob("*.png"))[:20]] + [b"not an image"]
+    answers = loaded.predict(pd.DataFrame({"image": images}))
+    expected = Predictor(Bundle.load(summary["bundle"]))(images)
+    assert answers["prediction"].tolist()[:-1] == [one.label for one in expected[:-1]]
+    np.testing.assert_array_equal(
+        np.stack(answers["probabilities"][:-1]), [one.probabilities for one in expected[:-1]]
+    )
+    assert answers["error"].tolist() == [None] * 20 + [str(expected[-1])]
+
+    again = start_job(
+        "train", "--data", digits, "--output", output, *FAST, "--epochs", "2",
+        "--mlflow", server.address, "--mlflow-experiment", "first", "--mlflow-model", "digits",
+    )  # fmt: skip
+    assert again.wait(60) == 0, again.err.read_text()
+    assert len(server.versions("digits")) == len(server.runs("first")) == 1
+
+
+def test_a_run_that_is_killed_and_goes_on_is_one_run(server, start_job, digits, tmp_path):
+    command = (
+        "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "8",
+        "--mlflow", server.address, "--mlflow-experiment", "killed",
+    )  # fmt: skip
+    job = start_job(*command)
+
+    def told():
+        if job.process.poll() is not None:
+            return True
+        try:
+            return len(server.points(server.runs("killed")[0], "val_loss")) >= 1
+        except (requests.HTTPError, IndexError):
+            return False
+
+    until(told, 180, "an epoch")
+    children = job.named_children()
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.process.wait() == -signal.SIGKILL
+    assert not left_of(children, 30)
+    assert server.runs("killed")[0]["info"]["status"] == "RUNNING"
+    again = start_job(*command)
+    assert again.wait(300) == 0, again.err.read_text()
+    assert "going on from epoch" in again.err.read_text()
+    (run,) = server.runs("killed")
+    assert run["info"]["status"] == "FINISHED"
+    assert server.points(run, "val_loss") == pytest.approx(_history(tmp_path / "out"))
+    assert [step for step, _ in server.points(run, "loss")] == list(range(1, 9))
+    (version,) = server.versions("killed")
+    assert version["run_id"] == run["info"]["run_id"]
+
+
+def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, digits, tmp_path):
+    output = tmp_path / "out"
+    command = (
+        "train", "--data", digits, "--output", output, *FAST, "--epochs", "20",
+        "--mlflow", server.address, "--mlflow-experiment", "vanished",
+    )  # fmt: skip
+    job = start_job(*command)
+    until(lambda: job.process.poll() is not None or (output / "history.csv").exists(), 180, "an epoch")
+    server.stop()
+    try:
+        assert job.process.poll() is None, job.err.read_text()
+        started = time.monotonic()
+        assert job.wait(300) == 0, job.err.read_text()
+        seconds = time.monotonic() - started
+        said = job.err.read_text()
+        assert re.search(r"lacks (epochs [\d to]+ and )?the end of the run \(Connection refused\)", said), said
+        assert "Traceback" not in said
+        assert json.loads(job.out.read_text())["epochs"] == 20
+        print(f"without its server: {seconds:.0f} s to the end")
+
+        fresh = start_job(*[tmp_path / "2" if part == output else part for part in command])
+        started = time.monotonic()
+        assert fresh.wait(60) == 1
+        assert re.fullmatch(r"Error: No MLflow server at \S+: Connection refused\n", fresh.err.read_text())
+        assert not (tmp_path / "2").exists()
+        print(f"an address that does not answer: {time.monotonic() - started:.1f} s")
+    finally:
+        server.start()
+    again = start_job(*command)
+    assert again.wait(120) == 0, again.err.read_text()
+    (run,) = server.runs("vanished")
+    assert run["info"]["status"] == "FINISHED"
+    assert server.points(run, "val_loss") == pytest.approx(_history(output))
+    assert len(server.versions("vanished")) == 1
+
+
+def test_a_search_is_a_run_with_its_trials_inside(server, start_job, digits, tmp_path):
+    job = start_job(
+        "tune", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "2", "--trials", "2",
+        "--search", "learning_rate=choice([0.001,0.003])",
+        "--mlflow", server.address, "--mlflow-experiment", "search",
+    )  # fmt: skip
+    assert job.wait(400) == 0, job.err.read_text()
+    assert len(job.out.read_text().splitlines()) == 1
+    runs = server.runs("search")
+    tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
+    (whole,) = [run for run, found in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in found]
+    inside = [run for run in runs if run is not whole]
+    assert {found.get("mlflow.parentRunId") for found in tags} == {None, whole["info"]["run_id"]}
+    assert len(inside) == 2
+    for run in inside:
+        assert server.points(run, "val_loss")
+        assert run["info"]["status"] in ("FINISHED", "KILLED")
+    best = json.loads(job.out.read_text())["val_accuracy"]
+    assert [value for _, value in server.points(whole, "best_val_accuracy")] == pytest.approx([best])
+    assert whole["info"]["status"] == "FINISHED"
+
+
+def test_outputs_on_s3(server, start_job, digits, tmp_path):
+    from moto.server import ThreadedMotoServer
+
+    store = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    store.start()
+    try:
+        host, port = store.get_host_and_port()
+        variables = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1",
+        }  # fmt: skip
+        requests.put(f"{variables['AWS_ENDPOINT_URL']}/bucket").raise_for_status()
+        job = start_job(
+            "train", "--data", digits, "--output", "s3://bucket/runs/1", *FAST, "--epochs", "1",
+            "--mlflow", server.address, "--mlflow-experiment", "s3", environment=variables,
+        )  # fmt: skip
+        assert job.wait(300) == 0, job.err.read_text()
+        (run,) = server.runs("s3")
+        assert (run["info"]["status"], run["info"]["run_name"]) == ("FINISHED", "runs/1")
+        assert [step for step, _ in server.points(run, "val_loss")] == [1]
+        assert len(server.versions("s3")) == 1
+    finally:
+        store.stop()

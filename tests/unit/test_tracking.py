@@ -1,0 +1,215 @@
+"""What an MLflow server is told of a run, against MLflow's own store in a folder."""
+
+import csv
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from cnnray.models.mlflow_flavor import BUNDLE_TAG
+from cnnray.training import tracking
+from cnnray.training.config import TrainConfig
+from cnnray.training.driver import train
+from cnnray.training.tracking import SearchTracker, Tracker, TrackingError
+
+pytest.importorskip("mlflow")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    for name in tracking._VARIABLES:
+        monkeypatch.setenv(name, tracking._VARIABLES[name])
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def run(tmp_path, store):
+    """The config of a run, and what makes it go on to an epoch."""
+    output = tmp_path / "runs" / "digits"
+    (output / "bundle").mkdir(parents=True)
+    metrics = {"val_loss": 1 / 3, "val_accuracy": 0.8}
+    info = {"format_version": 1, "class_names": ["a", "b"], "image_size": 16, "metrics": metrics}
+    (output / "bundle" / "bundle.json").write_text(json.dumps(info))
+    (output / "bundle" / "model.keras").write_bytes(b"weights")
+
+    def go_on(epochs):
+        with (output / "history.csv").open("w") as file:
+            writer = csv.writer(file)
+            writer.writerow(["epoch", "phase", "loss", *metrics, "learning_rate"])
+            writer.writerows([epoch, "all", 1 / epoch, *metrics.values(), 0.001] for epoch in range(1, epochs + 1))
+        return {"bundle": str(output / "bundle"), "epochs": epochs, "metrics": metrics}
+
+    return TrainConfig(data="/d", output=str(output), mlflow=store), go_on
+
+
+def _runs(store):
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("cnnray")
+    return client, client.search_runs([experiment.experiment_id])
+
+
+def _steps(client, run, name="loss"):
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
+    config, go_on = run
+    go_on(1)
+
+    def interrupted():
+        with Tracker(config).following():
+            time.sleep(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    client, (found,) = _runs(store)
+    assert found.info.status == "KILLED"
+    assert found.data.params["architecture"] == "vgg_bn"
+    assert found.data.params["learning_rate"] == "0.003"  # what null stands for
+    assert found.data.params["augmentations.rotation"] == "null"
+    assert not [name for name in found.data.params if "mlflow" in name]
+    assert _steps(client, found) == [1]
+
+    summary = go_on(3)
+    for _ in range(2):  # the second time all is told
+        tracker = Tracker(config.with_changes(workers=4))
+        with tracker.following():
+            pass
+        tracker.finish(summary)
+    client, (found,) = _runs(store)
+    assert found.info.status == "FINISHED"
+    for name in ("loss", "val_loss", "learning_rate"):
+        assert _steps(client, found, name) == [1, 2, 3]
+    assert [metric.value for metric in client.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3]
+    assert found.data.metrics["best_val_accuracy"] == 0.8
+    assert (found.data.params["workers"], found.data.tags["now.workers"]) == ("2", "4")
+    (version,) = client.search_model_versions("name = 'cnnray'")
+    assert version.run_id == found.info.run_id
+    assert version.tags[BUNDLE_TAG].startswith("model-")
+
+
+def test_a_server_that_is_away_for_a_while_misses_nothing(run, store, monkeypatch, caplog):
+    config, go_on = run
+    monkeypatch.setattr(tracking, "_LOOK_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    tracker = Tracker(config)
+    tracker.reach()
+    go_on(1)
+    log_batch = tracker._client.log_batch
+    lost = []
+
+    def away(*arguments, metrics=(), **options):
+        if metrics and len(lost) < 3:
+            lost.append(metrics)
+            if len(lost) == 2:  # it came, but its answer did not
+                log_batch(*arguments, metrics=metrics, **options)
+            raise OSError(111, "Connection refused")
+        log_batch(*arguments, metrics=metrics, **options)
+
+    monkeypatch.setattr(tracker._client, "log_batch", away)
+    with tracker.following():
+        time.sleep(0.5)
+        go_on(2)
+        time.sleep(1.5)
+    assert len(lost) == 3
+    client, (found,) = _runs(store)
+    assert _steps(client, found) == [1, 2]
+    assert caplog.text.count("cannot be told (Connection refused)") == 2  # once each time that it goes away
+    assert caplog.text.count("answers again") == 2
+
+
+def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store, monkeypatch, caplog):
+    config, go_on = run
+    tracker = Tracker(config)
+    tracker.reach()
+    go_on(1)
+    with tracker.following():
+        time.sleep(0.3)
+    summary = go_on(3)
+
+    def refuse(*_, **__):
+        raise OSError(111, "Connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "log_batch", refuse)
+        tracker.finish(summary)
+    assert "lacks epochs 2 to 3 and the end of the run (Connection refused)" in caplog.text
+    Tracker(config).finish(summary)
+    client, (found,) = _runs(store)
+    assert _steps(client, found) == [1, 2, 3]
+    assert len(client.search_model_versions("name = 'cnnray'")) == 1
+
+
+def test_more_epochs_are_another_version_and_another_server_another_run(run, store, tmp_path):
+    config, go_on = run
+    Tracker(config).finish(go_on(1))
+    (tmp_path / "runs" / "digits" / "bundle" / "model.keras").write_bytes(b"other weights")
+    Tracker(config.with_changes(mlflow_model="classifier")).finish(go_on(2))
+    client, (found,) = _runs(store)
+    assert _steps(client, found) == [1, 2]
+    versions = client.search_model_versions(f"run_id = '{found.info.run_id}'")
+    assert {version.name for version in versions} == {"cnnray", "classifier"}
+    other = str(tmp_path / "other")
+    Tracker(config.with_changes(mlflow=other)).finish(go_on(2))
+    client, (found,) = _runs(other)
+    assert _steps(client, found) == [1, 2]
+
+
+def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
+    config, go_on = run
+    search = config.with_changes(output=str(tmp_path / "search"))
+    tracker = SearchTracker(search, str(tmp_path / "search" / "trials"))
+    go_on(2)
+    with tracker.following():
+        for name in ("a", "b"):
+            folder = tmp_path / "search" / "trials" / name
+            shutil.copytree(tmp_path / "runs" / "digits", folder)
+            trial = TrainConfig(data="/d", output=str(folder), learning_rate=0.1)
+            (folder / "config.yaml").write_text(yaml.safe_dump(trial.as_dict()))
+    tracker.finish_search({"a": "FINISHED", "b": "KILLED"}, {"val_accuracy": 0.8})
+    client, found = _runs(store)
+    (whole,) = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
+    trials = {one.info.run_name: one for one in found if one.data.tags.get("mlflow.parentRunId") == whole.info.run_id}
+    assert {name: one.info.status for name, one in trials.items()} == {"trials/a": "FINISHED", "trials/b": "KILLED"}
+    assert (whole.info.status, whole.data.metrics) == ("FINISHED", {"best_val_accuracy": 0.8})
+    for one in trials.values():
+        assert _steps(client, one) == [1, 2]
+        assert one.data.params["learning_rate"] == "0.1"
+    SearchTracker(search, str(tmp_path / "search" / "trials")).finish_search({}, {"val_accuracy": 0.8})
+    assert len(_runs(store)[1]) == 3
+    assert _steps(client, whole, "best_val_accuracy") == [0]
+
+
+def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, monkeypatch):
+    config = TrainConfig(data=str(digits), output=str(tmp_path / "out"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match=f"No MLflow server at {address}: Connection refused"):
+            train(config.with_changes(mlflow=address))
+    assert time.monotonic() - started < 60  # with MLflow's own retries it would be four minutes
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
+        config.with_changes(mlflow="https://me:secret@mlflow.example")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrackingError, match="pip install 'mlflow-skinny>=3'"):
+        train(config.with_changes(mlflow=address))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_flag_mlflow_is_not_loaded():
+    program = (
+        "import sys\nimport cnnray.training.driver, cnnray.models.mlflow_flavor\nassert 'mlflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -6,7 +6,8 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from cnnray import commandline
+from cnnray import commandline, flags
+from cnnray.images import storage
 
 MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "all")
 
@@ -26,17 +27,23 @@ def main() -> None:
         "--folder", help="where photos, bundles and the peers' environment are kept; on several nodes a shared one"
     )
     given = parser.parse_args()
-    if given.images is not None and given.images < 1:
-        parser.error("--images must be at least 1")
+    try:
+        flags.check_at_least_one(given, "images")
+        data = flags.absolute("data", given.data) if given.data else None
+        kept = Path(flags.absolute("folder", given.folder)) if given.folder else None
+        if kept and storage.is_s3(given.folder):
+            raise ValueError("--folder must be a path, as the peers read no S3.")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     def job() -> dict[str, object]:
         from cnnray.benchmarks import report
         from cnnray.benchmarks.run import run
 
         with contextlib.ExitStack() as stack:
-            folder = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            result = run(given.measure, Path(folder).absolute(), given.data, given.images, shared=bool(given.folder))
+            folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            result = run(given.measure, folder, data, given.images, shared=bool(kept))
         print("\n\n".join([*result.tables, report.machine(), result.cluster]))
         return dataclasses.asdict(result) | {"machine": report.machine()}
 

@@ -49,12 +49,15 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     if measure in ("serve", "scale", "all"):
         load.require_wrk()
     if measure in _ON_THE_CLUSTER:
+        photos = Photos(folder=folder, data=data, images=images)
+        if data:
+            photos.manifest(1)  # so that what is wrong with it is said before Ray starts
         with cluster.connected() as found:
             if len(found.nodes) > 1 and not shared:
                 raise BenchmarkError("The cluster has several nodes: give a --folder that all of them see.")
             stream.be_quiet()
             result.cluster = report.cluster_of(found)
-            _on_the_cluster(result, measure, Photos(folder=folder, data=data, images=images), found)
+            _on_the_cluster(result, measure, photos, found)
     if measure in ("export", "all"):
         result.comparisons += export.export(folder)
     if measure in ("serve", "all"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from PIL import Image
 
 from tests.awkward import awkward_images
@@ -84,7 +85,9 @@ class Head:
         return (job, self.status(job), self.log(job)) if wait else job
 
     def status(self, job):
-        return re.search(r"[A-Z]{5,}", self.job("status", job).stdout.rpartition("job ")[2])[0]
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        address = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}"
+        return requests.get(address, headers=token, timeout=30).json()["status"]
 
     def log(self, job):
         """What the job itself wrote, stdout and stderr in one."""

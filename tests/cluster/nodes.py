@@ -96,6 +96,10 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_ADDRESS": f"{self.address(0)}:{_PORT}",
+            # Ray hears of a node whose power is cut after a minute by default (five times 10 s without an answer).
+            "RAY_health_check_timeout_ms": "4000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
             # Else a replica that is ended goes on for half a minute, for balancers that hear of it late.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         }
@@ -200,6 +204,7 @@ while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)
         if process is not None:
             process.kill()
             process.wait()
+        _ip("link", "del", f"{self._id}v{number}")
         _ip("netns", "del", self.name(number))
 
     def restore(self) -> None:

@@ -68,6 +68,8 @@ class Tracker:
         assert config.mlflow is not None
         if importlib.util.find_spec("mlflow") is None:
             raise TrackingError("--mlflow needs MLflow's client: pip install 'mlflow-skinny>=3'.")
+        for name, value in _VARIABLES.items():
+            os.environ.setdefault(name, value)
         self._config, self._parent = config, parent
         self._client: Any = None
         self._run_id: str | None = None
@@ -207,11 +209,11 @@ class Tracker:
     def _connect(self) -> None:
         if self._client is not None:
             return
-        for name, value in _VARIABLES.items():
-            os.environ.setdefault(name, value)
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # What it tries again is said here, once.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         mlflow.set_tracking_uri(self._config.mlflow)
         self._client = mlflow.MlflowClient(self._config.mlflow)
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import requests
@@ -26,10 +28,10 @@ from tests.unit.test_dashboard import PANELS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
-IMAGES, EPOCHS, BAD = 1797, 12, 7
+IMAGES, COPIES, EPOCHS, BAD = 1797, 12, 12, 7
 GOOD = awkward_images()["rgb.png"]
-# What there is nothing of here: GPUs, objects on disk, images that training could not read.
-EMPTY = {"GPU", "Spilled to disk", "Unreadable training images"}
+# What there is nothing of here.
+EMPTY = {"GPU"}
 
 
 class Prometheus:
@@ -63,10 +65,6 @@ class Prometheus:
         answer = requests.get(f"{self.address}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", (query, answer)
         return [(one["metric"], float(one["value"][1])) for one in answer["data"]["result"]]
-
-    def names(self):
-        """Names of all metrics."""
-        return set(requests.get(f"{self.address}/api/v1/label/__name__/values", timeout=10).json()["data"])
 
     def stop(self):
         self._process.terminate()
@@ -141,6 +139,8 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
         assert job.wait(1) == 0, job.err.read_text()
         return json.loads(job.out.read_text().splitlines()[-1])
 
+    for number in range(BAD):
+        (digits / f"{number}" / "bad.png").write_bytes(b"" if number < 2 else b"no image")
     trained = wait_for(
         start_job(
             "train", "--data", digits, "--output", tmp_path / "runs" / "digits", "--architecture", "small_cnn",
@@ -149,13 +149,21 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
         ),
         300,
     )  # fmt: skip
-    history = (tmp_path / "runs" / "digits" / "history.csv").read_text().splitlines()
-    images = sum(float(line.split(",")[history[0].split(",").index("images")]) for line in history[1:])
+    history = pd.read_csv(tmp_path / "runs" / "digits" / "history.csv")
     ended = time.monotonic()
 
-    # A short job: less than the ten seconds after which Ray asks its processes for their metrics.
-    for number in range(BAD):
-        (digits / f"{number}" / "bad.png").write_bytes(b"" if number < 2 else b"no image")
+    # A longer job, and one of less than the ten seconds after which Ray asks its processes for their metrics.
+    many = tmp_path / "many"
+    many.mkdir()
+    for number, path in enumerate(sorted(digits.rglob("*.png")) * COPIES):
+        (many / f"{number}.png").hardlink_to(path)
+    fast = wait_for(
+        start_job(
+            "predict", "--bundle", onnx_bundle, "--input", many, "--output", tmp_path / "runs" / "many",
+            environment=environment,
+        ),
+        200,
+    )  # fmt: skip
     predicted = wait_for(
         start_job(
             "predict", "--bundle", onnx_bundle, "--input", digits, "--output", tmp_path / "runs" / "predicted",
@@ -172,43 +180,53 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     )  # fmt: skip
     wait_for(service, 180)
     address = f"http://127.0.0.1:{port}"
-    asked = {200: 60, 415: 9, 404: 5}
-    for _ in range(asked[200]):
-        assert ask(f"{address}/predict", GOOD)[0] == 200
-    for _ in range(asked[415]):
-        assert ask(f"{address}/predict", b"no image at all")[0] == 415
-    for _ in range(asked[404]):
-        assert ask(f"{address}/predict?model=none", GOOD)[0] == 404
+    asked = Counter()
+
+    def some_requests():
+        for status, path, data in ((200, "", GOOD), (415, "", b"no image at all"), (404, "?model=none", GOOD)):
+            for _ in range(status // 20):
+                assert ask(f"{address}/predict{path}", data)[0] == status
+                asked[status] += 1
 
     def total(metric):
         return sum(value for _, value in prometheus.ask(metric))
 
-    until(
-        lambda: look() or total('ray_cnnray_requests_total{status="404"}') >= asked[404], 60, "the service's metrics"
-    )
-    end = time.monotonic() + 15
+    def all_counted():
+        look()
+        return all(total(f'ray_cnnray_requests_total{{status="{one}"}}') >= asked[one] for one in asked)
+
+    # Twice, as a rate takes two looks of Prometheus.
+    for _ in range(2):
+        some_requests()
+        until(all_counted, 60, "the service's metrics")
+    end = time.monotonic() + 10
     while time.monotonic() < end:
-        ask(f"{address}/predict", GOOD)
         look()
         time.sleep(1)
 
     counted = {
         "train": total('ray_cnnray_train_images_total{run="runs/digits"}'),
+        "bad": total('ray_cnnray_train_bad_images_total{run="runs/digits"}'),
         "ok": total('ray_cnnray_predict_images_total{run="runs/predicted", status="ok"}'),
         "errors": total('ray_cnnray_predict_images_total{run="runs/predicted", status="error"}'),
+        "many": total('ray_cnnray_predict_images_total{run="runs/many"}'),
+        **{status: total(f'ray_cnnray_requests_total{{route="/predict", status="{status}"}}') for status in asked},
     }
-    print(f"counted {counted}; trained in all {images}, {time.monotonic() - ended:.0f} s ago")
-    print("names:", " ".join(sorted(name for name in prometheus.names() if "serve" in name or "cnnray" in name)))
+    print(f"counted {counted}, of the training {time.monotonic() - ended:.0f} s after its end")
+    print(f"by the jobs: trained {trained['images_per_second']}, predicted {fast['images_per_second']} images/s")
     for (title, expression), value in seen.items():
         print(f"{title:40s} {value:12.4g}  {expression}")
-    assert counted == {"train": images, "ok": IMAGES, "errors": BAD}
-    reasons = {
-        labels["reason"]: value for labels, value in prometheus.ask('ray_cnnray_predict_images_total{status="error"}')
+    assert counted == {
+        "train": history["images"].sum(), "bad": history["bad_images"].sum(),
+        "ok": IMAGES, "errors": BAD, "many": COPIES * (IMAGES + BAD), **asked,
+    }  # fmt: skip
+    assert counted["bad"] > 0
+    query = 'ray_cnnray_predict_images_total{run="runs/predicted", status="error"}'
+    assert {labels["reason"]: value for labels, value in prometheus.ask(query)} == {
+        "empty": 2,
+        "not an image": BAD - 2,
     }
-    assert reasons == {"empty": 2, "not an image": BAD - 2}
-    assert total('ray_cnnray_requests_total{status="415"}') == asked[415]
-    assert total('ray_cnnray_requests_total{status="404"}') == asked[404]
-    assert total("ray_cnnray_predictions_total") >= asked[200]
+    assert total("ray_cnnray_predictions_total") == asked[200]
 
     missing = [
         (panel["title"], target["expr"])
@@ -222,9 +240,13 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     def shown(title, part=""):
         return [value for name, value in values.items() if name.startswith(title) and part in name]
 
-    (speed,) = shown("Images s", "cnnray_train_images_total")
-    # By Prometheus over a minute, with the start of each epoch in it, beside that of the steps alone.
-    assert 0.2 * trained["images_per_second"] < speed < 1.5 * trained["images_per_second"]
+    # By Prometheus over a minute, with all that is not a step, beside that of the steps alone.
+    for part, job in (("cnnray_train_images_total", trained), ("cnnray_predict_images_total", fast)):
+        (speed,) = shown("Images s", part)
+        assert 0.1 * job["images_per_second"] < speed < 1.5 * job["images_per_second"], (part, speed)
+    assert 0 < shown("Busy workers")[0] <= 4
+    assert 0 < shown("Share of errors", "4")[0] < 1
+    assert shown("Images for each call")[0] > 0
     assert 0.9 < shown("Accuracy")[0] <= 1
     assert shown("Epochs done") == [EPOCHS]
     assert shown("Nodes") == [1]

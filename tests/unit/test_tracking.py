@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -192,6 +193,9 @@ def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
 
 
 def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, monkeypatch):
+    for name in tracking._VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     config = TrainConfig(data=str(digits), output=str(tmp_path / "out"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
@@ -199,6 +203,7 @@ def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, mo
         started = time.monotonic()
         with pytest.raises(TrackingError, match=f"No MLflow server at {address}: Connection refused"):
             train(config.with_changes(mlflow=address))
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
     assert time.monotonic() - started < 60  # with MLflow's own retries it would be four minutes
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
         config.with_changes(mlflow="https://me:secret@mlflow.example")

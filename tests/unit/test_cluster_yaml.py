@@ -262,11 +262,19 @@ def test_set_up_installs_what_the_lock_file_says(node):
 
 
 def _as_ec2(provider, monkeypatch):
-    """EC2 starts as many nodes as it can, MaxCount at most; moto MinCount."""
-    create = provider.ec2_fail_fast.create_instances
-    monkeypatch.setattr(
-        provider.ec2_fail_fast, "create_instances", lambda **one: create(**one | {"MinCount": one["MaxCount"]})
-    )
+    """EC2 starts as many nodes as it can, MaxCount at most; moto MinCount.
+
+    Returns:
+        the requests.
+    """
+    requests, create = [], provider.ec2_fail_fast.create_instances
+
+    def create_instances(**request):
+        requests.append(request)
+        return create(**request | {"MinCount": request["MaxCount"]})
+
+    monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", create_instances)
+    return requests
 
 
 @pytest.fixture
@@ -274,9 +282,11 @@ def autoscaler(head, aws, monkeypatch):
     """What the head does to start nodes, with the config that `ray up` left there."""
     config = AutoscalingConfig(json.loads(Path("~/ray_bootstrap_config.yaml").expanduser().read_text()))
     provider = providers._get_node_provider(config.get_provider_config(), config.get_config("cluster_name"), False)
-    _as_ec2(provider, monkeypatch)
+    requests = _as_ec2(provider, monkeypatch)
     reader = SimpleNamespace(get_cached_autoscaling_config=lambda: config)
-    return SimpleNamespace(config=config, provider=provider, nodes=NodeProviderAdapter(provider, reader))
+    return SimpleNamespace(
+        config=config, provider=provider, nodes=NodeProviderAdapter(provider, reader), requests=requests
+    )
 
 
 def _launch(autoscaler, aws, name, count):
@@ -302,12 +312,12 @@ def _launch(autoscaler, aws, name, count):
 def test_workers_are_spot_nodes_with_the_buckets_role_alone(autoscaler, aws, name):
     found, errors = _launch(autoscaler, aws, name, 3)
     assert not errors
-    for one in found:
-        assert one["InstanceLifecycle"] == "spot"
-        assert one["IamInstanceProfile"]["Arn"].endswith("instance-profile/cnnray-node")
-        assert (one["InstanceType"], _tag(one, "ray-user-node-type")) == (
-            _type(name)["node_config"]["InstanceType"], name,
-        )  # fmt: skip
+    assert {one["InstanceLifecycle"] for one in found} == {"spot"}
+    assert {_tag(one, "ray-user-node-type") for one in found} == {name}
+    (request,) = autoscaler.requests
+    assert request["IamInstanceProfile"] == {"Name": "cnnray-node"}
+    assert request["KeyName"] == "ray-autoscaler_us-west-2"
+    assert _type(name)["node_config"].items() <= request.items()
 
 
 def _refuse(monkeypatch, provider, code, only_spot=True, after=0):

@@ -50,9 +50,12 @@ test-browser: .venv/installed  ## The tests in Chromium, which it installs from 
 	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	$(BIN)/python -m pytest -m browser tests
 
-lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
+lock: .venv/installed  ## Write requirements.lock and requirements-gpu.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
 		--no-header --quiet --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra openvino --constraint requirements.lock \
+		--generate-hashes --universal --python-version 3.11 \
+		--no-header --quiet --upgrade --output-file requirements-gpu.lock
 
 clean:  ## Remove what the targets above made.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info demo build

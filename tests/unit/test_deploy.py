@@ -269,8 +269,8 @@ def test_the_image_is_of_the_locked_packages_and_the_code():
         for source in words[:-1]:
             for lock in LOCKS:
                 assert (REPOSITORY / source.replace("${LOCK}", lock)).exists(), source
-    (user,) = _of("USER")
-    assert user != ["root"]
+    ((user,),) = _of("USER")
+    assert int(user) > 0
     environment = dict(word.split("=", 1) for words in _of("ENV") for word in words)
     assert deploy.ON_NODES.items() <= environment.items()
     # Jobs, and what Serve starts, import the code from the folder that it was copied into.

@@ -55,9 +55,12 @@ test-cluster: .venv/installed  ## Several nodes, Prometheus, MLflow; installs ip
 		systemctl disable --now prometheus 2>/dev/null || true; }
 	$(BIN)/python -m pytest -m cluster -s
 
-lock: .venv/installed  ## Write requirements.lock anew from pyproject.toml.
+lock: .venv/installed  ## Write requirements.lock and requirements-gpu.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
 		--no-header --quiet --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra openvino --constraint requirements.lock \
+		--generate-hashes --universal --python-version 3.11 \
+		--no-header --quiet --upgrade --output-file requirements-gpu.lock
 
 clean:  ## Remove what the targets above made.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info demo build

@@ -33,16 +33,16 @@ class SpotElseOnDemand(AWSNodeProvider):
         Raises:
             NodeLaunchException: there are none on demand either, or the request is wrong.
         """
-        if "InstanceMarketOptions" not in node_config:
-            return dict(super().create_node(node_config, tags, count))
+        spot = "InstanceMarketOptions" in node_config
         created: dict[str, Any] = {}
         try:
             created = super().create_node(node_config, tags, count)
         except NodeLaunchException as refused:
-            if refused.category not in NONE_LEFT:
+            if not spot or refused.category not in NONE_LEFT:
                 raise
             log.warning("No spot nodes of %s: %s", node_config["InstanceType"], refused.description)
-        if missing := count - len(created):
+        missing = count - len(created)
+        if spot and missing:
             log.warning("%d of %d nodes of %s on demand", missing, count, node_config["InstanceType"])
             on_demand = {key: value for key, value in node_config.items() if key != "InstanceMarketOptions"}
             created |= super().create_node(on_demand, tags, missing)

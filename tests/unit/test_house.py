@@ -24,7 +24,7 @@ def test_no_path_edits_and_no_index_addresses():
     for path in _tracked("*.py"):
         if path.name != "test_house.py":
             assert "sys.path" not in path.read_text(), path
-    for path in _tracked("requirements.lock", "pyproject.toml", "Makefile"):
+    for path in _tracked("requirements*.lock", "pyproject.toml", "Makefile"):
         assert "index-url" not in path.read_text(), path
         assert "https://" not in path.read_text() or path.name == "Makefile", path
 

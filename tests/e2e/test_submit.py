@@ -183,7 +183,11 @@ def _stop(head, job):
     said = head.job("stop", job)
     assert head.status(job) == "STOPPED", said.stdout + said.stderr + head.log(job)
     assert head.log(job).splitlines()[-1] == "Stopped; the same command goes on from what was done."
-    until(lambda: not head.at_work(), 30, "the end of the job's workers")
+    try:
+        until(lambda: not head.at_work(), 30, "the end of the job's workers")
+    except AssertionError as late:
+        late.add_note(f"there are {head.at_work()}")
+        raise
     return f"stopped and gone in {time.monotonic() - stopped:.1f} s"
 
 

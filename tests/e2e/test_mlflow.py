@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+import yaml
 
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
@@ -133,6 +134,12 @@ def test_a_run_its_epochs_and_a_model_that_answers_as_the_bundle_does(
 
     mlflow.set_tracking_uri(server.address)
     fetched = mlflow.artifacts.download_artifacts("models:/digits/1", dst_path=str(tmp_path / "fetched"))
+    flavour = yaml.safe_load(Path(fetched, "MLmodel").read_text())["flavors"]["python_function"]
+    assert flavour["loader_module"] == "cnnray.models.mlflow_flavor"
+    assert not flavour.get("code")
+    inside = Bundle.load(f"{fetched}/data/bundle")
+    assert inside.version == Bundle.load(summary["bundle"]).version
+    assert {"key": "cnnray.bundle", "value": inside.version} in version["tags"]
     loaded = mlflow.pyfunc.load_model(fetched)
     images = [path.read_bytes() for path in sorted(digits.rglob("*.png"))[:20]] + [b"not an image"]
     answers = loaded.predict(pd.DataFrame({"image": images}))

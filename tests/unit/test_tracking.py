@@ -10,14 +10,20 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
+from cnnray.images.decode import BadImage
+from cnnray.models.bundle import Bundle
 from cnnray.models.mlflow_flavor import BUNDLE_TAG
+from cnnray.models.predictor import Predictor
 from cnnray.training import tracking
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import train
 from cnnray.training.tracking import SearchTracker, Tracker, TrackingError
+from tests.awkward import awkward_images
 
 pytest.importorskip("mlflow")
 
@@ -190,6 +196,21 @@ def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
     SearchTracker(search, str(tmp_path / "search" / "trials")).finish_search({}, {"val_accuracy": 0.8})
     assert len(_runs(store)[1]) == 3
     assert _steps(client, whole, "best_val_accuracy") == [0]
+
+
+def test_a_model_from_the_server_answers_as_the_bundle_does(run, store, onnx_bundle):
+    import mlflow.pyfunc
+
+    config, go_on = run
+    Tracker(config).finish(go_on(1) | {"bundle": onnx_bundle})
+    images = [*awkward_images().values(), b"not an image"]
+    found = mlflow.pyfunc.load_model("models:/cnnray/1").predict(pd.DataFrame({"image": images}))
+    for row, expected in zip(found.to_dict("records"), Predictor(Bundle.load(onnx_bundle))(images), strict=True):
+        if isinstance(expected, BadImage):
+            assert (row["prediction"], row["error"]) == (None, str(expected))
+        else:
+            assert (row["prediction"], row["error"]) == (expected.label, None)
+            np.testing.assert_array_equal(np.float32(row["probabilities"]), expected.probabilities)
 
 
 def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY, write_digits
 
 README = (REPOSITORY / "README.md").read_text()
+DOCUMENTS = README + "".join(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))
 
 
 def _marked_blocks():
@@ -50,17 +51,17 @@ def test_marked_blocks_run(tmp_path):
 
 def test_make_targets_and_flags_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.MULTILINE)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", DOCUMENTS, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     help_text = "".join(
         subprocess.run(
             [sys.executable, f"jobs/{job}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
-        for job in ("train", "tune", "evaluate", "export", "predict", "serve")
+        for job in ("train", "tune", "evaluate", "export", "predict", "serve", "benchmark")
     )
     # Less the flags of other programs; what `ray job submit` is given behind its -- is ours.
-    others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|ray) [^`\n]*?(?: -- |`|$)"
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", README))) - {"--working-dir"}
+    others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|npm|prometheus|ray|serve) [^`\n]*?(?: -- |`|$)"
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", DOCUMENTS))) - {"--working-dir"}
     assert {"--data", "--gpus-per-worker", "--bundle"} <= flags
     for flag in flags:
         assert flag in help_text, flag

@@ -85,7 +85,7 @@ def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
             "target_ongoing_requests": config.target_ongoing_requests,
             "upscale_delay_s": 10.0,
             "downscale_delay_s": config.downscale_delay_seconds,
-            "look_back_period_s": 10.0,
+            "look_back_period_s": 20.0,
         },
         # Requests that have begun may use all of their time.
         "graceful_shutdown_timeout_s": drain,

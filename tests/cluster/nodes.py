@@ -215,7 +215,15 @@ while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)
 
     def on_head(self, *command) -> list[str]:
         """A command line that runs on the head."""
-        return ["nsenter", f"--target={self._processes[0].pid}", "--net", "--mount", "--", *map(str, command)]
+        return [
+            "nsenter",
+            f"--target={self._processes[0].pid}",
+            "--net",
+            "--mount",
+            f"--wd={REPOSITORY}",
+            "--",
+            *map(str, command),
+        ]
 
     def close(self) -> None:
         """End and remove all."""

@@ -9,7 +9,7 @@ from cnnray.training.config import SIXTEENTHS, TrainConfig
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2
 _STREAMS_SHARE = 0.5
-_LEFT_OF_A_NODE = 1 / 8
+_LEFT_OF_A_NODE, _LEAST_DECODE_CPUS = 1 / 8, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,8 @@ def _check_left(config: TrainConfig, cpus: float, decode: float | None, found: R
     if free <= 0 or (decode and not _fits_beside(config, workers, cpus, decode, found)):
         raise ClusterError(
             f"{workers} workers of {cpus:g} CPUs leave {max(free, 0):g} of the cluster's {found.cpus:g} CPUs, and "
-            f"reading the images needs {f'{decode:g}' if decode else 'some'} on one node: lower --workers or --cpus-per-worker."
+            f"reading the images needs {f'{decode:g}' if decode else 'some'} on one node: lower --workers or "
+            "--cpus-per-worker."
         )
     return free
 
@@ -108,8 +109,8 @@ def _decode_cpus(config: TrainConfig, cpus: float, found: Resources) -> float:
     if config.decode_cpus:
         return math.floor(config.decode_cpus * 1000) / 1000
     # Where a node is lost, all that is left may be what the workers leave of theirs.
-    beside = [left for workers, left in (_filled(config, cpus, node) for node in found.nodes) if workers and left > 0]
-    decode = min(1.0, free / max(2, config.most_workers), *beside)
+    beside = [left for workers, left in (_filled(config, cpus, node) for node in found.nodes) if workers]
+    decode = min(1.0, free / max(2, config.most_workers), *(left for left in beside if left > _LEAST_DECODE_CPUS))
     return math.floor(decode * 1000) / 1000
 
 

@@ -1,7 +1,7 @@
 """Who gets which share of the cluster: decided, and refused, before anything waits for it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.training.config import SIXTEENTHS, TrainConfig
@@ -9,7 +9,7 @@ from cnnray.training.config import SIXTEENTHS, TrainConfig
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2
 _STREAMS_SHARE = 0.5
-_LEFT_OF_A_NODE = 1 / 8
+_LEFT_OF_A_NODE, _LEAST_DECODE_CPUS = 1 / 8, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,32 @@ def _check_room(config: TrainConfig, cpus: float, found: Resources) -> None:
 def _check_left(config: TrainConfig, cpus: float, decode: float | None, found: Resources) -> float:
     workers = min(config.most_workers, found.room_for(cpus, config.gpus_per_worker))
     free = found.cpus - cpus * workers
-    if free <= 0 or (decode or 0) > free + 1e-9:
+    if free <= 0 or (decode and not _fits_beside(config, workers, cpus, decode, found)):
         raise ClusterError(
             f"{workers} workers of {cpus:g} CPUs leave {max(free, 0):g} of the cluster's {found.cpus:g} CPUs, and "
-            f"reading the images needs {decode or 'some'}: lower --workers or --cpus-per-worker."
+            f"reading the images needs {f'{decode:g}' if decode else 'some'} on one node: lower --workers or "
+            "--cpus-per-worker."
         )
     return free
 
 
+def _fits_beside(config: TrainConfig, workers: int, cpus: float, decode: float, found: Resources) -> bool:
+    """Whether the workers leave room for a decoding task on some node, if they are on the right ones."""
+    for place, node in enumerate(found.nodes):
+        left = replace(node, cpus=node.cpus - decode + 1e-6)
+        others = found.nodes[:place] + found.nodes[place + 1 :]
+        if left.cpus >= 0 and Resources((left, *others)).room_for(cpus, config.gpus_per_worker) >= workers:
+            return True
+    return False
+
+
 def _decode_cpus(config: TrainConfig, cpus: float, found: Resources) -> float:
     free = _check_left(config, cpus, config.decode_cpus, found)
-    decode = config.decode_cpus or min(1.0, free / max(2, config.most_workers))
+    if config.decode_cpus:
+        return math.floor(config.decode_cpus * 1000) / 1000
+    # Where a node is lost, all that is left may be what the workers leave of theirs.
+    beside = [left for workers, left in (_filled(config, cpus, node) for node in found.nodes) if workers]
+    decode = min(1.0, free / max(2, config.most_workers), *(left for left in beside if left > _LEAST_DECODE_CPUS))
     return math.floor(decode * 1000) / 1000
 
 

@@ -24,6 +24,13 @@ from tests.conftest import REPOSITORY
 from tests.e2e.conftest import until
 
 _PORT, _STORE_BYTES = 6379, 80 * 2**20
+_HAPROXY = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "SERVER_STATE_BASE": "",
+    "SERVER_STATE_FILE": "server-state",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+}
 _TOOLS = ("ip", "nsenter", "unshare")
 
 
@@ -59,6 +66,7 @@ def autoscaling(cpus: int, most: int) -> dict[str, object]:
             "type": "fake_multinode",
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
+            "use_node_id_as_ip": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
@@ -105,6 +113,9 @@ class Nodes:
         }
         self._folder = Path(tempfile.mkdtemp(prefix="r"))
         (self._folder / "ray").mkdir()
+        for name, file in _HAPROXY.items():
+            # By default in the temporary folder, which the nodes share.
+            self.variables[f"RAY_SERVE_HAPROXY_{name}"] = f"{self._folder}/ray/{file}"
         self._cpus, self._config = 2, self._folder / "growing.json"
         if grows is not None:
             self._cpus = 1
@@ -215,7 +226,15 @@ while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)
 
     def on_head(self, *command) -> list[str]:
         """A command line that runs on the head."""
-        return ["nsenter", f"--target={self._processes[0].pid}", "--net", "--mount", "--", *map(str, command)]
+        return [
+            "nsenter",
+            f"--target={self._processes[0].pid}",
+            "--net",
+            "--mount",
+            f"--wd={REPOSITORY}",
+            "--",
+            *map(str, command),
+        ]
 
     def close(self) -> None:
         """End and remove all."""

@@ -184,12 +184,22 @@ def test_only_the_fewest_elastic_workers_must_fit():
 def test_a_cluster_that_lost_too_much_is_told():
     config = _config(workers=2)
     shares = budget_of(config, _cluster(2, 2, 2))
-    assert shares.cpus_per_worker == 2.0
+    assert (shares.cpus_per_worker, shares.decode_cpus) == (2.0, 1.0)
     check_shares(config, shares, _cluster(2, 2, 2))
     with pytest.raises(ClusterError, match="leave 0 of the cluster's 4 CPUs, and reading the images needs 1"):
         check_shares(config, shares, _cluster(2, 2))
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 2 CPUs"):
         check_shares(config, shares, _cluster(2))
+    # What is left in all is on no one node.
+    with pytest.raises(ClusterError, match="leave 1 of the cluster's 5 CPUs, and reading the images needs 1 on one"):
+        check_shares(config, shares, _cluster(2.5, 2.5))
+
+
+def test_decoding_fits_beside_the_workers_where_the_other_nodes_are_lost():
+    config = _config(workers=2, cpus_per_worker=1.5)
+    shares = budget_of(config, _cluster(2, 2, 2))
+    assert shares.decode_cpus == 0.5
+    check_shares(config, shares, _cluster(2, 2))
 
 
 def test_a_search_has_a_fixed_number_of_workers():

@@ -69,7 +69,7 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
     values = parser.parse_args(arguments)
     values.pop("config")
     try:
-        return config_class(**vars(parser.instantiate_classes(values)))
+        return config_class(**vars(parser.instantiate(values)))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -31,8 +31,7 @@ BEST, TRIALS_TABLE, TRIALS, STATE = "best.yaml", "trials.csv", "trials", "search
 # Parts of the whole search, not of one of its trials.
 _NOT_SEARCHED = {
     "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
-    "mlflow_experiment",
-    "mlflow_model",
+    "mlflow_experiment", "mlflow_model",
 }  # fmt: skip
 # The search's own, of which trials know nothing.
 _OF_SEARCH = {"overwrite": False, "preview_augmentations": None, "mlflow": None, "mlflow_model": None}

@@ -26,13 +26,10 @@ from tests.runs import final_state, largest_difference, rows_of
 
 RAY = str(Path(sys.executable).with_name("ray"))
 OF_THE_CLUSTER = (
-    *AGENTS,
-    "ray::IDLE",
-    "ray::_StatsActor",
-    "ray::_AutoscalingCoordinatorActor",
-    "ray::ServeController",
-)
-"""Names of Ray's processes that are of no job."""
+    *AGENTS, "ray::IDLE", "ray::_StatsActor", "ray::_StatsSummaryActor", "ray::_UsageCollectionActor",
+    "ray::_AutoscalingCoordinatorActor", "ray::AutoscalingRequester", "ray::ActorLocationTracker",
+)  # fmt: skip
+"""Ray's processes that are of no job; of Ray Data's actors a cluster has one each."""
 WATCHDOG = 300
 """Seconds that no job may take, on two cores."""
 

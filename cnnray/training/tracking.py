@@ -14,7 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -29,15 +30,16 @@ log = logging.getLogger(__name__)
 
 RECORD = "mlflow.json"
 """In the output: which run of which server it is."""
+_TOKEN = "cnnray.token"
+"""A run's tag, which the output holds before the run is begun."""
 _LOOK_SECONDS = 5.0
 _MOST_PARAMS = 100
 """That MLflow takes at once."""
 _OURS = {"mlflow", "mlflow_experiment", "mlflow_model", "overwrite", "preview_augmentations"}
 """Flags that say nothing of the training."""
 _VARIABLES = {
-    # Tried again here as long as the run goes on, and its end must not wait for minutes, as by MLflow's own 7.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # It is tried again here, after a look at what has come: MLflow would send a model twice whose receipt got lost.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     # MLflow would report each call to its makers.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # It would add a lock file that it finds in the working directory to the model.
@@ -46,6 +48,8 @@ _VARIABLES = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_WAITS = (1.0, 4.0, 10.0, 20.0)
+"""Seconds between tries at the end of a run."""
 _AT_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -132,14 +136,27 @@ class Tracker:
         if self._run_id is None and self._record().get("finished") == [summary["epochs"], bundle.version]:
             return
         try:
-            self.tell()
-            self._tell_end(bundle, summary)
+            self._insist(lambda: self._tell_end(bundle, summary))
         except Exception as error:
             missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._told]
             log.warning(
                 "MLflow at %s lacks %sthe end of the run (%s). The same command again tells it.",
                 self._config.mlflow, f"epochs {missing[0]} to {missing[-1]} and " if missing else "", _reason(error),
             )  # fmt: skip
+
+    def _insist(self, tell_end: Callable[[], None]) -> None:
+        """Tell the rest and the end, several times if need be."""
+        for seconds in (*_WAITS, None):
+            try:
+                self.tell()
+                tell_end()
+            except Exception:
+                self._forget()
+                if seconds is None:
+                    raise
+                time.sleep(seconds)
+            else:
+                return
 
     # -- what is told ----------------------------------------------------------------------------------
 
@@ -233,14 +250,7 @@ class Tracker:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         if run is None or run.info.lifecycle_stage != "active":
-            name = self._config.mlflow_experiment
-            experiment = self._client.get_experiment_by_name(name)
-            run = self._client.create_run(
-                experiment.experiment_id if experiment else self._client.create_experiment(name),
-                run_name=storage.short_name(self._config.output),
-                tags={"cnnray.output": self._config.output}
-                | ({"mlflow.parentRunId": self._parent} if self._parent else {}),
-            )
+            run = self._new_run(record.get("token") if run is None else None)
             self._keep(run_id=run.info.run_id)
         elif run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
@@ -254,6 +264,22 @@ class Tracker:
             self._client.log_batch(run.info.run_id, params=new[start : start + _MOST_PARAMS], tags=tags)
         self._told = {metric.step for metric in self._client.get_metric_history(run.info.run_id, "val_loss")}
         self._run_id = run.info.run_id
+
+    def _new_run(self, token: str | None) -> Any:
+        """A run that is begun, or that was begun already where its receipt got lost."""
+        name = self._config.mlflow_experiment
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        if token is not None:
+            begun = self._client.search_runs([number], f"tags.`{_TOKEN}` = '{token}'")
+            if begun:
+                return begun[0]
+        token = uuid.uuid4().hex
+        self._keep(token=token)
+        tags = {"cnnray.output": self._config.output, _TOKEN: token}
+        if self._parent:
+            tags["mlflow.parentRunId"] = self._parent
+        return self._client.create_run(number, run_name=storage.short_name(self._config.output), tags=tags)
 
     # -- the output ------------------------------------------------------------------------------------
 
@@ -325,12 +351,15 @@ class SearchTracker(Tracker):
             states: by trial, FINISHED, FAILED or KILLED.
             best: metrics of the best trial.
         """
-        try:
-            self.tell()
+
+        def tell_end() -> None:
             for name, tracker in self._trials.items():
                 tracker.end(states.get(name, "KILLED"))
             self._log_best(0, best)
             self.end("FINISHED")
+
+        try:
+            self._insist(tell_end)
         except Exception as error:
             log.warning(
                 "MLflow at %s lacks the end of the search (%s). The same command again tells it.",

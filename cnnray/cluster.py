@@ -253,28 +253,30 @@ def watched(check: Callable[[Resources], object], minutes: float | None) -> Iter
         minutes: that this may last; None: `LOST_MINUTES`.
 
     Raises:
-        ClusterError: it lasted longer; what ran was interrupted as by Ctrl-C.
+        ClusterError: it lasted longer; what ran was interrupted.
     """
     shortage, ended = Shortage(LOST_MINUTES if minutes is None else minutes), threading.Event()
     errors: list[ClusterError] = []
+
+    def interrupt(*_: object) -> None:
+        if not ended.is_set():
+            raise errors[0]
 
     def watch() -> None:
         while not errors and not ended.wait(LOOK_SECONDS):
             try:
                 shortage.look(check)
             except ClusterError as error:
-                if not ended.is_set():
-                    errors.append(error)
-                    os.kill(os.getpid(), signal.SIGINT)
+                errors.append(error)
+                # Not SIGINT, which jobs that a shell runs in its background ignore.
+                signal.pthread_kill(main, signal.SIGUSR1)
 
+    main, before = threading.get_ident(), signal.signal(signal.SIGUSR1, interrupt)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if errors:
-            raise errors[0] from None
-        raise
     finally:
         ended.set()
         watcher.join(LOOK_SECONDS)
+        signal.signal(signal.SIGUSR1, before)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cnnray.benchmarks.load import finished
-from cnnray.benchmarks.report import write_photos
+from cnnray.benchmarks.photos import write as write_photos
 from cnnray.images import manifest as manifests
 from tests.conftest import REPOSITORY
 from tests.e2e.conftest import until

@@ -61,7 +61,8 @@ def test_make_targets_and_flags_exist():
     )
     # Less the flags of other programs; what `ray job submit` is given behind its -- is ours.
     others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|npm|prometheus|ray|serve) [^`\n]*?(?: -- |`|$)"
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", DOCUMENTS))) - {"--working-dir"}
+    in_lines = re.sub(r"\\\n\s*", "", DOCUMENTS)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", in_lines))) - {"--working-dir"}
     assert {"--data", "--gpus-per-worker", "--bundle"} <= flags
     for flag in flags:
         assert flag in help_text, flag

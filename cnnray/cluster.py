@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -110,9 +111,9 @@ def connected() -> Iterator[Resources]:
     given = submitted_environment().get("env_vars", {})  # which Ray refuses to set once more
     # Jobs show progress of their own, also where a dataset is read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
-    if address := os.environ.get("RAY_ADDRESS"):
-        # Ray Train's own actors ask the cluster's address of the machine, which may be of several clusters.
-        variables["RAY_ADDRESS"] = address
+    # Ray Train's own actors ask the machine for the cluster's address, and there may be several clusters on it: they
+    # would then leave the CPUs of a trial that was stopped reserved for ever.
+    variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or f"{ray.util.get_node_ip_address()}:{_own_port()}"
     variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
         # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
@@ -139,6 +140,15 @@ def connected() -> Iterator[Resources]:
         yield found
     finally:
         ray.shutdown()
+
+
+def _own_port() -> int:
+    """The port that a Ray which this process starts will be asked at."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        port: int = one.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    return port
 
 
 def resources() -> Resources:

@@ -32,7 +32,8 @@ RECORD = "mlflow.json"
 """In the output: which run of which server it is."""
 _TOKEN = "cnnray.token"
 """A run's tag, which the output holds before the run is begun."""
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 4.0
+"""Less than the 5 after which MLflow's server closes a connection that nobody uses."""
 _MOST_PARAMS = 100
 """That MLflow takes at once."""
 _OURS = {"mlflow", "mlflow_experiment", "mlflow_model", "overwrite", "preview_augmentations"}
@@ -79,7 +80,8 @@ class Tracker:
         self._run_id: str | None = None
         self._told: set[int] = set()
         """Epochs that the server has."""
-        self._away = False
+        self._failures = 0
+        """One after another."""
 
     def reach(self) -> None:
         """Look whether the server answers.
@@ -164,17 +166,17 @@ class Tracker:
         try:
             self.tell()
         except Exception as error:
-            if not self._away:
+            self._failures += 1
+            if self._failures == 2:  # once is a connection that was closed meanwhile
                 log.warning(
                     "MLflow at %s cannot be told (%s); training goes on, and it is tried again.",
                     self._config.mlflow, _reason(error),
                 )  # fmt: skip
-            self._away = True
             self._forget()
         else:
-            if self._away:
+            if self._failures >= 2:
                 log.info("MLflow at %s answers again.", self._config.mlflow)
-            self._away = False
+            self._failures = 0
 
     def _forget(self) -> None:
         """Ask the server anew what it has: what was sent may have come, or not."""

@@ -58,7 +58,7 @@ class Fleet:
     cores: int = 8
     """Of each node."""
     runs: int = 1
-    """Into how many runs of their own, each with its driver, the images are shared out (`--shards`)."""
+    """How many runs, each with its driver, have a table of the images of their own."""
     prefixes: int = 100
     """Of the bucket, over which images are spread."""
 

@@ -35,15 +35,19 @@ class Progress:
         self._new += images
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(images)
-        now = time.monotonic()
-        if self._bar.disable and now - self._shown >= _REFRESH_SECONDS:
-            self._shown = now
-            done, rate = self._done + self._new, self.images_per_second
-            left = duration((self._total - done) / max(rate, 1e-9))
-            log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, left, note)
+        if self._bar.disable and time.monotonic() - self._shown >= _REFRESH_SECONDS:
+            self._log(note)
+
+    def _log(self, note: str = "") -> None:
+        self._shown = time.monotonic()
+        done, rate = self._done + self._new, self.images_per_second
+        left = duration((self._total - done) / max(rate, 1e-9))
+        log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, left, note)
 
     def close(self) -> None:
-        """Leave the terminal to others."""
+        """Say how far it came, and leave the terminal to others."""
+        if self._bar.disable:
+            self._log()
         self._bar.close()
 
 

@@ -140,10 +140,11 @@ def connected() -> Iterator[Resources]:
         yield found
     finally:
         ray.shutdown()
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
 
 
 def _own_port() -> int:
-    """The port that a Ray which this process starts will be asked at."""
+    """A free port, at which the Ray that this process starts will be asked: it reads it from its environment."""
     with socket.socket() as one:
         one.bind(("", 0))
         port: int = one.getsockname()[1]

@@ -10,6 +10,8 @@ from cnnray import commandline, flags
 from cnnray.images import storage
 
 MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "all")
+_OF_THEIR_OWN = ("export", "serve", "formats")
+"""That bring their images."""
 
 
 def main() -> None:
@@ -29,6 +31,9 @@ def main() -> None:
     given = parser.parse_args()
     try:
         flags.check_at_least_one(given, "images")
+        for flag, others in (("data", _OF_THEIR_OWN), ("images", (*_OF_THEIR_OWN, "recipes"))):
+            if vars(given)[flag] is not None and given.measure in others:
+                raise ValueError(f"--{flag} means nothing to {given.measure}.")
         data = flags.absolute("data", given.data) if given.data else None
         kept = Path(flags.absolute("folder", given.folder)) if given.folder else None
         if kept and storage.is_s3(given.folder):
@@ -45,7 +50,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             result = run(given.measure, folder, data, given.images, shared=bool(kept))
         print("\n\n".join([*result.tables, report.machine(), result.cluster]))
-        return dataclasses.asdict(result) | {"machine": report.machine()}
+        figures = {name: value for name, value in dataclasses.asdict(result).items() if name != "tables"}
+        return figures | {"machine": report.machine()}
 
     commandline.run(job)
 

@@ -47,17 +47,6 @@ def python():
 def onnx_bundle(tmp_path_factory, digits):
     """A bundle for 32x32 that tells red, green and blue, exported to ONNX, whose workers start in a second."""
     # Tests that need no bundle need not wait for TensorFlow.
-    from cnnray.models import bundle as bundles
-    from cnnray.models import verification
-    from cnnray.models.bundle import BundleInfo
-    from cnnray.models.export import ExportConfig, export
-    from tests.networks import coloured_noise, fitted
+    from tests.networks import write_onnx_bundle
 
-    folder = tmp_path_factory.mktemp("bundle")
-    counts = {"red": 10, "green": 10, "blue": 10}
-    info = BundleInfo(class_names=list(counts), image_size=32, class_counts=counts)
-    bundles.save(fitted("small_cnn", 32, *coloured_noise(48, 32)), info, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "_SECONDS_A_ROUND", 0.0)
-        export(ExportConfig(bundle=str(folder), calibration=f"{digits}/*/*.png", formats="onnx"))
-    return str(folder)
+    return write_onnx_bundle(tmp_path_factory.mktemp("bundle"), "small_cnn", 32, f"{digits}/*/*.png")

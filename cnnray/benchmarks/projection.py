@@ -14,8 +14,6 @@ NETWORK = 1.25e9
 """Bytes a second of each node in each direction: 10 Gbit/s."""
 ROUND_TRIP = 2e-4
 """Seconds of one message between two nodes of one data centre, and of its start."""
-ACTORS = 10_000
-"""Actors that Ray has shown on one cluster (its release test `many_actors`, 551 started a second)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,19 +45,18 @@ def train(photos: Photos, found: Resources, *, steps: int = 16, rounds: int = 3)
     threads = bare_loops(found).processes
     config = config_of(2, cpus_per_worker=None if len(found.nodes) == 1 else threads / 2)
     shares = budget_of(config, found)
-    fit, two, memory, files = [], [], [], []
+    fit, memory, files = [], [], []
     for _ in range(rounds):
         fit.append(_model_fit(threads, steps))
         measured = on_workers(
             config, photos.folder, steps, cpus=shares.cpus_per_worker, decode_cpus=shares.decode_cpus,
             manifest=manifest.slice(0, steps * BATCH),
         )  # fmt: skip
-        two.append(measured["memory"])
         memory.append(measured["memory"])
         files.append(measured["files"])
-        log.info("fit %.1f, two workers %.1f, from files %.1f images/s", fit[-1], two[-1], files[-1])
+        log.info("fit %.1f, two workers %.1f, from files %.1f images/s", fit[-1], memory[-1], files[-1])
     return [
-        Comparison("vgg_bn 64x64, two workers", two, "one process, Model.fit", fit, 0.95),
+        Comparison("vgg_bn 64x64, two workers", memory, "one process, Model.fit", fit, 0.95),
         Comparison("the same, fed from files", files, "from memory", memory, 0.90),
     ]
 

@@ -196,20 +196,9 @@ def _found(lines):
 @pytest.fixture(scope="session")
 def slow_bundle(tmp_path_factory, all_digits):
     """A bundle of `vgg_bn` at 64x64 with ONNX, of which 2 cores run some hundred images/s."""
-    from cnnray.models import bundle as bundles
-    from cnnray.models import verification
-    from cnnray.models.bundle import BundleInfo
-    from cnnray.models.export import ExportConfig, export
-    from tests.networks import coloured_noise, fitted
+    from tests.networks import write_onnx_bundle
 
-    folder = tmp_path_factory.mktemp("bundle")
-    counts = {"red": 10, "green": 10, "blue": 10}
-    info = BundleInfo(class_names=list(counts), image_size=64, class_counts=counts)
-    bundles.save(fitted("vgg_bn", 64, *coloured_noise(48, 64)), info, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "_SECONDS_A_ROUND", 0.0)
-        export(ExportConfig(bundle=str(folder), calibration=f"{all_digits}/*/00*.png", formats="onnx"))
-    return str(folder)
+    return write_onnx_bundle(tmp_path_factory.mktemp("bundle"), "vgg_bn", 64, f"{all_digits}/*/00*.png")
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def test_submitted_jobs_succeed_and_fail_as_they_should(head, digits, tmp_path):
     assert status == "SUCCEEDED", log
     assert _is_readable(log)["bundle"] == str(output / "bundle")
     assert (output / "bundle" / "model.keras").exists()
-    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208 - names are what is meant
 
     for wrong, sentence in (
         (["--data", "/nowhere", "--output", output / "2"], "/nowhere does not exist"),
@@ -314,7 +314,7 @@ def test_every_job_from_a_fresh_clone(head, clone, digits, tmp_path, capsys):
         assert _is_readable(log)
         for file in files:
             assert (tmp_path / "out" / file).stat().st_size, file
-    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208 - names are what is meant
     # The service outlives its job, and another job changes what it serves.
     address = f"http://127.0.0.1:{places['port']}"
     assert ask(f"{address}/predict", awkward_images()["rgb.png"])[0] == 200

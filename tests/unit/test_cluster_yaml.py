@@ -124,7 +124,7 @@ class _Shells:
         self.check_call(command)
         return b""
 
-    def Popen(self, command, **_):  # noqa: N802
+    def Popen(self, command, **_):  # noqa: N802 - subprocess's name
         self.check_call(command)
         return SimpleNamespace(communicate=lambda *_: (b"", b""), wait=lambda *_: 0, returncode=0, poll=lambda: 0)
 

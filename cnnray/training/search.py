@@ -23,7 +23,8 @@ from cnnray.training import data, recipe
 from cnnray.training.assignment import CONFIG, HISTORY
 from cnnray.training.budget import budget_of, bundles, check_cpus
 from cnnray.training.config import TrainConfig
-from cnnray.training.tracking import RECORD, SearchTracker
+from cnnray.training.search_tracking import SearchTracker
+from cnnray.training.tracking import RECORD
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import yaml
-
 from cnnray.images import storage
 from cnnray.models import mlflow_flavor
 from cnnray.models.bundle import Bundle
-from cnnray.training.assignment import CONFIG, HISTORY
+from cnnray.training.assignment import HISTORY
 from cnnray.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -94,7 +92,7 @@ class Tracker:
                 self._connect()
                 experiment = self._client.get_experiment_by_name(self._config.mlflow_experiment)
             except Exception as error:  # MLflow's, those of its HTTP and database libraries, of missing packages
-                raise TrackingError(f"No MLflow server at {self._config.mlflow}: {_reason(error)}") from None
+                raise TrackingError(f"No MLflow server at {self._config.mlflow}: {reason(error)}") from None
         if experiment and experiment.lifecycle_stage != "active":
             raise TrackingError(
                 f"The experiment {experiment.name} was deleted at {self._config.mlflow}: restore it, or give another "
@@ -143,7 +141,7 @@ class Tracker:
             missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._told]
             log.warning(
                 "MLflow at %s lacks %sthe end of the run (%s). The same command again tells it.",
-                self._config.mlflow, f"epochs {missing[0]} to {missing[-1]} and " if missing else "", _reason(error),
+                self._config.mlflow, f"epochs {missing[0]} to {missing[-1]} and " if missing else "", reason(error),
             )  # fmt: skip
 
     def _insist(self, tell_end: Callable[[], None]) -> None:
@@ -170,7 +168,7 @@ class Tracker:
             if self._failures == 2:  # once is a connection that was closed meanwhile
                 log.warning(
                     "MLflow at %s cannot be told (%s); training goes on, and it is tried again.",
-                    self._config.mlflow, _reason(error),
+                    self._config.mlflow, reason(error),
                 )  # fmt: skip
             self._forget()
         else:
@@ -312,65 +310,6 @@ class Tracker:
         ]
 
 
-class SearchTracker(Tracker):
-    """Tells a server of a search: one run, with a run inside for each trial. No bundle is registered."""
-
-    def __init__(self, config: TrainConfig, trials: str) -> None:
-        """
-        Args:
-            config: with `mlflow`.
-            trials: the folder of the trials' outputs, which need not be there.
-
-        Raises:
-            TrackingError: MLflow is not installed.
-        """
-        super().__init__(config)
-        self._folder = trials
-        self._trials: dict[str, Tracker] = {}
-
-    def tell(self) -> None:
-        """Tell the server of each trial's epochs that it does not know."""
-        self._begin()
-        for folder in storage.folders(self._folder) if storage.exists(self._folder) else []:
-            config = storage.join(folder, CONFIG)
-            if storage.name(folder) not in self._trials and storage.is_file(config):
-                trial = TrainConfig(**yaml.safe_load(storage.read_bytes(config)))
-                trial = trial.with_changes(
-                    mlflow=self._config.mlflow, mlflow_experiment=self._config.mlflow_experiment
-                )
-                self._trials[storage.name(folder)] = Tracker(trial, parent=self._run_id)
-        for tracker in self._trials.values():
-            tracker.tell()
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._trials = {}
-
-    def finish_search(self, states: dict[str, str], best: dict[str, float]) -> None:
-        """Tell the server all that it lacks of a search that has come to its end; warn where that fails.
-
-        Args:
-            states: by trial, FINISHED, FAILED or KILLED.
-            best: metrics of the best trial.
-        """
-
-        def tell_end() -> None:
-            for name, tracker in self._trials.items():
-                tracker.end(states.get(name, "KILLED"))
-            self._log_best(0, best)
-            self.end("FINISHED")
-
-        try:
-            self._insist(tell_end)
-        except Exception as error:
-            log.warning(
-                "MLflow at %s lacks the end of the search (%s). The same command again tells it.",
-                self._config.mlflow, _reason(error),
-            )  # fmt: skip
-        else:
-            log.info("MLflow at %s: run %s with %d trials", self._config.mlflow, self._run_id, len(self._trials))
-
-
 def tracker_of(config: TrainConfig) -> Tracker | None:
     """A tracker, where one is asked for.
 
@@ -411,7 +350,7 @@ def _variables(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What is wrong, in a line: of a connection that fails, what the system says of it."""
     found: BaseException | None = error
     while found is not None:

@@ -296,6 +296,7 @@ JOBS = {
         ["predictions/part-000000.parquet", "predictions/summary.json"],
     ),
     "demo": ("--folder {out}/demo", ["demo/run/bundle/model.keras"]),
+    "benchmark": ("ingest --images 400 --folder {out}/benchmark", ["benchmark/photos/class0/000000.jpg"]),
     "serve": ("--bundle {out}/train/bundle --port {port}", []),
 }
 """Flags of each job, and what it leaves."""

@@ -22,7 +22,8 @@ from cnnray.models.predictor import Predictor
 from cnnray.training import tracking
 from cnnray.training.config import TrainConfig
 from cnnray.training.driver import train
-from cnnray.training.tracking import SearchTracker, Tracker, TrackingError
+from cnnray.training.search_tracking import SearchTracker
+from cnnray.training.tracking import Tracker, TrackingError
 from tests.awkward import awkward_images
 
 pytest.importorskip("mlflow")

@@ -22,7 +22,7 @@ from cnnray.benchmarks.serve import photo_of_68_kb, service
 from cnnray.cluster import Resources
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
-from cnnray.models import engines
+from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
@@ -145,6 +145,7 @@ def costs(photos: Photos, trained: Rates, predicted: Rates) -> Costs:
     _, collected = _timed(lambda: _collect(parts, rows))
     _, reconciled = _timed(lambda: _reconcile(parts, rows))
     _, tasks = _timed(lambda: _tasks(manifest))
+    startup.load_tensorflow(gpus=False)
     return Costs(
         listing=walked / len(stored),
         manifest=of_manifest / _ROWS,

@@ -3,7 +3,7 @@ those parts of a job of which there is only one, however many workers there are.
 
 import functools
 import logging
-import resource
+import re
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -134,12 +134,12 @@ def costs(photos: Photos, trained: Rates, predicted: Rates) -> Costs:
         predicted: what `prediction` gave.
     """
     folder = photos.folder / "costs"
-    with get_context("spawn").Pool(1) as alone:  # whose memory nothing else has used
-        of_manifest, at_most = alone.apply(_manifest_costs, (str(folder),))
-    manifest = manifests.read(str(folder / _MANIFEST))
-    _, ordered = _timed(lambda: epoch.order(0, 0, _ROWS))
     made = write(photos.folder / "photos", 1000)
-    stored, walked = _timed(lambda: storage.files(str(made)))
+    with get_context("spawn").Pool(1) as alone:  # where no other thread works, and nothing else has used memory
+        of_manifest, at_most = alone.apply(_manifest_costs, (str(folder),))
+        walked, ordered = alone.apply(_listing_and_order_costs, (str(made),))
+    manifest = manifests.read(str(folder / _MANIFEST))
+    stored = storage.files(str(made))
     rows = _rows(manifest)
     parts = Parts(str(folder / "parts"), "parquet", [(i, i + 4096) for i in range(0, len(rows), 4096)])
     _, collected = _timed(lambda: _collect(parts, rows))
@@ -176,8 +176,17 @@ def _manifest_costs(folder: str) -> tuple[float, float]:
 
 
 def _most_memory() -> int:
-    """That this process has had at a time, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """That this process has had at a time, in bytes. (`getrusage` begins with what its parent had.)"""
+    [found] = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found) * 1024
+
+
+def _listing_and_order_costs(folder: str) -> tuple[float, float]:
+    """Seconds to list a folder, and to order an epoch of `_ROWS` images."""
+    storage.files(folder)  # loads what is needed
+    _, walked = _timed(lambda: storage.files(folder))
+    _, ordered = _timed(lambda: epoch.order(0, 0, _ROWS))
+    return walked, ordered
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

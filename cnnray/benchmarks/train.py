@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SIZE, BATCH, CLASSES = 64, 64, 10
 
 
-def train(photos: Photos, found: Resources, *, steps: int = 16, rounds: int = 3) -> list[Comparison]:
+def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3) -> list[Comparison]:
     """Measure `vgg_bn` at 64x64 with a global batch of 64.
 
     Args:

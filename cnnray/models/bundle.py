@@ -154,7 +154,8 @@ def read_info(uri: str) -> BundleInfo:
     try:
         found = json.loads(storage.read_bytes(storage.join(uri, _INFO)))
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{uri} is not a bundle: it holds no {_INFO}.") from None
+        why = f"it holds no {_INFO}" if storage.exists(uri) else "it does not exist"
+        raise BundleError(f"{uri} is not a bundle: {why}.") from None
     except ValueError as error:
         raise BundleError(f"{uri}: {_INFO} is not JSON ({error}).") from None
     if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):

@@ -158,7 +158,7 @@ class TrainConfig:
     """Look first for images in two splits or under two labels, unreadable ones, odd sizes and small classes, and warn
     of them; where there are at most 50,000 (jobs/evaluate.py --check-data looks at more)."""
     max_bad_fraction: float = 0.01
-    """Share of images that may be unreadable before the run fails; they are skipped and listed."""
+    """Share of all images that may be unreadable before the run fails; they are skipped and listed."""
     max_failures: int = 3
     """Lost workers that a run survives, each from the last checkpoint."""
     mlflow: str | None = None

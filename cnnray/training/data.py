@@ -52,14 +52,23 @@ def describe(manifest: pa.Table) -> None:
     log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
 
 
-def warn_of_faults(config: TrainConfig, manifest: pa.Table, shares: Budget) -> None:
-    """Look at all images, where they are not too many, and log what is wrong with them."""
+def check_images(config: TrainConfig, manifest: pa.Table, shares: Budget) -> None:
+    """Look at all images, where they are not too many, and log what is wrong with them.
+
+    Raises:
+        ManifestError: too many cannot be read.
+    """
     from cnnray.images import stream
 
     if config.data_checks:
         stream.be_quiet()
         if checked := stream.checked_in_passing(manifest, shares.decode_cpus):
             checked.warn()
+            if checked.unreadable > config.max_bad_fraction * checked.images:
+                raise ManifestError(
+                    f"{checked.unreadable} of {checked.images} images cannot be read: more than --max-bad-fraction "
+                    f"{config.max_bad_fraction} allows."
+                )
 
 
 def is_cached(config: TrainConfig, manifest: pa.Table, shares: Budget) -> bool:

@@ -95,13 +95,13 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             cached = data.is_cached(config, manifest, shares)
             # Nothing is written, or taken away, before all is known to be right.
             if earlier is None:
+                data.check_images(config, manifest, shares)
                 _delete_run(config.output)
                 # First of all: an output that has other files and no config is taken for somebody else's.
                 _write_config(config)
                 manifests.write(manifest, storage.join(config.output, MANIFEST))
                 if weights is not None:
                     storage.write_bytes(storage.join(config.output, IMAGENET), weights)
-                data.warn_of_faults(config, manifest, shares)
             else:
                 log.info("going on with the run in %s", config.output)
                 _drop_torn_checkpoints(config.output)

@@ -210,7 +210,6 @@ class _Worker:
         phase = self.plan[progress.phase]
         before = self._zeros_before()
         per_epoch = len(self.bounds) - 1
-        allowed_bad = self.config.max_bad_fraction * self.images
         clock = time.monotonic()
         for batch in self.train_source.batches(rows, sizes):
             callbacks.on_train_batch_begin(progress.step)
@@ -235,8 +234,7 @@ class _Worker:
             self.compiled = True
             logs = progress.sums.metrics() | {"images_per_second": progress.images / max(progress.seconds, 1e-9)}
             callbacks.on_train_batch_end(progress.step - 1, logs)
-            if progress.sums.bad > allowed_bad:
-                raise self._too_many_bad(progress.sums.bad, self.images, "training")
+            self._check_bad(progress.sums.bad)
             if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
                 self._checkpoint(None, sys.float_info.max)
                 clock = time.monotonic()
@@ -253,6 +251,7 @@ class _Worker:
         self.steps.update_inference()
         trained = progress.sums
         validation = self._validate()
+        self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
                 raise _GivenUp(
@@ -284,10 +283,7 @@ class _Worker:
             good = self._good(batch)
             sums += self.steps.evaluate(batch["image"][good], batch["target"][good], size)
             sums += Sums(bad=len(good) - int(good.sum()))
-        sums = Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
-        if sums.bad > self.config.max_bad_fraction * self.validation_images:
-            raise self._too_many_bad(sums.bad, self.validation_images, "validation")
-        return sums
+        return Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
 
     # -- bad images and checkpoints --------------------------------------------------------------------
 
@@ -299,11 +295,14 @@ class _Worker:
             self.bad_images[row["id"]] = row
         return good
 
-    def _too_many_bad(self, bad: float, images: int, what: str) -> _GivenUp:
+    def _check_bad(self, bad: float) -> None:
+        images = self.images + self.validation_images
+        if bad <= self.config.max_bad_fraction * images:
+            return
         example = next(iter(self.bad_images.values()), None)
         shown = f", {example['uri']} for one ({example['error']})" if example else ""
-        return _GivenUp(
-            f"{bad:.0f} of {images} {what} images could not be read{shown}: more than "
+        raise _GivenUp(
+            f"{bad:.0f} of {images} images could not be read{shown}: more than "
             f"--max-bad-fraction {self.config.max_bad_fraction} allows."
         )
 

@@ -71,6 +71,13 @@ class Prometheus:
         self._process.wait(30)
 
 
+def _command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 @pytest.fixture(scope="module")
 def head():
     """A Ray head as the README starts one for a service; gives its folder, and the variables of its jobs."""
@@ -96,6 +103,8 @@ def head():
     assert process.poll() is None, (folder / "out").read_text()
     yield folder / "ray", {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    # HAProxy, once it was given another configuration, is no child of Ray's any more.
+    family += [one for one in psutil.process_iter() if one not in family and str(folder) in _command_of(one)]
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=10)
     kill(alive)

@@ -12,7 +12,10 @@ MISTAKES = {
     "mistyped flag": (["--bundle", "{bundle}", "--calibration", "{digits}", "--format", "onnx"], "--format"),
     "unknown format": (["--bundle", "{bundle}", "--calibration", "{digits}", "--formats", "onx"], "expected some of"),
     "no bundle": (["--bundle", "{empty}", "--calibration", "{digits}"], "is not a bundle"),
-    "missing bundle": (["--bundle", "/nowhere", "--calibration", "{digits}"], "/nowhere is not a bundle"),
+    "missing bundle": (
+        ["--bundle", "/nowhere", "--calibration", "{digits}"],
+        "/nowhere is not a bundle: it does not",
+    ),
     "no images": (["--bundle", "{bundle}", "--calibration", "{empty}"], "holds no images"),
     "other classes": (["--bundle", "{bundle}", "--calibration", "{digits}"], "has the label '2', which is no class"),
 }

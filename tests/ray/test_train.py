@@ -252,10 +252,10 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
         name: bad_images()[name][1] for name in names
     }
     with pytest.raises(TrainingError, match=r"images could not be read, .*--max-bad-fraction 0.001"):
-        train(_simple(data, tmp_path / "strict", workers=2, max_bad_fraction=0.001, data_checks=False))
+        train(_simple(data, tmp_path / "strict", workers=2, max_bad_fraction=0.001))
     assert not (tmp_path / "strict" / "bundle").exists()
     with pytest.raises(ManifestError, match=r"3 of 203 images cannot be read: .* --max-bad-fraction 0.001"):
-        train(_simple(data, tmp_path / "looked at first", max_bad_fraction=0.001))
+        train(_simple(data, tmp_path / "looked at first", max_bad_fraction=0.001, data_checks=True))
     assert not (tmp_path / "looked at first" / "config.yaml").exists()
 
 

@@ -1,1 +1,3 @@
-"""Distributed image classification on Ray: Keras 3 training, batch prediction and serving."""
+"""Distributed image classification on Ray: from images to a trained bundle, its answers and a service."""
+
+__version__ = "0.2.0"

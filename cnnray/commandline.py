@@ -1,5 +1,6 @@
 """What every job does around its one call: flags and YAML to a config, logs to stderr, one JSON line to stdout."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-Config = TypeVar("Config")
+from cnnray import configs, flags
+
+Config = TypeVar("Config", bound=configs.Config)
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
@@ -40,38 +43,59 @@ class _Parser(ArgumentParser):
         sys.exit(EXIT_USAGE)
 
 
-_load = get_loader("yaml")
-
-
-def _read_yaml(text: str) -> Any:
-    """YAML in which 1:4 is text, as in YAML 1.2, and not 64 (base 60)."""
-    return _load(re.sub(r"(?m)^(\s*[\w-]+:[ \t]+)(\d+:\d+)(?=[ \t]*(#.*)?$)", r'\1"\2"', text))
-
-
 def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None = None) -> Config:
     """A config from flags on top of `--config FILE`.
 
     Args:
-        config_class: a dataclass; its fields are the flags, their docstrings the help.
+        config_class: a dataclass; its fields are the flags, their docstrings the help. The groups that it inherits
+            (see `cnnray.configs`) are the sections of the help; names of earlier versions are read, too.
         prog: the job's name in messages.
         arguments: the command line; None for this process's.
 
     Raises:
         SystemExit: with code 2 and one sentence on stderr for a mistake, 0 for `--help` and `--print-config`.
     """
+
+    def loader(text: str) -> Any:
+        # YAML 1.1 reads MIN:MAX of an earlier version's --workers, such as 1:4, as 64 (base 60).
+        values = configs.read_yaml(re.sub(r"(?m)^(\s*workers:[ \t]+)(\d+:\d+)(?=[ \t]*(#.*)?$)", r'\1"\2"', text))
+        return configs.without_header(config_class, values, "--config") if isinstance(values, dict) else values
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("yaml", _read_yaml, exceptions=(yaml.YAMLError,))
+    set_loader("yaml", loader, exceptions=(yaml.YAMLError, ValueError))
     parser = _Parser(
         prog=prog, description=(config_class.__doc__ or "").strip(), print_config="--print-config", allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags go on top.")
-    parser.add_class_arguments(config_class, as_group=False)
-    values = parser.parse_args(arguments)
-    values.pop("config")
+    for group, inherited in configs.groups(config_class):
+        parser.add_class_arguments(group, as_group=group is not config_class, skip=inherited)
     try:
+        values = parser.parse_args(_with_new_names(config_class, sys.argv[1:] if arguments is None else arguments))
+        values.pop("config")
         return config_class(**vars(parser.instantiate(values)))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
+    """A command line with the names that flags have today.
+
+    Raises:
+        ValueError: the value of a flag that was renamed cannot be read.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)}
+    renamed = {flags.spelt(name): name for name in getattr(config_class, "RENAMED", {}) if name not in known}
+    found: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag not in renamed:
+            found.append(argument)
+            continue
+        given = {renamed[flag]: value if equals else next(rest, "")}
+        for name, new in configs.upgraded(config_class, given).items():
+            found += [flags.spelt(name), "null" if new is None else str(new)]
+    return found
 
 
 def run(job: Callable[[], dict[str, Any]]) -> NoReturn:

@@ -1,7 +1,7 @@
 """Checks that the configs of several jobs share: each names the flag in one sentence."""
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,45 +16,48 @@ def spelt(field: str) -> str:
 def check_at_least_one(config: Any, *fields: str) -> None:
     """
     Raises:
-        ValueError: one of them is neither None nor at least 1.
+        ValueError: a field is neither None nor at least 1.
     """
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"{spelt(field)} must be at least 1, not {value}.")
+    _check(config, fields, lambda value: value >= 1, "at least 1")
 
 
 def check_more_than_zero(config: Any, *fields: str) -> None:
     """
     Raises:
-        ValueError: one of them is neither None nor more than 0.
+        ValueError: a field is neither None nor more than 0.
     """
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and not value > 0:
-            raise ValueError(f"{spelt(field)} must be more than 0, not {value}.")
+    _check(config, fields, lambda value: value > 0, "more than 0")
 
 
 def check_not_negative(config: Any, *fields: str) -> None:
     """
     Raises:
-        ValueError: one of them is neither None nor at least 0.
+        ValueError: a field is neither None nor at least 0.
     """
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and not value >= 0:
-            raise ValueError(f"{spelt(field)} must not be negative, but is {value}.")
+    _check(config, fields, lambda value: value >= 0, "at least 0")
 
 
 def check_share(config: Any, *fields: str) -> None:
     """
     Raises:
-        ValueError: one of them is neither None nor 0 to 1.
+        ValueError: a field is neither None nor 0 to 1.
     """
+    _check(config, fields, lambda value: 0 <= value <= 1, "0 to 1")
+
+
+def check_below_one(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: a field is neither None nor at least 0 and less than 1.
+    """
+    _check(config, fields, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def _check(config: Any, fields: Iterable[str], valid: Callable[[Any], bool], expected: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{spelt(field)} must be 0 to 1, not {value}.")
+        if value is not None and not valid(value):
+            raise ValueError(f"{spelt(field)} must be {expected}, not {value}.")
 
 
 def check_choices(config: Any, **choices: Any) -> None:
@@ -99,12 +102,3 @@ def make_absolute(config: Any, *fields: str) -> None:
         value = getattr(config, field)
         if value is not None:
             object.__setattr__(config, field, absolute(field, value))
-
-
-def differences(config: Any, earlier: dict[str, Any], free: set[str]) -> list[str]:
-    """The flags, but for `free` fields, that have other values than in `earlier` (`dataclasses.asdict`)."""
-    return [
-        f"{spelt(field)} {earlier.get(field)} (now {value})"
-        for field, value in asdict(config).items()
-        if field not in free and earlier.get(field) != value
-    ]

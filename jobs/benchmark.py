@@ -42,8 +42,8 @@ def main() -> None:
         parser.error(str(error))
 
     def job() -> dict[str, object]:
-        from cnnray.benchmarks import report
-        from cnnray.benchmarks.run import run
+        from benchmarks import report
+        from benchmarks.run import run
 
         with contextlib.ExitStack() as stack:
             folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -54,7 +54,7 @@ def main() -> None:
         parser.error(str(error))
 
     def job() -> dict[str, object]:
-        from cnnray.training.driver import train
+        from cnnray.training.job import train
 
         write_digits(folder / "digits")
         config = TrainConfig(

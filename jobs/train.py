@@ -12,7 +12,7 @@ def main() -> None:
             from cnnray.training.preview import preview
 
             return preview(config)
-        from cnnray.training.driver import train
+        from cnnray.training.job import train
 
         return train(config)
 

@@ -1,7 +1,7 @@
 """What an evaluation is told: every field is a flag of jobs/evaluate.py and a key of its YAML."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from cnnray import flags
 from cnnray.images import storage
@@ -104,7 +104,3 @@ class EvaluateConfig:
             retry_errors=self.retry_errors,
             overwrite=self.overwrite,
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The config as plain values, for YAML and JSON."""
-        return asdict(self)

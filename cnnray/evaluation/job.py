@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-import yaml
 
-from cnnray import cluster, paths
+from cnnray import cluster, configs, paths
 from cnnray.cluster import Resources
 from cnnray.evaluation import comparison, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
@@ -191,7 +190,8 @@ def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
     uri = storage.join(config.output, MANIFEST)
     parts = (METRICS, REPORT, ROWS, PLOTS, PREDICTIONS, MANIFEST)
     try:
-        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.output, CONFIG)))
+        config_uri = storage.join(config.output, CONFIG)
+        earlier = configs.load(EvaluateConfig, storage.read_bytes(config_uri), config_uri)
     except FileNotFoundError:
         if foreign := [part for part in parts if storage.exists(storage.join(config.output, part))]:
             raise EvaluationError(
@@ -218,8 +218,8 @@ def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
 
 def _write_config(config: EvaluateConfig) -> None:
     assert config.output is not None
-    text = yaml.safe_dump(config.as_dict() | {"overwrite": False, "retry_errors": False}, sort_keys=False)
-    storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
+    text = configs.dump(config, overwrite=False, retry_errors=False)
+    storage.write_bytes(storage.join(config.output, CONFIG), text)
 
 
 # -- the answers ----------------------------------------------------------------------------------------------

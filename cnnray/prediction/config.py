@@ -1,22 +1,18 @@
 """What a prediction run is told: every field is a flag of jobs/predict.py and a key of its YAML."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from cnnray import flags
+from cnnray import configs, flags
+from cnnray.configs import rules
 from cnnray.images import storage
 from cnnray.models import engines
 
 Format = Literal["parquet", "csv", "jsonl"]
 Decoding = Literal["auto", "workers", "tasks"]
 
-# Another value of these gives another way of running the same prediction, not other rows.
-_FREE_ON_RESUME = {
-    "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding", "batch_size",
-    "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine", "wait_minutes",
-}  # fmt: skip
 
-
+@configs.group(resumable=True)
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
     """What is asked of a network, and on how many workers."""
@@ -25,11 +21,11 @@ class PredictOptions:
     """What runs the network: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
     openvino-int8 (the bundle must have been exported to it); auto: on a GPU keras, else the fastest that export has
     proven."""
-    top_k: int = 5
+    top_k: int = field(default=5, metadata=rules(resumable=False))
     """Labels and scores of each row, highest first."""
-    probabilities: bool = False
+    probabilities: bool = field(default=False, metadata=rules(resumable=False))
     """Whether each row has the probabilities of all classes."""
-    embeddings: bool = False
+    embeddings: bool = field(default=False, metadata=rules(resumable=False))
     """Whether each row has what the last layer decides on; for the engine keras."""
     batch_size: int = engines.BATCH_SIZE
     """Images that the network is given at once, at most."""
@@ -65,16 +61,17 @@ class PredictOptions:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
 
 
+@configs.group(resumable=False)
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(PredictOptions):
     """Classify images with a bundle: one row out for each image in, a prediction or the reason why there is none."""
 
-    bundle: str
+    bundle: str = field(metadata=rules(resumable=True))
     """Folder or s3:// prefix of the bundle."""
     input: str
     """Images: a folder or s3:// prefix, a glob, a CSV, JSONL or Parquet table with the column uri, Parquet files or
     WebDataset tar shards that hold the images."""
-    output: str
+    output: str = field(metadata=rules(resumable=True))
     """Folder or s3:// prefix for the rows and the summary. A run that was interrupted goes on when it is given the
     same output."""
     format: Format = "parquet"
@@ -87,17 +84,17 @@ class PredictConfig(PredictOptions):
     """Split the images over as many runs, perhaps on other clusters; each writes OUTPUT/shard-I-of-N."""
     shard: int = 0
     """Which of them this run is, from 0."""
-    threshold: float = 0.5
+    threshold: float = field(default=0.5, metadata=rules(resumable=True))
     """The summary tells the share of answers whose confidence is below it."""
-    max_error_fraction: float = 0.5
+    max_error_fraction: float = field(default=0.5, metadata=rules(resumable=True))
     """Stop where a larger share of the images has no prediction, looked at from the first thousand on."""
-    retry_errors: bool = False
+    retry_errors: bool = field(default=False, metadata=rules(resumable=True))
     """Run again those parts of the output in which images could not be read (missing, access denied, throttled,
     unreadable)."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=rules(resumable=True))
     """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on in
     any case."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=rules(resumable=True))
     """Say what would be read and how long that would take, and stop."""
 
     def __post_init__(self) -> None:
@@ -120,11 +117,3 @@ class PredictConfig(PredictOptions):
         if self.shards == 1:
             return self.output
         return storage.join(self.output, f"shard-{self.shard}-of-{self.shards}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The config as plain values, for YAML and JSON."""
-        return asdict(self)
-
-    def differs_from(self, earlier: dict[str, Any]) -> list[str]:
-        """The flags in which this config asks for other rows than `earlier` (an `as_dict`) did."""
-        return flags.differences(self, earlier, _FREE_ON_RESUME)

@@ -20,11 +20,11 @@ from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
 from cnnray.prediction import pipeline, resume, summary
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.meter import Meter
 from cnnray.prediction.parts import Parts
 from cnnray.prediction.pool import check_room
 from cnnray.prediction.resume import PredictionError
 from cnnray.progress import Progress, duration
+from cnnray.tracking.prometheus import PredictionMetrics
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _run(
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
     progress = Progress(len(manifest), len(manifest) - rows)
-    errors, meter = _Errors(config, rows), Meter(config.folder)
+    errors, meter = _Errors(config, rows), PredictionMetrics(config.folder)
     per_task = pipeline.rows_per_task(rows, pool)
     uris = manifest["uri"].to_pylist()
     tasks = [

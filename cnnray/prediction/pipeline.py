@@ -28,8 +28,8 @@ from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor, ranked
 from cnnray.prediction import ledger
 from cnnray.prediction.config import PredictConfig, PredictOptions
-from cnnray.prediction.meter import Meter
 from cnnray.prediction.pool import Pool, pool_of
+from cnnray.tracking.prometheus import PredictionMetrics
 
 COLUMNS = (
     "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model", "probabilities",
@@ -252,7 +252,7 @@ class Worker:
         if engines.digest(planned.bundle, planned.engine) != planned.digest:
             raise BundleError(f"{planned.bundle.uri} was changed while the run was going on: run it again.")
         self._names = pa.array(self._info.class_names, pa.string())
-        self._meter = Meter(planned.output)
+        self._meter = PredictionMetrics(planned.output)
         ledger.end(book, loading)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from cnnray import configs
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.models import engines
@@ -44,7 +44,7 @@ def parts_of(config: PredictConfig, manifest: pa.Table) -> Parts:
 def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
     """The config of the run that the output holds, if it is this one."""
     try:
-        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.folder, CONFIG)))
+        text = storage.read_bytes(storage.join(config.folder, CONFIG))
     except FileNotFoundError:
         foreign = [name for name in (MANIFEST, SUMMARY) if storage.is_file(storage.join(config.folder, name))]
         if foreign := [*foreign, *map(storage.name, output.files_of(config.folder)[:1])]:
@@ -52,9 +52,10 @@ def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
                 f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
             ) from None
         return None
+    earlier = configs.load(PredictConfig, text, storage.join(config.folder, CONFIG))
     if "engine" not in earlier:
         raise PredictionError(f"{config.folder} holds a {CONFIG} of another job; give another --output.")
-    differences = config.differs_from(earlier)
+    differences = configs.differences(config, earlier)
     if config.engine not in ("auto", earlier["engine"]):
         differences.append(f"--engine {earlier['engine']} (now {config.engine})")
     stated = _stated(config.folder)
@@ -150,7 +151,7 @@ def begin(config: PredictConfig, manifest: pa.Table, planned: pipeline.Plan) -> 
     for uri in output.files_of(config.folder):
         storage.delete_file(uri)
     # First of all: an output that has other files and no config is taken for somebody else's.
-    text = yaml.safe_dump(config.as_dict() | {"engine": planned.engine, "overwrite": False}, sort_keys=False)
-    storage.write_bytes(storage.join(config.folder, CONFIG), text.encode())
+    text = configs.dump(config, engine=planned.engine, overwrite=False)
+    storage.write_bytes(storage.join(config.folder, CONFIG), text)
     stated = manifest.schema.metadata | {_MODEL: planned.bundle.version, _FILE: planned.digest}
     manifests.write(manifest.replace_schema_metadata(stated), storage.join(config.folder, MANIFEST))

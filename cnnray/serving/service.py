@@ -14,9 +14,9 @@ from fastapi import Request
 from cnnray.images.decode import BadImage, decode
 from cnnray.models.engines import Images, Probabilities
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.meter import Meter
 from cnnray.serving.models import Loader, Models, NoSuchModelError, Served
 from cnnray.serving.settings import Settings
+from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Service:
         self.settings: Settings | None = None
         self.models: Models | None = None
         self.problem: str | None = None
-        self.meter = Meter()
+        self.meter = ServingMetrics()
         self._decoding = ThreadPoolExecutor(threads, "decode")
         engine = ThreadPoolExecutor(1, "engine")
         self._load = Loader(engine, threads=threads, gpus=gpus, observe=self.meter.batch)

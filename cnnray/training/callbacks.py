@@ -1,4 +1,4 @@
-"""Keras callbacks of a run, and the glue that lets them go on where they were."""
+"""The Keras callbacks of a run, and their state in checkpoints."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ _REFRESH_SECONDS = 5.0
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Progress(keras.callbacks.Callback):
+class ProgressLogger(keras.callbacks.Callback):
     """One log line every few seconds: epoch, step, loss, accuracy, images/s, time left."""
 
     def __init__(self, epochs: int, steps: int, images: int) -> None:
@@ -87,7 +87,7 @@ def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:
     return callbacks
 
 
-def state_of(callbacks: list[keras.callbacks.Callback]) -> list[dict[str, Any]]:
+def get_state(callbacks: list[keras.callbacks.Callback]) -> list[dict[str, Any]]:
     """The plain attributes (counters, best values) of each callback, for JSON."""
     return [
         {name: value for name, value in vars(callback).items() if isinstance(value, _PLAIN)} for callback in callbacks
@@ -95,7 +95,7 @@ def state_of(callbacks: list[keras.callbacks.Callback]) -> list[dict[str, Any]]:
 
 
 def restore(callbacks: list[keras.callbacks.Callback], states: list[dict[str, Any]]) -> None:
-    """Set what `state_of` gave; to be called after `on_train_begin`, which resets the callbacks."""
+    """Set what `get_state` gave; to be called after `on_train_begin`, which resets the callbacks."""
     for callback, state in zip(callbacks, states, strict=True):
         vars(callback).update(state)
 

@@ -1,8 +1,8 @@
-"""What a run needs to go on from where it was, in a folder that `ray.train.report` keeps.
+"""Checkpoints: what a run needs to go on, in a folder that `ray.train.report` keeps.
 
     bundle/               a bundle with the weights of this moment
     state.npz             the optimizer's variables, and the weights where the bundle has their mean
-    progress.json         `Progress`
+    progress.json         `TrainingState`
     bad_images-R.jsonl    images that worker R could not read, where there were any
 
 Random seeds and the order of the images need no state: they are functions of (seed, epoch, step, worker).
@@ -18,7 +18,7 @@ import numpy as np
 
 from cnnray.models import bundle
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.sums import Sums
+from cnnray.training.epoch import Sums
 
 if TYPE_CHECKING:
     from cnnray.training.step import Steps
@@ -32,17 +32,17 @@ BadImages = dict[int, dict[str, Any]]
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingState:
     """How far a run is. Everything is the same on all workers, but for `seen`, which rank 0 restores."""
 
     phase: int = 0
-    """The phase that goes on."""
+    """Index of the current phase."""
     phase_epoch: int = 0
-    """Its epoch that goes on."""
+    """Index of the current epoch in its phase."""
     epoch: int = 0
-    """The epoch that goes on, over all phases; equal to the number of finished ones."""
+    """Index of the current epoch over all phases; equal to the number of finished ones."""
     step: int = 0
-    """Its next step."""
+    """The next step of the epoch."""
     sums: Sums = field(default_factory=Sums)
     """Over the steps of this epoch so far."""
     seen: list[int] = field(default_factory=lambda: [0, 0, 0])
@@ -68,7 +68,7 @@ class Progress:
         return self.phase_epoch == 0 and self.step == 0
 
 
-def write(folder: Path, steps: "Steps", info: BundleInfo, progress: Progress) -> None:
+def write(folder: Path, steps: "Steps", info: BundleInfo, progress: TrainingState) -> None:
     """Write a checkpoint's folder, but for the bad images."""
     bundle.save(steps.inference, info, folder / BUNDLE)
     state: dict[str, Any] = steps.state()
@@ -88,13 +88,13 @@ def read_bad_images(lines_of_files: Iterable[bytes]) -> BadImages:
     return {row["id"]: row for row in rows}
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> TrainingState:
     """How far a checkpoint is."""
     found = json.loads((folder / PROGRESS).read_text())
-    return Progress(**found | {"sums": Sums(**found["sums"])})
+    return TrainingState(**found | {"sums": Sums(**found["sums"])})
 
 
-def restore(folder: Path, steps: "Steps", progress: Progress) -> None:
+def restore(folder: Path, steps: "Steps", progress: TrainingState) -> None:
     """Load a checkpoint's weights, and its optimizer where the phase that has begun is that of the checkpoint."""
     with np.load(folder / _STATE, allow_pickle=False) as state:
         steps.load(str(folder / BUNDLE / "model.keras"), dict(state), optimizer=not progress.begins_phase)

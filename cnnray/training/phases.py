@@ -23,7 +23,7 @@ class Phase:
 
     @property
     def passes(self) -> int:
-        """The epochs, once they are decided (see `TrainConfig.plan`)."""
+        """The epochs, once they are decided (see `TrainConfig.resolved_phases`)."""
         assert self.epochs is not None
         return self.epochs
 

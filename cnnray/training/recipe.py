@@ -31,7 +31,7 @@ def check(config: TrainConfig, manifest: pa.Table) -> None:
     """
     images = len(manifests.rows_of(manifest, "train"))
     per_epoch = epoch.steps(images, config.batch_size)
-    for phase in config.plan:
+    for phase in config.resolved_phases:
         if config.schedule == "cosine":
             lengths(config, phase, per_epoch)
         if config.accumulate > per_epoch * phase.passes:

@@ -19,9 +19,9 @@ from cnnray.models import architectures, augment, transfer
 from cnnray.models.augment import Augmenter
 from cnnray.training import recipe
 from cnnray.training.config import TrainConfig
+from cnnray.training.epoch import TOP_K, Sums
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.pruning import Pruning
-from cnnray.training.sums import TOP_K, Sums
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -107,7 +107,7 @@ class Steps:
         """Begin a phase, with an optimizer of its own; to be called inside the strategy's scope.
 
         Args:
-            phase: of `TrainConfig.plan`.
+            phase: of `TrainConfig.resolved_phases`.
             steps_per_epoch: steps of an epoch.
         """
         transfer.set_trainable(self.model, phase.trainable)

@@ -21,14 +21,14 @@ from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.transfer import WeightsError
-from cnnray.training import callbacks as glue
-from cnnray.training import checkpoint, epoch, recipe
-from cnnray.training.assignment import HISTORY, TENSORBOARD, Assignment
+from cnnray.tracking.prometheus import TrainingMetrics
+from cnnray.training import callbacks, checkpoint, epoch, recipe
 from cnnray.training.checkpoint import BadImages
-from cnnray.training.meter import Meter
-from cnnray.training.source import CachedSource, Source, StreamedSource
+from cnnray.training.data import CachedSource, Source, StreamedSource
+from cnnray.training.epoch import Sums
+from cnnray.training.output import HISTORY, TENSORBOARD
+from cnnray.training.plan import Assignment
 from cnnray.training.step import Steps
-from cnnray.training.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run(assignment: Assignment) -> str:
             worker = _Worker(assignment, strategy)
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
         worker.run()
-    except (_GivenUp, WeightsError, BundleError) as reason:
+    except (_StopRunError, WeightsError, BundleError) as reason:
         return str(reason)
     return ""
 
@@ -62,7 +62,7 @@ def _set_up(assignment: Assignment) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(2)
 
 
-class _GivenUp(Exception):  # noqa: N818 - no error of the program
+class _StopRunError(Exception):
     """Why all workers stop, in a sentence for the user."""
 
 
@@ -82,8 +82,8 @@ class _Worker:
         self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
         self.bad_images: BadImages = {}
         self.compiled = False
-        self.meter = Meter(self.config.output) if self.rank == 0 else None
-        self.plan = self.config.plan
+        self.metrics = TrainingMetrics(self.config.output) if self.rank == 0 else None
+        self.phases = self.config.resolved_phases
         names, counts = assignment.info.class_names, assignment.info.class_counts
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
         with _local_file(assignment.weights) as weights:
@@ -112,11 +112,11 @@ class _Worker:
         """Train to the end.
 
         Raises:
-            _GivenUp: on all workers alike.
+            _StopRunError: on all workers alike.
         """
         with tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") as events:
             shown: list[keras.callbacks.Callback] = []
-            self.lines = glue.Progress(self.config.all_epochs, len(self.bounds) - 1, self.images)
+            self.lines = callbacks.ProgressLogger(self.config.all_epochs, len(self.bounds) - 1, self.images)
             if self.rank == 0:
                 shown = [keras.callbacks.TensorBoard(events, write_graph=False), self.lines]
             self._run(keras.callbacks.CallbackList(shown, model=self.steps.model), events)
@@ -133,14 +133,14 @@ class _Worker:
             self.deciding.on_epoch_end(number, logs)
             shown.on_epoch_end(number, logs)
             progress.stopped = bool(self.steps.model.stop_training)
-            if self.meter:
-                self.meter.epoch(progress.epoch, logs)
+            if self.metrics:
+                self.metrics.epoch(progress.epoch, logs)
             if self.rank == 0:
-                glue.write_history(progress.history, storage.join(self.config.output, HISTORY))
+                callbacks.write_history(progress.history, storage.join(self.config.output, HISTORY))
                 storage.copy_folder(events, storage.join(self.config.output, TENSORBOARD))
             score = self._score(logs)
-            over = progress.stopped or progress.phase_epoch >= self.plan[progress.phase].passes
-            if over and progress.phase + 1 < len(self.plan):
+            over = progress.stopped or progress.phase_epoch >= self.phases[progress.phase].passes
+            if over and progress.phase + 1 < len(self.phases):
                 # The next phase goes on from the weights that this one ends with.
                 progress.phase, progress.phase_epoch, progress.stopped = progress.phase + 1, 0, False
             self._checkpoint(logs, score)
@@ -152,40 +152,45 @@ class _Worker:
 
     def _is_over(self) -> bool:
         progress = self.progress
-        return progress.stopped or progress.phase_epoch >= self.plan[progress.phase].passes
+        return progress.stopped or progress.phase_epoch >= self.phases[progress.phase].passes
 
     def _begin_phase(self) -> None:
-        phase = self.plan[self.progress.phase]
+        phase = self.phases[self.progress.phase]
         with self.strategy.scope():
             self.steps.begin(phase, len(self.bounds) - 1)
         self.steps.model.stop_training = False
         self.compiled = False
-        self.deciding = keras.callbacks.CallbackList(glue.deciding_callbacks(self.config), model=self.steps.model)
+        self.deciding = keras.callbacks.CallbackList(
+            callbacks.deciding_callbacks(self.config), model=self.steps.model
+        )
         self.deciding.on_train_begin()
-        if len(self.plan) > 1:
+        if len(self.phases) > 1:
             self.lines.phase = phase.name
             if self.rank == 0:
                 log.info(
-                    "phase %d/%d: %s; %d weights are trained", self.progress.phase + 1, len(self.plan), phase.name,
+                    "phase %d/%d: %s; %d weights are trained", self.progress.phase + 1, len(self.phases), phase.name,
                     sum(math.prod(variable.shape) for variable in self.steps.model.trainable_variables),
                 )  # fmt: skip
 
     def _score(self, logs: dict[str, float]) -> float:
-        """What the best epoch has least of; where zeros are wanted, none counts that has not all of them yet."""
-        phase, before = self.plan[self.progress.phase], self._zeros_before()
+        """The quantity that selects the best epoch (lower is better).
+
+        It is the validation loss, from the epoch on that has all the zeros that the last phase asks for.
+        """
+        phase, before = self.phases[self.progress.phase], self._zeros_before()
         reached = phase.sparsity == before or self.progress.phase_epoch > phase.passes / 2
-        counts = reached and phase.sparsity == self.plan[-1].sparsity
-        return logs[glue.MONITOR] if counts else sys.float_info.max
+        counts = reached and phase.sparsity == self.phases[-1].sparsity
+        return logs[callbacks.MONITOR] if counts else sys.float_info.max
 
     def _zeros_before(self) -> float:
         """The share of zeros that the phase began with."""
-        return self.plan[self.progress.phase - 1].sparsity if self.progress.phase else 0.0
+        return self.phases[self.progress.phase - 1].sparsity if self.progress.phase else 0.0
 
     def _restore(self) -> None:
         if self.rank == 0 and self.config.is_elastic:
             log.info("training on %d worker(s)", self.world)
         found = ray.train.get_checkpoint()
-        self.progress = checkpoint.Progress()
+        self.progress = checkpoint.TrainingState()
         if found is None:
             self._begin_phase()
             return
@@ -197,22 +202,22 @@ class _Worker:
                 files = sorted(Path(folder).glob("bad_images-*.jsonl"))
                 self.bad_images = checkpoint.read_bad_images(file.read_bytes() for file in files)
         if self.progress.callbacks and not self.progress.begins_phase:
-            glue.restore(self.deciding.callbacks, self.progress.callbacks)
+            callbacks.restore(self.deciding.callbacks, self.progress.callbacks)
         if self.rank == 0:
             log.info("going on from epoch %d, step %d", self.progress.epoch + 1, self.progress.step)
         else:
             self.progress.seen = [0, 0, 0]
 
-    def _train_epoch(self, callbacks: keras.callbacks.CallbackList) -> None:
+    def _train_epoch(self, shown: keras.callbacks.CallbackList) -> None:
         progress, every = self.progress, self.config.checkpoint_every_steps
         order = epoch.order(self.config.seed, progress.epoch, self.images)
         rows, sizes = epoch.rank_rows(order, self.bounds, progress.step, self.rank, self.world)
-        phase = self.plan[progress.phase]
+        phase = self.phases[progress.phase]
         before = self._zeros_before()
         per_epoch = len(self.bounds) - 1
         clock = time.monotonic()
         for batch in self.train_source.batches(rows, sizes):
-            callbacks.on_train_batch_begin(progress.step)
+            shown.on_train_batch_begin(progress.step)
             good = self._good(batch)
             bad = len(good) - int(good.sum())
             self.steps.prune_at(progress.phase_epoch * per_epoch + progress.step, per_epoch, phase, before)
@@ -221,8 +226,8 @@ class _Worker:
             now = time.monotonic()
             took, clock = now - clock, now
             progress.sums += sums
-            if self.meter:
-                self.meter.step(sums, progress.sums)
+            if self.metrics:
+                self.metrics.step(sums.count, sums.bad, progress.sums.metrics())
             progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
             progress.step += 1
             progress.epoch_seconds += took
@@ -233,7 +238,7 @@ class _Worker:
                 progress.seconds_to_first_step = time.time() - self.assignment.started
             self.compiled = True
             logs = progress.sums.metrics() | {"images_per_second": progress.images / max(progress.seconds, 1e-9)}
-            callbacks.on_train_batch_end(progress.step - 1, logs)
+            shown.on_train_batch_end(progress.step - 1, logs)
             self._check_bad(progress.sums.bad)
             if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
                 self._checkpoint(None, sys.float_info.max)
@@ -254,9 +259,9 @@ class _Worker:
         self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
-                raise _GivenUp(
+                raise _StopRunError(
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
-                    f"(it was {self.plan[progress.phase].learning_rate:g}), or use --precision float32."
+                    f"(it was {self.phases[progress.phase].learning_rate:g}), or use --precision float32."
                 )
         logs = trained.metrics() | validation.metrics("val_")
         logs |= {
@@ -266,7 +271,7 @@ class _Worker:
             "images_per_second": trained.count / max(progress.epoch_seconds, 1e-9),
             "seconds": progress.epoch_seconds,
         }
-        named = {"phase": self.plan[progress.phase].name} if len(self.plan) > 1 else {}
+        named = {"phase": self.phases[progress.phase].name} if len(self.phases) > 1 else {}
         progress.history.append({"epoch": progress.epoch + 1, **named, **logs, "workers": self.world})
         progress.epoch += 1
         progress.phase_epoch += 1
@@ -301,7 +306,7 @@ class _Worker:
             return
         example = next(iter(self.bad_images.values()), None)
         shown = f", {example['uri']} for one ({example['error']})" if example else ""
-        raise _GivenUp(
+        raise _StopRunError(
             f"{bad:.0f} of {images} images could not be read{shown}: more than "
             f"--max-bad-fraction {self.config.max_bad_fraction} allows."
         )
@@ -317,7 +322,7 @@ class _Worker:
             self.steps.average_statistics()
             self.steps.update_inference()
         seen = self.steps.reduce(np.asarray(progress.seen, np.int64)).tolist()
-        progress.callbacks = glue.state_of(self.deciding.callbacks)
+        progress.callbacks = callbacks.get_state(self.deciding.callbacks)
         metrics = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cnnray.benchmarks.load import finished
-from cnnray.benchmarks.photos import write as write_photos
+from benchmarks.load import finished
+from benchmarks.photos import write as write_photos
 from cnnray.images import manifest as manifests
 from tests.conftest import REPOSITORY
 from tests.e2e.conftest import until
@@ -154,7 +154,7 @@ import json, sys, time
 import ray
 ray.init(logging_level="ERROR")
 from cnnray.images import manifest as manifests
-from cnnray.training.source import CachedSource, decode_into_memory
+from cnnray.training.data import CachedSource, decode_into_memory
 rows = manifests.with_targets(manifests.manifest_of({str(all_digits)!r}, labelled=True))
 blocks = decode_into_memory(rows, 64, "stretch", 0.25)
 nodes = {{node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}}
@@ -239,7 +239,7 @@ def test_the_service_survives_the_loss_of_a_node(nodes, start, photos, onnx_bund
     photo = sorted(photos.rglob("*.jpg"))[0]
     load = subprocess.Popen(
         nodes.on_head(
-            sys.executable, "-m", "cnnray.benchmarks.load", "http://127.0.0.1:8000/predict", photo, rate, seconds
+            sys.executable, "-m", "benchmarks.load", "http://127.0.0.1:8000/predict", photo, rate, seconds
         ),
         env=nodes.variables, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from cnnray.benchmarks import load
-from cnnray.benchmarks.predict import random_bundle
-from cnnray.benchmarks.serve import photo_of_68_kb
+from benchmarks import load
+from benchmarks.predict import random_bundle
+from benchmarks.serve import photo_of_68_kb
 from cnnray.models.bundle import Bundle
 from tests.e2e.conftest import started_jobs, until
 from tests.e2e.service import FORMS, Service, another_version, ask, described, send

@@ -31,13 +31,13 @@ def _step(rank, world, architecture, size, folder):
     # The largest would not fit this machine twice with adam's two moments. Gradients are long where batch norm after
     # batch norm divides by the variance of two images.
     config = TrainConfig(
-        data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", workers=world,
+        data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", max_workers=world,
         epochs=1, schedule="constant", learning_rate=0.1, clip_norm=1.0,
     )  # fmt: skip
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         steps = Steps(config, CLASSES)
-        steps.begin(config.plan[0], 1)
+        steps.begin(config.resolved_phases[0], 1)
     images, targets = _images(size)
     before = [v.numpy().sum() for v in steps.model.trainable_variables]
     loss = steps.train(images[rank::world], targets[rank::world]).loss

@@ -5,6 +5,7 @@ import io
 import json
 import uuid
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -26,7 +27,8 @@ from cnnray.models.predictor import Predictor
 from cnnray.prediction import job
 from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
-from cnnray.training.driver import TrainingError, train
+from cnnray.training.job import train
+from cnnray.training.output import TrainingError
 from tests.conftest import write_tar
 from tests.networks import coloured_noise
 
@@ -173,7 +175,7 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
         image_size=16,
         epochs=1,
         batch_size=64,
-        workers=1,
+        max_workers=1,
         cpus_per_worker=0.5,
         checkpoint_every_steps=10,
         cache="none",
@@ -204,12 +206,12 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
     assert storage.read_bytes(line["report"]).startswith(b"<!doctype html>")
     # A second time nothing is run; with more epochs it goes on from the checkpoint on S3.
     assert train(config) == summary
-    assert train(config.with_changes(epochs=2, workers=2))["epochs"] == 2
+    assert train(replace(config, epochs=2, max_workers=2))["epochs"] == 2
     assert json.loads(storage.read_bytes(f"{bucket}/runs/1/summary.json"))["epochs"] == 2
     history = csv.DictReader(io.StringIO(storage.read_bytes(f"{bucket}/runs/1/history.csv").decode()))
     assert [row["epoch"] for row in history] == ["1", "2"]
     with pytest.raises(TrainingError, match="holds a run with"):
-        train(config.with_changes(seed=5))
+        train(replace(config, seed=5))
     assert not Path("s3:").exists()
 
 

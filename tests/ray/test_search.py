@@ -6,14 +6,15 @@ import pytest
 import yaml
 
 from cnnray.training.config import TrainConfig
-from cnnray.training.search import SearchConfig, SearchError, search
+from cnnray.tuning.config import SearchConfig
+from cnnray.tuning.job import SearchError, search
 
 
 def _config(digits, output, **changes):
     flags = {
-        "architecture": "small_cnn", "image_size": 16, "epochs": 1, "batch_size": 32, "workers": 1,
+        "architecture": "small_cnn", "image_size": 16, "epochs": 1, "batch_size": 32, "max_workers": 1,
         "cpus_per_worker": 0.5, "cache": "memory", "data_checks": False,
-        "search": ["learning_rate=grid_search([1e-2,1e30])"], "trials": 1, "optimizer": "sgd", "seed": 3,
+        "search": {"learning_rate": {"grid_search": [1e-2, 1e30]}}, "trials": 1, "optimizer": "sgd", "seed": 3,
     }  # fmt: skip
     return SearchConfig(data=str(digits), output=str(output), **flags | changes)
 
@@ -45,15 +46,17 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
     ("flags", "sentence"),
     [
         ({"search": []}, "--search is needed"),
-        ({"search": ["learning_rate"]}, "expected flag=space"),
+        ({"search": ["learning_rate"]}, "expected a space for each flag"),
         ({"search": ["rate=choice([1])"]}, "'rate' is no training flag"),
         ({"search": ["augmentations=choice([1])"]}, "'augmentations' is no training flag"),
         ({"search": ["augmentations.fog=choice([1])"]}, "is no training flag"),
         ({"search": ["output=choice(['/x'])"]}, "is no training flag"),
         ({"search": ["dropout=normal(0,1)"]}, "no space is called 'normal'"),
-        ({"search": ["dropout=choice(open('/etc/passwd'))"]}, "expected flag=space"),
+        ({"search": {"dropout": [0.1, 0.2]}}, "--search dropout: expected a space and its arguments"),
+        ({"search": {"dropout": {"uniform": [0, 0.5]}, "--dropout": {"choice": [0]}}}, "--search has dropout twice"),
+        ({"search": ["dropout=choice(open('/etc/passwd'))"]}, "expected a space for each flag"),
         ({"trials": 0}, "--trials must be at least 1"),
-        ({"preview_augmentations": 3}, "is of jobs/train.py"),
+        ({"preview_augmentations": 3}, "is a flag of jobs/train.py"),
     ],
 )
 def test_impossible_searches_are_refused(flags, sentence, digits, tmp_path):

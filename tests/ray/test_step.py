@@ -61,12 +61,12 @@ def _train(rank, world, cases, batches):
     for name, case in cases.items():
         keras.backend.clear_session()
         config = TrainConfig(
-            data="/d", output="/o", image_size=SIZE, dropout=0.0, workers=world, augment="none", schedule="constant",
-            **{"optimizer": "adam"} | case,
+            data="/d", output="/o", image_size=SIZE, dropout=0.0, max_workers=world, augment="none",
+            schedule="constant", **{"optimizer": "adam"} | case,
         )  # fmt: skip
         with strategy.scope():
             steps = Steps(config, CLASSES, class_weights=np.asarray(WEIGHTS, np.float32))
-            steps.begin(config.plan[0], STEPS)
+            steps.begin(config.resolved_phases[0], STEPS)
         # Low precision is slow here, and not compared with one process.
         used = batches[:3] if "precision" in case else batches
         sums = [steps.train(x[rank::world], y[rank::world]).values for x, y in used]

@@ -11,7 +11,7 @@ from cnnray.images.manifest import manifest_of
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
-from cnnray.training.source import CachedSource, StreamedSource, decode_into_memory
+from cnnray.training.data import CachedSource, StreamedSource, decode_into_memory
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import driver
+from cnnray.training import job
 from cnnray.training.config import TrainConfig
-from cnnray.training.driver import TrainingError, train
+from cnnray.training.job import train
+from cnnray.training.output import TrainingError
 from cnnray.training.phases import Phase
 from tests.awkward import bad_images
 from tests.runs import final_state, largest_difference
@@ -34,7 +36,7 @@ EPOCHS = 2
 
 
 def _config(digits, output, **changes):
-    return TrainConfig(
+    config = TrainConfig(
         data=str(digits),
         output=str(output),
         architecture="small_cnn",
@@ -47,13 +49,21 @@ def _config(digits, output, **changes):
         data_checks=False,
         average=0.9,
         phases=[Phase(name="top half", epochs=1, trainable=0.5), Phase(name="all", epochs=1)],
-    ).with_changes(**changes)
+    )
+    return replace(config, **changes)
 
 
-def _simple(digits, output, workers=1, **changes):
+def _simple(digits, output, max_workers=1, **changes):
     """One worker, one phase: half of the time, where a test is not of what workers agree on, nor of phases."""
     return _config(
-        digits, output, workers=workers, phases=None, average=0.0, schedule="constant", augment="none", **changes
+        digits,
+        output,
+        max_workers=max_workers,
+        phases=None,
+        average=0.0,
+        schedule="constant",
+        augment="none",
+        **changes,
     )
 
 
@@ -94,7 +104,7 @@ def run(digits, tmp_path_factory):
     def once(kill=None, **changes):
         output, log = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("log")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(driver, "train_on_worker", lambda assignment: _recording(assignment, str(log), kill))
+            patch.setattr(job, "train_on_worker", lambda assignment: _recording(assignment, str(log), kill))
             summary = train(_config(digits, output, **changes))
         assert (log / "killed").exists() == (kill is not None)
         steps, runs = {}, Counter()
@@ -209,7 +219,7 @@ def test_a_lost_image_fails_the_epoch(digits, tmp_path):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "train_on_worker", losing)
+        patch.setattr(job, "train_on_worker", losing)
         with pytest.raises(TrainingError, match="saw other images"):
             train(_simple(digits, tmp_path / "out", max_failures=0))
 
@@ -225,13 +235,13 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
         ({"augmentations": Augmentations(zoom=0.5)}, "--augmentations"),
     ):
         with pytest.raises(TrainingError, match=sentence):
-            train(config.with_changes(**changes))
+            train(replace(config, **changes))
     # What --overwrite would replace is still there when the new run cannot start.
     with pytest.raises(ManifestError):
-        train(config.with_changes(overwrite=True, data="/nowhere"))
+        train(replace(config, overwrite=True, data="/nowhere"))
     assert train(config) == summary
     with pytest.raises(ClusterError, match="leave 0"):
-        train(config.with_changes(overwrite=True, cpus_per_worker=2.0))
+        train(replace(config, overwrite=True, cpus_per_worker=2.0))
     assert train(config) == summary
 
 
@@ -252,7 +262,7 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
         name: bad_images()[name][1] for name in names
     }
     with pytest.raises(TrainingError, match=r"images could not be read, .*--max-bad-fraction 0.001"):
-        train(_simple(data, tmp_path / "strict", workers=2, max_bad_fraction=0.001))
+        train(_simple(data, tmp_path / "strict", max_workers=2, max_bad_fraction=0.001))
     assert not (tmp_path / "strict" / "bundle").exists()
     with pytest.raises(ManifestError, match=r"3 of 203 images cannot be read: .* --max-bad-fraction 0.001"):
         train(_simple(data, tmp_path / "looked at first", max_bad_fraction=0.001, data_checks=True))
@@ -262,7 +272,7 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     config = _simple(
         digits, tmp_path / "out", epochs=40, learning_rate=0.03, cache="memory", early_stopping_patience=1,
-        checkpoint_every_steps=100, workers=2,
+        checkpoint_every_steps=100, max_workers=2,
     )  # fmt: skip
     summary = train(config)
     assert summary["epochs"] < 40
@@ -294,7 +304,7 @@ def test_a_run_killed_before_its_manifest_was_written_starts_again(digits, tmp_p
     def killed(*_):
         raise KilledError
 
-    monkeypatch.setattr(driver.manifests, "write", killed)
+    monkeypatch.setattr(job.manifests, "write", killed)
     with pytest.raises(KilledError):
         train(_config(digits, tmp_path / "out"))
     # The same command gets as far again: what is there is not taken for somebody else's.

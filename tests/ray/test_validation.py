@@ -10,8 +10,8 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import manifest_of
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.assignment import Assignment
 from cnnray.training.config import TrainConfig
+from cnnray.training.plan import Assignment
 from tests.ray.workers import on_workers
 
 SIZES = (1, 7, 64, 65)

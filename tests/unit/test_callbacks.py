@@ -1,7 +1,7 @@
 import keras
 import pytest
 
-from cnnray.training import callbacks as glue
+from cnnray.training import callbacks
 from cnnray.training.config import TrainConfig
 
 
@@ -9,10 +9,10 @@ def _list(config):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(optimizer=keras.optimizers.SGD(0.001))
     model.stop_training = False
-    deciding = glue.deciding_callbacks(config)
-    callbacks = keras.callbacks.CallbackList(deciding, model=model)
-    callbacks.on_train_begin()
-    return callbacks, deciding, model
+    deciding = callbacks.deciding_callbacks(config)
+    keras_callbacks = keras.callbacks.CallbackList(deciding, model=model)
+    keras_callbacks.on_train_begin()
+    return keras_callbacks, deciding, model
 
 
 def test_callbacks_go_on_where_they_were():
@@ -20,16 +20,16 @@ def test_callbacks_go_on_where_they_were():
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.98, 0.5]
     decisions = {}
     for interrupted in (False, True):
-        callbacks, deciding, model = _list(config)
+        keras_callbacks, deciding, model = _list(config)
         seen = []
         for epoch, loss in enumerate(losses):
-            callbacks.on_epoch_end(epoch, {"val_loss": loss})
+            keras_callbacks.on_epoch_end(epoch, {"val_loss": loss})
             rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
             seen.append((model.stop_training, rate))
             if interrupted:
-                state = glue.state_of(deciding)
-                callbacks, deciding, model = _list(config)
-                glue.restore(deciding, state)
+                state = callbacks.get_state(deciding)
+                keras_callbacks, deciding, model = _list(config)
+                callbacks.restore(deciding, state)
                 model.stop_training = seen[-1][0]
                 model.optimizer.learning_rate = rate  # in a run the optimizer's own variables bring it back
         decisions[interrupted] = seen
@@ -42,4 +42,4 @@ def test_callbacks_go_on_where_they_were():
     ("seconds", "shown"), [(0.4, "0s"), (45, "45s"), (190, "3m10s"), (7500, "2h05m"), (float("inf"), "?")]
 )
 def test_durations_are_readable(seconds, shown):
-    assert glue.duration(seconds) == shown
+    assert callbacks.duration(seconds) == shown

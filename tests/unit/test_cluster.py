@@ -9,7 +9,7 @@ import ray.autoscaler.sdk
 
 from cnnray import cluster
 from cnnray.cluster import ClusterError, Node, Resources, Shortage
-from cnnray.training.driver import interruptible
+from cnnray.training.job import interruptible
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.pool import pool_of
 from cnnray.serving.deploy import ON_NODES
 from cnnray.spot import SpotElseOnDemand
-from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
+from cnnray.training.plan import share_out
 from tests.conftest import REPOSITORY
 
 REGION = "us-west-2"
@@ -411,7 +411,7 @@ def test_the_readmes_jobs_fit_what_is_there_from_the_start(bootstrapped):
         for _ in range(one["min_workers"])
     ]
     train = "--data s3://my-bucket/photos --output s3://my-bucket/runs/1 --workers 2 --gpus-per-worker 1"
-    assert budget_of(commandline.parse(TrainConfig, "train", train.split()), Resources(tuple(nodes))).decode_cpus == 1
+    assert share_out(commandline.parse(TrainConfig, "train", train.split()), Resources(tuple(nodes))).decode_cpus == 1
     predict = (
         "--bundle s3://my-bucket/runs/1/bundle --input s3://my-bucket/new --output s3://my-bucket/p --max-workers 8"
     )

@@ -4,18 +4,18 @@ import sys
 import pytest
 import yaml
 
-from cnnray import commandline
+from cnnray import commandline, configs
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models.augment import Augmentations
 from cnnray.serving.config import ServeConfig
-from cnnray.training.budget import budget_of, bundles, check_shares
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
-from cnnray.training.search import SearchConfig
+from cnnray.training.plan import check_fit, resource_requests, share_out
+from cnnray.tuning.config import SearchConfig
 
 
 def _config(**changes):
-    return TrainConfig(data="/d", output="/o").with_changes(**changes)
+    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgraded(TrainConfig, changes))
 
 
 def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
@@ -37,7 +37,7 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
     ("changes", "sentence"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"batch_size": 1}, "at least --workers 2"),
+        ({"batch_size": 1}, "at least --max-workers 2"),
         ({"image_size": 15}, "16 to 4096 pixels for vgg_bn"),
         ({"image_size": 100_000}, "--image-size must be"),
         ({"architecture": "resnet50", "image_size": 31}, "32 to 4096"),
@@ -46,7 +46,7 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
         ({"learning_rate": 0}, "--learning-rate must be more than 0"),
         ({"learning_rate": float("nan")}, "--learning-rate must be more than 0"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
-        ({"gpus_per_worker": 2}, "take more --workers"),
+        ({"gpus_per_worker": 2}, "raise --max-workers"),
         ({"dropout": 1}, "--dropout"),
         ({"weights": "imagenet"}, "there are none of vgg_bn"),
         ({"data": ""}, "--data is empty"),
@@ -54,17 +54,17 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
         ({"seed": 2**32}, "--seed must be"),
         ({"checkpoint_every_steps": 0}, "--checkpoint-every-steps"),
         ({"max_failures": -1}, "--max-failures"),
-        ({"workers": 0}, "--workers must be at least 1"),
-        ({"workers": "0:2"}, "--workers must be at least 1"),
-        ({"workers": "4:1"}, "--workers 4:1: the first number is more than the second"),
+        ({"workers": 0}, "--max-workers must be at least 1"),
+        ({"workers": "0:2"}, "--min-workers must be at least 1"),
+        ({"workers": "4:1"}, "--min-workers 4 is more than --max-workers 1"),
         ({"workers": "1:"}, "--workers '1:': expected a number, or MIN:MAX"),
         ({"workers": "1:2:3"}, "expected a number, or MIN:MAX"),
-        ({"workers": "-1:3"}, "expected a number, or MIN:MAX"),
+        ({"workers": "-1:3"}, "--min-workers must be at least 1"),
         ({"workers": "many"}, "expected a number, or MIN:MAX"),
-        ({"workers": "1:80"}, "--batch-size 64 is over all workers: it must be at least --workers 80"),
+        ({"workers": "1:80"}, "--batch-size 64 is over all workers: it must be at least --max-workers 80"),
         ({"workers": "1:3", "cpus_per_worker": 0.3}, "--cpus-per-worker 0.3 .* expected sixteenths, such as 0.3125"),
         ({"workers": "1:3", "gpus_per_worker": 0.01}, "--gpus-per-worker 0.01 .*, such as 0.0625"),
-        ({"wait_minutes": -1}, "--wait-minutes must not be negative"),
+        ({"wait_minutes": -1}, "--wait-minutes must be at least 0"),
     ],
 )
 def test_impossible_values_name_their_flag(changes, sentence):
@@ -81,13 +81,13 @@ def _cluster(*cpus, gpus=0.0):
     [(2, 2, 0.75, 1, 0.25), (2, 1, 1.0, 1, 0.5), (1, 1, 0.75, 1, 0.125), (8, 2, 3.0, 3, 1.0), (4, 4, 0.75, 1, 0.25)],
 )
 def test_the_default_shares_leave_cpus_to_decoding(cpus, workers, per_worker, threads, decode):
-    shares = budget_of(_config(workers=workers), _cluster(cpus))
+    shares = share_out(_config(workers=workers), _cluster(cpus))
     assert (shares.cpus_per_worker, shares.threads_per_worker, shares.decode_cpus) == (per_worker, threads, decode)
     assert workers * shares.cpus_per_worker + shares.decode_cpus <= cpus
 
 
 def test_gpu_workers_take_one_cpu_each():
-    shares = budget_of(_config(workers=4, gpus_per_worker=1.0), _cluster(16, gpus=4))
+    shares = share_out(_config(workers=4, gpus_per_worker=1.0), _cluster(16, gpus=4))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (1.0, 1.0)
 
 
@@ -103,36 +103,38 @@ def test_gpu_workers_take_one_cpu_each():
 )
 def test_a_cluster_that_is_too_small_is_refused(changes, cpus, sentence):
     with pytest.raises(ClusterError, match=sentence):
-        budget_of(_config(**changes), _cluster(cpus))
+        share_out(_config(**changes), _cluster(cpus))
 
 
 def test_shares_fit_single_nodes():
-    assert budget_of(_config(), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
-    assert budget_of(_config(workers=4), _cluster(2, 2, 2)).cpus_per_worker == 1.0
+    assert share_out(_config(), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
+    assert share_out(_config(workers=4), _cluster(2, 2, 2)).cpus_per_worker == 1.0
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 3 CPUs and 0 GPUs fit the cluster's 3"):
-        budget_of(_config(cpus_per_worker=3.0), _cluster(4, 2, 2))
+        share_out(_config(cpus_per_worker=3.0), _cluster(4, 2, 2))
     with pytest.raises(ClusterError, match="Only 0 of 2"):
-        budget_of(_config(gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
+        share_out(_config(gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
 
 
 def test_fractions_of_cpus_make_room():
-    assert budget_of(_config(workers=4, cpus_per_worker=0.25), _cluster(2)).decode_cpus == 0.25
+    assert share_out(_config(workers=4, cpus_per_worker=0.25), _cluster(2)).decode_cpus == 0.25
 
 
-@pytest.mark.parametrize(
-    ("text", "workers", "fewest", "most"),
-    [("3", 3, 3, 3), ("1:4", "1:4", 1, 4), ("2:2", 2, 2, 2), ("16:16", 16, 16, 16)],
-)
-def test_workers_are_a_number_or_two(text, workers, fewest, most, tmp_path):
+@pytest.mark.parametrize(("text", "fewest", "most"), [("3", 3, 3), ("1:4", 1, 4), ("2:2", 2, 2), ("16:16", 16, 16)])
+def test_the_earlier_flag_workers_is_read(text, fewest, most, tmp_path):
     needed = ["--data", "/d", "--output", "/o"]
-    config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--workers", text])
-    assert (config.workers, config.fewest_workers, config.most_workers) == (workers, fewest, most)
-    assert config.is_elastic == (fewest < most)
+    for given in (
+        ["--workers", text],
+        [f"--workers={text}"],
+        ["--min-workers", str(fewest), "--max-workers", str(most)],
+    ):
+        config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, *given])
+        assert (config.fewest_workers, config.max_workers) == (fewest, most)
+        assert config.is_elastic == (fewest < most)
     # YAML 1.1 would read 1:4 as 64.
     (tmp_path / "c.yaml").write_text(f"learning_rate: 1e-3\nworkers: {text}  # or more\nepochs: 3\n")
-    from_file = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--config", str(tmp_path / "c.yaml")])
-    assert (from_file.workers, from_file.learning_rate, from_file.epochs) == (workers, 1e-3, 3)
-    assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+    config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--config", str(tmp_path / "c.yaml")])
+    assert (config.fewest_workers, config.max_workers, config.learning_rate, config.epochs) == (fewest, most, 1e-3, 3)
+    assert TrainConfig(**configs.load(TrainConfig, configs.dump(config), "config.yaml")) == config
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_workers_are_a_number_or_two(text, workers, fewest, most, tmp_path):
 )
 def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_worker, decode):
     config = _config(workers=workers, gpus_per_worker=float(bool(gpus)))
-    shares = budget_of(config, _cluster(*nodes, gpus=gpus))
+    shares = share_out(config, _cluster(*nodes, gpus=gpus))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (per_worker, decode)
     least, most = map(int, workers.split(":"))
     found = _cluster(*nodes, gpus=gpus)
@@ -161,54 +163,54 @@ def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_work
         if fit:
             assert node.cpus - fit * shares.cpus_per_worker >= fit * shares.decode_cpus
             if fit >= least:
-                check_shares(config, shares, Resources((node,)))
+                check_fit(config, shares, Resources((node,)))
 
 
 def test_elastic_workers_that_would_fill_a_node_are_refused():
     with pytest.raises(ClusterError, match="2 workers of 1 CPUs leave 0 of a node's 2 CPUs, and reading the images"):
-        budget_of(_config(workers="1:3", cpus_per_worker=1.0), _cluster(2, 2, 2))
+        share_out(_config(workers="1:3", cpus_per_worker=1.0), _cluster(2, 2, 2))
     with pytest.raises(ClusterError, match=r"leave 0\.5 of a node's 2 CPUs, and reading the images needs 1"):
-        budget_of(_config(workers="1:3", cpus_per_worker=1.5, decode_cpus=1.0), _cluster(2, 2, 2))
+        share_out(_config(workers="1:3", cpus_per_worker=1.5, decode_cpus=1.0), _cluster(2, 2, 2))
     with pytest.raises(ClusterError, match="2 workers do not fit 1 CPUs"):
-        budget_of(_config(workers="2:3"), _cluster(1))
+        share_out(_config(workers="2:3"), _cluster(1))
 
 
 def test_only_the_fewest_elastic_workers_must_fit():
     config = _config(workers="1:8", gpus_per_worker=1.0)
-    assert budget_of(config, _cluster(8, gpus=1)).cpus_per_worker == 0.75
+    assert share_out(config, _cluster(8, gpus=1)).cpus_per_worker == 0.75
     with pytest.raises(ClusterError, match="1 workers of 1 GPUs do not fit a cluster of 0 GPUs"):
-        budget_of(config, _cluster(8))
-    assert bundles(config) == [{"CPU": 1.0, "GPU": 1.0}] * 8 + [{"CPU": 1.0}]
+        share_out(config, _cluster(8))
+    assert resource_requests(config) == [{"CPU": 1.0, "GPU": 1.0}] * 8 + [{"CPU": 1.0}]
 
 
 def test_a_cluster_that_lost_too_much_is_told():
     config = _config(workers=2)
-    shares = budget_of(config, _cluster(2, 2, 2))
+    shares = share_out(config, _cluster(2, 2, 2))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (2.0, 1.0)
-    check_shares(config, shares, _cluster(2, 2, 2))
+    check_fit(config, shares, _cluster(2, 2, 2))
     with pytest.raises(ClusterError, match="leave 0 of the cluster's 4 CPUs, and reading the images needs 1"):
-        check_shares(config, shares, _cluster(2, 2))
+        check_fit(config, shares, _cluster(2, 2))
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 2 CPUs"):
-        check_shares(config, shares, _cluster(2))
+        check_fit(config, shares, _cluster(2))
     # What is left in all is on no one node.
     with pytest.raises(ClusterError, match="leave 1 of the cluster's 5 CPUs, and reading the images needs 1 on one"):
-        check_shares(config, shares, _cluster(2.5, 2.5))
+        check_fit(config, shares, _cluster(2.5, 2.5))
 
 
 def test_decoding_fits_beside_the_workers_where_the_other_nodes_are_lost():
     config = _config(workers=2, cpus_per_worker=1.5)
-    shares = budget_of(config, _cluster(2, 2, 2))
+    shares = share_out(config, _cluster(2, 2, 2))
     assert shares.decode_cpus == 0.5
-    check_shares(config, shares, _cluster(2, 2))
+    check_fit(config, shares, _cluster(2, 2))
 
 
 def test_a_search_has_a_fixed_number_of_workers():
-    with pytest.raises(ValueError, match="--workers 1:2: a search's trials have a fixed number"):
-        SearchConfig(data="/d", output="/o", search=["dropout=choice([0])"], workers="1:2")
+    with pytest.raises(ValueError, match="--min-workers: the trials of a search have a fixed number"):
+        SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1)
 
 
 def test_only_what_changes_the_training_forbids_going_on():
-    earlier = _config(schedule="constant").as_dict()
+    earlier = configs.as_dict(_config(schedule="constant"))
     assert (
         _config(epochs=99, workers="1:4", wait_minutes=3, cache="none", schedule="constant").differs_from(earlier)
         == []
@@ -222,10 +224,10 @@ def test_nested_flags_and_lists_are_parsed(tmp_path):
         ["--data", "/d", "--output", "/o", "--search", "dropout=choice([0])", "augment=choice(['none'])",
          "--augmentations.horizontal-flip", "false", "--phases", "[{name: a, epochs: 2}]"],
     )  # fmt: skip
-    assert config.search == ["dropout=choice([0])", "augment=choice(['none'])"]
+    assert config.search == {"dropout": {"choice": [0]}, "augment": {"choice": ["none"]}}
     assert config.augmentations == Augmentations(horizontal_flip=False)
     assert config.phases == [Phase(name="a", epochs=2)]
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(configs.as_dict(config)))
     assert commandline.parse(SearchConfig, "jobs/tune.py", ["--config", str(tmp_path / "c.yaml")]) == config
 
 

@@ -4,8 +4,8 @@ import pytest
 from cnnray.cluster import Node, Resources
 from cnnray.images.manifest import ManifestError
 from cnnray.training import data
-from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
+from cnnray.training.plan import share_out
 
 FILES = [f"/d/{index}.png" for index in range(4)]
 IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
@@ -28,7 +28,7 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
 def test_images_are_kept_in_memory_where_they_fit_or_must(uris, cache, store, expected):
     config = TrainConfig(data="/d", output="/o", image_size=90, cache=cache)
     manifest = pa.table({"uri": [*uris, "/d/test.png"], "split": ["train"] * 3 + ["validation", "test"]})
-    shares = budget_of(config, Resources((Node(cpus=4, object_store_bytes=store),)))
+    shares = share_out(config, Resources((Node(cpus=4, object_store_bytes=store),)))
     if isinstance(expected, bool):
         assert data.is_cached(config, manifest, shares) is expected
     else:

@@ -22,8 +22,8 @@ from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.pool import pool_of
 from cnnray.serving import deploy
 from cnnray.serving.config import ServeConfig
-from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
+from cnnray.training.plan import share_out
 from tests.conftest import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
@@ -188,8 +188,8 @@ def _job(found: dict[str, Any], script: str, config: type[Any]) -> Any:
 def test_the_training_fits_its_cluster():
     found = manifest("rayjob-train.yaml")
     config = _job(found, "train", TrainConfig)
-    shares = budget_of(config, _nodes(found, "minReplicas"))
-    assert (config.workers, config.gpus_per_worker, shares.decode_cpus) == (2, 1, 1)
+    shares = share_out(config, _nodes(found, "minReplicas"))
+    assert (config.max_workers, config.gpus_per_worker, shares.decode_cpus) == (2, 1, 1)
 
 
 def test_the_prediction_fits_its_cluster_and_uses_all_that_it_may_grow_to():

@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cnnray.benchmarks import photos
-from cnnray.benchmarks.photos import Photos
-from cnnray.benchmarks.report import bare_loops
+from benchmarks import photos
+from benchmarks.photos import Photos
+from benchmarks.report import bare_loops
 from cnnray.cluster import Node, Resources
 from cnnray.images.manifest import ManifestError
 

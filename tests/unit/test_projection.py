@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cnnray.benchmarks import projection, scale
-from cnnray.benchmarks.projection import Costs, Fleet
+from benchmarks import projection, scale
+from benchmarks.projection import Costs, Fleet
 
 COSTS = Costs(
     listing=1e-5, manifest=1e-6, manifest_bytes=400, order=1e-7, row=1e-5, row_bytes=100, task=0.01, task_images=512,

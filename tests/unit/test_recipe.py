@@ -6,6 +6,7 @@ import pytest
 import sklearn.utils
 import tensorflow as tf
 
+from cnnray import configs
 from cnnray.images import manifest as manifests
 from cnnray.models import architectures, bundle
 from cnnray.models.augment import Augmentations
@@ -23,7 +24,7 @@ def _config(**changes):
 
 
 def _rates(config, per_epoch):
-    phase = config.plan[0]
+    phase = config.resolved_phases[0]
     rate = recipe.learning_rate(config, phase, per_epoch)
     return [float(rate(step)) for step in range(phase.passes * per_epoch + 1)]
 
@@ -42,7 +43,7 @@ def _rates(config, per_epoch):
 )
 def test_cosine_goes_up_and_down_in_its_lengths(flags, warmup, decay):
     config = _config(schedule="cosine", learning_rate=0.5, **flags)
-    assert recipe.lengths(config, config.plan[0], 10) == (warmup, decay)
+    assert recipe.lengths(config, config.resolved_phases[0], 10) == (warmup, decay)
     rates = _rates(config, 10)
     assert rates[warmup] == max(rates) == pytest.approx(0.5)
     assert (np.diff(rates[: warmup + 1]) > 0).all()
@@ -57,7 +58,7 @@ def test_cosine_goes_up_and_down_in_its_lengths(flags, warmup, decay):
 def test_lengths_that_do_not_fit_are_refused(flags):
     config = _config(schedule="cosine", **flags)
     with pytest.raises(RecipeError, match="do not fit into the 100 steps of 10 epochs"):
-        recipe.lengths(config, config.plan[0], 10)
+        recipe.lengths(config, config.resolved_phases[0], 10)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_lengths_that_do_not_fit_are_refused(flags):
         ({"schedule": "plateau", "warmup_epochs": 1}, "--warmup-epochs is of --schedule cosine, not of plateau"),
         ({"schedule": "constant", "decay_steps": 1}, "--decay-steps is of --schedule cosine"),
         ({"warmup_epochs": 1, "warmup_steps": 1}, "--warmup-epochs and --warmup-steps say the same"),
-        ({"warmup_steps": -1}, "--warmup-steps must not be negative"),
+        ({"warmup_steps": -1}, "--warmup-steps must be at least 0"),
         ({"optimizer": "adam", "weight_decay": 0.1}, "adam with it is --optimizer adamw"),
-        ({"weight_decay": -1}, "--weight-decay must not be negative"),
+        ({"weight_decay": -1}, "--weight-decay must be at least 0"),
         ({"phases": []}, "--phases is empty"),
         ({"label_smoothing": 1}, "--label-smoothing must be at least 0 and less than 1"),
         ({"average": 1}, "--average must be at least 0 and less than 1"),
@@ -100,18 +101,18 @@ def test_impossible_phases_are_refused(phase, sentence):
 
 
 def test_presets_and_stated_phases_are_a_plan():
-    article = _config(phases="article", epochs=4).plan
+    article = _config(phases="article", epochs=4).resolved_phases
     assert [(p.learning_rate, p.trainable, p.epochs) for p in article] == [
         (1e-3, 0, 4),
         (1e-4, 0.2, 4),
         (1e-5, 0.5, 4),
     ]
     stated = _config(phases=[Phase(name="a", epochs=2), Phase(name="b", learning_rate=0.5)], learning_rate=0.1)
-    assert [(p.learning_rate, p.epochs) for p in stated.plan] == [(0.1, 2), (0.5, 10)]
+    assert [(p.learning_rate, p.epochs) for p in stated.resolved_phases] == [(0.1, 2), (0.5, 10)]
     assert stated.all_epochs == 12
-    assert [p.sparsity for p in _config(phases="prune").plan] == [0, 0.5, 0.8]
+    assert [p.sparsity for p in _config(phases="prune").resolved_phases] == [0, 0.5, 0.8]
     after = _config(phases=[Phase(name="zeros", sparsity=0.5), Phase(name="tune")])
-    assert [p.sparsity for p in after.plan] == [0.5, 0.5]
+    assert [p.sparsity for p in after.resolved_phases] == [0.5, 0.5]
 
 
 def test_more_epochs_are_another_training_only_where_they_change_it():
@@ -122,7 +123,7 @@ def test_more_epochs_are_another_training_only_where_they_change_it():
         ({"schedule": "cosine", "warmup_epochs": 1, "decay_epochs": 2}, True),
         ({"schedule": "plateau", "phases": "article"}, False),
     ):
-        differences = _config(epochs=20, **flags).differs_from(_config(epochs=10, **flags).as_dict())
+        differences = _config(epochs=20, **flags).differs_from(configs.as_dict(_config(epochs=10, **flags)))
         assert (differences == []) == same
 
 
@@ -138,7 +139,7 @@ def test_class_weights_are_scikit_learns():
 def test_weight_decay_spares_biases_and_norms():
     config = _config(optimizer="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)
     model = architectures.build("small_cnn", 32, 3)
-    optimizer = recipe.optimizer(config, config.plan[0], 1)
+    optimizer = recipe.optimizer(config, config.resolved_phases[0], 1)
     optimizer.build(model.trainable_variables)
     before = [variable.numpy() + 1.0 for variable in model.trainable_variables]
     for variable, value in zip(model.trainable_variables, before, strict=True):
@@ -166,8 +167,8 @@ def test_pruned_weights_stay_zero_while_others_learn(flags):
     images, targets = coloured_noise(16, 32)
     config = _config(phases="prune", **flags)
     steps = Steps(config, 3)
-    steps.begin(config.plan[1], 4)
-    steps.prune_at(20, 4, config.plan[1], 0.0)  # half of ten epochs
+    steps.begin(config.resolved_phases[1], 4)
+    steps.prune_at(20, 4, config.resolved_phases[1], 0.0)  # half of ten epochs
     zeros = [weight == 0 for weight in steps.model.get_weights()]
     kernels = [index for index, weight in enumerate(steps.model.get_weights()) if weight.ndim > 1]
     before = steps.model.get_weights()
@@ -181,7 +182,7 @@ def test_pruned_weights_stay_zero_while_others_learn(flags):
             assert (after[index][zeros[index]] == 0).all()
             assert (after[index][~zeros[index]] != before[index][~zeros[index]]).mean() > 0.9
     # The next phase goes on from these zeros, also after a checkpoint.
-    steps.begin(config.plan[2], 4)
+    steps.begin(config.resolved_phases[2], 4)
     steps.train(images, targets)
     assert all((steps.model.get_weights()[index][zeros[index]] == 0).all() for index in kernels)
 
@@ -190,7 +191,7 @@ def test_the_bundle_of_an_average_holds_the_average(tmp_path):
     images, targets = coloured_noise(16, 32)
     config = _config(average=0.5, schedule="constant", optimizer="sgd", learning_rate=0.01)
     steps = Steps(config, 3)
-    steps.begin(config.plan[0], 4)
+    steps.begin(config.resolved_phases[0], 4)
     expected = steps.model.get_weights()
     for step in range(3):
         steps.train(images, targets, position=(0, step, 0))
@@ -202,7 +203,7 @@ def test_the_bundle_of_an_average_holds_the_average(tmp_path):
     state, weights = steps.state(), steps.model.get_weights()
     steps.inference.save(tmp_path / "model.keras")
     other = Steps(config, 3)
-    other.begin(config.plan[0], 4)
+    other.begin(config.resolved_phases[0], 4)
     other.load(str(tmp_path / "model.keras"), state, optimizer=True)
     for found, kept in zip(other.model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(found, kept)
@@ -234,7 +235,7 @@ def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
     )  # fmt: skip
     importance = np.asarray([0.5, 1.0, 2.0], np.float32)
     steps = Steps(config, 3, teacher=teacher, class_weights=importance)
-    steps.begin(config.plan[0], 4)
+    steps.begin(config.resolved_phases[0], 4)
     logits = np.asarray(steps._network(images, training=True), np.float64)
     taught = np.asarray(keras.Model(teacher.inputs, teacher.get_layer("logits").output)(images), np.float64)
     found = steps.train(images, targets)

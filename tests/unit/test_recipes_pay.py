@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cnnray.benchmarks import recipes
+from benchmarks import recipes
 from cnnray.training.config import TrainConfig
 
 

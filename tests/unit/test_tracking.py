@@ -9,21 +9,23 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from cnnray import configs
 from cnnray.images.decode import BadImage
 from cnnray.models.bundle import Bundle
 from cnnray.models.mlflow_flavor import BUNDLE_TAG
 from cnnray.models.predictor import Predictor
-from cnnray.training import tracking
+from cnnray.tracking import mlflow as tracking
+from cnnray.tracking.mlflow import TrackingError
 from cnnray.training.config import TrainConfig
-from cnnray.training.driver import train
-from cnnray.training.search_tracking import SearchTracker
-from cnnray.training.tracking import Tracker, TrackingError
+from cnnray.training.job import make_tracker, train
+from cnnray.tuning.job import make_tracker as make_search_tracker
 from tests.awkward import awkward_images
 
 pytest.importorskip("mlflow")
@@ -76,7 +78,7 @@ def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
     go_on(1)
 
     def interrupted():
-        with Tracker(config).following():
+        with make_tracker(config).following():
             time.sleep(1)
             raise KeyboardInterrupt
 
@@ -92,7 +94,7 @@ def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
 
     summary = go_on(3)
     for _ in range(2):  # the second time all is told
-        tracker = Tracker(config.with_changes(workers=4))
+        tracker = make_tracker(replace(config, max_workers=4))
         with tracker.following():
             pass
         tracker.finish(summary)
@@ -102,7 +104,7 @@ def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
         assert _steps(client, found, name) == [1, 2, 3]
     assert [metric.value for metric in client.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3]
     assert found.data.metrics["best_val_accuracy"] == 0.8
-    assert (found.data.params["workers"], found.data.tags["now.workers"]) == ("2", "4")
+    assert (found.data.params["max_workers"], found.data.tags["now.max_workers"]) == ("2", "4")
     (version,) = client.search_model_versions("name = 'cnnray'")
     assert version.run_id == found.info.run_id
     assert version.tags[BUNDLE_TAG].startswith("model-")
@@ -112,7 +114,7 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(run, store, monkeypatc
     config, go_on = run
     monkeypatch.setattr(tracking, "_LOOK_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
-    tracker = Tracker(config)
+    tracker = make_tracker(config)
     tracker.reach()
     go_on(1)
     log_batch = tracker._client.log_batch
@@ -135,7 +137,7 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(run, store, monkeypatc
     client, (found,) = _runs(store)
     assert _steps(client, found) == [1, 2]
     # Once for the first two together; the third is alone.
-    assert caplog.text.count("cannot be told (Connection refused)") == 1
+    assert caplog.text.count("cannot be reached (Connection refused)") == 1
     assert caplog.text.count("answers again") == 1
 
 
@@ -162,7 +164,7 @@ def test_what_came_without_a_receipt_is_not_sent_twice(run, store, monkeypatch):
     without_receipt(ModelRegistryClient, "create_model_version")
     config, go_on = run
     monkeypatch.setattr(tracking, "_WAITS", (0.01,) * 4)
-    Tracker(config).finish(go_on(2))
+    make_tracker(config).finish(go_on(2))
     assert sorted(lost) == ["create_model_version", "create_run", "log_batch"]
     client, (found,) = _runs(store)
     assert found.info.status == "FINISHED"
@@ -172,7 +174,7 @@ def test_what_came_without_a_receipt_is_not_sent_twice(run, store, monkeypatch):
 
 def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store, monkeypatch, caplog):
     config, go_on = run
-    tracker = Tracker(config)
+    tracker = make_tracker(config)
     tracker.reach()
     go_on(1)
     with tracker.following():
@@ -186,7 +188,7 @@ def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store,
         patch.setattr(tracker._client, "log_batch", refuse)
         tracker.finish(summary)
     assert "lacks epochs 2 to 3 and the end of the run (Connection refused)" in caplog.text
-    Tracker(config).finish(summary)
+    make_tracker(config).finish(summary)
     client, (found,) = _runs(store)
     assert _steps(client, found) == [1, 2, 3]
     assert len(client.search_model_versions("name = 'cnnray'")) == 1
@@ -194,30 +196,30 @@ def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store,
 
 def test_more_epochs_are_another_version_and_another_server_another_run(run, store, tmp_path):
     config, go_on = run
-    Tracker(config).finish(go_on(1))
+    make_tracker(config).finish(go_on(1))
     (tmp_path / "runs" / "digits" / "bundle" / "model.keras").write_bytes(b"other weights")
-    Tracker(config.with_changes(mlflow_model="classifier")).finish(go_on(2))
+    make_tracker(replace(config, mlflow_model="classifier")).finish(go_on(2))
     client, (found,) = _runs(store)
     assert _steps(client, found) == [1, 2]
     versions = client.search_model_versions(f"run_id = '{found.info.run_id}'")
     assert {version.name for version in versions} == {"cnnray", "classifier"}
     other = str(tmp_path / "other")
-    Tracker(config.with_changes(mlflow=other)).finish(go_on(2))
+    make_tracker(replace(config, mlflow=other)).finish(go_on(2))
     client, (found,) = _runs(other)
     assert _steps(client, found) == [1, 2]
 
 
 def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
     config, go_on = run
-    search = config.with_changes(output=str(tmp_path / "search"))
-    tracker = SearchTracker(search, str(tmp_path / "search" / "trials"))
+    search = replace(config, output=str(tmp_path / "search"))
+    tracker = make_search_tracker(search)
     go_on(2)
     with tracker.following():
         for name in ("a", "b"):
             folder = tmp_path / "search" / "trials" / name
             shutil.copytree(tmp_path / "runs" / "digits", folder)
             trial = TrainConfig(data="/d", output=str(folder), learning_rate=0.1)
-            (folder / "config.yaml").write_text(yaml.safe_dump(trial.as_dict()))
+            (folder / "config.yaml").write_text(yaml.safe_dump(configs.as_dict(trial)))
     tracker.finish_search({"a": "FINISHED", "b": "KILLED"}, {"val_accuracy": 0.8})
     client, found = _runs(store)
     (whole,) = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
@@ -227,7 +229,7 @@ def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
     for one in trials.values():
         assert _steps(client, one) == [1, 2]
         assert one.data.params["learning_rate"] == "0.1"
-    SearchTracker(search, str(tmp_path / "search" / "trials")).finish_search({}, {"val_accuracy": 0.8})
+    make_search_tracker(search).finish_search({}, {"val_accuracy": 0.8})
     assert len(_runs(store)[1]) == 3
     assert _steps(client, whole, "best_val_accuracy") == [0]
 
@@ -236,7 +238,7 @@ def test_a_model_from_the_server_answers_as_the_bundle_does(run, store, onnx_bun
     import mlflow.pyfunc
 
     config, go_on = run
-    Tracker(config).finish(go_on(1) | {"bundle": onnx_bundle})
+    make_tracker(config).finish(go_on(1) | {"bundle": onnx_bundle})
     images = [*awkward_images().values(), b"not an image"]
     found = mlflow.pyfunc.load_model("models:/cnnray/1").predict(pd.DataFrame({"image": images}))
     for row, expected in zip(found.to_dict("records"), Predictor(Bundle.load(onnx_bundle))(images), strict=True):
@@ -259,19 +261,19 @@ def test_mistakes_get_a_sentence_before_anything_is_written(digits, tmp_path, mo
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises(TrackingError, match=f"No MLflow server at {address}: Connection refused"):
-            train(config.with_changes(mlflow=address))
+            train(replace(config, mlflow=address))
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     assert time.monotonic() - started < 60  # with MLflow's own retries it would be four minutes
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
-        config.with_changes(mlflow="https://me:secret@mlflow.example")
+        replace(config, mlflow="https://me:secret@mlflow.example")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TrackingError, match="pip install 'mlflow-skinny>=3'"):
-        train(config.with_changes(mlflow=address))
+        train(replace(config, mlflow=address))
     assert not (tmp_path / "out").exists()
 
 
 def test_without_the_flag_mlflow_is_not_loaded():
     program = (
-        "import sys\nimport cnnray.training.driver, cnnray.models.mlflow_flavor\nassert 'mlflow' not in sys.modules"
+        "import sys\nimport cnnray.training.job, cnnray.models.mlflow_flavor\nassert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,5 +1,7 @@
 """What a network begins with, and which of its layers are trained."""
 
+from dataclasses import replace
+
 import keras
 import pytest
 
@@ -105,7 +107,7 @@ def test_only_what_a_phase_trains_moves(architecture, precision):
     for phase in (Phase(name="head", trainable=0.0), Phase(name="top", trainable=0.2), Phase(name="all")):
         before = [layer.get_weights() for layer in layers]
         head = steps.model.get_layer("logits").get_weights()
-        steps.begin(config.with_changes(phases=[phase], learning_rate=0.1, schedule="constant").plan[0], 3)
+        steps.begin(replace(config, phases=[phase], learning_rate=0.1, schedule="constant").resolved_phases[0], 3)
         for step in range(3):
             steps.train(images, targets, position=(0, step, 0))
         steps.average_statistics()

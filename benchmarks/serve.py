@@ -18,10 +18,10 @@ from pathlib import Path
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cnnray.benchmarks import peers
-from cnnray.benchmarks.load import Peak, finished, peak, start_steady
-from cnnray.benchmarks.predict import BATCH, random_bundle
-from cnnray.benchmarks.report import BenchmarkError, Comparison
+from benchmarks import peers
+from benchmarks.load import Peak, finished, peak, start_steady
+from benchmarks.predict import BATCH, random_bundle
+from benchmarks.report import BenchmarkError, Comparison
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 
@@ -142,7 +142,7 @@ def service(
         ]  # fmt: skip
     else:
         interpreter = str(python) if name in ("litserve", "bentoml") else sys.executable
-        command = [interpreter, "-m", "cnnray.benchmarks.peers", name, bundle, engine, str(port)]
+        command = [interpreter, "-m", "benchmarks.peers", name, bundle, engine, str(port)]
     with (folder / f"{name}.log").open("w") as output:
         # On this machine, as the peers are, also where the benchmark itself is a job of a cluster.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

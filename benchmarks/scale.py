@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cnnray.benchmarks import train
-from cnnray.benchmarks.load import peak
-from cnnray.benchmarks.photos import Photos, write
-from cnnray.benchmarks.predict import BATCH, random_bundle, steady_rate
-from cnnray.benchmarks.projection import Costs
-from cnnray.benchmarks.serve import photo_of_68_kb, service
+from benchmarks import train
+from benchmarks.load import peak
+from benchmarks.photos import Photos, write
+from benchmarks.predict import BATCH, random_bundle, steady_rate
+from benchmarks.projection import Costs
+from benchmarks.serve import photo_of_68_kb, service
 from cnnray.cluster import Resources
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cnnray.benchmarks.photos import Photos
-from cnnray.benchmarks.report import BenchmarkError, Comparison, bare_loops
+from benchmarks.photos import Photos
+from benchmarks.report import BenchmarkError, Comparison, bare_loops
 from cnnray.cluster import Resources
 from cnnray.models import startup
 from cnnray.training import epoch
-from cnnray.training.budget import budget_of
 from cnnray.training.config import TrainConfig
+from cnnray.training.plan import share_out
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3)
         raise BenchmarkError(f"{len(manifest)} images are too few to measure training with: {2 * BATCH} at least.")
     threads = bare_loops(found).processes
     config = config_of(2, cpus_per_worker=None if len(found.nodes) == 1 else threads / 2)
-    shares = budget_of(config, found)
+    shares = share_out(config, found)
     fit, memory, files = [], [], []
     for _ in range(rounds):
         fit.append(_model_fit(threads, steps))
@@ -64,13 +64,13 @@ def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3)
 def config_of(workers: int, **flags: Any) -> TrainConfig:
     """As the peer trains: Adam at a constant rate, and nothing else."""
     return TrainConfig(
-        data="/none", output="/nowhere", workers=workers, augment="none", optimizer="adam", schedule="constant",
+        data="/none", output="/nowhere", max_workers=workers, augment="none", optimizer="adam", schedule="constant",
         **flags,
     )  # fmt: skip
 
 
 def _model_fit(threads: int, steps: int) -> float:
-    program = f"from cnnray.benchmarks import train; train.fit_in_this_process({threads}, {steps})"
+    program = f"from benchmarks import train; train.fit_in_this_process({threads}, {steps})"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -135,7 +135,7 @@ def on_workers(
             functools.partial(_measure, config, threads, decode_cpus, steps, manifest),
             backend_config=MultiWorkerConfig(),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.workers,
+                num_workers=config.max_workers,
                 use_gpu=config.gpus_per_worker > 0,
                 resources_per_worker=resources,
                 placement_strategy="SPREAD" if spread else "PACK",
@@ -157,7 +157,7 @@ def _measure(
     import tensorflow as tf
 
     from cnnray.images import stream
-    from cnnray.training.source import StreamedSource
+    from cnnray.training.data import StreamedSource
     from cnnray.training.step import Steps
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -167,7 +167,7 @@ def _measure(
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         trained = Steps(config, CLASSES)
-        trained.begin(config.plan[0], steps)
+        trained.begin(config.resolved_phases[0], steps)
     images, targets = _random_batches(config.batch_size // world)
     trained.train(images, targets)
     ways: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}

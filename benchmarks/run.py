@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import export, ingest, load, predict, projection, recipes, report, scale, serve, train
+from benchmarks.photos import Photos
+from benchmarks.report import BenchmarkError, Comparison
 from cnnray import cluster
-from cnnray.benchmarks import export, ingest, load, predict, projection, recipes, report, scale, serve, train
-from cnnray.benchmarks.photos import Photos
-from cnnray.benchmarks.report import BenchmarkError, Comparison
 from cnnray.cluster import Resources
 from cnnray.images import stream
 

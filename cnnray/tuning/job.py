@@ -1,6 +1,5 @@
-"""A search over training flags: trials are training runs, of which Ray Tune stops the worse ones early."""
+"""The job of a search: trials are training runs, and Ray Tune stops the worse ones early (ASHA)."""
 
-import ast
 import contextlib
 import csv
 import dataclasses
@@ -9,119 +8,32 @@ import io
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from cnnray import cluster, flags
+from cnnray import cluster, configs
 from cnnray.cluster import Resources
 from cnnray.images import storage
 from cnnray.images.lock import alone
-from cnnray.models.augment import Augmentations
+from cnnray.tracking.mlflow import RECORD
+from cnnray.tracking.mlflow_search import SearchTracker
 from cnnray.training import data, recipe
-from cnnray.training.assignment import CONFIG, HISTORY
-from cnnray.training.budget import budget_of, bundles, check_cpus
 from cnnray.training.config import TrainConfig
-from cnnray.training.search_tracking import SearchTracker
-from cnnray.training.tracking import RECORD
+from cnnray.training.output import CONFIG, HISTORY
+from cnnray.training.plan import check_cpus, resource_requests, share_out
+from cnnray.tuning.config import LISTS, SearchConfig
 
 log = logging.getLogger(__name__)
 
 BEST, TRIALS_TABLE, TRIALS, STATE = "best.yaml", "trials.csv", "trials", "search"
-# Parts of the whole search, not of one of its trials.
-_NOT_SEARCHED = {
-    "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
-    "mlflow_experiment", "mlflow_model",
-}  # fmt: skip
-# The search's own, of which trials know nothing.
-_OF_SEARCH = {"overwrite": False, "preview_augmentations": None, "mlflow": None, "mlflow_model": None}
-_SPACES = ("uniform", "quniform", "loguniform", "qloguniform", "randint", "lograndint", "choice", "grid_search")
 _ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
-"""A trial's state in MLflow's words."""
+"""MLflow's status for each state of a trial."""
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
 class SearchError(RuntimeError):
     """A search that cannot start or ended badly; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig(TrainConfig):
-    """Search for the best values of training flags, and leave them as YAML that jobs/train.py --config takes.
-
-    All other flags are those of jobs/train.py, the same for each trial.
-    """
-
-    search: list[str] = field(default_factory=list)
-    """What is searched: flag=space, several behind one another, such as 'learning_rate=loguniform(1e-4,1e-2)' and
-    'augment=choice(["none","light"])'; the spaces are Ray Tune's: uniform, quniform, loguniform, qloguniform,
-    randint, lograndint, choice, grid_search."""
-    trials: int = 10
-    """Values that are tried (of grid_search: as often each)."""
-    parallel: int = 1
-    """Trials that run side by side, each on its share of the cluster."""
-    metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-    """What the best trial has most (or least) of, in its best epoch."""
-
-    def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: a value that cannot work, in one sentence that names the flag.
-        """
-        super().__post_init__()
-        flags.check_at_least_one(self, "trials", "parallel")
-        if self.is_elastic:
-            raise ValueError(f"--workers {self.workers}: a search's trials have a fixed number of workers.")
-        if self.preview_augmentations is not None:
-            raise ValueError("--preview-augmentations is of jobs/train.py.")
-        if self.mlflow_model is not None:
-            raise ValueError("--mlflow-model is of jobs/train.py: a search registers no bundle.")
-        if not self.search:
-            raise ValueError("--search is needed, such as --search 'learning_rate=loguniform(1e-4,1e-2)'.")
-        for text in self.search:
-            parsed(text)
-
-    def trial(self, values: dict[str, Any], output: str) -> TrainConfig:
-        """The training run that a trial is.
-
-        Args:
-            values: by flag, with dots for those inside others.
-            output: of the run.
-
-        Raises:
-            ValueError: values that cannot work.
-        """
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(TrainConfig)}
-        for name, value in values.items():
-            outer, _, inner = name.partition(".")
-            fields[outer] = dataclasses.replace(fields[outer], **{inner: value}) if inner else value
-        return TrainConfig(**fields | _OF_SEARCH | {"output": output})
-
-
-def parsed(text: str) -> tuple[str, str, list[Any]]:
-    """A flag, the name of a space, and what that is called with.
-
-    Raises:
-        ValueError: it is not of the form flag=space(values), in one sentence.
-    """
-    name, _, space = text.partition("=")
-    name = name.strip().removeprefix("--").replace("-", "_")
-    known = {item.name for item in dataclasses.fields(TrainConfig)} - _NOT_SEARCHED
-    outer, _, inner = name.partition(".")
-    inside = set(asdict(Augmentations())) if outer == "augmentations" else {""}
-    if outer not in known or inner not in inside:
-        raise ValueError(f"--search {text}: {name!r} is no training flag.")
-    try:
-        call = ast.parse(space.strip(), mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.keywords):
-            raise ValueError("it is no call")
-        values = [ast.literal_eval(value) for value in call.args]
-    except (ValueError, SyntaxError):
-        raise ValueError(f"--search {text}: expected flag=space(values), such as dropout=uniform(0,0.5).") from None
-    if call.func.id not in _SPACES:
-        raise ValueError(f"--search {text}: no space is called {call.func.id!r}; there are {', '.join(_SPACES)}.")
-    return name, call.func.id, values
 
 
 def search(config: SearchConfig) -> dict[str, Any]:
@@ -141,15 +53,17 @@ def search(config: SearchConfig) -> dict[str, Any]:
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
     with alone(config.output):
-        tracker = SearchTracker(config, storage.join(config.output, TRIALS)) if config.mlflow else None
+        tracker = make_tracker(config)
         if tracker:
             tracker.reach()
         # Each trial would find the same fault.
         recipe.check(config, data.manifest_of_run(config))
         _begin(config)
         with cluster.connected(), tracker.following() if tracker else contextlib.nullcontext():
-            found = cluster.when_it_fits(functools.partial(_fit, config), bundles(config), config.wait_minutes)
-            results = _results(config, spaces, found)
+            available = cluster.when_it_fits(
+                functools.partial(_fit, config), resource_requests(config), config.wait_minutes
+            )
+            results = _results(config, spaces, available)
         rows = _rows(config, results)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
@@ -167,10 +81,10 @@ def search(config: SearchConfig) -> dict[str, Any]:
                 {name: best[name] for name in ("val_accuracy", "val_loss")},
             )
         values = {name: best[name] for name in spaces}
-        winner = config.trial(values, config.output).as_dict()
+        # Without the output, which is not the trial's: whoever trains with these flags names another.
+        winner = configs.as_dict(config.trial(values, config.output))
         del winner["output"]
-        text_of_best = yaml.safe_dump(winner, sort_keys=False)
-        storage.write_bytes(storage.join(config.output, BEST), text_of_best.encode())
+        storage.write_bytes(storage.join(config.output, BEST), yaml.safe_dump(winner, sort_keys=False).encode())
         return {
             "config": storage.join(config.output, BEST),
             "trials": len(rows),
@@ -182,6 +96,26 @@ def search(config: SearchConfig) -> dict[str, Any]:
         }
 
 
+def make_tracker(config: SearchConfig) -> SearchTracker | None:
+    """The tracker of a search, where `--mlflow` asks for one.
+
+    Raises:
+        TrackingError: MLflow is not installed.
+    """
+
+    def trial(folder: str) -> tuple[dict[str, str], str] | None:
+        uri = storage.join(folder, CONFIG)
+        if not storage.is_file(uri):
+            return None
+        flags = TrainConfig(**configs.load(TrainConfig, storage.read_bytes(uri), uri))
+        return flags.tracked(), storage.join(folder, HISTORY)
+
+    if config.mlflow is None:
+        return None
+    trials = storage.join(config.output, TRIALS)
+    return SearchTracker(config, config.output, config.tracked(), trials, trial)
+
+
 def _spaces(config: SearchConfig) -> dict[str, Any]:
     """Ray Tune's spaces by flag.
 
@@ -191,30 +125,33 @@ def _spaces(config: SearchConfig) -> dict[str, Any]:
     from ray import tune
 
     spaces: dict[str, Any] = {}
-    for text in config.search:
-        name, space, values = parsed(text)
-        if name in spaces:
-            raise SearchError(f"--search has {name} twice.")
+    assert isinstance(config.search, dict)
+    for name, space in config.search.items():
+        [(kind, values)] = space.items()
         try:
-            spaces[name] = getattr(tune, space)(*values)
-            samples = values[0] if space == "grid_search" else [spaces[name].sample() for _ in range(20)]
+            spaces[name] = getattr(tune, kind)(*([values] if kind in LISTS else values))
+            samples = values if kind == "grid_search" else [spaces[name].sample() for _ in range(20)]
             for sample in samples:
                 config.trial({name: sample}, config.output)
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise SearchError(f"--search {text}: {' '.join(str(error).split())}") from None
+            raise SearchError(f"--search {name}: {' '.join(str(error).split())}") from None
     return spaces
 
 
 def _begin(config: SearchConfig) -> None:
+    """Make the output that of this search, unless it holds an earlier run of it.
+
+    Raises:
+        SearchError: the output holds something else.
+        NewerFormatError: a later version of cnnray wrote it.
+    """
     uri = storage.join(config.output, CONFIG)
-    text = yaml.safe_dump(config.as_dict() | {"overwrite": False}, sort_keys=False).encode()
     if storage.is_file(uri):
-        earlier = yaml.safe_load(storage.read_bytes(uri))
-        if not isinstance(earlier, dict) or "search" not in earlier:
+        earlier = configs.load(SearchConfig, storage.read_bytes(uri), uri)
+        if "search" not in earlier:
             raise SearchError(f"{config.output} holds another job's {CONFIG}; give another --output.")
-        differences = flags.differences(
-            config, earlier, {"overwrite", "output", "parallel", "data_checks", "mlflow", "mlflow_experiment"}
-        )
+        # The scheduler of an interrupted search was made for its number of epochs.
+        differences = configs.differences(config, earlier, {"epochs"})
         if not differences:
             return
         if not config.overwrite:
@@ -228,20 +165,20 @@ def _begin(config: SearchConfig) -> None:
             storage.delete_file(storage.join(config.output, part))
     elif storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
         raise SearchError(f"{config.output} holds {TRIALS}, but no {CONFIG} of a search; give another --output.")
-    storage.write_bytes(uri, text)
+    storage.write_bytes(uri, configs.dump(config, overwrite=False))
 
 
-def _results(config: SearchConfig, spaces: dict[str, Any], found: Resources) -> Any:
+def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from cnnray.training.driver import interruptible
+    from cnnray.training.job import interruptible
 
     # Its tables would go to stdout, whose one line is the job's.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     filesystem, path = storage.arrow_filesystem(config.output)
-    trainable = tune.with_resources(functools.partial(_run_trial, _shared_out(config, found)), {"CPU": 0.001})
+    trainable = tune.with_resources(functools.partial(_run_trial, _with_shares(config, available)), {"CPU": 0.001})
     experiment = f"{path}/{STATE}"
     if tune.Tuner.can_restore(experiment, filesystem):
         log.info("going on with the search in %s", config.output)
@@ -264,31 +201,31 @@ def _results(config: SearchConfig, spaces: dict[str, Any], found: Resources) -> 
                 storage_path=path,
                 storage_filesystem=filesystem,
                 verbose=0,
-                callbacks=[_progress(config)],
+                callbacks=[_trial_logger(config)],
             ),
         )
     return interruptible(tuner.fit)
 
 
-def _fit(config: SearchConfig, found: Resources) -> Resources:
+def _fit(config: SearchConfig, available: Resources) -> Resources:
     """The same cluster, if a trial fits it.
 
     Raises:
         ClusterError: it does not.
     """
-    budget_of(config, found)
-    return found
+    share_out(config, available)
+    return available
 
 
-def _shared_out(config: SearchConfig, found: Resources) -> SearchConfig:
+def _with_shares(config: SearchConfig, available: Resources) -> SearchConfig:
     """The config with each trial's share of the cluster, where several run side by side."""
     if config.parallel == 1:
         return config
-    each = found.cpus / config.parallel
+    each = available.cpus / config.parallel
     return dataclasses.replace(
         config,
-        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.most_workers,
-        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.most_workers),
+        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.max_workers,
+        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.max_workers),
     )
 
 
@@ -297,7 +234,7 @@ def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from cnnray.training.driver import train
+    from cnnray.training.job import train
 
     class AtEpochs(TuneReportCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
@@ -313,10 +250,10 @@ def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
         tune.report({"epoch": config.all_epochs} | scores)
 
 
-def _progress(config: SearchConfig) -> Any:
+def _trial_logger(config: SearchConfig) -> Any:
     from ray import tune
 
-    class Progress(tune.Callback):
+    class TrialLogger(tune.Callback):
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
             ended = sum(one.is_finished() for one in trials)
             log.info(
@@ -328,7 +265,7 @@ def _progress(config: SearchConfig) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             log.warning("trial %s failed: %s", trial.trial_id, trial.config)
 
-    return Progress()
+    return TrialLogger()
 
 
 def _rows(config: SearchConfig, results: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,7 @@
 """A training job from end to end: manifest, cluster, Ray Train's run, and the bundle."""
 
 import contextlib
-import csv
 import functools
-import io
-import json
 import logging
 import os
 import tempfile
@@ -17,33 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
-from cnnray import cluster, paths
+from cnnray import cluster, configs, paths
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lock import alone
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
-from cnnray.training import data, recipe
-from cnnray.training.assignment import CONFIG, HISTORY, TENSORBOARD, Assignment
-from cnnray.training.budget import Budget, budget_of, bundles, check_cpus, check_shares
+from cnnray.tracking.mlflow import Tracker
+from cnnray.training import data, output, recipe
 from cnnray.training.config import TrainConfig
-from cnnray.training.tracking import RECORD, tracker_of
+from cnnray.training.output import TrainingError
+from cnnray.training.plan import Assignment, Shares, check_cpus, check_fit, resource_requests, share_out
 
 log = logging.getLogger(__name__)
 
-BUNDLE, MANIFEST = "bundle", "manifest.parquet"
-SUMMARY, BAD_IMAGES, CHECKPOINTS = "summary.json", "bad_images.csv", "checkpoints"
-IMAGENET = "imagenet.weights.h5"
 _RESIZE_SECONDS = 30.0
-# In the order of deleting: a run without its summary is not finished, and one without its config is none.
-_FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
-_FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start or ended badly; the message is one sentence for the user."""
 
 
 def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -71,9 +57,9 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     with alone(config.output):
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
-        tracker = tracker_of(config)
-        earlier = _earlier_run(config)
-        if earlier is not None and (summary := _finished(config, earlier)) is not None:
+        tracker = make_tracker(config)
+        earlier = output.earlier_run(config)
+        if earlier is not None and (summary := output.finished(config, earlier)) is not None:
             if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.output)
                 if tracker:
@@ -82,97 +68,50 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             earlier = None
         if tracker:
             tracker.reach()
-        manifest = manifests.read(storage.join(config.output, MANIFEST)) if earlier else data.manifest_of_run(config)
+        manifest_uri = storage.join(config.output, output.MANIFEST)
+        manifest = manifests.read(manifest_uri) if earlier else data.manifest_of_run(config)
         data.describe(manifest)
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected():
-            shares = cluster.when_it_fits(functools.partial(budget_of, config), bundles(config), config.wait_minutes)
+            shares = cluster.when_it_fits(
+                functools.partial(share_out, config), resource_requests(config), config.wait_minutes
+            )
             weights_file = None if config.weights in ("none", "imagenet") else config.weights
             first = containers.file_of(manifest["uri"][0].as_py())
             opened = filter(None, [first, config.output, config.teacher, weights_file])
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
-            # Nothing is written, or taken away, before all is known to be right.
+            # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, shares)
-                _delete_run(config.output)
+                output.delete_run(config.output)
                 # First of all: an output that has other files and no config is taken for somebody else's.
-                _write_config(config)
-                manifests.write(manifest, storage.join(config.output, MANIFEST))
+                output.write_config(config)
+                manifests.write(manifest, manifest_uri)
                 if weights is not None:
-                    storage.write_bytes(storage.join(config.output, IMAGENET), weights)
+                    storage.write_bytes(storage.join(config.output, output.IMAGENET), weights)
             else:
                 log.info("going on with the run in %s", config.output)
-                _drop_torn_checkpoints(config.output)
-                _write_config(config)
+                output.drop_torn_checkpoints(config.output)
+                output.write_config(config)
             with tracker.following() if tracker else contextlib.nullcontext():
                 best, latest = _run(config, manifest, shares, cached, started, callbacks)
-                summary = _finish(config, best, latest, started)
+                summary = output.finish(config, best, latest, started)
         if tracker:
             tracker.finish(summary)
         return summary
 
 
-# -- the output -----------------------------------------------------------------------------------------------
+def make_tracker(config: TrainConfig) -> Tracker | None:
+    """The tracker of a run, where `--mlflow` asks for one.
 
-
-def _earlier_run(config: TrainConfig) -> dict[str, Any] | None:
-    """The config of the run that the output holds, if it is this one."""
-    try:
-        earlier = yaml.safe_load(storage.read_bytes(storage.join(config.output, CONFIG)))
-    except FileNotFoundError:
-        foreign = [part for part in (*_FOLDERS, *_FILES) if storage.exists(storage.join(config.output, part))]
-        if foreign:
-            raise TrainingError(
-                f"{config.output} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
-            ) from None
-        return None
-    differences = config.differs_from(earlier)
-    if differences and config.overwrite:
-        return None
-    if differences:
-        raise TrainingError(
-            f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
-        )
-    if not storage.is_file(storage.join(config.output, MANIFEST)):
-        return None
-    return dict(earlier)
-
-
-def _finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        summary: dict[str, Any] = json.loads(storage.read_bytes(storage.join(config.output, SUMMARY)))
-    except FileNotFoundError:
-        return None
-    return None if config.epochs > int(earlier["epochs"]) else summary
-
-
-def _delete_run(output: str) -> None:
-    for part in _FILES:
-        storage.delete_file(storage.join(output, part))
-    for part in _FOLDERS:
-        storage.delete_folder(storage.join(output, part))
-
-
-def _write_config(config: TrainConfig) -> None:
-    storage.delete_file(storage.join(config.output, SUMMARY))
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
-    storage.write_bytes(storage.join(config.output, CONFIG), text.encode())
-
-
-def _drop_torn_checkpoints(output: str) -> None:
-    """Start over where Ray's own list of checkpoints was cut off while it was written.
-
-    It is not written at once as a whole. The run then begins anew, and ends as it would have.
+    Raises:
+        TrackingError: MLflow is not installed.
     """
-    try:
-        json.loads(storage.read_bytes(storage.join(output, CHECKPOINTS, "checkpoint_manager_snapshot.json")))
-    except FileNotFoundError:
-        return
-    except ValueError:
-        log.warning("the list of checkpoints in %s is damaged; starting over", output)
-        storage.delete_folder(storage.join(output, CHECKPOINTS))
+    if config.mlflow is None:
+        return None
+    return Tracker(config, config.output, config.tracked(), storage.join(config.output, output.HISTORY))
 
 
 # -- the run --------------------------------------------------------------------------------------------------
@@ -181,7 +120,7 @@ def _drop_torn_checkpoints(output: str) -> None:
 def _run(
     config: TrainConfig,
     manifest: pa.Table,
-    shares: Budget,
+    shares: Shares,
     cached: bool,
     started: float,
     callbacks: Sequence[Any],
@@ -196,15 +135,16 @@ def _run(
 
     from cnnray.training.backend import MultiWorkerConfig
 
+    workers = f"{config.fewest_workers} to {config.max_workers}" if config.is_elastic else config.max_workers
     log.info(
         "%s workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
-        str(config.workers).replace(":", " to "), shares.cpus_per_worker, shares.threads_per_worker,
+        workers, shares.cpus_per_worker, shares.threads_per_worker,
         config.gpus_per_worker, shares.decode_cpus,
     )  # fmt: skip
     assignment = Assignment(
         config=config,
         info=_bundle_info(config, manifest),
-        manifest=storage.join(config.output, MANIFEST),
+        manifest=storage.join(config.output, output.MANIFEST),
         weights=_weights_file(config),
         threads=shares.threads_per_worker,
         decode_cpus=shares.decode_cpus,
@@ -225,14 +165,14 @@ def _run(
         functools.partial(train_on_worker, assignment),
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=((config.fewest_workers, config.most_workers) if config.is_elastic else config.most_workers),
+            num_workers=((config.fewest_workers, config.max_workers) if config.is_elastic else config.max_workers),
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": shares.cpus_per_worker}
             | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
+            name=output.CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=list(callbacks),
@@ -245,7 +185,7 @@ def _run(
     )
     shortage = cluster.Shortage(cluster.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
     try:
-        result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_shares, config, shares)))
+        result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_fit, config, shares)))
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Training failed: {_cause(error)}") from error
     if result.return_value:
@@ -256,7 +196,7 @@ def _run(
 def _imagenet_weights(config: TrainConfig) -> bytes:
     startup.load_tensorflow(gpus=False)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, IMAGENET)
+        path = Path(folder, output.IMAGENET)
         transfer.imagenet(config.architecture, config.image_size, path)
         return path.read_bytes()
 
@@ -265,7 +205,7 @@ def _weights_file(config: TrainConfig) -> str | None:
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
-        return storage.join(config.output, IMAGENET)
+        return storage.join(config.output, output.IMAGENET)
     return config.weights if storage.is_file(config.weights) else storage.join(config.weights, bundle.MODEL)
 
 
@@ -297,7 +237,7 @@ def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
         image_size=config.image_size,
         resize=config.resize,
         architecture=config.architecture,
-        config=config.as_dict(),
+        config=configs.as_dict(config),
         data_fingerprint=manifests.fingerprint(manifest),
         class_counts=dict(sorted(counts.items())),
     )
@@ -309,45 +249,9 @@ def _cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-# -- the end --------------------------------------------------------------------------------------------------
-
-
-def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
-    from cnnray.training import checkpoint
-
-    target = storage.join(config.output, BUNDLE)
-    with alone(target):  # an export may be writing to it
-        bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
-    progress = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
-    files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
-    bad = checkpoint.read_bad_images(storage.read_bytes(uri) for uri in files)
-    if bad:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=["id", "uri", "error"])
-        writer.writeheader()
-        writer.writerows(bad[key] for key in sorted(bad))
-        storage.write_bytes(storage.join(config.output, BAD_IMAGES), text.getvalue().encode())
-        log.warning("%d images could not be read; they are listed in %s", len(bad), BAD_IMAGES)
-    summary = {
-        "bundle": target,
-        "epochs": progress["epoch"],
-        "metrics": bundle.read_info(target).metrics,
-        "images_per_second": round(progress["images"] / max(progress["seconds"], 1e-9), 2),
-        "seconds_to_first_step": round(progress["seconds_to_first_step"], 2),
-        "seconds": round(time.time() - started, 2),
-    }
-    storage.write_bytes(storage.join(config.output, SUMMARY), json.dumps(summary, indent=2).encode())
-    return summary
-
-
 def train_on_worker(assignment: Assignment) -> str:
     """What Ray Train runs on each worker: see `worker.run`."""
     startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
     from cnnray.training import worker
 
     return worker.run(assignment)
-
-
-def _uri(config: TrainConfig, saved: Any) -> str:
-    """Where one of Ray's checkpoints is, as `storage` takes it."""
-    return f"s3://{saved.path}" if storage.is_s3(config.output) else str(saved.path)

@@ -128,7 +128,7 @@ def trained(
     bounds = epoch.step_bounds(len(train.targets), config.batch_size)
     per_epoch, number, zeros = len(bounds) - 1, 0, 0.0
     best: tuple[float, Any] = (np.inf, None)
-    plan = config.plan
+    plan = config.resolved_phases
     for phase in plan:
         steps.begin(phase, per_epoch)
         for passed in range(phase.passes):

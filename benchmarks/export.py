@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from cnnray.benchmarks.report import Comparison
+from benchmarks.report import Comparison
 from cnnray.models import bundle as bundles
 from cnnray.models import startup
 from cnnray.models.bundle import Bundle, BundleInfo

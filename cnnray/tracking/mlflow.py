@@ -1,8 +1,8 @@
-"""A training run on an MLflow server: flags, epochs, and the bundle as a registered model.
+"""A training run on an MLflow server: its flags, the metrics of each epoch, and the bundle as a registered model.
 
-The driver alone speaks with the server, from what the run leaves in its output: whatever the server lacks of it is
-told, now or at the next look. So a server that is away for a while misses nothing, a run that was killed and goes on
-is one run there too, and training never waits.
+Only the driver speaks with the server. It compares what the server has with the run's output, and sends what is
+missing, every few seconds. So a server that is away for a while misses nothing, a run that was killed and goes on is
+one run there, too, and training never waits.
 """
 
 import contextlib
@@ -21,34 +21,32 @@ from typing import Any
 from cnnray.images import storage
 from cnnray.models import mlflow_flavor
 from cnnray.models.bundle import Bundle
-from cnnray.training.assignment import HISTORY
-from cnnray.training.config import TrainConfig
+from cnnray.tracking.config import TrackingConfig
 
 log = logging.getLogger(__name__)
 
 RECORD = "mlflow.json"
-"""In the output: which run of which server it is."""
+"""File in the output: which run of which server it is."""
 _TOKEN = "cnnray.token"
-"""A run's tag, which the output holds before the run is begun."""
+"""Tag of a run, written to the output before the run is created."""
 _LOOK_SECONDS = 4.0
-"""Less than the 5 after which MLflow's server closes a connection that nobody uses."""
+"""Seconds between two looks at the output: less than the 5 after which MLflow's server closes an idle connection."""
 _MOST_PARAMS = 100
-"""That MLflow takes at once."""
-_OURS = {"mlflow", "mlflow_experiment", "mlflow_model", "overwrite", "preview_augmentations"}
-"""Flags that say nothing of the training."""
+"""Parameters that MLflow accepts in one request."""
 _VARIABLES = {
-    # It is tried again here, after a look at what has come: MLflow would send a model twice whose receipt got lost.
+    # `Tracker` retries by itself, after a look at what has arrived: MLflow would register a model twice if the answer
+    # was lost.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    # MLflow would report each call to its makers.
+    # MLflow would send usage data to its makers.
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # It would add a lock file that it finds in the working directory to the model.
+    # MLflow would add a lock file that it finds in the working directory to the model.
     "MLFLOW_UV_AUTO_DETECT": "false",
-    # Stdout is the job's JSON line's.
+    # Stdout holds the job's JSON line only.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _WAITS = (1.0, 4.0, 10.0, 20.0)
-"""Seconds between tries at the end of a run."""
+"""Seconds between attempts at the end of a run."""
 _AT_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -57,12 +55,17 @@ class TrackingError(RuntimeError):
 
 
 class Tracker:
-    """Tells a server of one run."""
+    """Sends one run to a server."""
 
-    def __init__(self, config: TrainConfig, parent: str | None = None) -> None:
+    def __init__(
+        self, config: TrackingConfig, output: str, params: dict[str, str], history: str, parent: str | None = None
+    ) -> None:
         """
         Args:
             config: with `mlflow`.
+            output: of the run, where `RECORD` is kept.
+            params: the run's parameters.
+            history: uri of the CSV file with a row for each epoch, which need not be there yet.
             parent: id of the run that this one belongs to.
 
         Raises:
@@ -74,15 +77,16 @@ class Tracker:
         for name, value in _VARIABLES.items():
             os.environ.setdefault(name, value)
         self._config, self._parent = config, parent
+        self._output, self._params, self._history_uri = output, params, history
         self._client: Any = None
         self._run_id: str | None = None
-        self._told: set[int] = set()
+        self._sent: set[int] = set()
         """Epochs that the server has."""
         self._failures = 0
-        """One after another."""
+        """Failed attempts in a row."""
 
     def reach(self) -> None:
-        """Look whether the server answers.
+        """Check that the server answers.
 
         Raises:
             TrackingError: it does not, at once.
@@ -101,12 +105,12 @@ class Tracker:
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Tell the server of each epoch for as long as this context lasts; where it ends badly, of that."""
+        """Send each epoch as it ends, for as long as this context lasts; an exception marks the run as failed."""
         ended = threading.Event()
 
         def follow() -> None:
             while True:
-                self._try_to_tell()
+                self._try_sync()
                 if ended.wait(_LOOK_SECONDS):
                     return
 
@@ -120,14 +124,14 @@ class Tracker:
             if self._run_id and not thread.is_alive():
                 status = "FAILED" if isinstance(error, Exception) else "KILLED"
                 with _variables(_AT_ONCE), contextlib.suppress(Exception):
-                    self.tell()
+                    self.sync()
                     self.end(status)
             raise
         ended.set()
         thread.join()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Tell the server all that it lacks of a finished run, and give it the bundle; warn where that fails.
+        """Send all that the server lacks of a finished run, and the bundle; warn where that fails.
 
         Args:
             summary: of the run: `bundle`, `epochs`, `metrics`.
@@ -136,20 +140,20 @@ class Tracker:
         if self._run_id is None and self._record().get("finished") == [summary["epochs"], bundle.version]:
             return
         try:
-            self._insist(lambda: self._tell_end(bundle, summary))
+            self._retry(lambda: self._send_end(bundle, summary))
         except Exception as error:
-            missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._told]
+            missing = [epoch for epoch in range(1, summary["epochs"] + 1) if epoch not in self._sent]
             log.warning(
-                "MLflow at %s lacks %sthe end of the run (%s). The same command again tells it.",
+                "MLflow at %s lacks %sthe end of the run (%s). Run the same command again to send it.",
                 self._config.mlflow, f"epochs {missing[0]} to {missing[-1]} and " if missing else "", reason(error),
             )  # fmt: skip
 
-    def _insist(self, tell_end: Callable[[], None]) -> None:
-        """Tell the rest and the end, several times if need be."""
+    def _retry(self, send_end: Callable[[], None]) -> None:
+        """Send the rest and the end, in several attempts if need be."""
         for seconds in (*_WAITS, None):
             try:
-                self.tell()
-                tell_end()
+                self.sync()
+                send_end()
             except Exception:
                 self._forget()
                 if seconds is None:
@@ -158,16 +162,16 @@ class Tracker:
             else:
                 return
 
-    # -- what is told ----------------------------------------------------------------------------------
+    # -- what is sent ----------------------------------------------------------------------------------
 
-    def _try_to_tell(self) -> None:
+    def _try_sync(self) -> None:
         try:
-            self.tell()
+            self.sync()
         except Exception as error:
             self._failures += 1
-            if self._failures == 2:  # once is a connection that was closed meanwhile
+            if self._failures == 2:  # a single failure is a connection that was closed meanwhile
                 log.warning(
-                    "MLflow at %s cannot be told (%s); training goes on, and it is tried again.",
+                    "MLflow at %s cannot be reached (%s); training goes on, and it is tried again.",
                     self._config.mlflow, reason(error),
                 )  # fmt: skip
             self._forget()
@@ -177,22 +181,22 @@ class Tracker:
             self._failures = 0
 
     def _forget(self) -> None:
-        """Ask the server anew what it has: what was sent may have come, or not."""
+        """Ask the server again what it has at the next attempt: what was sent may have arrived, or not."""
         self._run_id = None
 
-    def tell(self) -> None:
-        """Tell the server of the epochs that it does not know."""
+    def sync(self) -> None:
+        """Send the epochs that the server lacks."""
         self._begin()
         for row in self._history():
-            if row["epoch"] not in self._told:
+            if row["epoch"] not in self._sent:
                 self._log(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
-                self._told.add(row["epoch"])
+                self._sent.add(row["epoch"])
 
     def end(self, status: str) -> None:
-        """Tell the server how the run ended: FINISHED, FAILED or KILLED."""
+        """Set the run's status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self._run_id, status)
 
-    def _tell_end(self, bundle: Bundle, summary: dict[str, Any]) -> None:
+    def _send_end(self, bundle: Bundle, summary: dict[str, Any]) -> None:
         name = self._config.mlflow_model or self._config.mlflow_experiment
         versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
         known = [one for one in versions if one.tags.get(mlflow_flavor.BUNDLE_TAG) == bundle.version]
@@ -216,8 +220,8 @@ class Tracker:
         self._client.log_batch(self._run_id, metrics=points)
 
     def _log_best(self, step: int, metrics: dict[str, float], model_id: str | None = None) -> None:
-        told = self._client.get_run(self._run_id).data.metrics
-        new = {f"best_{name}": value for name, value in metrics.items() if told.get(f"best_{name}") != value}
+        known = self._client.get_run(self._run_id).data.metrics
+        new = {f"best_{name}": value for name, value in metrics.items() if known.get(f"best_{name}") != value}
         if new:
             self._log(step, new, model_id)
 
@@ -229,13 +233,13 @@ class Tracker:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        # What it tries again is said here, once.
+        # Retries are reported here, once.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         mlflow.set_tracking_uri(self._config.mlflow)
         self._client = mlflow.MlflowClient(self._config.mlflow)
 
     def _begin(self) -> None:
-        """Find the run that this one goes on with, or begin one; tell it of the flags, and look what it has."""
+        """Find or create the run, send the parameters that it lacks, and look which epochs it has."""
         from mlflow.entities import Param, RunTag
         from mlflow.exceptions import MlflowException
 
@@ -254,19 +258,19 @@ class Tracker:
             self._keep(run_id=run.info.run_id)
         elif run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
-        told, flags = run.data.params, _flags(self._config)
-        new = [Param(name, value) for name, value in flags.items() if name not in told]
-        # Parameters cannot be changed; those that may differ when a run goes on, such as --workers, become tags.
+        known, flags = run.data.params, self._params
+        new = [Param(name, value) for name, value in flags.items() if name not in known]
+        # Parameters cannot be changed: resumable flags with another value, such as --max-workers, become tags.
         tags = [
-            RunTag(f"now.{name}", flags[name]) for name in flags.keys() & told.keys() if flags[name] != told[name]
+            RunTag(f"now.{name}", flags[name]) for name in flags.keys() & known.keys() if flags[name] != known[name]
         ]
         for start in range(0, max(len(new), 1), _MOST_PARAMS):
             self._client.log_batch(run.info.run_id, params=new[start : start + _MOST_PARAMS], tags=tags)
-        self._told = {metric.step for metric in self._client.get_metric_history(run.info.run_id, "val_loss")}
+        self._sent = {metric.step for metric in self._client.get_metric_history(run.info.run_id, "val_loss")}
         self._run_id = run.info.run_id
 
     def _new_run(self, token: str | None) -> Any:
-        """A run that is begun, or that was begun already where its receipt got lost."""
+        """Create a run, or find the one that was created already where the answer was lost."""
         name = self._config.mlflow_experiment
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
@@ -276,17 +280,17 @@ class Tracker:
                 return begun[0]
         token = uuid.uuid4().hex
         self._keep(token=token)
-        tags = {"cnnray.output": self._config.output, _TOKEN: token}
+        tags = {"cnnray.output": self._output, _TOKEN: token}
         if self._parent:
             tags["mlflow.parentRunId"] = self._parent
-        return self._client.create_run(number, run_name=storage.short_name(self._config.output), tags=tags)
+        return self._client.create_run(number, run_name=storage.short_name(self._output), tags=tags)
 
     # -- the output ------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any]:
-        """What is known of the run on this server; empty where there is none."""
+        """The record of the run on this server; empty where there is none."""
         try:
-            found = json.loads(storage.read_bytes(storage.join(self._config.output, RECORD)))
+            found = json.loads(storage.read_bytes(storage.join(self._output, RECORD)))
         except (FileNotFoundError, ValueError):
             return {}
         mine = [self._config.mlflow, self._config.mlflow_experiment]
@@ -295,12 +299,12 @@ class Tracker:
     def _keep(self, **changes: Any) -> None:
         mine = {"server": self._config.mlflow, "experiment": self._config.mlflow_experiment}
         text = json.dumps(mine | self._record() | changes, indent=2)
-        storage.write_bytes(storage.join(self._config.output, RECORD), text.encode())
+        storage.write_bytes(storage.join(self._output, RECORD), text.encode())
 
     def _history(self) -> list[dict[str, Any]]:
-        """The logs of each finished epoch, without what is no number (the phase's name)."""
+        """The metrics of each finished epoch, without the name of the phase."""
         try:
-            text = storage.read_bytes(storage.join(self._config.output, HISTORY)).decode()
+            text = storage.read_bytes(self._history_uri).decode()
         except FileNotFoundError:
             return []
         return [
@@ -310,34 +314,9 @@ class Tracker:
         ]
 
 
-def tracker_of(config: TrainConfig) -> Tracker | None:
-    """A tracker, where one is asked for.
-
-    Raises:
-        TrackingError: MLflow is not installed.
-    """
-    return Tracker(config) if config.mlflow else None
-
-
-def _flags(config: TrainConfig) -> dict[str, str]:
-    """The flags as text, with what null stands for where that is decided; those inside others with a dot."""
-    decided = {
-        "learning_rate": config.decided("learning_rate"),
-        "dropout": config.decided("dropout"),
-        "weight_decay": config.decided("weight_decay"),
-    }
-    found: dict[str, Any] = {}
-    for name, value in (config.as_dict() | decided).items():
-        if isinstance(value, dict):
-            found |= {f"{name}.{inner}": one for inner, one in value.items()}
-        elif name not in _OURS:
-            found[name] = value
-    return {name: "null" if value is None else str(value) for name, value in found.items()}
-
-
 @contextlib.contextmanager
 def _variables(changes: dict[str, str]) -> Iterator[None]:
-    """Other environment variables for as long as this context lasts."""
+    """Set environment variables for as long as this context lasts."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -351,7 +330,7 @@ def _variables(changes: dict[str, str]) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong, in a line: of a connection that fails, what the system says of it."""
+    """An error in one line: of a failed connection, the message of the operating system."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.strerror:

@@ -8,11 +8,11 @@ import numpy as np
 import ray.data
 from PIL import Image
 
-from cnnray.benchmarks.photos import Photos
-from cnnray.benchmarks.report import Comparison, bare_loops
+from benchmarks.photos import Photos
+from benchmarks.report import Comparison, bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import storage
-from cnnray.training.source import StreamedSource
+from cnnray.training.data import StreamedSource
 
 SIZE = 224
 

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from cnnray.benchmarks import photos
-from cnnray.benchmarks.photos import Photos
-from cnnray.benchmarks.report import BenchmarkError, Comparison, bare_loops
+from benchmarks import photos
+from benchmarks.photos import Photos
+from benchmarks.report import BenchmarkError, Comparison, bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import storage, stream
 from cnnray.images.decode import decode
@@ -88,7 +88,7 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
     def tf_data() -> float:
         listed = given.folder / "listed.txt"
         listed.write_text("\n".join(paths))
-        program = f"from cnnray.benchmarks import predict; predict.with_tf_data({bundle.uri!r}, {str(listed)!r})"
+        program = f"from benchmarks import predict; predict.with_tf_data({bundle.uri!r}, {str(listed)!r})"
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
         return float(done.stdout.splitlines()[-1])
 
@@ -127,7 +127,7 @@ def random_bundle(folder: Path) -> str:
         calibration = photos.write(folder / "calibration", 200)
         with tempfile.TemporaryDirectory(dir=folder) as part:
             made = str(Path(part, "bundle"))
-            program = f"from cnnray.benchmarks import predict; predict.write_bundle({made!r}, {str(calibration)!r})"
+            program = f"from benchmarks import predict; predict.write_bundle({made!r}, {str(calibration)!r})"
             subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
             Path(made).rename(target)
     return str(target)

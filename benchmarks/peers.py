@@ -1,4 +1,4 @@
-"""Other ways to serve the same network, each as a program: python -m cnnray.benchmarks.peers NAME BUNDLE ENGINE PORT
+"""Other ways to serve the same network, each as a program: python -m benchmarks.peers NAME BUNDLE ENGINE PORT
 
 All take a form with the field `image`, and answer with the class and its probability. `flask` is the article's: a
 route that opens the image with Pillow, resizes it, and calls `model.predict`. The others have two processes, in each
@@ -83,7 +83,7 @@ def fastapi(port: int) -> None:
     import uvicorn
 
     uvicorn.run(
-        "cnnray.benchmarks.peers:fastapi_application", factory=True, port=port, workers=WORKERS, access_log=False,
+        "benchmarks.peers:fastapi_application", factory=True, port=port, workers=WORKERS, access_log=False,
         log_level="warning",
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def fastapi(port: int) -> None:
 _LITSERVE = """
 import sys
 import litserve
-from cnnray.benchmarks.peers import Classifier
+from benchmarks.peers import Classifier
 
 class Api(litserve.LitAPI):
     def setup(self, device):
@@ -121,7 +121,7 @@ if __name__ == "__main__":
 _BENTOML = """
 import pathlib
 import bentoml
-from cnnray.benchmarks.peers import Classifier
+from benchmarks.peers import Classifier
 
 @bentoml.service(workers=WORKERS, traffic={"concurrency": 256}, logging={"access": {"enabled": False}})
 class Service:

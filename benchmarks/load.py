@@ -1,6 +1,6 @@
 """Load on a service: as much as it takes, from wrk; and requests at fixed times, whatever the answers take.
 
-As a program: python -m cnnray.benchmarks.load ADDRESS FILE REQUESTS_A_SECOND SECONDS prints a `Load` as JSON.
+As a program: python -m benchmarks.load ADDRESS FILE REQUESTS_A_SECOND SECONDS prints a `Load` as JSON.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ _BOUNDARY = "cnnray-benchmark"
 
 def start_steady(address: str, file: Path, rate: float, seconds: float) -> subprocess.Popen[str]:
     """`steady` in a process of its own, which shares no lock with who measures; its output is for `finished`."""
-    command = [sys.executable, "-m", "cnnray.benchmarks.load", address, str(file), str(rate), str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.load", address, str(file), str(rate), str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
 

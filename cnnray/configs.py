@@ -1,0 +1,181 @@
+"""Configs as files and across versions: what may be done with each field, `config.yaml`, names of earlier versions.
+
+A config is a frozen dataclass whose fields are flags. What else is to be known of a field stands in its metadata, or
+in that of the group (a dataclass that configs inherit) that it belongs to; no other module keeps a list of fields.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import yaml
+from jsonargparse import get_loader
+
+import cnnray
+from cnnray.errors import BadInputError
+from cnnray.flags import spelt
+
+CONFIG_FORMAT = 2
+"""Of `config.yaml`. 1 had no number, and MIN:MAX in the field `workers` of a training."""
+OUTPUT_FORMAT = 1
+"""Of what jobs leave beside `config.yaml`: the names, columns and meaning of files that a later run goes on from."""
+_HEADER = "cnnray"
+_DEFAULTS = {"resumable": False, "searchable": True, "tracked": True}
+
+read_yaml = get_loader("yaml")
+"""Parse YAML as flags are parsed, where 1e-4 is a number."""
+
+Group = TypeVar("Group", bound=type)
+Renamed = Mapping[str, Callable[[Any], dict[str, Any]]]
+
+
+class NewerFormatError(BadInputError, ValueError):
+    """A file of a later version of cnnray."""
+
+
+class Config(Protocol):
+    """Any of the jobs' configs."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def rules(*, resumable: bool | None = None, searchable: bool | None = None, tracked: bool | None = None) -> Any:
+    """Metadata of a field, where it differs from that of its group.
+
+    Args:
+        resumable: whether a run that goes on may have another value. The default is False: another value gives
+            another result.
+        searchable: whether a search may vary it; True by default.
+        tracked: whether an experiment tracker is given its value; True by default.
+    """
+    stated = {"resumable": resumable, "searchable": searchable, "tracked": tracked}
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def group(**stated: bool) -> Callable[[Group], Group]:
+    """Decorate a dataclass whose own fields have these `rules` unless their metadata says otherwise."""
+
+    def decorate(cls: Group) -> Group:
+        for name in cls.__annotations__:
+            field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]  # a dataclass's
+            field.metadata = MappingProxyType({**rules(**stated), **field.metadata})
+        return cls
+
+    return decorate
+
+
+def names(config_class: type[Config], **wanted: bool) -> set[str]:
+    """The fields of a config with these `rules`, such as `resumable=True`."""
+    return {
+        field.name
+        for field in dataclasses.fields(config_class)
+        if all(field.metadata.get(rule, _DEFAULTS[rule]) == value for rule, value in wanted.items())
+    }
+
+
+def groups(config_class: type[Config]) -> list[tuple[type[Config], set[str]]]:
+    """The dataclasses that a config inherits its fields from, the config itself last, in the order of their fields.
+
+    Returns:
+        Each with the names of fields that it inherits itself.
+    """
+    found = []
+    for cls in reversed(config_class.__mro__):
+        if is_dataclass(cls) and (own := cls.__annotations__.keys() & names(cls)):
+            found.append((cls, names(cls) - own))
+    return found
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """A config as plain values, for YAML and JSON."""
+    return asdict(config)
+
+
+def upgraded(config_class: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the fields that a config has today.
+
+    Args:
+        config_class: may have `RENAMED`: by name of a field that was renamed, a function from its value to the values
+            of today's fields.
+        values: by field, of this or an earlier version.
+    """
+    renamed: Renamed = getattr(config_class, "RENAMED", {})
+    found = {name: value for name, value in values.items() if name not in renamed}
+    for name in values.keys() & renamed.keys():
+        found = renamed[name](values[name]) | found
+    return found
+
+
+def dump(config: Config, **changes: Any) -> bytes:
+    """A config as `config.yaml`, with other values for some fields.
+
+    The key `cnnray` holds the version that wrote it and the numbers of the formats.
+    """
+    header = {"version": cnnray.__version__, "config": CONFIG_FORMAT, "output": OUTPUT_FORMAT}
+    return yaml.safe_dump(as_dict(config) | changes | {_HEADER: header}, sort_keys=False).encode()
+
+
+def load(config_class: type[Config], text: bytes | str, source: str) -> dict[str, Any]:
+    """What `dump` wrote, by the fields that the config has today; fields of other jobs stay as they are.
+
+    Args:
+        config_class: of the job.
+        text: YAML.
+        source: the file's name, for messages.
+
+    Raises:
+        NewerFormatError: a later version of cnnray wrote it.
+        BadInputError: it is not the YAML of a config.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInputError(f"{source} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise BadInputError(f"{source} is not a config: expected a table of flags.")
+    return without_header(config_class, values, source)
+
+
+def without_header(config_class: type[Config], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a parsed `config.yaml`: see `load`."""
+    header = values.get(_HEADER)
+    header = header if isinstance(header, dict) else {}
+    for name, newest in (("config", CONFIG_FORMAT), ("output", OUTPUT_FORMAT)):
+        if isinstance(number := header.get(name), int) and number > newest:
+            raise NewerFormatError(
+                f"{source} was written by cnnray {header.get('version')} ({name} format {number}), and cnnray "
+                f"{cnnray.__version__} reads up to {newest}: update cnnray."
+            )
+    return upgraded(config_class, {name: value for name, value in values.items() if name != _HEADER})
+
+
+def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    """The flags that ask for another result than an earlier run's did, each with both values.
+
+    Args:
+        config: of this run.
+        earlier: of the earlier run, by `load`. A field that it lacks came with a later version, whose default is
+            what earlier versions did.
+        fixed: fields that may not differ although they are resumable.
+    """
+    free = names(type(config), resumable=True) - set(fixed)
+    found = []
+    for field in dataclasses.fields(config):
+        now = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        before = earlier.get(field.name, default)
+        if is_dataclass(now):
+            now = asdict(now)  # type: ignore[arg-type]  # an instance
+            before = (asdict(default) if is_dataclass(default) else {}) | _plain(before)  # type: ignore[arg-type]
+        if field.name not in free and _plain(now) != _plain(before):
+            found.append(f"{spelt(field.name)} {_plain(before)} (now {_plain(now)})")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""What happens, told to others: MLflow servers and Prometheus."""

@@ -1,0 +1,170 @@
+"""What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.util import metrics
+
+from cnnray.images import storage
+
+
+class TrainingMetrics:
+    """The metrics `cnnray_train_*` of Ray, each with the tag `run`. One process of a run, rank 0, has one."""
+
+    def __init__(self, output: str) -> None:
+        """
+        Args:
+            output: of the run; its last two parts are its name.
+        """
+        self._tags = {"run": storage.short_name(output)}
+        self._images = metrics.Counter(
+            "cnnray_train_images", description="Images trained on, by all workers.", tag_keys=("run",)
+        )
+        self._bad_images = metrics.Counter(
+            "cnnray_train_bad_images",
+            description="Images that could not be read, at each time that they were due.",
+            tag_keys=("run",),
+        )
+        self._epoch = metrics.Gauge("cnnray_train_epoch", description="Epochs that are done.", tag_keys=("run",))
+        self._learning_rate = metrics.Gauge(
+            "cnnray_train_learning_rate", description="Learning rate at the epoch's end.", tag_keys=("run",)
+        )
+        self._loss = metrics.Gauge(
+            "cnnray_train_loss",
+            description="Mean loss: of the epoch so far (train), of the last epoch's end (validation).",
+            tag_keys=("run", "split"),
+        )
+        self._accuracy = metrics.Gauge(
+            "cnnray_train_accuracy",
+            description="Accuracy: of the epoch so far (train), of the last epoch's end (validation).",
+            tag_keys=("run", "split"),
+        )
+
+    def step(self, images: float, bad_images: float, epoch: dict[str, float]) -> None:
+        """Count one step.
+
+        Args:
+            images: that were trained on.
+            bad_images: that could not be read.
+            epoch: `loss` and `accuracy` of the epoch so far.
+        """
+        if images:
+            self._images.inc(images, tags=self._tags)
+        if bad_images:
+            self._bad_images.inc(bad_images, tags=self._tags)
+        self._set("train", epoch)
+
+    def epoch(self, finished: int, logs: dict[str, float]) -> None:
+        """Set the figures of an epoch that has ended.
+
+        Args:
+            finished: epochs so far.
+            logs: `loss` and `accuracy`, the same with `val_`, and `learning_rate`.
+        """
+        self._epoch.set(finished, tags=self._tags)
+        self._learning_rate.set(logs["learning_rate"], tags=self._tags)
+        self._set("train", logs)
+        self._set("validation", {name: logs[f"val_{name}"] for name in ("loss", "accuracy")})
+
+    def _set(self, split: str, values: dict[str, float]) -> None:
+        tags = self._tags | {"split": split}
+        self._loss.set(values["loss"], tags=tags)
+        self._accuracy.set(values["accuracy"], tags=tags)
+
+
+class PredictionMetrics:
+    """The metrics `cnnray_predict_*` of Ray, each with the tag `run`.
+
+    The driver counts images, as each comes to it once, whatever became of the workers; these count the time that
+    they take.
+    """
+
+    def __init__(self, output: str) -> None:
+        """
+        Args:
+            output: of the run; its last two parts are its name.
+        """
+        self._tags = {"run": storage.short_name(output)}
+        self._images = metrics.Counter(
+            "cnnray_predict_images",
+            description="Images that have their row: ok, or error with its reason.",
+            tag_keys=("run", "status", "reason"),
+        )
+        self._seconds = metrics.Counter(
+            "cnnray_predict_seconds",
+            description="Time of the workers, by stage: read (with decoding, as far as it was waited for), predict.",
+            tag_keys=("run", "stage"),
+        )
+
+    def rows(self, rows: pa.Table) -> None:
+        """These rows are done."""
+        bad = pc.drop_null(rows["error"])
+        if len(rows) > len(bad):
+            self._images.inc(len(rows) - len(bad), tags=self._tags | {"status": "ok", "reason": ""})
+        reasons = [error.partition(":")[0] for error in bad.to_pylist()]
+        for reason in set(reasons):
+            self._images.inc(reasons.count(reason), tags=self._tags | {"status": "error", "reason": reason})
+
+    def took(self, stage: str, seconds: float) -> None:
+        """A worker spent so long in a stage."""
+        if seconds > 0:
+            self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
+
+
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+
+
+class ServingMetrics:
+    """The metrics `cnnray_*` of Ray, with Serve's tags of deployment and replica."""
+
+    def __init__(self) -> None:
+        from ray.serve import metrics  # slow to import; adds the replica's tags
+
+        self._requests = metrics.Counter(
+            "cnnray_requests", description="Requests answered.", tag_keys=("route", "status")
+        )
+        self._latency = metrics.Histogram(
+            "cnnray_request_seconds",
+            description="Time to answer a request.",
+            boundaries=_SECONDS,
+            tag_keys=("route",),
+        )
+        self._stages = metrics.Histogram(
+            "cnnray_stage_seconds",
+            description="Time of a request's stages: read, decode, predict (with the wait for the engine).",
+            boundaries=_SECONDS,
+            tag_keys=("stage",),
+        )
+        self._batches = metrics.Histogram(
+            "cnnray_batch_images",
+            description="Images that an engine was given at once.",
+            boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
+        )
+        self._predictions = metrics.Counter(
+            "cnnray_predictions",
+            description="Images classified, by the most probable class.",
+            tag_keys=("model", "version", "prediction"),
+        )
+        self._confidences = metrics.Histogram(
+            "cnnray_confidence",
+            description="Probability of the most probable class.",
+            boundaries=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0],
+            tag_keys=("model", "version"),
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self._requests.inc(tags={"route": route, "status": str(status)})
+        self._latency.observe(seconds, tags={"route": route})
+
+    def stage(self, name: str, seconds: float) -> None:
+        """One of `read`, `decode` and `predict` of a request took so long."""
+        self._stages.observe(seconds, tags={"stage": name})
+
+    def batch(self, size: int) -> None:
+        """An engine was called with so many images."""
+        self._batches.observe(size)
+
+    def answer(self, model: str, version: str, label: str, confidence: float) -> None:
+        """An image was classified."""
+        self._predictions.inc(tags={"model": model, "version": version, "prediction": label})
+        self._confidences.observe(confidence, tags={"model": model, "version": version})

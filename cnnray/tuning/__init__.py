@@ -1,0 +1,1 @@
+"""Searches over training flags with Ray Tune."""

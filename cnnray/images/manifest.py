@@ -37,6 +37,11 @@ _TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
 _LISTING_THREADS = 8
 
 
+FORMAT = 1
+"""Of a manifest's columns and their meaning; kept in the schema's metadata."""
+_FORMAT_KEY = b"cnnray.manifest_format"
+
+
 class ManifestError(ValueError):
     """An input that gives no usable manifest; the message is one sentence for the user."""
 
@@ -167,14 +172,25 @@ def rows_of(manifest: pa.Table, split: str) -> pa.Table:
 
 def write(manifest: pa.Table, uri: str) -> None:
     """Write a manifest as Parquet, whole or not at all."""
+    metadata = {**(manifest.schema.metadata or {}), _FORMAT_KEY: str(FORMAT).encode()}
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(manifest, buffer)
+    pyarrow.parquet.write_table(manifest.replace_schema_metadata(metadata), buffer)
     storage.write_bytes(uri, buffer.getvalue())
 
 
 def read(uri: str) -> pa.Table:
-    """Read a manifest that `write` wrote."""
-    return pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    """Read a manifest that `write` wrote.
+
+    Raises:
+        ManifestError: a later version of cnnray wrote it.
+        OSError: storage that cannot be read.
+    """
+    manifest = pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    # Format 1 had no number at first.
+    number = int((manifest.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
+    if number > FORMAT:
+        raise ManifestError(f"{uri} has format {number}, and this cnnray reads up to {FORMAT}: update cnnray.")
+    return manifest
 
 
 def _with_ids(table: pa.Table) -> pa.Table:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import cnnray
 from cnnray.images import storage
 from cnnray.images.decode import RESIZE_RULES, ResizeRule
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MODEL = "model.keras"
 _INFO = "bundle.json"
-_LIBRARIES = ("keras", "tensorflow", "numpy", "pillow", "cnnray")
+_LIBRARIES = ("keras", "tensorflow", "numpy", "pillow")
 
 
 class BundleError(ValueError):
@@ -34,13 +35,7 @@ class BundleError(ValueError):
 
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that decide a bundle's answers."""
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except ModuleNotFoundError:  # cnnray itself runs from a working directory too
-            continue
-    return found
+    return {library: version(library) for library in _LIBRARIES} | {"cnnray": cnnray.__version__}
 
 
 @dataclass(frozen=True, kw_only=True)

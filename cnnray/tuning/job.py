@@ -159,13 +159,18 @@ def _begin(config: SearchConfig) -> None:
                 f"{config.output} holds a search with {', '.join(differences)}; give another --output, or "
                 "--overwrite."
             )
-        for part in (TRIALS, STATE):
-            storage.delete_folder(storage.join(config.output, part))
-        for part in (BEST, TRIALS_TABLE, RECORD):
-            storage.delete_file(storage.join(config.output, part))
+        _delete(config)
     elif storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
         raise SearchError(f"{config.output} holds {TRIALS}, but no {CONFIG} of a search; give another --output.")
     storage.write_bytes(uri, configs.dump(config, overwrite=False))
+
+
+def _delete(config: SearchConfig) -> None:
+    """Delete all of a search but its config."""
+    for part in (TRIALS, STATE):
+        storage.delete_folder(storage.join(config.output, part))
+    for part in (BEST, TRIALS_TABLE, RECORD):
+        storage.delete_file(storage.join(config.output, part))
 
 
 def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources) -> Any:
@@ -180,12 +185,23 @@ def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources)
     filesystem, path = storage.arrow_filesystem(config.output)
     trainable = tune.with_resources(functools.partial(_run_trial, _with_shares(config, available)), {"CPU": 0.001})
     experiment = f"{path}/{STATE}"
+    tuner = None
     if tune.Tuner.can_restore(experiment, filesystem):
-        log.info("going on with the search in %s", config.output)
-        tuner = tune.Tuner.restore(
-            experiment, trainable, storage_filesystem=filesystem, resume_unfinished=True, restart_errored=True
-        )
-    else:
+        try:
+            tuner = tune.Tuner.restore(
+                experiment, trainable, storage_filesystem=filesystem, resume_unfinished=True, restart_errored=True
+            )
+        except (ImportError, AttributeError) as error:
+            # Ray Tune pickles our functions by name, and other versions have other names.
+            if not config.overwrite:
+                raise SearchError(
+                    f"{config.output} holds a search of another version of cnnray that cannot be continued "
+                    f"({error}); give another --output, or --overwrite."
+                ) from None
+            _delete(config)
+        else:
+            log.info("going on with the search in %s", config.output)
+    if tuner is None:
         tuner = tune.Tuner(
             trainable,
             param_space=spaces,

@@ -1,0 +1,152 @@
+"""What version 0.1.0 left goes on to be read: a bundle, finished outputs and interrupted ones.
+
+`tests/compatibility/0.1.0.tar.xz` was made by the jobs of commit fba1f0d in /tmp/compat/v1, on 73 images of three
+digits (one of them broken), `small_cnn` at 16x16 with one worker, batches of 16, constant schedule:
+
+    run                 train.py --epochs 1, then export.py --formats onnx,litert; without its checkpoints
+    undisturbed         train.py --epochs 4: what `killed` would have given
+    killed              train.py --epochs 4, ended by SIGKILL after its first epoch
+    predictions         predict.py --rows-per-part 16 --engine onnx --probabilities
+    predictions-killed  predict.py --rows-per-part 16 --engine keras, ended by SIGKILL after its first part
+    report              evaluate.py of the held-out images; without its pictures
+    search-killed       tune.py --epochs 2 --trials 3, ended by SIGKILL in its second trial
+"""
+
+import csv
+import json
+import logging
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cnnray import commandline, configs
+from cnnray.configs import NewerFormatError
+from cnnray.evaluation.config import EvaluateConfig
+from cnnray.evaluation.job import evaluate
+from cnnray.images import manifest as manifests
+from cnnray.images.manifest import ManifestError
+from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import Predictor
+from cnnray.prediction import job as prediction
+from cnnray.prediction.config import PredictConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.job import train
+from cnnray.tuning.config import SearchConfig
+from cnnray.tuning.job import SearchError, search
+from tests.conftest import REPOSITORY
+from tests.runs import rows_of
+
+MADE_IN = "/tmp/compat/v1"
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """The folder of what 0.1.0 left, as if it had been made there."""
+    with tarfile.open(REPOSITORY / "tests/compatibility/0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".yaml", ".json", ".csv", ".jsonl"):
+            path.write_bytes(path.read_bytes().replace(MADE_IN.encode(), str(tmp_path).encode()))
+        elif path.suffix == ".parquet":
+            table = pq.read_table(path)
+            uris = [uri.replace(MADE_IN, str(tmp_path)) for uri in table["uri"].to_pylist()]
+            pq.write_table(table.set_column(table.column_names.index("uri"), table.field("uri"), [uris]), path)
+    return tmp_path
+
+
+def _config(config_class, output: Path):
+    return commandline.parse(config_class, "test", ["--config", str(output / "config.yaml")])
+
+
+@pytest.mark.parametrize("engine", ["keras", "onnx", "litert"])
+def test_its_bundle_answers_the_same(engine, earlier):
+    rows = [row for row in rows_of(earlier / "predictions") if row["status"] == "ok"]
+    predictor = Predictor(Bundle.load(str(earlier / "run/bundle")), engine=engine)
+    answers = predictor([Path(row["uri"]).read_bytes() for row in rows])
+    assert [answer.label for answer in answers] == [row["prediction"] for row in rows]
+    expected = [row["probabilities"] for row in rows]
+    np.testing.assert_allclose([answer.probabilities for answer in answers], expected, atol=1e-5)
+
+
+def test_its_finished_outputs_are_finished(earlier):
+    summary = json.loads((earlier / "run/summary.json").read_text())
+    assert train(_config(TrainConfig, earlier / "run")) == summary
+    line = prediction.run(_config(PredictConfig, earlier / "predictions"))
+    assert (line["rows"], line["ok"], line["errors"], line["resumed"]) == (73, 72, 1, 73)
+    config = _config(EvaluateConfig, earlier / "report")
+    rows = (earlier / "report/predictions/part-000000.parquet").read_bytes()
+    assert evaluate(config)["accuracy"] == json.loads((earlier / "report/metrics.json").read_text())["accuracy"]
+    assert (earlier / "report/predictions/part-000000.parquet").read_bytes() == rows
+
+
+def test_its_interrupted_training_goes_on(earlier, caplog):
+    with caplog.at_level(logging.INFO, "cnnray"):
+        summary = train(_config(TrainConfig, earlier / "killed"))
+    assert "going on with the run" in caplog.text
+    assert summary["epochs"] == 4
+    with (earlier / "killed/history.csv").open() as found, (earlier / "undisturbed/history.csv").open() as expected:
+        found, expected = list(csv.DictReader(found)), list(csv.DictReader(expected))
+    assert [row["images"] for row in found] == [row["images"] for row in expected] == ["57.0"] * 4
+    assert found[0]["val_loss"] == expected[0]["val_loss"]  # not trained again
+    for row, same in zip(found[1:3], expected[1:3], strict=True):
+        assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=0.02)
+    assert "broken.png" in (earlier / "killed/bad_images.csv").read_text()
+    # From now on it is a run of this version.
+    assert yaml.safe_load((earlier / "killed/config.yaml").read_text())["cnnray"]["config"] == configs.CONFIG_FORMAT
+
+
+def test_its_interrupted_prediction_goes_on(earlier):
+    part = (earlier / "predictions-killed/part-000000.parquet").read_bytes()
+    line = prediction.run(_config(PredictConfig, earlier / "predictions-killed"))
+    assert (line["rows"], line["ok"], line["errors"], line["resumed"]) == (73, 72, 1, 16)
+    assert (earlier / "predictions-killed/part-000000.parquet").read_bytes() == part
+    rows, others = (rows_of(earlier / name) for name in ("predictions-killed", "predictions"))
+    assert [(row["id"], row["uri"], row["prediction"]) for row in rows] == [
+        (row["id"], row["uri"], row["prediction"]) for row in others
+    ]
+
+
+def test_its_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):
+    config = _config(SearchConfig, earlier / "search-killed")
+    with pytest.raises(SearchError, match="holds a search of another version of cnnray that cannot be continued"):
+        search(config)
+    assert (earlier / "search-killed/trials").exists()
+
+    def begun(fit):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cnnray.training.job.interruptible", begun)
+    with pytest.raises(KeyboardInterrupt):
+        search(replace(config, overwrite=True))
+    assert not (earlier / "search-killed/trials").exists()
+
+
+def test_outputs_of_a_later_version_are_refused(earlier):
+    path = earlier / "killed/config.yaml"
+    config = _config(TrainConfig, earlier / "killed")
+    for part in ("config", "output"):
+        values = yaml.safe_load(configs.dump(config))
+        values["cnnray"] |= {"version": "9.0.0", part: 99}
+        path.write_text(yaml.safe_dump(values))
+        with pytest.raises(
+            NewerFormatError, match=rf"killed/config.yaml was written by cnnray 9.0.0 \({part} format 99\)"
+        ):
+            train(config)
+    manifest = manifests.read(str(earlier / "killed/manifest.parquet"))
+    pq.write_table(manifest.replace_schema_metadata({"cnnray.manifest_format": "2"}), earlier / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m.parquet has format 2, and this cnnray reads up to 1: update cnnray"):
+        manifests.read(str(earlier / "m.parquet"))
+
+
+def test_a_config_of_a_later_version_is_refused_on_the_command_line(tmp_path, capsys):
+    values = yaml.safe_load(configs.dump(TrainConfig(data="/d", output="/o")))
+    values["cnnray"]["config"] = 99
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit):
+        commandline.parse(TrainConfig, "jobs/train.py", ["--config", str(tmp_path / "config.yaml")])
+    assert "config format 99" in capsys.readouterr().err

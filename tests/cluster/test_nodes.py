@@ -68,7 +68,7 @@ def _victim(nodes, of):
 
 
 def test_training_on_two_nodes_survives_the_loss_of_one(nodes, start, all_digits, tmp_path):
-    fixed = ("--workers", "2", "--cpus-per-worker", "1.5", "--epochs", "3")
+    fixed = ("--max-workers", "2", "--cpus-per-worker", "1.5", "--epochs", "3")
     expected = _ended(_train(start, all_digits, tmp_path / "expected", "--cache", "none", *fixed))
 
     job = _train(start, all_digits, tmp_path / "out", "--cache", "memory", *fixed)
@@ -93,7 +93,7 @@ def test_training_on_two_nodes_survives_the_loss_of_one(nodes, start, all_digits
 def test_a_job_waits_for_a_node_that_is_still_to_come(nodes, start, all_digits, tmp_path):
     nodes.cut_power(2)
     noticed = nodes.until_known_to_be_lost(2)
-    arguments = ("--workers", "3", "--cpus-per-worker", "1.5", "--epochs", "1")
+    arguments = ("--max-workers", "3", "--cpus-per-worker", "1.5", "--epochs", "1")
     started = time.monotonic()
     job = _train(start, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
     _says(job, r"waiting for nodes, at most 4m00s: 3 workers of 1\.5 CPUs do not fit 4 CPUs")
@@ -106,11 +106,11 @@ def test_a_job_waits_for_a_node_that_is_still_to_come(nodes, start, all_digits, 
 
 
 def test_a_job_lets_the_cluster_grow(growing_nodes, start_on, all_digits, tmp_path):
-    arguments = ("--workers", "2", "--cpus-per-worker", "1.5", "--epochs", "1")
+    arguments = ("--max-workers", "2", "--cpus-per-worker", "1.5", "--epochs", "1")
     train = functools.partial(start_on, growing_nodes)
     refused = _train(train, all_digits, tmp_path / "out", *arguments)
     assert refused.wait(60) == 1
-    assert "do not fit 1 CPUs: lower --workers" in refused.err.read_text()
+    assert "do not fit 1 CPUs: lower --max-workers" in refused.err.read_text()
     started = time.monotonic()
     job = _train(train, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
     _says(job, "waiting for nodes")
@@ -122,7 +122,7 @@ def test_a_job_lets_the_cluster_grow(growing_nodes, start_on, all_digits, tmp_pa
 
 def test_elastic_training_shrinks_and_grows(nodes, start, all_digits, tmp_path):
     epochs = 16
-    job = _train(start, all_digits, tmp_path / "out", "--workers", "1:3", "--epochs", str(epochs), "--cache", "none")
+    job = _train(start, all_digits, tmp_path / "out", "--min-workers", "1", "--max-workers", "3", "--epochs", str(epochs), "--cache", "none")
     _says(job, rf"epoch 1/{epochs}  loss")
     assert len(nodes.that_run(TRAINER)) == 3
     lost = 2

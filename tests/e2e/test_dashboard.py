@@ -153,7 +153,7 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     trained = wait_for(
         start_job(
             "train", "--data", digits, "--output", tmp_path / "runs" / "digits", "--architecture", "small_cnn",
-            "--image-size", "16", "--workers", "1", "--epochs", EPOCHS, "--data-checks", "false",
+            "--image-size", "16", "--max-workers", "1", "--epochs", EPOCHS, "--data-checks", "false",
             environment=environment,
         ),
         300,

@@ -22,7 +22,7 @@ from tests.e2e.conftest import free_port, left_of, until
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 FAST = (
     "--architecture", "small_cnn", "--image-size", "16", "--batch-size", "16", "--cache", "none",
-    "--data-checks", "false", "--augment", "none", "--workers", "1",
+    "--data-checks", "false", "--augment", "none", "--max-workers", "1",
 )  # fmt: skip
 UV = str(Path(sys.executable).with_name("uv"))
 

@@ -125,7 +125,7 @@ def head():
     head.end()
 
 
-SMALL = ("--architecture", "small_cnn", "--image-size", "16", "--workers", "1")
+SMALL = ("--architecture", "small_cnn", "--image-size", "16", "--max-workers", "1")
 
 
 def _is_readable(log):

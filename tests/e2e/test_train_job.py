@@ -46,7 +46,7 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
 
 def test_ctrl_c_ends_the_job_with_a_sentence_and_leaves_a_run_that_goes_on(start_job, digits, tmp_path):
     job = start_job(
-        "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500", "--workers", "1"
+        "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500", "--max-workers", "1"
     )
     until(lambda: job.process.poll() is not None or checkpoints(tmp_path / "out"), 120, "a checkpoint")
     job.process.send_signal(signal.SIGINT)
@@ -73,7 +73,7 @@ MISTAKES = {
     "not a number": (["--data", "{digits}", "--output", "{out}", "--epochs", "many"], "epochs"),
     "unknown network": (["--data", "{digits}", "--output", "{out}", "--architecture", "resnet51"], "resnet51"),
     "unknown precision": (["--data", "{digits}", "--output", "{out}", "--precision", "int8"], "precision"),
-    "too many workers": (["--data", "{digits}", "--output", "{out}", "--workers", "500", "--batch-size", "500"],
+    "too many workers": (["--data", "{digits}", "--output", "{out}", "--max-workers", "500", "--batch-size", "500"],
                          "500 workers do not fit"),
     "output is a file": (["--data", "{digits}", "--output", "{file}"], "is a file"),
     "missing config": (["--data", "{digits}", "--output", "{out}", "--config", "/nowhere.yaml"], "/nowhere.yaml"),

@@ -410,7 +410,7 @@ def test_the_readmes_jobs_fit_what_is_there_from_the_start(bootstrapped):
         for one in bootstrapped["available_node_types"].values()
         for _ in range(one["min_workers"])
     ]
-    train = "--data s3://my-bucket/photos --output s3://my-bucket/runs/1 --workers 2 --gpus-per-worker 1"
+    train = "--data s3://my-bucket/photos --output s3://my-bucket/runs/1 --max-workers 2 --gpus-per-worker 1"
     assert share_out(commandline.parse(TrainConfig, "train", train.split()), Resources(tuple(nodes))).decode_cpus == 1
     predict = (
         "--bundle s3://my-bucket/runs/1/bundle --input s3://my-bucket/new --output s3://my-bucket/p --max-workers 8"

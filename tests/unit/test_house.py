@@ -1,7 +1,9 @@
 """Rules of the house that a reader of one file does not see."""
 
+import re
 import subprocess
 import sys
+import tomllib
 
 from tests.conftest import REPOSITORY
 
@@ -54,3 +56,10 @@ def test_the_command_line_needs_neither_ray_nor_tensorflow():
         "loaded = {'ray', 'tensorflow', 'keras'} & set(sys.modules)\nassert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_design_page_states_the_layers_that_the_linter_checks():
+    page = (REPOSITORY / "docs/design.md").read_text()
+    stated = re.search(r"linter's configuration:\n\n```\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert stated == next(contract["layers"] for contract in contracts if contract["type"] == "layers")

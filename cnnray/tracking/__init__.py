@@ -1,1 +1,1 @@
-"""What happens, told to others: MLflow servers and Prometheus."""
+"""What happens, reported to MLflow servers and Prometheus."""

@@ -199,7 +199,7 @@ class Tracker:
     def _send_end(self, bundle: Bundle, summary: dict[str, Any]) -> None:
         name = self._config.mlflow_model or self._config.mlflow_experiment
         versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
-        known = [one for one in versions if one.tags.get(mlflow_flavor.BUNDLE_TAG) == bundle.version]
+        known = [version for version in versions if version.tags.get(mlflow_flavor.BUNDLE_TAG) == bundle.version]
         if known:
             version, model_id = known[0].version, known[0].model_id
         else:
@@ -290,11 +290,11 @@ class Tracker:
     def _record(self) -> dict[str, Any]:
         """The record of the run on this server; empty where there is none."""
         try:
-            found = json.loads(storage.read_bytes(storage.join(self._output, RECORD)))
+            record = json.loads(storage.read_bytes(storage.join(self._output, RECORD)))
         except (FileNotFoundError, ValueError):
             return {}
         mine = [self._config.mlflow, self._config.mlflow_experiment]
-        return found if [found.get("server"), found.get("experiment")] == mine else {}
+        return record if [record.get("server"), record.get("experiment")] == mine else {}
 
     def _keep(self, **changes: Any) -> None:
         mine = {"server": self._config.mlflow, "experiment": self._config.mlflow_experiment}
@@ -331,9 +331,9 @@ def _variables(changes: dict[str, str]) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """An error in one line: of a failed connection, the message of the operating system."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        found = found.__cause__ or found.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split())[:200] or type(error).__name__

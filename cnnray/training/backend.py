@@ -1,4 +1,4 @@
-"""How Ray Train's workers become TensorFlow's: the addresses of all go into `TF_CONFIG`.
+"""Makes Ray Train's workers those of TensorFlow: `TF_CONFIG` gets the addresses of all.
 
 Ray's own `ray.train.tensorflow` does the same, but imports TensorFlow into the driver and the controller too
 (five seconds each) and asks for Keras 2 (`TF_USE_LEGACY_KERAS`).

@@ -77,7 +77,7 @@ def write(folder: Path, steps: "Steps", info: BundleInfo, progress: TrainingStat
 
 
 def write_bad_images(folder: Path, rank: int, bad_images: BadImages) -> None:
-    """Write the images that one worker could not read."""
+    """Write the images that a worker could not read."""
     lines = [json.dumps(row) + "\n" for row in bad_images.values()]
     (folder / f"bad_images-{rank}.jsonl").write_text("".join(lines))
 
@@ -90,8 +90,8 @@ def read_bad_images(lines_of_files: Iterable[bytes]) -> BadImages:
 
 def read_progress(folder: Path) -> TrainingState:
     """How far a checkpoint is."""
-    found = json.loads((folder / PROGRESS).read_text())
-    return TrainingState(**found | {"sums": Sums(**found["sums"])})
+    values = json.loads((folder / PROGRESS).read_text())
+    return TrainingState(**values | {"sums": Sums(**values["sums"])})
 
 
 def restore(folder: Path, steps: "Steps", progress: TrainingState) -> None:

@@ -1,7 +1,7 @@
 """The config of a training: every field is a flag of jobs/train.py and a key of its YAML.
 
 Five groups of fields (data, model, recipe, cluster, tracking) that `TrainConfig` inherits, so that a function can ask
-for the group that it needs. What a resume may change, a search may vary and a tracker is told stands in the groups
+for the group that it needs. What a resume may change, a search may vary and a tracker receives stands in the groups
 (see `cnnray.configs`).
 """
 

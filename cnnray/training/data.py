@@ -63,7 +63,7 @@ def describe(manifest: pa.Table) -> None:
 
 
 def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> None:
-    """Look at all images, where they are not too many, and log what is wrong with them.
+    """Check all images, if there are not too many, and log what is wrong with them.
 
     Raises:
         ManifestError: too many cannot be read.
@@ -82,10 +82,10 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> Non
 
 
 def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
-    """Whether the decoded images are to be kept in memory.
+    """Whether to keep the decoded images in memory.
 
     Raises:
-        ManifestError: they would have to be, and it is too small.
+        ManifestError: they have to be kept, and do not fit.
     """
     rows = _used(manifest)
     needed = len(rows) * config.image_size**2 * 3
@@ -128,7 +128,7 @@ def _used(manifest: pa.Table) -> pa.Table:
 
 
 class Source(Protocol):
-    """Gives the images of chosen rows of a manifest, in order."""
+    """Where a worker's images come from: gives the images of chosen rows of a manifest, in order."""
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """The rows' images in batches of `sizes`: dicts of `id` int64 (n,), `target` int64 (n,) (the class's
@@ -140,8 +140,8 @@ class Source(Protocol):
 class StreamedSource:
     """Reads and decodes in Ray tasks while the network trains.
 
-    Each worker runs its own pipeline over its own rows: Ray Train's shared one (`streaming_split`) drops rows
-    to make equal shards, and gives a block to whoever asks first, so that no two runs are the same.
+    Each worker runs its own pipeline over its own rows. Ray Train's shared pipeline (`streaming_split`) drops rows to
+    make equal shards, and gives a block to the worker that asks first, so that no two runs are the same.
     """
 
     manifest: pa.Table
@@ -149,7 +149,7 @@ class StreamedSource:
     resize: ResizeRule
     cpus_per_task: float
     memory_bytes: int
-    """Share of the object store that the pipeline may fill ahead of the training."""
+    """Bytes of the object store that the pipeline may fill ahead of training."""
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """See `Source`."""
@@ -169,7 +169,7 @@ class StreamedSource:
 
 
 class CachedSource:
-    """Takes images from blocks in Ray's object store, in shared memory with the other workers of a node."""
+    """Takes images from blocks in Ray's object store, which the workers of a node share."""
 
     def __init__(self, blocks: list[Any]) -> None:
         """

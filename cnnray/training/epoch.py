@@ -34,7 +34,7 @@ def step_bounds(images: int, batch_size: int) -> Ints:
 
 
 def rank_rows(epoch_order: Ints, bounds: Ints, first_step: int, rank: int, world: int) -> tuple[Ints, list[int]]:
-    """What one worker reads from `first_step` to the end of an epoch.
+    """What a worker reads from `first_step` to the end of an epoch.
 
     Returns:
         Row numbers, int64, in the order of reading, and the length of each step's part.
@@ -47,7 +47,7 @@ def rank_rows(epoch_order: Ints, bounds: Ints, first_step: int, rank: int, world
 
 
 def tally(ids: Ints) -> Ints:
-    """A sum over ids that tells two collections of ids apart: int64 (3,).
+    """A checksum that tells two collections of ids apart, in any order: int64 (3,).
 
     Their number, their sum, and the sum of 31 bits of a hash (splitmix64, Steele et al. 2014). Tallies of the
     workers add up; an epoch's must equal that of the manifest, or an image was lost or seen twice.

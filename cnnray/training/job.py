@@ -86,7 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             if earlier is None:
                 data.check_images(config, manifest, shares)
                 output.delete_run(config.output)
-                # First of all: an output that has other files and no config is taken for somebody else's.
+                # The config is written first: an output with other files and no config is refused as foreign.
                 output.write_config(config)
                 manifests.write(manifest, manifest_uri)
                 if weights is not None:
@@ -153,12 +153,12 @@ def _run(
         started=started,
     )
     if config.is_elastic:
-        # Nodes that are lost, but not known to be, are tried for so long.
+        # Ray tries to start workers on lost nodes that it does not know to be lost for so many seconds.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
         if config.checkpoint_every_steps is None:
             log.info(
-                "Each time that workers are lost or added the epoch begins anew; with --checkpoint-every-steps it "
-                "would go on from the last of these."
+                "When workers are lost or added, the epoch starts again; with --checkpoint-every-steps it would go "
+                "on from the last checkpoint."
             )
     filesystem, path = storage.arrow_filesystem(config.output)
     trainer = DataParallelTrainer(
@@ -210,11 +210,11 @@ def _weights_file(config: TrainConfig) -> str | None:
 
 
 def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambda: None) -> Any:
-    """Call a function in a thread, where Ray leaves Ctrl-C to us: Ray Train's own handler ends the process with 0.
+    """Call a function in a thread, so that Ctrl-C raises here: Ray Train's own handler would end the process with 0.
 
     Args:
         function: to be called.
-        watch: called every few seconds meanwhile; what it raises ends the waiting for the function.
+        watch: called every few seconds meanwhile; an exception that it raises ends the wait.
     """
     outcome: Future[Any] = Future()
 
@@ -244,13 +244,13 @@ def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what went wrong on the workers."""
+    """The last line of the workers' error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 
 def train_on_worker(assignment: Assignment) -> str:
-    """What Ray Train runs on each worker: see `worker.run`."""
+    """Entry point of a Ray Train worker: see `worker.run`."""
     startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
     from cnnray.training import worker
 

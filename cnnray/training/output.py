@@ -1,4 +1,4 @@
-"""What a training leaves in its output: the names of the files, and whether a run goes on with an earlier one's."""
+"""The output of a training: the names of its files, the run that it holds, and the end of a run."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.parquet", "summary.json"
 BUNDLE, CHECKPOINTS, TENSORBOARD = "bundle", "checkpoints", "tensorboard"
 HISTORY, BAD_IMAGES, IMAGENET = "history.csv", "bad_images.csv", "imagenet.weights.h5"
-# In the order of deleting: a run without its summary is not finished, and one without its config is none.
+# In the order of deletion: without its summary a run is not finished.
 _FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
 

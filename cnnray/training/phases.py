@@ -9,7 +9,7 @@ class Phase:
     """One part of a training; the optimizer and the schedule begin anew with it."""
 
     name: str
-    """Of the phase, for progress and history."""
+    """Name of the phase in progress lines and history."""
     epochs: int | None = None
     """Passes over the training images; null: --epochs."""
     learning_rate: float | None = None
@@ -23,7 +23,7 @@ class Phase:
 
     @property
     def passes(self) -> int:
-        """The epochs, once they are decided (see `TrainConfig.resolved_phases`)."""
+        """The epochs of a phase of `TrainConfig.resolved_phases`, where they are never null."""
         assert self.epochs is not None
         return self.epochs
 
@@ -62,7 +62,7 @@ PRESETS: dict[str, tuple[Phase, ...]] = {
 
 
 def sparsity_at(step: int, steps: int, before: float, target: float) -> float:
-    """The share of zeros that a phase wants after some of its steps: cubic up to its half (Zhu and Gupta 2017).
+    """The share of zeros after some steps of a phase: cubic until half of them (Zhu and Gupta 2017).
 
     Args:
         step: steps of the phase so far.
@@ -75,6 +75,6 @@ def sparsity_at(step: int, steps: int, before: float, target: float) -> float:
 
 
 def prunes_at(step: int, steps: int) -> bool:
-    """Whether zeros are chosen anew in front of this step: about twenty times on the way, and where it ends."""
+    """Whether to choose the zeros again before this step: about twenty times until half of the phase, and at half."""
     half = max(1, steps // 2)
     return step == half or (step < half and step % max(1, half // 20) == 0)

@@ -1,4 +1,4 @@
-"""The plan of a run: which share of the cluster its workers and decoding tasks get, and what each worker is given.
+"""The plan of a run: which share of the cluster its workers and decoding tasks get, and what each worker receives.
 
 Shares are decided, or refused with a sentence, before anything waits for resources.
 """
@@ -59,8 +59,8 @@ class Assignment:
 def share_out(config: TrainConfig, available: Resources) -> Shares:
     """Share out a cluster between workers and decoding tasks.
 
-    Ray Data's tasks wait for ever where the workers hold all CPUs, so some are always left to them; by workers that
-    may move to whatever nodes there are, some of each node.
+    Ray Data's tasks wait for ever where the workers hold all CPUs, so some CPUs are always left to the tasks: some of
+    the cluster's, and with elastic workers, which may move to any node, some of each node.
 
     Raises:
         ClusterError: the cluster has too little, in one sentence with what would fit.
@@ -95,7 +95,7 @@ def resource_requests(config: TrainConfig) -> list[dict[str, float]]:
 
 
 def check_fit(config: TrainConfig, shares: Shares, available: Resources) -> None:
-    """Refuse a cluster that has lost so much that a run's shares, once decided, do not fit it any more.
+    """Refuse a cluster that has lost so many nodes that the shares of a run no longer fit.
 
     Raises:
         ClusterError: see `share_out`.
@@ -125,7 +125,7 @@ def _check_left(config: TrainConfig, cpus: float, decode: float | None, availabl
 
 
 def _fits_beside(config: TrainConfig, workers: int, cpus: float, decode: float, available: Resources) -> bool:
-    """Whether the workers leave room for a decoding task on some node, if they are on the right ones."""
+    """Whether the workers can be placed so that some node has room for a decoding task."""
     for place, node in enumerate(available.nodes):
         left = replace(node, cpus=node.cpus - decode + 1e-6)
         others = available.nodes[:place] + available.nodes[place + 1 :]
@@ -138,14 +138,14 @@ def _decode_cpus(config: TrainConfig, cpus: float, available: Resources) -> floa
     free = _check_left(config, cpus, config.decode_cpus, available)
     if config.decode_cpus:
         return math.floor(config.decode_cpus * 1000) / 1000
-    # Where a node is lost, all that is left may be what the workers leave of theirs.
+    # After the loss of a node, only the CPUs that the workers leave on their own nodes may be free.
     beside = [left for workers, left in (_filled(config, cpus, node) for node in available.nodes) if workers]
     decode = min(1.0, free / max(2, config.max_workers), *(left for left in beside if left > _LEAST_DECODE_CPUS))
     return math.floor(decode * 1000) / 1000
 
 
 def _elastic_decode_cpus(config: TrainConfig, cpus: float, available: Resources) -> float:
-    """So few that there is room for a task of each worker on any node, as the others may be lost."""
+    """CPUs of a decoding task so that every node has room for a task of each of its workers: others may be lost."""
     shares = []
     for node in available.nodes:
         workers, free = _filled(config, cpus, node)
@@ -161,17 +161,17 @@ def _elastic_decode_cpus(config: TrainConfig, cpus: float, available: Resources)
 
 
 def _filled(config: TrainConfig, cpus: float, node: Node) -> tuple[int, float]:
-    """The most workers that a node may get, and the CPUs that these leave."""
+    """The most workers that a node may get, and the CPUs that they leave."""
     workers = min(config.max_workers, Resources((node,)).room_for(cpus, config.gpus_per_worker))
     return workers, node.cpus - workers * cpus
 
 
 def _elastic_cpus(config: TrainConfig, available: Resources) -> float:
-    """The largest share, in sixteenths, of which all workers fit the nodes that there are, and fill none."""
+    """The largest CPU share, in sixteenths, at which all workers fit the nodes without filling any."""
     largest = available.cpus * _WORKERS_SHARE / config.max_workers
     if config.gpus_per_worker:
         largest = min(1.0, largest)
-    # More GPUs may come.
+    # Nodes with more GPUs may be added.
     wanted = min(config.max_workers, available.room_for(1 / SIXTEENTHS, config.gpus_per_worker))
     for sixteenths in range(math.floor(largest * SIXTEENTHS), 0, -1):
         cpus = sixteenths / SIXTEENTHS
@@ -184,7 +184,7 @@ def _elastic_cpus(config: TrainConfig, available: Resources) -> float:
 
 
 def check_cpus(config: TrainConfig, cpus: float) -> None:
-    """Refuse more workers than CPUs, which may be known before Ray starts.
+    """Refuse more workers than CPUs; this is known before Ray starts.
 
     Raises:
         ClusterError: see `share_out`.
@@ -200,7 +200,7 @@ def check_cpus(config: TrainConfig, cpus: float) -> None:
 
 
 def _default_cpus(config: TrainConfig, available: Resources) -> float:
-    """The largest even share that fits the nodes: whole CPUs where there are as many."""
+    """The largest equal CPU share that fits the nodes, in whole CPUs if there are enough."""
     share = available.cpus * _WORKERS_SHARE / config.max_workers
     if config.gpus_per_worker:
         return min(1.0, share)

@@ -1,4 +1,4 @@
-"""A picture of training images beside what augmentation makes of them."""
+"""The job of --preview-augmentations: a picture of training images beside augmented versions of them."""
 
 import io
 from typing import Any
@@ -19,9 +19,9 @@ _LABEL_HEIGHT, _MARGIN = 14, 4
 
 
 def preview(config: TrainConfig) -> dict[str, Any]:
-    """Write the picture into the output: a row for each image, the original first, then changed versions of it.
+    """Write the picture into the output: a row for each image, the original first, then augmented versions of it.
 
-    Mixed images are mixed with others of the picture.
+    Augmentations that mix images mix those of the picture.
 
     Returns:
         `preview` (the uri of the picture) and `images` (its rows).
@@ -33,11 +33,11 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     rows = manifests.rows_of(data.manifest_of_run(config), "train")
     chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.preview_augmentations]
     rows = rows.take(np.sort(chosen))
-    found = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))
-    good = found["error"] == ""
+    batch = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))
+    good = batch["error"] == ""
     if not good.any():
-        raise ManifestError(f"None of the {len(rows)} images of the preview can be read: {found['error'][0]}.")
-    images, labels = found["image"][good], found["label"][good].tolist()
+        raise ManifestError(f"None of the {len(rows)} images of the preview can be read: {batch['error'][0]}.")
+    images, labels = batch["image"][good], batch["label"][good].tolist()
     startup.load_tensorflow(gpus=False)
     sheet = _sheet(images, labels, _versions(config, images))
     buffer = io.BytesIO()
@@ -48,7 +48,7 @@ def preview(config: TrainConfig) -> dict[str, Any]:
 
 
 def _versions(config: TrainConfig, images: Any) -> list[Any]:
-    """Changed versions of all images: `_VERSIONS` arrays like `images`."""
+    """Augmented versions of all images: `_VERSIONS` arrays like `images`."""
     import keras
 
     from cnnray.models import augment
@@ -66,7 +66,7 @@ def _versions(config: TrainConfig, images: Any) -> list[Any]:
 
 def _sheet(images: Any, labels: list[str], versions: list[Any]) -> Image.Image:
     size = images.shape[1]
-    shown = max(size, 96)  # small ones are enlarged
+    shown = max(size, 96)  # enlarge small images
     step = shown + _MARGIN
     sheet = Image.new("RGB", (step * (1 + len(versions)) + _MARGIN, (step + _LABEL_HEIGHT) * len(images)), "white")
     draw = ImageDraw.Draw(sheet)

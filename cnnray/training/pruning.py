@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of each kernel become zero and stay so, while the others are trained on."""
+"""Magnitude pruning: the smallest weights of each kernel become zero and stay zero; the others are trained on."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 class Pruning:
-    """Which weights of a network are zero. It is made inside the strategy's scope."""
+    """Masks of the weights that are zero. To be created inside the strategy's scope."""
 
     def __init__(self, model: keras.Model, inference: keras.Model) -> None:
         """
@@ -26,10 +26,10 @@ class Pruning:
         self._kernels = [kernel for kernel, _ in pairs]
         self._inference = [other for kernel, other in pairs if other is not kernel]
         self._masks = [tf.Variable(np.ones(kernel.shape, np.float32), trainable=False) for kernel in self._kernels]
-        self.take_from_weights()
+        self.set_masks_from_weights()
 
-    def take_from_weights(self) -> None:
-        """Keep those at zero that are zero."""
+    def set_masks_from_weights(self) -> None:
+        """Take the zeros of the weights as the masks."""
         for kernel, mask in zip(self._kernels, self._masks, strict=True):
             mask.assign((kernel.numpy() != 0).astype(np.float32))
 

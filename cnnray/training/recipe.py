@@ -1,4 +1,4 @@
-"""How a phase learns: learning rate, optimizer, loss weights, from the flags to Keras's parts."""
+"""From flags to Keras objects: learning rate schedule, optimizer and class weights of a phase."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import keras
 
 _NO_DECAY = ("bias", "gamma", "beta")
-"""Variables that weight decay leaves alone: it is to keep kernels small, and these have no direction to shrink in."""
+"""Names of variables without weight decay, which is meant for kernels."""
 
 
 class RecipeError(ValueError):
-    """A recipe that these data cannot be trained by; the message is one sentence for the user."""
+    """A recipe that does not fit the data; the message is one sentence for the user."""
 
 
 def check(config: TrainConfig, manifest: pa.Table) -> None:
-    """See to it, before anything starts, that the flags fit the images.
+    """Check, before anything starts, that the flags fit the images.
 
     Raises:
         RecipeError, BundleError, OSError: with a sentence.
@@ -47,20 +47,20 @@ def check(config: TrainConfig, manifest: pa.Table) -> None:
 
 
 def lengths(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> tuple[int, int]:
-    """The steps of a phase's warm-up and of the cosine decay behind it.
+    """The steps of a phase's warm-up, and of the cosine decay that follows it.
 
-    What is not given is a tenth of the phase, at most five epochs, for the warm-up, and all the rest for the decay.
+    Defaults: a tenth of the phase, at most five epochs, for the warm-up, and all the rest for the decay.
 
     Raises:
-        RecipeError: they are longer than the phase, in one sentence.
+        RecipeError: they are longer than the phase.
     """
     total = phase.passes * steps_per_epoch
 
-    def given(steps: int | None, epochs: float | None) -> int | None:
+    def in_steps(steps: int | None, epochs: float | None) -> int | None:
         return round(epochs * steps_per_epoch) if epochs is not None else steps
 
-    warmup = given(config.warmup_steps, config.warmup_epochs)
-    decay = given(config.decay_steps, config.decay_epochs)
+    warmup = in_steps(config.warmup_steps, config.warmup_epochs)
+    decay = in_steps(config.decay_steps, config.decay_epochs)
     if warmup is None:
         warmup = min(total // 10, 5 * steps_per_epoch, total - (decay or 1))
     if decay is None:
@@ -98,25 +98,25 @@ def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras
         "global_clipnorm": config.clip_norm,
         "weight_decay": weight_decay or None,
     }
-    found: Any
+    optimizer: Any
     if config.optimizer == "sgd":
-        found = keras.optimizers.SGD(momentum=0.9, **options)
+        optimizer = keras.optimizers.SGD(momentum=0.9, **options)
     elif config.optimizer == "adamw":
-        found = keras.optimizers.AdamW(**options)
+        optimizer = keras.optimizers.AdamW(**options)
     else:
-        found = keras.optimizers.Adam(**options)
+        optimizer = keras.optimizers.Adam(**options)
     if weight_decay:
-        found.exclude_from_weight_decay(var_names=list(_NO_DECAY))
-    # Keras sums each worker's gradients after it has clipped them and looked whether they are finite, where it should
-    # do so before: the sum is the step's (see `Steps`).
-    found._all_reduce_sum_gradients = list
+        optimizer.exclude_from_weight_decay(var_names=list(_NO_DECAY))
+    # Keras would sum the workers' gradients after clipping and checking them for overflow. `Steps` sums them before
+    # that, as it should be.
+    optimizer._all_reduce_sum_gradients = list
     if config.precision == "float16":
-        found = keras.optimizers.LossScaleOptimizer(found)
-    return found
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
 
 
 def class_weights(config: TrainConfig, counts: list[int]) -> npt.NDArray[np.float32]:
-    """What an image of each class weighs in the loss: float32 (classes,).
+    """The weight of an image of each class in the loss: float32 (classes,).
 
     Args:
         config: `none` gives ones; `balanced` images / (classes * images of the class), so that all classes weigh the

@@ -1,9 +1,9 @@
 """The compiled training and validation steps under `MultiWorkerMirroredStrategy`.
 
 Keras 3's own `fit` does not run under it (its logs and its symbolic build fail), so this is a custom loop:
-every worker takes gradients on its part of the global batch, the losses are divided by the global batch's
-number of images, and the gradients are summed over the workers before the optimizer sees them: what it then
-does (clip, look for overflows, accumulate) is the same on all, and as it would be in one process.
+every worker computes gradients on its part of the global batch, the losses are divided by the number of images
+of the global batch, and the gradients are summed over the workers before the optimizer gets them. So clipping,
+the check for overflow and accumulation do the same on every worker, and the same as in one process.
 """
 
 import warnings
@@ -27,7 +27,7 @@ _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mix
 
 
 class Steps:
-    """The network, its optimizer, and what is done with them step by step.
+    """The network, its optimizer, and the compiled steps.
 
     Attributes:
         model: the network that is trained.
@@ -50,8 +50,8 @@ class Steps:
             config: architecture, sizes, precision, recipe and seed.
             classes: number of classes.
             weights: local file of weights for the backbone (see `transfer.load`).
-            teacher: network of a bundle from which this one learns too.
-            class_weights: float32 (classes,), what an image of each weighs in the loss; None: 1.
+            teacher: network of a bundle whose answers this network learns, too.
+            class_weights: float32 (classes,), the weight of an image of each class in the loss; None: 1.
         """
         keras.utils.set_random_seed(config.seed)
         self._config = config
@@ -66,7 +66,7 @@ class Steps:
             self.inference.set_weights(self.model.get_weights())
         self._network = _logits_of(self.model)
         self._teacher = None if teacher is None else _logits_of(teacher)
-        # By its name, "kl_divergence", Keras would take the logits for probabilities.
+        # Given by its name, "kl_divergence", Keras would apply it to the logits as if they were probabilities.
         self._distillation = keras.distillation.LogitsDistillation(
             config.distillation_temperature, keras.losses.KLDivergence()
         )
@@ -82,7 +82,7 @@ class Steps:
             tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((None,), tf.float32),
         ]
-        # Nothing here needs AutoGraph, whose files a killed worker would leave in the temporary folder.
+        # AutoGraph is not needed, and a killed worker would leave its files in the temporary folder.
         self._compiled_reduce = tf.function(self._reduce, autograph=False)
         inference = _logits_of(self.inference)
         self._compiled_evaluate = tf.function(
@@ -138,32 +138,32 @@ class Steps:
         bad: int = 0,
         position: tuple[int, int, int] = (0, 0, 0),
     ) -> Sums:
-        """Train on one global batch, of which this worker brings a part.
+        """Train on one global batch, of which this worker has a part.
 
         Args:
             images: uint8 (n, size, size, 3), this worker's part without those that could not be read; n may
                 differ between workers and steps, and may be 0.
             targets: int64 (n,), class indices.
-            bad: how many of this worker's part could not be read.
-            position: epoch, step and rank, of which, with the run's seed, all that is random is a function.
+            bad: number of images of this worker's part that could not be read.
+            position: epoch, step and rank; with the run's seed they determine all that is random.
 
         Returns:
-            The sums over all workers' parts, before the update; their loss is that which is minimised.
+            The sums over all workers' parts, before the update; their loss is the one that is minimised.
         """
         weights = np.ones(len(images), np.float32)
-        kept = []
+        statistics = []
         if not len(images):
-            # TensorFlow has no convolution of nothing, and batch norm no mean: one black image, which weighs
-            # nothing, and leaves no trace in the statistics but where they are of all workers' images.
+            # TensorFlow cannot convolve an empty batch, and batch norm has no mean of one: take one black image of
+            # weight 0. It may change the statistics only where they are over the images of all workers.
             images, targets, weights = _padding(images, 1), np.zeros(1, np.int64), np.zeros(1, np.float32)
             if not self._config.synchronized_batch_norm:
-                kept = [variable.numpy() for variable in self._statistics]
+                statistics = [variable.numpy() for variable in self._statistics]
         entropy = np.random.SeedSequence([self._config.seed, *position])
         seeds = entropy.generate_state(2 * len(self._seeds)).reshape(-1, 2) >> 1  # Keras's are int32
         self._waiting = (self._waiting + 1) % self._config.accumulate
         step = self._compiled_accumulate if self._waiting else self._compiled_train
         sums = Sums(*step(images, targets, weights, np.float32(bad), seeds.astype(np.int64)).numpy().tolist())
-        for variable, value in zip(self._statistics, kept, strict=False):
+        for variable, value in zip(self._statistics, statistics, strict=False):
             variable.assign(value)
         return sums
 
@@ -196,7 +196,7 @@ class Steps:
     def _replica_gradients(self, images: Any, targets: Any, weights: Any, bad: Any, seeds: Any) -> Any:
         """The step's sums and gradients, over all workers."""
         replica = tf.distribute.get_replica_context()
-        # Waits for the other workers to begin the step, not for their forward pass as a sum of losses would.
+        # Waits until the other workers begin the step; a sum of the losses would wait for their forward pass.
         count = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
         for index, state in enumerate(self._seeds):
             state.assign(tf.cast(seeds[index], state.dtype))
@@ -215,7 +215,7 @@ class Steps:
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, sums), gradients
 
     def _losses(self, images: Any, labels: Any, logits: Any) -> Any:
-        """float32 (n,): what is minimised, of each image; labels: the shares of each class, float32 (n, classes)."""
+        """The loss of each image, float32 (n,); labels: the shares of each class, float32 (n, classes)."""
         importance = tf.linalg.matvec(labels, self._class_weights)
         smoothing = self._config.label_smoothing
         labels = labels * (1 - smoothing) + smoothing / self._classes
@@ -228,7 +228,7 @@ class Steps:
         return (1 - share) * losses + share * taught
 
     def _average(self) -> None:
-        """Move the bundle's weights and statistics towards those that are trained."""
+        """Update the moving average of the weights and statistics, which goes into the bundle."""
         # As TensorFlow's ExponentialMovingAverage with `num_updates`: soon away from the first weights.
         updates = tf.cast(self.optimizer.iterations, tf.float32)
         momentum = tf.minimum(self._config.average, (1 + updates) / (10 + updates))
@@ -246,12 +246,12 @@ class Steps:
         return self._sums(losses, logits, targets, weights)
 
     def evaluate(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int) -> Sums:
-        """The sums over this worker's images alone, by the weights that would go into the bundle.
+        """The sums over this worker's images only, with the weights that would go into the bundle.
 
         Args:
             images: uint8 (n, size, size, 3).
             targets: int64 (n,).
-            padded: number of images that the network is given, for the same shape in every call; at least n.
+            padded: number of images to pad to, at least n, so that every call has the same shape.
         """
         short = padded - len(images)
         weights = np.concatenate([np.ones(len(images), np.float32), np.zeros(short, np.float32)])
@@ -274,10 +274,10 @@ class Steps:
         return self._strategy.run(replica, args=(values,))
 
     def average_statistics(self) -> None:
-        """Give all workers the mean of their batch norms' moving statistics, which else differ.
+        """Set the moving statistics of batch norm, which differ between the workers, to their mean.
 
-        It changes no gradient (these are read at inference only), and as moving averages are linear,
-        averaging often gives what averaging once would.
+        It changes no gradient, as the statistics are read at inference only. Moving averages are linear: averaging
+        often gives the same as averaging once.
         """
         if not self._statistics:
             return
@@ -290,45 +290,45 @@ class Steps:
             start = stop
 
     def prune_at(self, step: int, steps_per_epoch: int, phase: Phase, before: float) -> None:
-        """Choose anew, where it is time for it in a phase that prunes, which weights are zero.
+        """Choose again which weights are zero, if the phase prunes at this step.
 
         Args:
-            step: of the phase, that comes next.
+            step: the next step of the phase.
             steps_per_epoch: steps of an epoch.
-            phase: that which was begun.
-            before: share of zeros that it began with.
+            phase: the current one.
+            before: share of zeros at the beginning of the phase.
         """
         steps = phase.passes * steps_per_epoch
         if self._pruning and prunes_at(step, steps):
             self._pruning.choose(sparsity_at(step, steps, before, phase.sparsity))
 
     def update_inference(self) -> None:
-        """Bring the float32 network up to date with the trained one, where it is not its average."""
+        """Copy the trained weights into the float32 network, unless that is their average."""
         if self.inference is not self.model and not self._averages:
             self.inference.set_weights(self.model.get_weights())
 
     # -- checkpoints -----------------------------------------------------------------------------------
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """What a run goes on with beside `inference`."""
-        found = {f"optimizer/{index}": variable.numpy() for index, variable in enumerate(self.optimizer.variables)}
+        """The state of a run besides `inference`: arrays by name."""
+        arrays = {f"optimizer/{index}": variable.numpy() for index, variable in enumerate(self.optimizer.variables)}
         if self._averages:
-            found |= {f"model/{index}": weight for index, weight in enumerate(self.model.get_weights())}
+            arrays |= {f"model/{index}": weight for index, weight in enumerate(self.model.get_weights())}
         if self._waiting:
-            found |= {f"gradient/{index}": variable.numpy() for index, variable in enumerate(self._accumulated)}
-            found["waiting"] = np.asarray(self._waiting)
-        return found
+            arrays |= {f"gradient/{index}": variable.numpy() for index, variable in enumerate(self._accumulated)}
+            arrays["waiting"] = np.asarray(self._waiting)
+        return arrays
 
     def load(self, model_file: str, state: dict[str, npt.NDArray[Any]], optimizer: bool) -> None:
-        """Take the weights of a `.keras` file and a `state`.
+        """Restore the weights of a `.keras` file and a `state`.
 
         Args:
             model_file: of `inference`.
-            state: of the same phase, or of the one before.
-            optimizer: whether the optimizer's variables are taken too.
+            state: of this phase, or of the phase before.
+            optimizer: whether to restore the optimizer's variables, too.
         """
         with warnings.catch_warnings():
-            # It is in `state`, as that of the model which is trained.
+            # The optimizer's variables are in `state`.
             warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
             self.inference.load_weights(model_file)
         if self._averages:
@@ -342,7 +342,7 @@ class Steps:
             for index, variable in enumerate(self._accumulated if self._waiting else ()):
                 variable.assign(state[f"gradient/{index}"])
         if self._pruning:
-            self._pruning.take_from_weights()
+            self._pruning.set_masks_from_weights()
 
 
 def _logits_of(model: keras.Model) -> keras.Model:
@@ -350,7 +350,7 @@ def _logits_of(model: keras.Model) -> keras.Model:
 
 
 def _moving_statistics(model: keras.Model, like: keras.Model | None = None) -> list[Any]:
-    """The statistics of the batch norms that are trained, in `model` or in `like`, which has the same layers."""
+    """The moving statistics of the batch norms of `model` that are trained in `like`, which has the same layers."""
     return [
         variable
         for layer, other in zip(model._flatten_layers(), (like or model)._flatten_layers(), strict=True)

@@ -1,4 +1,4 @@
-"""What each of Ray Train's workers runs: the epochs, from where the last checkpoint left off."""
+"""The training loop of a Ray Train worker, from the last checkpoint to the end."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ def run(assignment: Assignment) -> str:
     """Train, as one worker of the group that Ray Train made.
 
     Returns:
-        Why the run was given up, in a sentence for the user; empty where it was not. (Not raised: Ray Train
+        Why the run had to stop, in a sentence for the user; empty if it did not. (It is not raised, because Ray Train
         would take it for a lost worker and try again.)
     """
     _set_up(assignment)
@@ -53,7 +53,7 @@ def run(assignment: Assignment) -> str:
 
 
 def _set_up(assignment: Assignment) -> None:
-    """Configure this process: it runs nothing but this worker."""
+    """Configure this process, which runs nothing but this worker."""
     # Ray Train has given the root logger its handlers, and the level INFO.
     for name, level in (("", logging.WARNING), ("cnnray", logging.INFO)):
         logging.getLogger(name).setLevel(level)
@@ -141,7 +141,7 @@ class _Worker:
             score = self._score(logs)
             over = progress.stopped or progress.phase_epoch >= self.phases[progress.phase].passes
             if over and progress.phase + 1 < len(self.phases):
-                # The next phase goes on from the weights that this one ends with.
+                # The next phase begins with the weights that this phase ends with.
                 progress.phase, progress.phase_epoch, progress.stopped = progress.phase + 1, 0, False
             self._checkpoint(logs, score)
             if progress.begins_phase:
@@ -183,18 +183,18 @@ class _Worker:
         return logs[callbacks.MONITOR] if counts else sys.float_info.max
 
     def _zeros_before(self) -> float:
-        """The share of zeros that the phase began with."""
+        """The share of zeros at the beginning of the phase."""
         return self.phases[self.progress.phase - 1].sparsity if self.progress.phase else 0.0
 
     def _restore(self) -> None:
         if self.rank == 0 and self.config.is_elastic:
             log.info("training on %d worker(s)", self.world)
-        found = ray.train.get_checkpoint()
+        saved = ray.train.get_checkpoint()
         self.progress = checkpoint.TrainingState()
-        if found is None:
+        if saved is None:
             self._begin_phase()
             return
-        with found.as_directory() as folder:
+        with saved.as_directory() as folder:
             self.progress = checkpoint.read_progress(Path(folder))
             self._begin_phase()
             checkpoint.restore(Path(folder), self.steps, self.progress)
@@ -249,7 +249,7 @@ class _Worker:
         seen = self.steps.reduce(np.asarray(progress.seen, np.int64))
         if not np.array_equal(seen, self.expected):
             raise RuntimeError(
-                f"Epoch {progress.epoch + 1} saw other images than the manifest's: tally {seen.tolist()}, "
+                f"Epoch {progress.epoch + 1} did not see every image of the manifest once: tally {seen.tolist()}, "
                 f"expected {self.expected.tolist()}."
             )
         self.steps.average_statistics()
@@ -293,7 +293,7 @@ class _Worker:
     # -- bad images and checkpoints --------------------------------------------------------------------
 
     def _good(self, batch: dict[str, Any]) -> Any:
-        """bool (n,): which of a batch's images could be read; the others are remembered."""
+        """Which images of a batch could be read, bool (n,); the others go to the list of bad images."""
         good = batch["error"] == ""
         for index in np.flatnonzero(~good):
             row = {"id": int(batch["id"][index]), "uri": batch["uri"][index], "error": batch["error"][index]}
@@ -305,17 +305,17 @@ class _Worker:
         if bad <= self.config.max_bad_fraction * images:
             return
         example = next(iter(self.bad_images.values()), None)
-        shown = f", {example['uri']} for one ({example['error']})" if example else ""
+        shown = f", such as {example['uri']} ({example['error']})" if example else ""
         raise _StopRunError(
             f"{bad:.0f} of {images} images could not be read{shown}: more than "
             f"--max-bad-fraction {self.config.max_bad_fraction} allows."
         )
 
     def _checkpoint(self, logs: dict[str, float] | None, score: float) -> None:
-        """Report a checkpoint; at the end of an epoch with its logs, inside one without.
+        """Report a checkpoint; at the end of an epoch with its logs, inside an epoch without.
 
-        Ray keeps that with the least score; one inside an epoch has the largest. (Ray's own snapshot makes null of
-        nan and infinity, and fails on it when it is read again.)
+        Ray keeps the checkpoint of the lowest score; checkpoints inside an epoch have the largest float. (Ray's
+        snapshot would turn nan and infinity into null, and fail when it is read again.)
         """
         progress = self.progress
         if logs is None:
@@ -331,14 +331,14 @@ class _Worker:
                 checkpoint.write(written, self.steps, info, replace(progress, seen=seen))
             if self.bad_images:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)
-            found = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
+            saved = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
-            ray.train.report(report | metrics, checkpoint=found)
+            ray.train.report(report | metrics, checkpoint=saved)
 
 
 @contextlib.contextmanager
 def _local_file(uri: str | None) -> Iterator[str | None]:
-    """A local copy of a file for as long as it is needed."""
+    """A local copy of a file, for as long as the context lasts."""
     if uri is None or not storage.is_s3(uri):
         yield uri
         return

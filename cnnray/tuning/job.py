@@ -33,7 +33,7 @@ _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
 class SearchError(RuntimeError):
-    """A search that cannot start or ended badly; the message is one sentence for the user."""
+    """A search that cannot start or failed; the message is one sentence for the user."""
 
 
 def search(config: SearchConfig) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         storage.write_bytes(storage.join(config.output, TRIALS_TABLE), text.getvalue().encode())
         scored = [row for row in rows if row[config.metric] is not None]
         if not scored:
-            raise SearchError(f"None of the {len(rows)} trials came to an end of an epoch: {_reason(results)}")
+            raise SearchError(f"None of the {len(rows)} trials finished an epoch: {_reason(results)}")
         sign = 1 if _MODES[config.metric] == "min" else -1
         best = min(scored, key=lambda row: sign * row[config.metric])
         if tracker:
@@ -180,7 +180,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources)
 
     from cnnray.training.job import interruptible
 
-    # Its tables would go to stdout, whose one line is the job's.
+    # Ray Tune would print its tables to stdout, which holds the job's JSON line only.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     filesystem, path = storage.arrow_filesystem(config.output)
     trainable = tune.with_resources(functools.partial(_run_trial, _with_shares(config, available)), {"CPU": 0.001})
@@ -224,7 +224,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources)
 
 
 def _fit(config: SearchConfig, available: Resources) -> Resources:
-    """The same cluster, if a trial fits it.
+    """The same resources, if a trial fits them.
 
     Raises:
         ClusterError: it does not.
@@ -234,7 +234,7 @@ def _fit(config: SearchConfig, available: Resources) -> Resources:
 
 
 def _with_shares(config: SearchConfig, available: Resources) -> SearchConfig:
-    """The config with each trial's share of the cluster, where several run side by side."""
+    """The config with each trial's share of the cluster, if several run side by side."""
     if config.parallel == 1:
         return config
     each = available.cpus / config.parallel
@@ -246,7 +246,7 @@ def _with_shares(config: SearchConfig, available: Resources) -> SearchConfig:
 
 
 def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
-    """A trial, in an actor of Ray Tune."""
+    """Run a trial in an actor of Ray Tune."""
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -259,7 +259,7 @@ def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
 
     output = storage.join(config.output, TRIALS, tune.get_context().get_trial_id())
     train(config.trial(values, output), callbacks=[AtEpochs()])
-    # Of the last epoch Ray Tune hears once all is written: it ends the trial's process, as there are no more.
+    # The last epoch is reported after everything is written, because Ray Tune then ends the trial's process.
     last = list(csv.DictReader(io.StringIO(storage.read_bytes(storage.join(output, HISTORY)).decode())))[-1]
     if int(last["epoch"]) == config.all_epochs:
         scores = {name: float(value) for name, value in last.items() if name.startswith("val_")}
@@ -271,7 +271,7 @@ def _trial_logger(config: SearchConfig) -> Any:
 
     class TrialLogger(tune.Callback):
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-            ended = sum(one.is_finished() for one in trials)
+            ended = sum(other.is_finished() for other in trials)
             log.info(
                 "trial %s  epoch %d/%d  val_loss %.4f  val_accuracy %.4f  %s  (%d of %d trials ended)",
                 trial.trial_id, result["epoch"], config.all_epochs, result["val_loss"], result["val_accuracy"],

@@ -122,7 +122,19 @@ def test_a_job_lets_the_cluster_grow(growing_nodes, start_on, all_digits, tmp_pa
 
 def test_elastic_training_shrinks_and_grows(nodes, start, all_digits, tmp_path):
     epochs = 16
-    job = _train(start, all_digits, tmp_path / "out", "--min-workers", "1", "--max-workers", "3", "--epochs", str(epochs), "--cache", "none")
+    job = _train(
+        start,
+        all_digits,
+        tmp_path / "out",
+        "--min-workers",
+        "1",
+        "--max-workers",
+        "3",
+        "--epochs",
+        str(epochs),
+        "--cache",
+        "none",
+    )
     _says(job, rf"epoch 1/{epochs}  loss")
     assert len(nodes.that_run(TRAINER)) == 3
     lost = 2

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import ray.cloudpickle
-import yaml
 
+from cnnray import configs
 from cnnray.cluster import ClusterError
 from cnnray.images import lock
 from cnnray.images import manifest as manifests
@@ -156,7 +156,8 @@ def test_what_a_run_leaves(undisturbed, digits):
     best = min(history, key=lambda row: float(row["val_loss"]))
     assert summary["metrics"] == {name: float(best[name]) for name in summary["metrics"]}
     assert set(summary["metrics"]) == {"val_loss", "val_accuracy", "val_top_5_accuracy"}
-    assert TrainConfig(**yaml.safe_load((output / "config.yaml").read_text())) == _config(digits, output)
+    config = configs.load(TrainConfig, (output / "config.yaml").read_bytes(), "config.yaml")
+    assert TrainConfig(**config) == _config(digits, output)
     assert list((output / "tensorboard").glob("*/events*"))
 
 
@@ -220,7 +221,7 @@ def test_a_lost_image_fails_the_epoch(digits, tmp_path):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "train_on_worker", losing)
-        with pytest.raises(TrainingError, match="saw other images"):
+        with pytest.raises(TrainingError, match="did not see every image of the manifest once"):
             train(_simple(digits, tmp_path / "out", max_failures=0))
 
 

@@ -1,8 +1,8 @@
 """The errors that a user gets as one sentence, in three kinds that say what can be done about them.
 
 Every error that the package raises on purpose derives from one of the three kinds, and from the built-in exception
-that callers would expect (`FileNotFoundError`, `ValueError`, ...). Any other exception that leaves a job is a fault of
-the program and keeps its traceback.
+that callers would expect (`FileNotFoundError`, `ValueError`, ...). Any other exception that leaves a job is a fault
+of the program and keeps its traceback.
 """
 
 
@@ -11,7 +11,7 @@ class CnnrayError(Exception):
 
 
 class TransientError(CnnrayError):
-    """Trouble that may pass by itself, such as throttling, a lost connection or a lost node: trying again may help."""
+    """Trouble that may pass by itself, such as throttling, a lost connection or a lost node: try again."""
 
 
 class PermanentError(CnnrayError):

@@ -20,9 +20,10 @@ import pyarrow as pa
 import yaml
 
 from cnnray import cluster, paths
+from cnnray.errors import CnnrayError, PermanentError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, recipe
@@ -42,7 +43,7 @@ _FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PermanentError, RuntimeError):
     """A run that cannot start or ended badly; the message is one sentence for the user."""
 
 
@@ -68,7 +69,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     started = time.time()
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with alone(config.output):
+    with lease(config.output):
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
         tracker = tracker_of(config)
@@ -247,7 +248,10 @@ def _run(
     try:
         result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_shares, config, shares)))
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"Training failed: {_cause(error)}") from error
+        reason = cluster.user_error(error)
+        raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error
+    if isinstance(result.return_value, CnnrayError):
+        raise result.return_value
     if result.return_value:
         raise TrainingError(result.return_value)
     return result.get_best_checkpoint("score", "min"), result.checkpoint
@@ -303,12 +307,6 @@ def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
     )
 
 
-def _cause(error: BaseException) -> str:
-    """The last line of what went wrong on the workers."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 # -- the end --------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +314,7 @@ def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict
     from cnnray.training import checkpoint
 
     target = storage.join(config.output, BUNDLE)
-    with alone(target):  # an export may be writing to it
+    with lease(target):  # an export may be writing to it
         bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
     progress = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
     files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
@@ -340,7 +338,7 @@ def _finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict
     return summary
 
 
-def train_on_worker(assignment: Assignment) -> str:
+def train_on_worker(assignment: Assignment) -> str | CnnrayError:
     """What Ray Train runs on each worker: see `worker.run`."""
     startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
     from cnnray.training import worker
@@ -350,4 +348,5 @@ def train_on_worker(assignment: Assignment) -> str:
 
 def _uri(config: TrainConfig, saved: Any) -> str:
     """Where one of Ray's checkpoints is, as `storage` takes it."""
-    return f"s3://{saved.path}" if storage.is_s3(config.output) else str(saved.path)
+    scheme = config.output.partition("://")[0]
+    return str(saved.path) if storage.is_local(config.output) else f"{scheme}://{saved.path}"

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cnnray.errors import BadInputError
 from cnnray.images import manifest as manifests
 from cnnray.models import bundle
 from cnnray.training import epoch
@@ -19,7 +20,7 @@ _NO_DECAY = ("bias", "gamma", "beta")
 """Variables that weight decay leaves alone: it is to keep kernels small, and these have no direction to shrink in."""
 
 
-class RecipeError(ValueError):
+class RecipeError(BadInputError, ValueError):
     """A recipe that these data cannot be trained by; the message is one sentence for the user."""
 
 

@@ -16,8 +16,9 @@ import yaml
 
 from cnnray import cluster, flags
 from cnnray.cluster import Resources
+from cnnray.errors import PermanentError
 from cnnray.images import storage
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.models.augment import Augmentations
 from cnnray.training import data, recipe
 from cnnray.training.assignment import CONFIG, HISTORY
@@ -42,7 +43,7 @@ _ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
-class SearchError(RuntimeError):
+class SearchError(PermanentError, RuntimeError):
     """A search that cannot start or ended badly; the message is one sentence for the user."""
 
 
@@ -140,7 +141,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     spaces = _spaces(config)
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with alone(config.output):
+    with lease(config.output):
         tracker = SearchTracker(config, storage.join(config.output, TRIALS)) if config.mlflow else None
         if tracker:
             tracker.reach()
@@ -158,7 +159,10 @@ def search(config: SearchConfig) -> dict[str, Any]:
         storage.write_bytes(storage.join(config.output, TRIALS_TABLE), text.getvalue().encode())
         scored = [row for row in rows if row[config.metric] is not None]
         if not scored:
-            raise SearchError(f"None of the {len(rows)} trials came to an end of an epoch: {_reason(results)}")
+            reason = next((cluster.user_error(error) or cluster.last_line(error) for error in results.errors), "")
+            raise SearchError(
+                f"None of the {len(rows)} trials came to an end of an epoch: {reason or 'no reason is known'}"
+            )
         sign = 1 if _MODES[config.metric] == "min" else -1
         best = min(scored, key=lambda row: sign * row[config.metric])
         if tracker:
@@ -352,8 +356,3 @@ def _rows(config: SearchConfig, results: Any) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _reason(results: Any) -> str:
-    lines = [line for error in results.errors for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason is known"

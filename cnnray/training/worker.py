@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray.train
 import tensorflow as tf
 
+from cnnray.errors import CnnrayError
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.models.bundle import Bundle, BundleError
@@ -33,12 +34,12 @@ from cnnray.training.sums import Sums
 log = logging.getLogger(__name__)
 
 
-def run(assignment: Assignment) -> str:
+def run(assignment: Assignment) -> str | CnnrayError:
     """Train, as one worker of the group that Ray Train made.
 
     Returns:
-        Why the run was given up, in a sentence for the user; empty where it was not. (Not raised: Ray Train
-        would take it for a lost worker and try again.)
+        Why the run was given up, in a sentence for the user, or as an error; empty where it was not. (Not raised: Ray
+        Train would take it for a lost worker and try again.)
     """
     _set_up(assignment)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -47,8 +48,10 @@ def run(assignment: Assignment) -> str:
             worker = _Worker(assignment, strategy)
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
         worker.run()
-    except (_GivenUp, WeightsError, BundleError) as reason:
+    except _GivenUp as reason:
         return str(reason)
+    except (WeightsError, BundleError) as error:
+        return error
     return ""
 
 
@@ -334,7 +337,7 @@ class _Worker:
 @contextlib.contextmanager
 def _local_file(uri: str | None) -> Iterator[str | None]:
     """A local copy of a file for as long as it is needed."""
-    if uri is None or not storage.is_s3(uri):
+    if uri is None or storage.is_local(uri):
         yield uri
         return
     with tempfile.TemporaryDirectory() as folder:

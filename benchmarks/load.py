@@ -16,6 +16,8 @@ from pathlib import Path
 
 import aiohttp
 
+from cnnray.errors import PermanentError
+
 
 @dataclass
 class Load:
@@ -47,7 +49,7 @@ class Peak:
     """Requests that did not end with 200."""
 
 
-class MissingWrkError(RuntimeError):
+class MissingWrkError(PermanentError, RuntimeError):
     """wrk is not installed; the message is one sentence for the user."""
 
 

@@ -97,8 +97,8 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
         "auto": ours(_AUTO, _TIMES), "float32": ours(_FLOAT32), "bare auto": bare(fastest, _TIMES),
         "bare float32": bare(_FLOAT32), "documented": documented, "tf.data": tf_data,
     }  # fmt: skip
-    if storage.is_s3(paths[0]):
-        ways.pop("tf.data")  # which reads no S3 without a package of its own
+    if not storage.is_local(paths[0]):
+        ways.pop("tf.data")  # which reads no bucket without a package of its own
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

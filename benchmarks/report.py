@@ -8,10 +8,11 @@ from pathlib import Path
 
 from cnnray import cluster
 from cnnray.cluster import Resources
+from cnnray.errors import PermanentError
 from cnnray.models.bundle import library_versions
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(PermanentError, RuntimeError):
     """A benchmark that cannot be run; the message is one sentence for the user."""
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cnnray.errors import CnnrayError, PermanentError
 from cnnray.images import storage
 from cnnray.progress import duration
 
@@ -27,7 +29,7 @@ LOST_MINUTES = 10.0
 """How long a running job waits for nodes that were lost, where it is not told."""
 
 
-class ClusterError(RuntimeError):
+class ClusterError(PermanentError, RuntimeError):
     """A cluster that cannot run the job; the message is one sentence for the user."""
 
 
@@ -73,6 +75,38 @@ class Resources:
             min(int(node.cpus / cpus + slack), int(node.gpus / gpus + slack) if gpus else 2**31)
             for node in self.nodes
         )
+
+
+def user_error(error: BaseException | None) -> CnnrayError | None:
+    """The package's own error that made a Ray task, actor, dataset or Ray Train worker fail; None where another did.
+
+    Ray wraps errors several deep. Of an error in a dataset or in the start of an actor it keeps the traceback's text
+    alone, whose last lines name the class and the sentence.
+    """
+    import ray
+
+    if error is None or (isinstance(error, CnnrayError) and not isinstance(error, ray.exceptions.RayTaskError)):
+        return error
+    wrapped = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc", "__cause__")]
+    wrapped += getattr(error, "worker_failures", {}).values()
+    for inner in wrapped:
+        if inner is not error and (found := user_error(inner)):
+            return found
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(CnnrayError)}
+    raised = re.findall(r"^(cnnray\.[\w.]+): (.+)$", str(error), re.MULTILINE)
+    return next((kinds[name](sentence) for name, sentence in reversed(raised) if name in kinds), None)
+
+
+def _subclasses(kind: type[CnnrayError]) -> Iterator[type[CnnrayError]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
+
+
+def last_line(error: BaseException) -> str:
+    """What went wrong on a worker: the last line of the traceback that Ray gives."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def starts_own() -> bool:

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from cnnray import configs, flags
+from cnnray.errors import CnnrayError
 
 Config = TypeVar("Config", bound=configs.Config)
 
@@ -102,8 +103,8 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job's one call; its result becomes the last line of stdout, its errors one sentence on stderr.
 
     Raises:
-        SystemExit: 0, 1 for an error that has a sentence, 130 for Ctrl-C, 143 for SIGTERM (`ray job stop`). Other
-            errors keep their traceback.
+        SystemExit: 0, 1 for an error that has a sentence (`CnnrayError`, `OSError`), 130 for Ctrl-C, 143 for SIGTERM
+            (`ray job stop`). Other errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # What Ray reads when it is imported, or prints a worker's line.
@@ -122,9 +123,7 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
             raise
         sys.stderr.write("Stopped; the same command goes on from what was done.\n")
         sys.exit(EXIT_STOPPED)
-    except (ValueError, OSError, RuntimeError) as error:
-        if type(error) in (ValueError, RuntimeError):
-            raise
+    except (CnnrayError, OSError) as error:
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(EXIT_FAILURE)
     sys.stderr.flush()

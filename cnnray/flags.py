@@ -83,7 +83,7 @@ def absolute(field: str, value: str) -> str:
     found = storage.absolute(value)
     # Ray tells the driver of such a job in this variable what it was submitted with.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
-        storage.is_s3(found) or Path(value).expanduser().is_absolute()
+        not storage.is_local(found) or Path(value).expanduser().is_absolute()
     ):
         raise ValueError(
             f"{spelt(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "

@@ -17,12 +17,12 @@ def check_shared(found: Resources, uris: Iterable[str]) -> None:
 
     Args:
         found: the cluster.
-        uris: what the job's workers open. What is on S3 needs no asking, what this node lacks itself neither.
+        uris: what the job's workers open. What is remote needs no asking, what this node lacks itself neither.
 
     Raises:
         ClusterError: a node has not got one of them.
     """
-    paths = [uri for uri in uris if not storage.is_s3(uri) and Path(uri).exists()]
+    paths = [uri for uri in uris if storage.is_local(uri) and Path(uri).exists()]
     if len(found.nodes) < 2 or not paths:
         return
     import ray

@@ -36,8 +36,8 @@ def main() -> None:
                 raise ValueError(f"--{flag} means nothing to {given.measure}.")
         data = flags.absolute("data", given.data) if given.data else None
         kept = Path(flags.absolute("folder", given.folder)) if given.folder else None
-        if kept and storage.is_s3(given.folder):
-            raise ValueError("--folder must be a path, as the peers read no S3.")
+        if kept and not storage.is_local(given.folder):
+            raise ValueError("--folder must be a path, as the peers read no buckets.")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

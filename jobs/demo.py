@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
     parser.add_argument("--folder", default="demo", help="where digits and run go")
     folder = parser.parse_args().folder
-    if storage.is_s3(folder):
-        parser.error(f"--folder {folder} is on S3: give a local folder.")
+    if not storage.is_local(folder):
+        parser.error(f"--folder {folder} is not local: give a local folder.")
     try:
         folder = Path(flags.absolute("folder", folder))
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """A proxy in front of an S3 server that can answer badly."""
 
 import http.client
+import re
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ _NOT_PASSED = {"connection", "keep-alive", "transfer-encoding", "content-length"
 _REFUSALS = {
     "throttle": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
     "deny": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "expire": (400, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"),
 }
 
 
@@ -20,12 +22,14 @@ class Proxy:
     Attributes:
         url: where it listens.
         faults: called with method, path and how often this was asked for before; it gives `throttle` (503), `deny`
-            (403), `slow` (one second later), `break off` (half of the body), or None.
+            (403), `expire` (400), `slow` (one second later), `break off` (half of the body), or None.
+        expired_keys: access keys that are answered with `expire`.
         given: how often each fault was.
     """
 
     def __init__(self, target: str) -> None:
         self.faults = lambda method, path, before: None
+        self.expired_keys: set[str] = set()
         self.given: Counter[str] = Counter()
         self._asked: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -40,6 +44,9 @@ class Proxy:
             def _pass_on(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 fault = proxy._fault_of(self.command, self.path)
+                key = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+                if key and key[1] in proxy.expired_keys:
+                    fault = "expire"
                 if fault in _REFUSALS:
                     status, content = _REFUSALS[fault]
                     self._answer(status, {"Content-Type": "application/xml"}, content)

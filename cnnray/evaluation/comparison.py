@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from cnnray.errors import PermanentError
 from cnnray.evaluation import metrics
 from cnnray.images import storage
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 ROWS = "predictions.parquet"
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(PermanentError, RuntimeError):
     """An evaluation that cannot be made, or a gate that was not passed; the message is one sentence for the user."""
 
 

@@ -24,7 +24,7 @@ from cnnray.evaluation.pictures import pictures_of
 from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.checks import Checked
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     started = time.monotonic()
     assert config.bundle is not None
     assert config.output is not None
-    with alone(config.output):
+    with lease(config.output):
         bundle = Bundle.load(config.bundle)
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
@@ -331,7 +331,7 @@ def _calibrate(bundle: Bundle, answers: Answers, temperature: float) -> None:
             f"{count} answers, {wrong} of them wrong, do not tell a temperature (at least {_FEWEST_FITTED} are "
             "needed, with some right and some wrong): the bundle was not changed."
         )
-    with alone(bundle.uri):
+    with lease(bundle.uri):
         if Bundle.load(bundle.uri).version != bundle.version:
             raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnnray.errors import BadInputError
+
 ResizeRule = Literal["stretch", "crop", "pad"]
 
 MAX_BYTES = 256 * 2**20
@@ -52,7 +54,7 @@ _TRANSPOSE = {
 }
 
 
-class BadImage(ValueError):  # noqa: N818 - it is the image that is bad, not the program
+class BadImage(BadInputError, ValueError):  # noqa: N818 - it is the image that is bad, not the program
     """An image that cannot be used.
 
     Attributes:

@@ -27,6 +27,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from cnnray.errors import BadInputError
 from cnnray.images import containers, storage
 from cnnray.images.decode import EXTENSIONS
 
@@ -42,7 +43,7 @@ FORMAT = 1
 _FORMAT_KEY = b"cnnray.manifest_format"
 
 
-class ManifestError(ValueError):
+class ManifestError(BadInputError, ValueError):
     """An input that gives no usable manifest; the message is one sentence for the user."""
 
 
@@ -253,7 +254,7 @@ def _from_uris(uris: list[str], labels: list[str] | None = None, split: str | No
 
 
 def _globbed(pattern: str) -> list[str]:
-    if not storage.is_s3(pattern):
+    if storage.is_local(pattern):
         return [str(path) for path in Path("/").glob(pattern.lstrip("/")) if path.is_file()]
     fixed = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
     root = fixed.rpartition("/")[0]
@@ -328,10 +329,10 @@ def _of_addresses(source: str) -> pa.Table:
 
 
 def _resolved(uri: str, folder: str) -> str:
-    if storage.is_s3(uri):
+    if not storage.is_local(uri):
         return uri
     path = uri if uri.startswith("/") else storage.join(folder, uri)
-    return path if storage.is_s3(path) else os.path.normpath(path)  # ./a.png is a.png
+    return os.path.normpath(path) if storage.is_local(path) else path  # ./a.png is a.png
 
 
 def _check_unique(table: pa.Table, source: str) -> None:

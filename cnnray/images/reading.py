@@ -14,7 +14,7 @@ from cnnray.images import containers, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
-_THREADS = {"local": 4, "s3": 16}
+_THREADS = {"local": 4, "remote": 16}
 """Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
 _SOURCES_AT_ONCE = 64
 """Images of containers whose bytes are in memory, as `map` takes them all before the first is decoded."""
@@ -39,7 +39,7 @@ def decoded_blocks(
         size: height and width in pixels.
         resize: see `decode`.
         rows_per_block: rows of one block.
-        threads: reads and decodes side by side; None: 4 of local files, 16 of S3's.
+        threads: reads and decodes side by side; None: 4 of local files, 16 of remote ones.
         sources: of which each row takes one (see `containers.encoded`); None: those of the table's uris.
 
     Yields:
@@ -66,7 +66,7 @@ def decoded_blocks(
 
 def threads_for(uri: str) -> int:
     """Reads side by side in one task, of images as this one."""
-    return _THREADS["s3" if storage.is_s3(uri) else "local"]
+    return _THREADS["local" if storage.is_local(uri) else "remote"]
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

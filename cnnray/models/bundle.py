@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import cnnray
+from cnnray.errors import BadInputError
 from cnnray.images import storage
 from cnnray.images.decode import RESIZE_RULES, ResizeRule
 
@@ -29,7 +30,7 @@ _INFO = "bundle.json"
 _LIBRARIES = ("keras", "tensorflow", "numpy", "pillow")
 
 
-class BundleError(ValueError):
+class BundleError(BadInputError, ValueError):
     """A bundle that cannot be used; the message is one sentence for the user."""
 
 
@@ -126,9 +127,9 @@ class Bundle:
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        """A file or folder of the bundle on a local path, fetched from S3 for as long as it is needed."""
+        """A file or folder of the bundle on a local path, fetched from a bucket for as long as it is needed."""
         uri = storage.join(self.uri, name)
-        if not storage.is_s3(uri):
+        if storage.is_local(uri):
             yield Path(uri)
             return
         with tempfile.TemporaryDirectory(prefix="cnnray-bundle-") as folder:
@@ -201,13 +202,13 @@ def write_info(uri: str, info: BundleInfo) -> None:
 
 
 def replace(target: str, source: str) -> None:
-    """Make `target` a copy of the bundle `source`, local or on S3; it is a bundle only once it is whole.
+    """Make `target` a copy of the bundle `source`, local or remote; it is a bundle only once it is whole.
 
     Nothing of an earlier bundle is left, so exports of other weights are not either.
     """
     storage.delete_file(storage.join(target, _INFO))
     if storage.exists(target):
-        # One by one, as the folder's lock stays.
+        # One by one, as the folder's lease stays.
         for folder in storage.folders(target):
             storage.delete_folder(folder)
         for file in storage.files(target):

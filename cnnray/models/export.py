@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import flags
+from cnnray.errors import PermanentError
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, startup, verification
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 REPORT = "export.md"
 
 
-class ExportError(RuntimeError):
+class ExportError(PermanentError, RuntimeError):
     """An export that cannot start, or of which a part was refused; the message is one sentence for the user."""
 
 
@@ -90,8 +91,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         OSError: with a sentence, and the formats that were ready before are in the bundle.
         ExportError: a format was refused, with its reason; those that were not are in the bundle.
     """
-    Bundle.load(config.bundle)  # what is no bundle gets no lock
-    with alone(config.bundle):
+    Bundle.load(config.bundle)  # what is no bundle gets no lease
+    with lease(config.bundle):
         bundle = Bundle.load(config.bundle)
         calibration, images, targets = _images(config, bundle)
         startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnnray.errors import BadInputError
 from cnnray.images import storage
 from cnnray.models import architectures, bundle
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import keras
 
 
-class WeightsError(ValueError):
+class WeightsError(BadInputError, ValueError):
     """Weights that cannot be used; the message is one sentence for the user."""
 
 

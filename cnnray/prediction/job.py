@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from cnnray import cluster, paths
 from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -48,7 +48,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
             before Ray starts is raised before it, and before anything is written.
     """
     started = time.monotonic()
-    with alone(config.folder):
+    with lease(config.folder):
         bundle = Bundle.load(config.bundle)
         earlier = resume.earlier_run(config, bundle)
         if earlier is not None and not config.retry_errors and (done := resume.finished(config)) is not None:
@@ -214,7 +214,8 @@ def _run(
                 errors.add(found)
                 progress.add(len(found), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:
-        raise PredictionError(f"Prediction failed: {_cause(error)} (The same command goes on.)") from error
+        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command goes on.)"
+        raise cluster.user_error(error) or PredictionError(sentence) from error
     finally:
         progress.close()
     return progress.images_per_second
@@ -246,12 +247,6 @@ def _too_many(config: PredictConfig, errors: int, tried: int, example: dict[str,
         f"{config.max_error_fraction:g}, {example['uri']} for one ({example['error']}): once that is mended, run the "
         "same command with --retry-errors."
     )
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of what went wrong on a worker."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 # -- the end --------------------------------------------------------------------------------------------------

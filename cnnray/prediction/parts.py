@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from cnnray.errors import PermanentError
 from cnnray.images import storage
 from cnnray.prediction.config import Format
 
@@ -23,7 +24,7 @@ _NAME = re.compile(r"part-(\d{6,})\.(parquet|csv|jsonl)")
 _READ_BACK = ("id", "uri", "status", "error", "prediction", "confidence")
 
 
-class PartError(RuntimeError):
+class PartError(PermanentError, RuntimeError):
     """Rows that are not what they must be; the message is one sentence for the user."""
 
 

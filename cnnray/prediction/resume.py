@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import configs
+from cnnray.errors import PermanentError
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.models import engines
@@ -31,7 +32,7 @@ _RETRIED = ("missing", "access denied", "throttled", "unreadable", "crashed")
 _SHARD = re.compile(r"shard-\d+-of-(\d+)")
 
 
-class PredictionError(RuntimeError):
+class PredictionError(PermanentError, RuntimeError):
     """A run that cannot start or ended badly; the message is one sentence for the user."""
 
 

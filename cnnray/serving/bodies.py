@@ -11,6 +11,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from cnnray.errors import BadInputError
 from cnnray.serving.schema import JsonImages
 from cnnray.serving.settings import Settings
 
@@ -21,7 +22,7 @@ _LONG = 2**18
 NO_IMAGE = "No image provided"
 
 
-class RequestError(Exception):
+class RequestError(BadInputError):
     """A request that gets no answer; the message is one sentence for the client.
 
     Attributes:
@@ -31,6 +32,9 @@ class RequestError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str]]:
+        return type(self), (self.status, str(self))
 
 
 async def body_of(request: Request, settings: Settings) -> bytes:

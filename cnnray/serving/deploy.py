@@ -19,6 +19,7 @@ import yaml
 
 import cnnray
 from cnnray import cluster, paths
+from cnnray.errors import PermanentError
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -42,7 +43,7 @@ _KEPT_SECONDS = 10 * 365 * 24 * 3600
 Versions = dict[str, list[tuple[str, float]]]
 
 
-class ServingError(RuntimeError):
+class ServingError(PermanentError, RuntimeError):
     """A service that cannot be started; the message is one sentence for the user."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cnnray.errors import BadInputError
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
@@ -17,7 +18,7 @@ from cnnray.serving.settings import Settings
 log = logging.getLogger(__name__)
 
 
-class NoSuchModelError(LookupError):
+class NoSuchModelError(BadInputError, LookupError):
     """A name or version that is not served; the message is one sentence for the client."""
 
 

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cnnray.errors import PermanentError
 from cnnray.images import storage
 from cnnray.models import mlflow_flavor
 from cnnray.models.bundle import Bundle
@@ -50,7 +51,7 @@ _WAITS = (1.0, 4.0, 10.0, 20.0)
 _AT_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-class TrackingError(RuntimeError):
+class TrackingError(PermanentError, RuntimeError):
     """An MLflow server that cannot be used; the message is one sentence for the user."""
 
 

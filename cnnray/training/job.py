@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from cnnray import cluster, configs, paths
+from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
@@ -54,7 +55,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     started = time.time()
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with alone(config.output):
+    with lease(config.output):
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
         tracker = make_tracker(config)
@@ -187,9 +188,10 @@ def _run(
     try:
         result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_fit, config, shares)))
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"Training failed: {_cause(error)}") from error
-    if result.return_value:
-        raise TrainingError(result.return_value)
+        reason = cluster.user_error(error)
+        raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error
+    if result.return_value is not None:
+        raise result.return_value
     return result.get_best_checkpoint("score", "min"), result.checkpoint
 
 
@@ -243,13 +245,7 @@ def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
     )
 
 
-def _cause(error: BaseException) -> str:
-    """The last line of the workers' error."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def train_on_worker(assignment: Assignment) -> str:
+def train_on_worker(assignment: Assignment) -> CnnrayError | None:
     """Entry point of a Ray Train worker: see `worker.run`."""
     startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
     from cnnray.training import worker

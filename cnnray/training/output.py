@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 from cnnray import configs
+from cnnray.errors import PermanentError
 from cnnray.images import storage
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.models import bundle
 from cnnray.tracking.mlflow import RECORD
 from cnnray.training import checkpoint
@@ -25,7 +26,7 @@ _FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PermanentError, RuntimeError):
     """A run that cannot start or failed; the message is one sentence for the user."""
 
 
@@ -109,7 +110,7 @@ def finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[
         The summary.
     """
     target = storage.join(config.output, BUNDLE)
-    with alone(target):  # an export may be writing to it
+    with lease(target):  # an export may be writing to it
         bundle.replace(target, storage.join(_uri(config, best), checkpoint.BUNDLE))
     state = json.loads(storage.read_bytes(storage.join(_uri(config, latest), checkpoint.PROGRESS)))
     files = [file.uri for file in storage.files(_uri(config, latest)) if file.uri.endswith(".jsonl")]
@@ -135,4 +136,5 @@ def finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[
 
 def _uri(config: TrainConfig, saved: Any) -> str:
     """Where one of Ray's checkpoints is, as `storage` takes it."""
-    return f"s3://{saved.path}" if storage.is_s3(config.output) else str(saved.path)
+    scheme = config.output.partition("://")[0]
+    return str(saved.path) if storage.is_local(config.output) else f"{scheme}://{saved.path}"

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cnnray.errors import BadInputError
 from cnnray.images import manifest as manifests
 from cnnray.models import bundle
 from cnnray.training import epoch
@@ -19,7 +20,7 @@ _NO_DECAY = ("bias", "gamma", "beta")
 """Names of variables without weight decay, which is meant for kernels."""
 
 
-class RecipeError(ValueError):
+class RecipeError(BadInputError, ValueError):
     """A recipe that does not fit the data; the message is one sentence for the user."""
 
 

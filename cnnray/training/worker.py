@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray.train
 import tensorflow as tf
 
+from cnnray.errors import CnnrayError
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
 from cnnray.models.bundle import Bundle, BundleError
@@ -26,19 +27,19 @@ from cnnray.training import callbacks, checkpoint, epoch, recipe
 from cnnray.training.checkpoint import BadImages
 from cnnray.training.data import CachedSource, Source, StreamedSource
 from cnnray.training.epoch import Sums
-from cnnray.training.output import HISTORY, TENSORBOARD
+from cnnray.training.output import HISTORY, TENSORBOARD, TrainingError
 from cnnray.training.plan import Assignment
 from cnnray.training.step import Steps
 
 log = logging.getLogger(__name__)
 
 
-def run(assignment: Assignment) -> str:
+def run(assignment: Assignment) -> CnnrayError | None:
     """Train, as one worker of the group that Ray Train made.
 
     Returns:
-        Why the run had to stop, in a sentence for the user; empty if it did not. (It is not raised, because Ray Train
-        would take it for a lost worker and try again.)
+        Why the run had to stop; None if it did not. (It is not raised, because Ray Train would take it for a lost
+        worker and try again.)
     """
     _set_up(assignment)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -47,9 +48,9 @@ def run(assignment: Assignment) -> str:
             worker = _Worker(assignment, strategy)
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
         worker.run()
-    except (_StopRunError, WeightsError, BundleError) as reason:
-        return str(reason)
-    return ""
+    except (TrainingError, WeightsError, BundleError) as error:
+        return error
+    return None
 
 
 def _set_up(assignment: Assignment) -> None:
@@ -60,10 +61,6 @@ def _set_up(assignment: Assignment) -> None:
     stream.be_quiet()
     tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)
     tf.config.threading.set_inter_op_parallelism_threads(2)
-
-
-class _StopRunError(Exception):
-    """Why all workers stop, in a sentence for the user."""
 
 
 class _Worker:
@@ -112,7 +109,7 @@ class _Worker:
         """Train to the end.
 
         Raises:
-            _StopRunError: on all workers alike.
+            TrainingError: on all workers alike.
         """
         with tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") as events:
             shown: list[keras.callbacks.Callback] = []
@@ -259,7 +256,7 @@ class _Worker:
         self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
-                raise _StopRunError(
+                raise TrainingError(
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
                     f"(it was {self.phases[progress.phase].learning_rate:g}), or use --precision float32."
                 )
@@ -306,7 +303,7 @@ class _Worker:
             return
         example = next(iter(self.bad_images.values()), None)
         shown = f", such as {example['uri']} ({example['error']})" if example else ""
-        raise _StopRunError(
+        raise TrainingError(
             f"{bad:.0f} of {images} images could not be read{shown}: more than "
             f"--max-bad-fraction {self.config.max_bad_fraction} allows."
         )
@@ -339,7 +336,7 @@ class _Worker:
 @contextlib.contextmanager
 def _local_file(uri: str | None) -> Iterator[str | None]:
     """A local copy of a file, for as long as the context lasts."""
-    if uri is None or not storage.is_s3(uri):
+    if uri is None or storage.is_local(uri):
         yield uri
         return
     with tempfile.TemporaryDirectory() as folder:

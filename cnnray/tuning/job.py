@@ -14,8 +14,9 @@ import yaml
 
 from cnnray import cluster, configs
 from cnnray.cluster import Resources
+from cnnray.errors import PermanentError
 from cnnray.images import storage
-from cnnray.images.lock import alone
+from cnnray.images.lease import lease
 from cnnray.tracking.mlflow import RECORD
 from cnnray.tracking.mlflow_search import SearchTracker
 from cnnray.training import data, recipe
@@ -32,7 +33,7 @@ _ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
-class SearchError(RuntimeError):
+class SearchError(PermanentError, RuntimeError):
     """A search that cannot start or failed; the message is one sentence for the user."""
 
 
@@ -52,7 +53,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     spaces = _spaces(config)
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with alone(config.output):
+    with lease(config.output):
         tracker = make_tracker(config)
         if tracker:
             tracker.reach()
@@ -72,7 +73,9 @@ def search(config: SearchConfig) -> dict[str, Any]:
         storage.write_bytes(storage.join(config.output, TRIALS_TABLE), text.getvalue().encode())
         scored = [row for row in rows if row[config.metric] is not None]
         if not scored:
-            raise SearchError(f"None of the {len(rows)} trials finished an epoch: {_reason(results)}")
+            errors = [cluster.user_error(error) or cluster.last_line(error) for error in results.errors]
+            reason = errors[-1] if errors else "no reason is known"
+            raise SearchError(f"None of the {len(rows)} trials finished an epoch: {reason}")
         sign = 1 if _MODES[config.metric] == "min" else -1
         best = min(scored, key=lambda row: sign * row[config.metric])
         if tracker:
@@ -305,8 +308,3 @@ def _rows(config: SearchConfig, results: Any) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _reason(results: Any) -> str:
-    lines = [line for error in results.errors for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason is known"

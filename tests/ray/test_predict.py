@@ -284,7 +284,7 @@ def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, 
 def test_a_bundle_that_workers_cannot_load_gets_a_sentence(tmp_path, bundle, images):
     broken = shutil.copytree(bundle, tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
-    with pytest.raises(PredictionError, match=r"model.onnx cannot be loaded"):
+    with pytest.raises(BundleError, match=r"model.onnx cannot be loaded"):
         job.run(_config(str(broken), images[0], tmp_path / "out"))
 
 
@@ -355,7 +355,7 @@ def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
 
 def test_a_worker_that_ends_whenever_it_is_started_ends_the_run(tmp_path, bundle, images, monkeypatch):
     monkeypatch.setattr(pipeline, "Worker", EndedByItsBundle)
-    with pytest.raises(PredictionError, match=r"A worker ended 2 times while it loaded .*too little memory"):
+    with pytest.raises(BundleError, match=r"A worker ended 2 times while it loaded .*too little memory"):
         job.run(_config(bundle, images[0], tmp_path))
 
 

@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import pickle
+import threading
 import uuid
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from PIL import Image
 
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.job import evaluate
-from cnnray.images import containers, lock, storage, stream
+from cnnray.images import containers, lease, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
@@ -38,9 +42,16 @@ pytestmark = pytest.mark.s3
 @pytest.fixture
 def bucket(s3_proxy):
     name = f"cnnray-{uuid.uuid4().hex[:8]}"
-    storage._client.cache_clear()
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def new_clients():
+    """Clients that read the environment as the test has set it."""
+    storage._store.cache_clear()
+    yield
+    storage._store.cache_clear()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -85,14 +96,13 @@ def test_errors_name_the_file(root):
 
 
 def test_more_objects_than_one_page(bucket):
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(1050)))
+        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(2100)))
     manifest = manifest_of(bucket, labelled=True)
-    assert len(manifest) == 1050
-    assert manifest["label"].to_pylist() == ["a"] * 525 + ["b"] * 525
+    assert len(manifest) == 2100
+    assert manifest["label"].to_pylist() == ["a"] * 1050 + ["b"] * 1050
     assert len(manifest_of(f"{bucket}/*/00*.png", labelled=False)) == 100
+    assert [file.uri for file in storage.files(f"{bucket}/a")] == manifest["uri"].to_pylist()[:1050]
 
 
 def test_missing_bucket_and_empty_prefix(bucket):
@@ -102,54 +112,165 @@ def test_missing_bucket_and_empty_prefix(bucket):
         manifest_of(f"{bucket}/nothing", labelled=True)
 
 
-def test_no_credentials_get_a_sentence(bucket, monkeypatch, tmp_path):
-    storage._client.cache_clear()
+def test_no_credentials_get_a_sentence(bucket, new_clients, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    with pytest.raises(PermissionError, match="No AWS credentials were found"):
+    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(storage.DeniedError, match="No AWS credentials were found"):
         storage.read_bytes(f"{bucket}/x")
-    storage._client.cache_clear()
 
 
-def test_an_unreachable_server_gets_a_sentence(bucket, monkeypatch):
-    storage._client.cache_clear()
+def test_an_unreachable_server_gets_a_sentence(bucket, new_clients, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(storage.StorageError, match="cannot be reached"):
+    with pytest.raises(storage.UnavailableError, match="cannot be reached"):
         storage.read_bytes(f"{bucket}/x")
-    storage._client.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "sentence"),
+    [
+        ("deny", storage.DeniedError, r"S3 denies access to s3://.*/one \(AccessDenied\)\."),
+        ("expire", storage.DeniedError, r"S3 denies access to s3://.*/one \(ExpiredToken\)\."),
+        ("throttle", storage.ThrottledError, "S3 asks for fewer requests, at s3://.*/one after several tries"),
+        ("break off", storage.UnavailableError, "S3 cannot be reached for s3://.*/one: "),
+    ],
+)
+def test_refusals_are_of_their_kind(fault, error, sentence, bucket, s3_proxy, monkeypatch):
+    storage.write_bytes(f"{bucket}/one", b"content" * 1000)
+    monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: fault)
+    with pytest.raises(error, match=sentence):
+        storage.read_bytes(f"{bucket}/one")
+    with pytest.raises(error if fault != "break off" else storage.UnavailableError):
+        storage.files(bucket)
+
+
+def test_a_body_that_breaks_off_is_read_on(bucket, s3_proxy, monkeypatch):
+    data = bytes(range(256)) * 1000
+    storage.write_bytes(f"{bucket}/one", data)
+    monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: "break off" if before < 2 else None)
+    assert storage.read_bytes(f"{bucket}/one") == data
+    assert s3_proxy.given["break off"] >= 2
 
 
 def test_one_run_at_a_time(bucket, monkeypatch):
-    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.3)
     with (
-        lock.alone(f"{bucket}/run"),
-        pytest.raises(lock.OutputInUseError, match="Another run is writing"),
-        lock.alone(f"{bucket}/run"),
+        lease.lease(f"{bucket}/run"),
+        pytest.raises(lease.OutputInUseError, match="Another run is writing"),
+        lease.lease(f"{bucket}/run"),
     ):
         pass
     assert not storage.exists(f"{bucket}/run")
     # What a killed run left is taken over, by one of two that come at the same time.
     storage.write_bytes(f"{bucket}/run/.lock", b"killed 7")
-    with lock.alone(f"{bucket}/run"):
+    with lease.lease(f"{bucket}/run"):
         assert storage.read_bytes(f"{bucket}/run/.lock") != b"killed 7"
 
 
 def test_of_two_writers_one_succeeds(bucket):
     uri = f"{bucket}/one"
-    assert storage.version_on_s3(uri) is None
-    first = storage.write_on_s3_if(uri, b"first", None)
-    assert first == storage.version_on_s3(uri) is not None
-    assert storage.write_on_s3_if(uri, b"late", None) is None
-    second = storage.write_on_s3_if(uri, b"second", first)
-    assert storage.write_on_s3_if(uri, b"late", first) is None
+    assert storage.version(uri) is None
+    first = storage.write_if(uri, b"first", None)
+    assert first == storage.version(uri) is not None
+    assert storage.write_if(uri, b"late", None) is None
+    second = storage.write_if(uri, b"second", first)
+    assert storage.write_if(uri, b"late", first) is None
     assert storage.read_bytes(uri) == b"second"
     storage.delete_file(uri)
-    assert storage.write_on_s3_if(uri, b"late", second) is None
+    assert storage.write_if(uri, b"late", second) is None
     with pytest.raises(FileNotFoundError):
-        storage.write_on_s3_if("s3://cnnray-there-is-no-such-bucket/one", b"x", None)
+        storage.write_if("s3://cnnray-there-is-no-such-bucket/one", b"x", None)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_eight_writers_at_the_same_time_one_succeeds(existing, bucket):
+    for race in range(5):
+        uri = f"{bucket}/{race}"
+        if existing:
+            storage.write_bytes(uri, b"before")
+        before, start = storage.version(uri), threading.Barrier(8)
+
+        def write(number, uri=uri, before=before, start=start):
+            start.wait()
+            return storage.write_if(uri, f"{number}".encode(), before)
+
+        with ThreadPoolExecutor(8) as pool:
+            written = list(pool.map(write, range(8)))
+        (winner,) = (number for number, version in enumerate(written) if version)
+        assert storage.read_bytes(uri) == f"{winner}".encode()
+        assert storage.version(uri) == written[winner]
+
+
+def test_a_large_file_arrives_whole(bucket):
+    data = np.random.default_rng(0).bytes(40_000_000)  # three parts
+    storage.write_bytes(f"{bucket}/large", data)
+    assert storage.read_bytes(f"{bucket}/large") == data
+    filesystem, path = storage.arrow_filesystem(f"{bucket}/large-too")
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+    assert storage.read_bytes(f"{bucket}/large-too") == data
+
+
+def test_objects_that_stand_for_folders_are_no_files(bucket):
+    s3, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("a/", "a/b/", "a/b/1.png", "a/b-c/2.png", "empty/"):
+        s3.put_object(Bucket=name, Key=key, Body=b"x" if key.endswith(".png") else b"")
+    assert [file.uri for file in storage.files(bucket)] == [f"{bucket}/a/b-c/2.png", f"{bucket}/a/b/1.png"]
+    assert [file.uri for file in storage.files(f"{bucket}/a")] == [f"{bucket}/a/b-c/2.png", f"{bucket}/a/b/1.png"]
+    assert storage.folders(bucket) == [f"{bucket}/a", f"{bucket}/empty"]
+    assert not storage.exists(f"{bucket}/empty")
+    s3.put_object(Bucket=name, Key="a/b//3.png", Body=b"x")
+    with pytest.raises(storage.StorageError, match=r"a/b//3\.png"):
+        storage.files(bucket)
+
+
+def test_keys_are_taken_as_they_are(bucket):
+    names = ["ü #1.png", "100%.png", "a%20b.png", "x&y=[z]?*~.png", "quote'\".png"]
+    for name in names:
+        storage.write_bytes(f"{bucket}/odd/{name}", name.encode())
+    assert [file.uri for file in storage.files(f"{bucket}/odd")] == sorted(f"{bucket}/odd/{name}" for name in names)
+    assert [storage.read_bytes(file.uri).decode() for file in storage.files(f"{bucket}/odd")] == sorted(names)
+    keys = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://"))["Contents"]
+    assert sorted(item["Key"] for item in keys) == sorted(f"odd/{name}" for name in names)
+
+
+def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, monkeypatch):
+    contents = {f"{number}.png": b"data" for number in range(5)}
+    write_tar(tmp_path / "0.tar", contents)
+    pyarrow.parquet.write_table(
+        pa.table({"bytes": list(contents.values())}), tmp_path / "0.parquet", row_group_size=1
+    )
+    storage.copy_folder(str(tmp_path), bucket)
+    made = Counter()
+    remote = storage.from_url
+
+    class Counted(storage._ArrowS3):
+        def __init__(self, *arguments):
+            made["pyarrow"] += 1
+            super().__init__(*arguments)
+
+    def counted(*arguments, **options):
+        made["obstore"] += 1
+        return remote(*arguments, **options)
+
+    monkeypatch.setattr(storage, "_ArrowS3", Counted)
+    monkeypatch.setattr(storage, "from_url", counted)
+    storage._store.cache_clear()
+    storage._arrow_filesystem.cache_clear()
+    for _ in range(3):
+        uris = manifest_of(bucket, labelled=False)["uri"].to_pylist()
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda uri: list(containers.encoded([uri])), uris))
+        assert read == [[b"data"]] * 10
+        for file in storage.files(bucket):
+            storage.read_bytes(file.uri)
+    assert made == {"pyarrow": 1, "obstore": 1}
+    storage._arrow_filesystem.cache_clear()
+    filesystem = storage.arrow_filesystem(bucket)[0]
+    assert pickle.loads(pickle.dumps(filesystem)) is filesystem
 
 
 def test_parquet_with_images_on_s3(bucket, digits):

@@ -18,7 +18,7 @@ import ray.cloudpickle
 
 from cnnray import configs
 from cnnray.cluster import ClusterError
-from cnnray.images import lock
+from cnnray.images import lease
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
@@ -247,7 +247,7 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
 
 
 def test_a_second_run_into_the_same_output_is_refused(digits, tmp_path):
-    with lock.alone(str(tmp_path)), pytest.raises(lock.OutputInUseError, match="Another run is writing"):
+    with lease.lease(str(tmp_path)), pytest.raises(lease.OutputInUseError, match="Another run is writing"):
         train(_config(digits, tmp_path))
 
 

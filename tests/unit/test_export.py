@@ -16,7 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from cnnray.images.decode import BadImage
-from cnnray.images.lock import OutputInUseError, alone
+from cnnray.images.lease import OutputInUseError, lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, formats, graph_decode, verification
@@ -425,7 +425,7 @@ def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(expo
 
 def test_two_exports_at_once_and_a_training_that_ends_meanwhile_are_refused(data, copy, exported):
     before = _content(copy)
-    with alone(str(copy)):
+    with lease(str(copy)):
         with pytest.raises(OutputInUseError, match="Another run is writing to"):
             export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
         bundles.replace(str(copy), str(exported[0]))

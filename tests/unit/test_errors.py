@@ -1,0 +1,69 @@
+"""Errors that a user gets as one sentence: their kinds, that they can be pickled, and what a job prints of them."""
+
+import importlib
+import json
+import pickle
+import pkgutil
+
+import pytest
+
+import cnnray
+from cnnray import commandline, errors
+from cnnray.images import storage
+from cnnray.images.decode import BadImage
+from cnnray.images.manifest import ManifestError
+from cnnray.serving.bodies import RequestError
+
+KINDS = (errors.TransientError, errors.PermanentError, errors.BadInputError)
+ARGUMENTS = {BadImage: ("corrupt", "it ends early"), RequestError: (413, "It is too long.")}
+
+
+@pytest.fixture(autouse=True)
+def this_process_stays_as_it_is(monkeypatch):
+    """`commandline.run` sets a signal's handler and two variables."""
+    monkeypatch.setattr(commandline.signal, "signal", lambda *arguments: None)
+    for name in ("RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_COLOR_PREFIX"):
+        monkeypatch.setenv(name, "")
+
+
+def _below(kind):
+    return [one for child in kind.__subclasses__() for one in (child, *_below(child))]
+
+
+def _all():
+    for module in pkgutil.walk_packages(cnnray.__path__, "cnnray."):
+        if "benchmarks" not in module.name:
+            importlib.import_module(module.name)
+    return sorted({*_below(errors.CnnrayError)} - {*KINDS}, key=lambda error: error.__qualname__)
+
+
+def test_each_is_of_one_kind_and_can_be_pickled():
+    found = _all()
+    assert len(found) > 15
+    for kind in found:
+        assert sum(issubclass(kind, one) for one in KINDS) == 1, kind
+        error = kind(*ARGUMENTS.get(kind, ("One sentence.",)))
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
+
+
+@pytest.mark.parametrize(
+    "error", [ManifestError("No images."), storage.NotFoundError("x does not exist."), OSError("No space left.")]
+)
+def test_a_job_prints_one_sentence(error, capsys):
+    def job():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        commandline.run(job)
+    assert stopped.value.code == commandline.EXIT_FAILURE
+    assert capsys.readouterr() == ("", f"Error: {error}\n")
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, NotImplementedError, json.JSONDecodeError])
+def test_faults_of_the_program_keep_their_traceback(error):
+    def job():
+        raise error(*(("not JSON", "x", 0) if error is json.JSONDecodeError else ("x",)))
+
+    with pytest.raises(error):
+        commandline.run(job)

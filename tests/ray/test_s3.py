@@ -95,11 +95,12 @@ def test_errors_name_the_file(root):
 
 def test_more_objects_than_one_page(bucket):
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(1050)))
+        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(2100)))
     manifest = manifest_of(bucket, labelled=True)
-    assert len(manifest) == 1050
-    assert manifest["label"].to_pylist() == ["a"] * 525 + ["b"] * 525
+    assert len(manifest) == 2100
+    assert manifest["label"].to_pylist() == ["a"] * 1050 + ["b"] * 1050
     assert len(manifest_of(f"{bucket}/*/00*.png", labelled=False)) == 100
+    assert [file.uri for file in storage.files(f"{bucket}/a")] == manifest["uri"].to_pylist()[:1050]
 
 
 def test_missing_bucket_and_empty_prefix(bucket):

@@ -274,16 +274,17 @@ def _remote_error(uri: str, text: str) -> CnnrayError:
     status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))
     says = {found[1] for found in (status, code) if found}
     said = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
-    if "/latest/api/token" in text or "/latest/meta-data" in text:
+    if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
         return _no_credentials(uri)
-    if (why := code or status) and says & _DENIED:
-        return DeniedError(f"{service} denies access to {uri} ({why[1]}).")
+    if (first := code or status) and says & _DENIED:
+        return DeniedError(f"{service} denies access to {uri} ({first[1]}).")
     if "valid authentication" in text:
         return DeniedError(f"The credentials for {uri} cannot be had: {said}")
     if "404" in says:
         return NotFoundError(f"{uri} does not exist.")
     if says & _THROTTLED:
-        return ThrottledError(f"{service} asks for fewer requests, at {uri} after several tries ({' '.join(says)}).")
+        why = " ".join(sorted(says))
+        return ThrottledError(f"{service} asks for fewer requests, at {uri} after several tries ({why}).")
     if not status and "HTTP error" in text:
         return UnavailableError(f"{service} cannot be reached for {uri}: {said}")
     kind = UnavailableError if status and (status[1] == "408" or status[1] >= "500") else StorageError

@@ -358,7 +358,7 @@ def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_p
         ({"max_accuracy_drop": 2}, "--max-accuracy-drop"),
         ({"threads": 0}, "--threads"),
         ({"seed": -1}, "--seed must be at least 0"),
-        ({"bundle": "gs://x"}, "neither a local path nor"),
+        ({"bundle": "ftp://x"}, "neither a local path nor"),
     ],
 )
 def test_impossible_flags_are_refused(changes, sentence):

@@ -204,7 +204,7 @@ def test_missing_folder_and_unknown_scheme(tmp_path):
     with pytest.raises(ManifestError, match="does not exist"):
         manifest_of(str(tmp_path / "nowhere"), labelled=True)
     with pytest.raises(OSError, match="neither a local path nor"):
-        manifest_of("gs://bucket/x", labelled=True)
+        manifest_of("ftp://bucket/x", labelled=True)
 
 
 def test_split_is_seeded_and_stratified(tmp_path):

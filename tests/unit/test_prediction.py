@@ -52,7 +52,7 @@ def bundle(tmp_path_factory):
         ({"max_error_fraction": 1.5}, "--max-error-fraction must be 0 to 1"),
         ({"output": ""}, "--output is empty"),
         ({"output": "/in/out"}, "--output /in/out lies in --input /in"),
-        ({"input": "gs://x"}, "neither a local path nor"),
+        ({"input": "ftp://x"}, "neither a local path nor"),
     ],
 )
 def test_impossible_flags_are_refused(changes, sentence):

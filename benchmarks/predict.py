@@ -47,7 +47,7 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
     Raises:
         BenchmarkError: there are too few images.
     """
-    manifest = pipeline.passed_through(given.manifest(images))
+    manifest = pipeline.select_columns(given.manifest(images))
     paths, count = manifest["uri"].to_pylist(), len(manifest)
     bundle = Bundle.load(random_bundle(given.folder))
     limit = bare_loops(found)
@@ -59,7 +59,7 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
         repeated = pa.concat_tables([manifest] * times)
 
         def run() -> float:
-            dataset = pipeline.predicted(repeated, planned, stream.pieces(paths * times, 128))
+            dataset = pipeline.predict(repeated, planned, stream.pieces(paths * times, 128))
             return steady_rate(
                 (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")), count * times
             )

@@ -85,13 +85,13 @@ def prediction(photos: Photos, found: Resources, images: int = 1000) -> Rates:
     bundle = Bundle.load(random_bundle(photos.folder))
     rates: Rates = []
     for workers in doublings(int(found.cpus)):
-        manifest = pipeline.passed_through(photos.manifest(images * workers))
+        manifest = pipeline.select_columns(photos.manifest(images * workers))
         options = PredictOptions(
             engine="auto", min_workers=workers, max_workers=workers, cpus_per_worker=1.0, gpus_per_worker=0.0,
             decoding="workers",
         )  # fmt: skip
         planned = pipeline.plan(bundle, options, found)
-        dataset = pipeline.predicted(manifest, planned, stream.pieces(manifest["uri"].to_pylist(), 128))
+        dataset = pipeline.predict(manifest, planned, stream.pieces(manifest["uri"].to_pylist(), 128))
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         rates.append((str(workers), workers, steady_rate(map(len, batches), len(manifest))))
         log.info("prediction, %s workers: %.0f images/s", *rates[-1][::2])
@@ -199,7 +199,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def _rows(manifest: pa.Table) -> pa.Table:
     """Rows as workers give them back."""
     count = 100 * 4096
-    some = pipeline.passed_through(manifest.slice(0, count))
+    some = pipeline.select_columns(manifest.slice(0, count))
     scores = np.random.default_rng(0).random((count, 5), np.float32)
     offsets = pa.array(np.arange(0, scores.size + 1, 5, dtype=np.int32))
     names = pa.array([f"class{number}" for number in range(5)] * count)

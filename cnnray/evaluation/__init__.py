@@ -1,1 +1,1 @@
-"""A report on how well a bundle does, over labelled images."""
+"""Measures how well a bundle classifies labelled images, and writes a report."""

@@ -1,22 +1,22 @@
-"""What an evaluation is told: every field is a flag of jobs/evaluate.py and a key of its YAML."""
+"""The config of an evaluation: every field is a flag of jobs/evaluate.py and a key of its YAML."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from cnnray import flags
 from cnnray.images import storage
 from cnnray.models import engines
-from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.config import InferenceOptions, PredictConfig
 
 Split = Literal["auto", "all", "train", "validation", "test"]
 
 PREDICTIONS = "predictions"
+"""Folder of the prediction run, in the output of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Measure a bundle on labelled images, and write a report; or, with --check-data, look for what is wrong with the
-    images."""
+class EvaluateConfig(InferenceOptions):
+    """Measure a bundle on labelled images and write a report; with --check-data, only check the images."""
 
     data: str
     """Labelled images: a folder or s3:// prefix of class folders (or of train, validation and test with class folders
@@ -24,48 +24,35 @@ class EvaluateConfig:
     bundle: str | None = None
     """Folder or s3:// prefix of the bundle; not needed with --check-data."""
     output: str | None = None
-    """Folder or s3:// prefix for the report; not needed with --check-data. An evaluation that was interrupted goes on
-    when it is given the same output."""
+    """Folder or s3:// prefix for the report; not needed with --check-data. An interrupted evaluation resumes when it
+    is started again with the same output."""
     split: Split = "auto"
-    """Which images, where the data have splits: train, validation, test or all; auto: test, or where there are none
-    validation (with --calibrate validation first)."""
-    engine: str = "auto"
-    """What runs the network (see jobs/predict.py)."""
-    batch_size: int = engines.BATCH_SIZE
-    """Images that the network is given at once, at most."""
-    max_workers: int | None = None
-    """Workers; null: what fits the cluster."""
-    cpus_per_worker: float | None = None
-    """CPUs, and so threads, of each worker; null: 1, or with GPUs the node's share."""
-    gpus_per_worker: float | None = None
-    """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
-    wait_minutes: float | None = None
-    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
-    lost while it works."""
+    """Split to evaluate, where the data have splits: train, validation, test or all; auto: test, else
+    validation, else all (with --calibrate validation comes before test)."""
     calibrate: bool = False
-    """Write the temperature that fits these images into the bundle: its confidences are then as often right as they
-    say. To be done with images that the network was not trained on; the engine is then keras, or one of float32."""
+    """Fit a temperature to these images and write it into the bundle, so that confidences match accuracy. Use images
+    that the network was not trained on. Needs an engine with float32 probabilities; auto: keras."""
     wanted_accuracy: float = 0.99
-    """The report names the confidence from which on answers are so often right."""
+    """Accuracy for which the report gives the lowest confidence threshold that reaches it."""
     samples: int = 16
-    """Images in each of the report's grids, at most 100."""
+    """Images in each image grid of the report, at most 100."""
     data_checks: bool = True
-    """Whether the report says what is wrong with the data (see --check-data); of at most 50,000 images."""
+    """Include the findings of --check-data in the report; skipped for more than 50,000 images."""
     retry_errors: bool = False
-    """Run again those parts of an earlier evaluation in which images could not be read."""
+    """Repeat those parts of an earlier evaluation in which images could not be read."""
     compare: str | None = None
     """The metrics.json of another evaluation of the same images, to compare with."""
     max_drop: float = 0.0
-    """With --compare: by how much accuracy may be lower than there; where it is lower still, the exit code is 1."""
+    """With --compare: largest accepted loss of accuracy; a larger loss ends the job with exit code 1."""
     check_data: bool = False
-    """Only look for images in two splits or under two labels, unreadable ones, odd sizes and small classes."""
+    """Only look for images in two splits or under two labels, unreadable images, odd sizes and small classes."""
     overwrite: bool = False
-    """Whether another evaluation in the output is replaced."""
+    """Replace an evaluation of other images, or of another bundle, in the output."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: a value that cannot work, in one sentence that names the flag.
+            ValueError: an invalid value; the message is one sentence that names the flag.
         """
         if not 1 <= self.samples <= 100:
             raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
@@ -76,30 +63,31 @@ class EvaluateConfig:
                 if getattr(self, flag) is None:
                     raise ValueError(f"--{flag} is needed, unless with --check-data.")
             if f"{self.output}/".startswith(f"{self.data}/"):
-                raise ValueError(f"--output {self.output} lies in --data {self.data}, and would be taken for data.")
+                raise ValueError(f"--output {self.output} lies in --data {self.data}: it would be read as data.")
             if self.output == self.bundle:
                 raise ValueError("--output is the bundle itself: give another folder.")
-            _ = self.predicting("")  # which checks the flags that it shares
+            _ = self.predict_config("")  # checks the inherited flags
             rounded = [name for name, runner in engines.RUNNERS.items() if runner.tolerance is None]
             if self.calibrate and self.engine in rounded:
                 raise ValueError(f"--calibrate needs finer probabilities than those of --engine {self.engine}.")
 
-    def predicting(self, manifest: str) -> PredictConfig:
-        """The prediction run over a manifest that gives this evaluation its answers."""
+    def predict_config(self, manifest: str) -> PredictConfig:
+        """The config of the prediction run that classifies the images of this evaluation.
+
+        Args:
+            manifest: uri of the manifest of the images; empty: `data`.
+        """
         assert self.bundle is not None
         assert self.output is not None
+        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(InferenceOptions)}
+        if self.calibrate and self.engine == "auto":
+            shared["engine"] = engines.KERAS  # probabilities of int8 engines are too coarse to fit a temperature to
         return PredictConfig(
+            **shared,
             bundle=self.bundle,
             input=manifest or self.data,
             output=storage.join(self.output, PREDICTIONS),
-            # int8's probabilities are too coarse to fit a temperature to.
-            engine=engines.KERAS if self.calibrate and self.engine == "auto" else self.engine,
             probabilities=True,
-            batch_size=self.batch_size,
-            max_workers=self.max_workers,
-            cpus_per_worker=self.cpus_per_worker,
-            gpus_per_worker=self.gpus_per_worker,
-            wait_minutes=self.wait_minutes,
             max_error_fraction=1.0,
             retry_errors=self.retry_errors,
             overwrite=self.overwrite,

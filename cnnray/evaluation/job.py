@@ -1,4 +1,4 @@
-"""An evaluation from end to end: prediction over labelled images, figures, report."""
+"""An evaluation from end to end: prediction over labelled images, metrics, report."""
 
 import csv
 import dataclasses
@@ -19,8 +19,8 @@ from cnnray.cluster import Resources
 from cnnray.evaluation import comparison, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
-from cnnray.evaluation.metrics import Answers
-from cnnray.evaluation.pictures import pictures_of
+from cnnray.evaluation.metrics import Predictions
+from cnnray.evaluation.pictures import make_pictures
 from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.checks import Checked
@@ -34,19 +34,21 @@ from cnnray.prediction.job import run as predict
 log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, METRICS, REPORT, PLOTS = "config.yaml", "manifest.parquet", "metrics.json", "report.html", "plots"
+_FILES, _FOLDERS = (METRICS, REPORT, ROWS), (PLOTS, PREDICTIONS)
+"""What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
-"""Which training leaves beside the bundle, as it does its manifest."""
+"""Training writes it, and its manifest, to the folder that holds the bundle."""
 _ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
-_MOST_ERRORS_SHOWN, _FEWEST_FITTED = 100, 50
+_MAX_ERRORS_SHOWN, _MIN_FITTED = 100, 50
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Leave in `config.output` `report.html`, `metrics.json`, `predictions.parquet`, `plots/`, and the prediction run
-    itself in `predictions/`.
+    """Evaluate a bundle. Writes `report.html`, `metrics.json`, `predictions.parquet`, `plots/` and the prediction run
+    itself, `predictions/`, to `config.output`.
 
     Returns:
         `images`, `errors`, `accuracy`, `top_5_accuracy`, `expected_calibration_error`, `report` (its uri), `engine`,
-        `temperature` (of the bundle in the end) and `seconds`.
+        `temperature` (of the bundle, after calibration) and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError, EvaluationError: with a sentence for the user.
@@ -58,55 +60,55 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         bundle = Bundle.load(config.bundle)
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
-        other = comparison.read(config.compare) if config.compare else None
+        other = comparison.read_evaluation(config.compare) if config.compare else None
         everything = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
-        manifest = _chosen(everything, config)
+        manifest = _select_split(everything, config)
         _check_classes(manifest, bundle, config)
-        _warn_of_trained_on(manifest, bundle)
+        _warn_about_training_images(manifest, bundle)
         with cluster.connected():
-            # Nothing is written, or taken away, before all is known to be right.
-            _begin(config, manifest.drop_columns(["id"]))
-            predicting = config.predicting(storage.join(config.output, MANIFEST))
-            predicted = predict(predicting)
-            checked = _checked(everything, cluster.resources()) if config.data_checks else None
-        rows, probabilities = _read(predicting.folder)
-        answers = _answers(rows, probabilities, bundle)
-        figures = _figures(config, bundle, predicted["engine"], rows, answers, checked)
+            # All checks have passed: only now is anything written or deleted.
+            _begin_output(config, manifest.drop_columns(["id"]))
+            predict_config = config.predict_config(storage.join(config.output, MANIFEST))
+            prediction = predict(predict_config)
+            checked = _check_images(everything, cluster.resources()) if config.data_checks else None
+        rows, probabilities = _read_rows(predict_config.folder)
+        predictions = _make_predictions(rows, probabilities, bundle)
+        results = _measure(config, bundle, prediction["engine"], rows, predictions, checked)
         if other is not None:
-            figures["comparison"] = comparison.of(rows, figures, other)
-        _write(config, rows, figures)
-        pictures = pictures_of(bundle, rows, answers, figures, _history(bundle), config.samples)
-        _write_report(config.output, rows, figures, pictures)
-        _log(figures)
+            results["comparison"] = comparison.compare(rows, results, other)
+        _write_results(config, rows, results)
+        pictures = make_pictures(bundle, rows, predictions, results, _read_history(bundle), config.samples)
+        _write_report(config.output, rows, results, pictures)
+        _log_results(results)
         if other is not None:
-            comparison.gate(figures["comparison"], config.max_drop)
+            comparison.check_accuracy(results["comparison"], config.max_drop)
         if config.calibrate:
-            _calibrate(bundle, answers, figures["calibration"]["fitted_temperature"])
+            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"])
         return {
-            **{name: figures[name] for name in ("images", "errors", "accuracy")},
-            "top_5_accuracy": figures.get("top_5_accuracy", 1.0),
-            "expected_calibration_error": figures["expected_calibration_error"],
+            **{name: results[name] for name in ("images", "errors", "accuracy")},
+            "top_5_accuracy": results.get("top_5_accuracy", 1.0),
+            "expected_calibration_error": results["expected_calibration_error"],
             "report": storage.join(config.output, REPORT),
-            "engine": predicted["engine"],
+            "engine": prediction["engine"],
             "temperature": bundles.read_info(bundle.uri).temperature,
             "seconds": round(time.monotonic() - started, 2),
         }
 
 
-def _checked(manifest: pa.Table, found: Resources) -> Checked | None:
+def _check_images(manifest: pa.Table, resources: Resources) -> Checked | None:
     stream.be_quiet()
-    return stream.checked_in_passing(manifest, _cpus_per_task(found))
+    return stream.checked_in_passing(manifest, _cpus_per_task(resources))
 
 
-def _cpus_per_task(found: Resources) -> float:
-    return min(1.0, found.cpus / 2)
+def _cpus_per_task(resources: Resources) -> float:
+    return min(1.0, resources.cpus / 2)
 
 
 def check_data(config: EvaluateConfig) -> dict[str, Any]:
-    """Say what is wrong with the images; nothing is written.
+    """Check the images and log the findings. Nothing is written.
 
     Returns:
-        `images`, `unreadable`, `copies`, `nearly` (see `Checked`) and `findings`: how often each kind was found.
+        `images`, `unreadable`, `copies`, `nearly` (see `Checked`) and `findings`, the number of findings by kind.
 
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
@@ -114,16 +116,16 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     try:
         manifest = manifests.manifest_of(config.data, labelled=True)
     except manifests.ManifestError as error:
-        log.info("without labels: %s", error)
+        log.info("checking without labels: %s", error)
         manifest = manifests.manifest_of(config.data, labelled=False)
     log.info("%d images", len(manifest))
-    with cluster.connected() as found:
-        paths.check_shared(found, [containers.file_of(manifest["uri"][0].as_py())])
+    with cluster.connected() as resources:
+        paths.check_shared(resources, [containers.file_of(manifest["uri"][0].as_py())])
         stream.be_quiet()
-        checked = stream.checked(manifest, _cpus_per_task(found))
+        checked = stream.checked(manifest, _cpus_per_task(resources))
     checked.warn()
     log.info(
-        "%d images, sides from %d to %d pixels, half of them up to %d; %d copies",
+        "%d images with sides of %d to %d pixels, median %d; %d copies",
         checked.images, checked.sides[0], checked.sides[2], checked.sides[1], checked.copies,
     )  # fmt: skip
     return {
@@ -135,65 +137,72 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-# -- what is evaluated ----------------------------------------------------------------------------------------
+# -- images and output ----------------------------------------------------------------------------------------
 
 
-def _chosen(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
-    """The rows of the split that is asked for."""
+def _select_split(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
+    """The rows of the split to evaluate.
+
+    Raises:
+        EvaluationError: no image has this split.
+    """
     splits = set(pc.unique(manifest["split"]).to_pylist())
     if config.split == "auto":
         order = ("validation", "test") if config.calibrate else ("test", "validation")
-        wanted = next((split for split in order if split in splits), "all")
+        selected = next((split for split in order if split in splits), "all")
     else:
-        wanted = config.split
-    if wanted == "all":
+        selected = config.split
+    if selected == "all":
         return manifest
-    if wanted not in splits:
-        there = ", ".join(sorted(filter(None, splits))) or "none"
-        raise EvaluationError(f"{config.data} has no images of the split {wanted} (it has {there}).")
-    log.info("the images of the split %s", wanted)
-    return manifests.rows_of(manifest, wanted)
+    if selected not in splits:
+        existing = ", ".join(sorted(filter(None, splits))) or "none"
+        raise EvaluationError(f"{config.data} has no images of the split {selected} (it has {existing}).")
+    log.info("evaluating the split %s", selected)
+    return manifests.rows_of(manifest, selected)
 
 
 def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -> None:
     if unknown := sorted(set(manifests.class_names(manifest)) - set(bundle.info.class_names)):
-        some = ", ".join(map(repr, unknown[:5]))
-        raise EvaluationError(f"{config.data} has labels that the bundle does not know: {some}.")
+        examples = ", ".join(map(repr, unknown[:5]))
+        raise EvaluationError(f"{config.data} has labels that the bundle does not know: {examples}.")
 
 
-def _beside(bundle: Bundle, name: str) -> str:
-    """What training left beside the bundle."""
+def _training_file(bundle: Bundle, name: str) -> str:
+    """The uri of a file that training wrote to the folder that holds the bundle."""
     return storage.join(bundle.uri.rpartition("/")[0], name)
 
 
-def _warn_of_trained_on(manifest: pa.Table, bundle: Bundle) -> None:
+def _warn_about_training_images(manifest: pa.Table, bundle: Bundle) -> None:
+    """Warn if the network was trained on some of these images."""
     try:
-        trained = manifests.rows_of(manifests.read(_beside(bundle, MANIFEST)), "train")
-    except (OSError, pa.ArrowException, KeyError):  # there is none that can be read
+        trained = manifests.rows_of(manifests.read(_training_file(bundle, MANIFEST)), "train")
+    except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
         return
-    both = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
-    if both:
+    count = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
+    if count:
         log.warning(
-            "%d of these %d images the network was trained on: the figures flatter it. Give new images, or --data "
-            "%s, whose split validation was held out.",
-            both, len(manifest), _beside(bundle, MANIFEST),
+            "The network was trained on %d of these %d images, so the metrics are too good. Evaluate on new images, "
+            "or on --data %s, whose split validation was held out.",
+            count, len(manifest), _training_file(bundle, MANIFEST),
         )  # fmt: skip
 
 
-def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
-    """Make the output this evaluation's; what an earlier one of the same images has left stays until there is more.
+def _begin_output(config: EvaluateConfig, manifest: pa.Table) -> None:
+    """Write the manifest and config of this evaluation; files of an evaluation of other images are deleted first.
+
+    Files of an earlier evaluation of the same images stay until this one replaces them.
 
     Raises:
-        EvaluationError: the output holds something else, or an evaluation of other images.
+        EvaluationError: the output holds something else, or an evaluation of other images without `overwrite`.
     """
     assert config.output is not None
     uri = storage.join(config.output, MANIFEST)
-    parts = (METRICS, REPORT, ROWS, PLOTS, PREDICTIONS, MANIFEST)
     try:
         config_uri = storage.join(config.output, CONFIG)
         earlier = configs.load(EvaluateConfig, storage.read_bytes(config_uri), config_uri)
     except FileNotFoundError:
-        if foreign := [part for part in parts if storage.exists(storage.join(config.output, part))]:
+        names = (*_FILES, *_FOLDERS, MANIFEST)
+        if foreign := [name for name in names if storage.exists(storage.join(config.output, name))]:
             raise EvaluationError(
                 f"{config.output} holds {', '.join(foreign)}, but no {CONFIG} of an evaluation; give another "
                 "--output."
@@ -207,12 +216,12 @@ def _begin(config: EvaluateConfig, manifest: pa.Table) -> None:
             f"{config.output} holds an evaluation of other images; give another --output, or --overwrite."
         )
     if not same:
-        # First of all: an output that has other files and no config is taken for somebody else's.
+        # The config comes first: a folder with other files but no config is refused as not ours.
         _write_config(config)
-        for part in (METRICS, REPORT, ROWS):
-            storage.delete_file(storage.join(config.output, part))
-        for part in (PLOTS, PREDICTIONS):
-            storage.delete_folder(storage.join(config.output, part))
+        for name in _FILES:
+            storage.delete_file(storage.join(config.output, name))
+        for name in _FOLDERS:
+            storage.delete_folder(storage.join(config.output, name))
         manifests.write(manifest, uri)
 
 
@@ -222,46 +231,60 @@ def _write_config(config: EvaluateConfig) -> None:
     storage.write_bytes(storage.join(config.output, CONFIG), text)
 
 
-# -- the answers ----------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------------
 
 
-def _read(folder: str) -> tuple[pa.Table, Any]:
-    """All rows of a prediction run: by image, and the probabilities of those that have an answer."""
+def _read_rows(folder: str) -> tuple[pa.Table, Any]:
+    """Read the rows of a prediction run.
+
+    Returns:
+        the rows with `_ROWS_COLUMNS`, and the probabilities of those without an error, float32 (N, classes).
+    """
     tables, probabilities = [], []
-    for uri in sorted(prediction_parts.files_of(folder)):
+    for uri in sorted(prediction_parts.list_part_files(folder)):
         part = pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
-        good = part["probabilities"].combine_chunks().drop_null()
-        values = good.flatten().to_numpy(zero_copy_only=False)
-        probabilities.append(values.reshape(len(good), -1) if len(good) else None)
         tables.append(part.select(list(_ROWS_COLUMNS)))
-    found = [some for some in probabilities if some is not None]
-    return pa.concat_tables(tables), np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+        good = part["probabilities"].combine_chunks().drop_null()
+        if len(good):
+            probabilities.append(good.flatten().to_numpy(zero_copy_only=False).reshape(len(good), -1))
+    return pa.concat_tables(tables), np.concatenate(probabilities) if probabilities else np.zeros((0, 1), np.float32)
 
 
-def _answers(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Answers:
+def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Predictions:
+    """
+    Raises:
+        EvaluationError: all images have errors, or probabilities are not finite.
+    """
     names = bundle.info.class_names
     good = rows.filter(pc.is_null(rows["error"]))
     if not len(good):
-        raise EvaluationError(f"None of the {len(rows)} images has an answer: {rows['error'][0].as_py()} for one.")
+        raise EvaluationError(
+            f"None of the {len(rows)} images has a prediction; the first error: {rows['error'][0]}."
+        )
     if bad := int((~np.isfinite(probabilities)).any(1).sum()):
-        raise EvaluationError(f"The network's answers to {bad} of {len(good)} images are no numbers.")
+        raise EvaluationError(f"The network's probabilities for {bad} of {len(good)} images are NaN or infinite.")
     targets = pc.index_in(good["label"], pa.array(names, pa.string())).to_numpy().astype(np.int64)
-    return Answers(names, targets, metrics.normalised(probabilities))
+    return Predictions(names, targets, metrics.normalise(probabilities))
 
 
-def _figures(
-    config: EvaluateConfig, bundle: Bundle, engine: str, rows: pa.Table, answers: Answers, checked: Checked | None
+def _measure(
+    config: EvaluateConfig,
+    bundle: Bundle,
+    engine: str,
+    rows: pa.Table,
+    predictions: Predictions,
+    checked: Checked | None,
 ) -> dict[str, Any]:
-    """What `metrics.json` holds."""
+    """The content of `metrics.json`."""
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
-    classes = metrics.by_class(answers)
-    after = metrics.cross_tempered(answers)
+    classes = metrics.class_metrics(predictions)
+    calibrated = metrics.cross_fit_temperature(predictions)
     calibration = {
         "temperature": bundle.info.temperature,
-        "fitted_temperature": bundle.info.temperature * metrics.fitted_temperature(answers),
-        "expected_calibration_error_after": metrics.expected_calibration_error(after),
-        "reliability": metrics.reliability(answers),
-        "reliability_after": metrics.reliability(after),
+        "fitted_temperature": bundle.info.temperature * metrics.fit_temperature(predictions),
+        "expected_calibration_error_after": metrics.expected_calibration_error(calibrated),
+        "reliability": metrics.reliability_bins(predictions),
+        "reliability_after": metrics.reliability_bins(calibrated),
     }
     return {
         "bundle": bundle.uri,
@@ -271,35 +294,35 @@ def _figures(
         "images": len(rows),
         "errors": reasons.total(),
         "errors_by_reason": dict(reasons.most_common()),
-        **metrics.headline(answers),
-        "intervals": metrics.intervals(answers),
+        **metrics.overall_metrics(predictions),
+        "intervals": metrics.confidence_intervals(predictions),
         "macro_roc_auc": metrics.macro_mean(classes, "roc_auc"),
         "macro_average_precision": metrics.macro_mean(classes, "average_precision"),
-        "expected_calibration_error": metrics.expected_calibration_error(answers),
+        "expected_calibration_error": metrics.expected_calibration_error(predictions),
         "calibration": calibration,
         "wanted_accuracy": config.wanted_accuracy,
-        "threshold": metrics.threshold_for(answers, config.wanted_accuracy),
+        "threshold": metrics.find_threshold(predictions, config.wanted_accuracy),
         "classes": classes,
-        "confusion_matrix": metrics.confusion(answers).tolist(),
+        "confusion_matrix": metrics.confusion_matrix(predictions).tolist(),
         "data_checks": dataclasses.asdict(checked) if checked else None,
     }
 
 
-def _history(bundle: Bundle) -> dict[str, list[float]]:
-    """The columns of the history that training left beside the bundle; none where there is none."""
+def _read_history(bundle: Bundle) -> dict[str, list[float]]:
+    """The columns of the history that training wrote; empty if there is none."""
     try:
-        text = storage.read_bytes(_beside(bundle, _HISTORY)).decode()
+        text = storage.read_bytes(_training_file(bundle, _HISTORY)).decode()
         rows = list(csv.DictReader(io.StringIO(text)))
         return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
-    except (OSError, ValueError, TypeError):  # there is none that can be read
+    except (OSError, ValueError, TypeError):  # no readable history
         return {}
 
 
-# -- the end --------------------------------------------------------------------------------------------------
+# -- report and calibration -----------------------------------------------------------------------------------
 
 
-def _write(config: EvaluateConfig, rows: pa.Table, figures: dict[str, Any]) -> None:
-    """Write the figures, and take away the pictures of others."""
+def _write_results(config: EvaluateConfig, rows: pa.Table, results: dict[str, Any]) -> None:
+    """Write the rows and the metrics, and delete the report and plots of an earlier evaluation."""
     assert config.output is not None
     storage.delete_file(storage.join(config.output, REPORT))
     storage.delete_folder(storage.join(config.output, PLOTS))
@@ -307,44 +330,50 @@ def _write(config: EvaluateConfig, rows: pa.Table, figures: dict[str, Any]) -> N
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(rows, buffer)
     storage.write_bytes(storage.join(config.output, ROWS), buffer.getvalue())
-    storage.write_bytes(storage.join(config.output, METRICS), (json.dumps(figures) + "\n").encode())
+    storage.write_bytes(storage.join(config.output, METRICS), (json.dumps(results) + "\n").encode())
 
 
-def _write_report(output: str, rows: pa.Table, figures: dict[str, Any], pictures: dict[str, bytes]) -> None:
-    for name, data in pictures.items():
-        storage.write_bytes(storage.join(output, PLOTS, f"{name}.png"), data)
-    bad = rows.filter(pc.is_valid(rows["error"])).select(["uri", "error"]).slice(0, _MOST_ERRORS_SHOWN).to_pylist()
-    storage.write_bytes(storage.join(output, REPORT), report.rendered(figures, bad, pictures).encode())
+def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures: dict[str, bytes]) -> None:
+    for name, png in pictures.items():
+        storage.write_bytes(storage.join(output, PLOTS, f"{name}.png"), png)
+    errors = rows.filter(pc.is_valid(rows["error"])).select(["uri", "error"]).slice(0, _MAX_ERRORS_SHOWN)
+    html = report.render(results, errors.to_pylist(), pictures)
+    storage.write_bytes(storage.join(output, REPORT), html.encode())
 
 
-def _calibrate(bundle: Bundle, answers: Answers, temperature: float) -> None:
-    """Write the temperature that fits these answers into the bundle.
+def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float) -> None:
+    """Write a fitted temperature into the bundle.
+
+    Args:
+        bundle: the bundle that made the predictions.
+        predictions: what the temperature was fitted to.
+        temperature: the temperature that the bundle gets, which includes its present one.
 
     Raises:
-        EvaluationError: these answers say too little about it, or the bundle was changed meanwhile.
+        EvaluationError: the predictions do not determine a temperature, or the bundle has changed since.
     """
-    fitted = temperature / bundle.info.temperature
-    count, wrong = len(answers.targets), int((~answers.correct).sum())
-    inside = metrics.COLDEST * 1.01 < fitted < metrics.WARMEST / 1.01
-    if count < _FEWEST_FITTED or not 0 < wrong < count or not inside:
+    factor = temperature / bundle.info.temperature
+    count, wrong = len(predictions.targets), int((~predictions.correct).sum())
+    inside = metrics.MIN_TEMPERATURE * 1.01 < factor < metrics.MAX_TEMPERATURE / 1.01
+    if count < _MIN_FITTED or not 0 < wrong < count or not inside:
         raise EvaluationError(
-            f"{count} answers, {wrong} of them wrong, do not tell a temperature (at least {_FEWEST_FITTED} are "
-            "needed, with some right and some wrong): the bundle was not changed."
+            f"{count} predictions, {wrong} of them wrong, do not determine a temperature (at least {_MIN_FITTED} are "
+            "needed, with some correct and some wrong): the bundle was not changed."
         )
     with lease(bundle.uri):
         if Bundle.load(bundle.uri).version != bundle.version:
             raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)
         bundles.write_info(bundle.uri, dataclasses.replace(info, temperature=temperature))
-    log.info("%s has the temperature %.4f now; before %.4f", bundle.uri, temperature, bundle.info.temperature)
+    log.info("changed the temperature of %s from %.4f to %.4f", bundle.uri, bundle.info.temperature, temperature)
 
 
-def _log(found: dict[str, Any]) -> None:
-    low, high = found["intervals"]["accuracy"]
-    log.info("%d images, %d of them without an answer", found["images"], found["errors"])
-    log.info("accuracy %.4f (95 %% confidence: %.4f to %.4f)", found["accuracy"], low, high)
+def _log_results(results: dict[str, Any]) -> None:
+    low, high = results["intervals"]["accuracy"]
+    log.info("%d images, %d of them without a prediction", results["images"], results["errors"])
+    log.info("accuracy %.4f (95 %% confidence interval: %.4f to %.4f)", results["accuracy"], low, high)
     log.info(
-        "expected calibration error %.4f, with the temperature %.4f that fits %.4f",
-        found["expected_calibration_error"], found["calibration"]["fitted_temperature"],
-        found["calibration"]["expected_calibration_error_after"],
+        "expected calibration error %.4f; with the fitted temperature of %.4f it is %.4f",
+        results["expected_calibration_error"], results["calibration"]["fitted_temperature"],
+        results["calibration"]["expected_calibration_error_after"],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which pictures a report has, and of which images."""
+"""The pictures of a report: which plots it has, and which images are shown in them."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.evaluation import metrics, plots
-from cnnray.evaluation.metrics import Answers
+from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.plots import Tile
 from cnnray.images import containers
 from cnnray.images.decode import BadImage, decode
@@ -17,82 +17,82 @@ from cnnray.images.reading import bytes_of
 from cnnray.models import grad_cam, startup
 from cnnray.models.bundle import Bundle, BundleError
 
-_SHOWN = 160
-"""Height and width in pixels of the images of a grid."""
+_TILE_SIZE = 160
+"""Height and width in pixels of the images in a grid."""
 
 
-def pictures_of(
+def make_pictures(
     bundle: Bundle,
     rows: pa.Table,
-    answers: Answers,
-    found: dict[str, Any],
+    predictions: Predictions,
+    results: dict[str, Any],
     history: dict[str, list[float]],
     samples: int,
 ) -> dict[str, bytes]:
-    """All plots, PNG by name; those left out of which there is nothing to show.
+    """Draw the pictures of a report: PNG files by name. A picture without content is left out.
 
     Args:
-        bundle: that answered.
-        rows: by image, with `uri`, `label`, `prediction`, `confidence` and `error`.
-        answers: to those without an error, in the same order.
-        found: what `metrics.json` holds.
-        history: columns of the training's history, where there is one.
-        samples: images in a grid.
+        bundle: the bundle that made the predictions.
+        rows: one row for each image, with `uri`, `label`, `prediction`, `confidence` and `error`.
+        predictions: of the rows without an error, in the same order.
+        results: content of `metrics.json`.
+        history: columns of the training's history; empty if there is none.
+        samples: number of images in a grid.
     """
-    names, matrix = answers.class_names, metrics.confusion(answers)
-    shown = {
+    names, matrix = predictions.class_names, metrics.confusion_matrix(predictions)
+    pictures = {
         "confusion_matrix": plots.confusion_matrix(matrix, names, by_row=False),
         "confusion_matrix_by_row": plots.confusion_matrix(matrix, names, by_row=True),
-        "class_accuracies": plots.class_accuracies(found["classes"]),
+        "class_accuracies": plots.class_accuracies(results["classes"]),
         "reliability": plots.reliability_diagram(
-            found["calibration"]["reliability"], found["calibration"]["reliability_after"]
+            results["calibration"]["reliability"], results["calibration"]["reliability_after"]
         ),
-        "coverage": plots.coverage(metrics.coverage_curve(answers), found["threshold"]),
+        "coverage": plots.coverage(metrics.coverage_curve(predictions), results["threshold"]),
     }
-    if curves := metrics.roc_curves(answers):
-        shown["roc"] = plots.curves(
-            curves, metrics.macro_curve(curves), names, x="false positive rate", y="true positive rate", diagonal=True
+    if curves := metrics.roc_curves(predictions):
+        pictures["roc"] = plots.curves(
+            curves, metrics.mean_curve(curves), names, x="false positive rate", y="true positive rate", diagonal=True
         )
-        curves = metrics.precision_recall_curves(answers)
-        shown["precision_recall"] = plots.curves(
-            curves, metrics.macro_curve(curves), names, x="recall", y="precision", diagonal=False
+        curves = metrics.precision_recall_curves(predictions)
+        pictures["precision_recall"] = plots.curves(
+            curves, metrics.mean_curve(curves), names, x="recall", y="precision", diagonal=False
         )
     if history:
-        shown["history"] = plots.history(history)
+        pictures["history"] = plots.history(history)
     good = rows.filter(pc.is_null(rows["error"]))
-    some = np.sort(np.random.default_rng(0).permutation(len(good))[:samples])
-    wrong = np.flatnonzero(~answers.correct)
-    worst = wrong[np.argsort(-answers.confidences[wrong], kind="stable")][:samples]
-    for name, places in (("samples", some), ("mistakes", worst)):
-        shown |= _grids(name, bundle, good.take(pa.array(places)))
-    return shown
+    random = np.sort(np.random.default_rng(0).permutation(len(good))[:samples])
+    wrong = np.flatnonzero(~predictions.correct)
+    most_confident = wrong[np.argsort(-predictions.confidences[wrong], kind="stable")][:samples]
+    for name, indices in (("samples", random), ("mistakes", most_confident)):
+        pictures |= _grids(name, bundle, good.take(pa.array(indices)))
+    return pictures
 
 
 def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
-    """Images, and the same with what Grad-CAM makes of them."""
+    """A grid of images, and, where the network supports it, a second one with Grad-CAM heat maps."""
     info, uris = bundle.info, rows["uri"].to_pylist()
-    order = np.argsort(uris)  # in which containers are read
-    shown, seen = {}, {}
-    for place, source in zip(order.tolist(), containers.encoded([uris[place] for place in order]), strict=True):
-        with contextlib.suppress(BadImage):  # it was there a moment ago
+    order = np.argsort(uris)  # containers are read in the order of their uris
+    tiles, inputs = {}, {}
+    for index, source in zip(order.tolist(), containers.encoded([uris[index] for index in order]), strict=True):
+        with contextlib.suppress(BadImage):  # prediction could read it; it was deleted or changed since
             data = bytes_of(source)
-            shown[place] = decode(data, _SHOWN, info.resize)
-            seen[place] = decode(data, info.image_size, info.resize)
-    found = [row | {"place": place} for place, row in enumerate(rows.to_pylist()) if place in seen]
-    if not found:
+            tiles[index] = decode(data, _TILE_SIZE, info.resize)
+            inputs[index] = decode(data, info.image_size, info.resize)
+    images = [row | {"index": index} for index, row in enumerate(rows.to_pylist()) if index in inputs]
+    if not images:
         return {}
 
     def grid(pixels: dict[int, npt.NDArray[np.uint8]]) -> bytes:
         return plots.grid(
-            [Tile(pixels[row["place"]], row["label"], row["prediction"], row["confidence"]) for row in found]
+            [Tile(pixels[row["index"]], row["label"], row["prediction"], row["confidence"]) for row in images]
         )
 
     startup.load_tensorflow(gpus=False)
-    classes = np.asarray([info.class_names.index(row["prediction"]) for row in found])
-    places = [row["place"] for row in found]
+    classes = np.asarray([info.class_names.index(row["prediction"]) for row in images])
+    indices = [row["index"] for row in images]
     try:
-        heat = grad_cam.heat_maps(bundle, np.stack([seen[place] for place in places]), classes)
+        heat_maps = grad_cam.heat_maps(bundle, np.stack([inputs[index] for index in indices]), classes)
     except BundleError:
-        return {name: grid(shown)}
-    heated = {place: plots.with_heat(shown[place], one) for place, one in zip(places, heat, strict=True)}
-    return {name: grid(shown), f"{name}_grad_cam": grid(heated)}
+        return {name: grid(tiles)}
+    heated = {index: plots.with_heat(tiles[index], heat) for index, heat in zip(indices, heat_maps, strict=True)}
+    return {name: grid(tiles), f"{name}_grad_cam": grid(heated)}

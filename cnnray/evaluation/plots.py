@@ -1,4 +1,4 @@
-"""The pictures of a report, each as the bytes of a PNG file."""
+"""The plots of a report, each as the bytes of a PNG file."""
 
 import io
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from cnnray.evaluation.metrics import Curve, Integers
 
 _BLUE, _GREEN, _RED, _GREY = "#2563eb", "#15803d", "#b91c1c", "#9ca3af"
 _DPI = 110
-_READABLE = 30
-"""Classes up to which names and numbers of a confusion matrix can be read."""
-_BARS = 60
-_LONGEST_NAME = 24
+_MAX_READABLE = 30
+"""Most classes with which the names and numbers of a confusion matrix are readable."""
+_MAX_BARS = 60
+_MAX_NAME_LENGTH = 24
 
 
 @dataclass(frozen=True)
 class Tile:
-    """An image of a grid."""
+    """An image in a grid."""
 
     pixels: npt.NDArray[np.uint8]
     """uint8 (height, width, 3)."""
@@ -34,26 +34,26 @@ class Tile:
 
 
 def confusion_matrix(matrix: Integers, names: Sequence[str], *, by_row: bool) -> bytes:
-    """A heat map.
+    """A confusion matrix as a heat map.
 
     Args:
-        matrix: int64 (classes, classes), by true class and prediction.
-        names: of the classes.
-        by_row: whether cells are shares of their true class, and not numbers of images.
+        matrix: int64 (classes, classes), number of images by true class (row) and prediction (column).
+        names: the class names.
+        by_row: show shares of the true class instead of numbers of images.
     """
     count = len(names)
     values = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if by_row else matrix.astype(np.float64)
     side = min(14.0, max(4.5, 0.42 * count))
     figure = Figure((side + 1.5, side))
     axes = figure.add_subplot()
-    shown = axes.imshow(values, cmap="Blues", vmin=0, vmax=1 if by_row else None, interpolation="nearest")
-    figure.colorbar(shown, ax=axes, label="share of the true class" if by_row else "images", shrink=0.8)
-    step = max(1, -(-count // (2 * _READABLE)))
-    places = range(0, count, step)
-    _ticks(axes, places, [names[place] for place in places])
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1 if by_row else None, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the true class" if by_row else "images", shrink=0.8)
+    step = max(1, -(-count // (2 * _MAX_READABLE)))
+    positions = range(0, count, step)
+    _ticks(axes, positions, [names[index] for index in positions])
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    if count <= _READABLE:
+    if count <= _MAX_READABLE:
         dark = values.max() / 2
         for row, column in zip(*np.nonzero(matrix), strict=True):
             text = f"{values[row, column]:.2f}" if by_row else str(matrix[row, column])
@@ -63,33 +63,42 @@ def confusion_matrix(matrix: Integers, names: Sequence[str], *, by_row: bool) ->
 
 
 def class_accuracies(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Bars of each class's accuracy (`recall` of `metrics.by_class`); where there are very many, the worst."""
-    there = sorted((row for row in rows if row["recall"] is not None), key=lambda row: row["recall"])
-    shown = there[:_BARS][::-1]
+    """A bar for the accuracy of each class (`recall` of `metrics.class_metrics`), of at most the 60 lowest."""
+    ordered = sorted((row for row in rows if row["recall"] is not None), key=lambda row: row["recall"])
+    shown = ordered[:_MAX_BARS][::-1]
     figure = Figure((8, max(2.5, 0.22 * len(shown) + 1)))
     axes = figure.add_subplot()
     axes.barh(range(len(shown)), [row["recall"] for row in shown], color=_BLUE)
-    axes.set_yticks(range(len(shown)), [_short(row["name"]) for row in shown], fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(shown)), [_shorten(row["name"]) for row in shown], fontsize=8, parse_math=False)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("accuracy" if len(shown) == len(there) else f"accuracy, the {len(shown)} lowest of {len(there)}")
+    axes.set_xlabel(
+        "accuracy" if len(shown) == len(ordered) else f"accuracy, the {len(shown)} lowest of {len(ordered)}"
+    )
     return _png(figure)
 
 
-def curves(
-    by_class: dict[int, Curve], macro: Curve, names: Sequence[str], *, x: str, y: str, diagonal: bool
-) -> bytes:
-    """Curves of all classes, and their mean."""
+def curves(by_class: dict[int, Curve], mean: Curve, names: Sequence[str], *, x: str, y: str, diagonal: bool) -> bytes:
+    """The curves of all classes, and their mean.
+
+    Args:
+        by_class: curves by index of the class.
+        mean: their mean.
+        names: the class names.
+        x: label of the axis.
+        y: label of the axis.
+        diagonal: draw the line from (0, 0) to (1, 1).
+    """
     figure = Figure((6.5, 5))
     axes = figure.add_subplot()
-    named = len(by_class) <= 10
+    in_legend = len(by_class) <= 10
     for index, curve in by_class.items():
-        if named:
-            axes.plot(curve["x"], curve["y"], linewidth=1.2, label=_short(names[index]))
+        if in_legend:
+            axes.plot(curve["x"], curve["y"], linewidth=1.2, label=_shorten(names[index]))
         else:
             axes.plot(curve["x"], curve["y"], linewidth=0.4, color=_GREY)
-    axes.plot(macro["x"], macro["y"], color="black", linewidth=2, label="mean of the classes")
+    axes.plot(mean["x"], mean["y"], color="black", linewidth=2, label="mean of the classes")
     if diagonal:
         axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
     _unit_square(axes, x, y)
@@ -98,14 +107,14 @@ def curves(
 
 
 def reliability_diagram(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]]) -> bytes:
-    """Accuracy by confidence (`metrics.reliability`), as the answers are and with a fitted temperature."""
+    """Accuracy by confidence (`metrics.reliability_bins`), before and after a temperature is fitted."""
     figure = Figure((6.5, 6))
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1, label="as good as they say")
-    for bins, colour, label in ((before, _BLUE, "as they are"), (after, _GREEN, "with a fitted temperature")):
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1, label="perfect calibration")
+    for bins, colour, label in ((before, _BLUE, "temperature of the bundle"), (after, _GREEN, "fitted temperature")):
         axes.plot(
-            [one["confidence"] for one in bins],
-            [one["accuracy"] for one in bins],
+            [row["confidence"] for row in bins],
+            [row["accuracy"] for row in bins],
             marker="o",
             color=colour,
             label=label,
@@ -113,9 +122,9 @@ def reliability_diagram(before: Sequence[dict[str, float]], after: Sequence[dict
     _unit_square(axes, "", "accuracy")
     _legend(axes)
     counts.bar(
-        [(one["low"] + one["high"]) / 2 for one in before],
-        [one["images"] for one in before],
-        width=[0.9 * (one["high"] - one["low"]) for one in before],
+        [(row["low"] + row["high"]) / 2 for row in before],
+        [row["images"] for row in before],
+        width=[0.9 * (row["high"] - row["low"]) for row in before],
         color=_BLUE,
     )
     counts.set_xlabel("confidence")
@@ -123,16 +132,17 @@ def reliability_diagram(before: Sequence[dict[str, float]], after: Sequence[dict
     return _png(figure)
 
 
-def coverage(curve: Curve, chosen: dict[str, float] | None) -> bytes:
-    """Accuracy against coverage (`metrics.coverage_curve`), and the chosen threshold (`metrics.threshold_for`)."""
+def coverage(curve: Curve, threshold: dict[str, float] | None) -> bytes:
+    """Accuracy and confidence threshold by coverage (`metrics.coverage_curve`), and one marked threshold
+    (`metrics.find_threshold`)."""
     figure = Figure((6.5, 4.5))
     axes = figure.add_subplot()
-    axes.plot(curve["coverage"], curve["accuracy"], color=_BLUE, label="accuracy of the answers given")
-    axes.plot(curve["coverage"], curve["threshold"], color=_GREY, linestyle="--", label="lowest confidence of them")
-    if chosen:
-        label = f"{chosen['accuracy']:.4f} from a confidence of {chosen['threshold']:.3f} on"
-        axes.plot([chosen["coverage"]], [chosen["accuracy"]], "o", color=_GREEN, label=label)
-    _unit_square(axes, "share of images that are answered", "")
+    axes.plot(curve["coverage"], curve["accuracy"], color=_BLUE, label="accuracy at this coverage")
+    axes.plot(curve["coverage"], curve["threshold"], color=_GREY, linestyle="--", label="confidence threshold")
+    if threshold:
+        label = f"accuracy {threshold['accuracy']:.4f} at threshold {threshold['threshold']:.3f}"
+        axes.plot([threshold["coverage"]], [threshold["accuracy"]], "o", color=_GREEN, label=label)
+    _unit_square(axes, "coverage: share of images at or above the threshold", "")
     _legend(axes)
     return _png(figure)
 
@@ -153,33 +163,33 @@ def history(columns: dict[str, list[float]]) -> bytes:
 
 
 def grid(tiles: Sequence[Tile], columns: int = 4) -> bytes:
-    """Images with their true class, prediction and confidence; green where that is right, else red."""
+    """Images titled with prediction and confidence: green if correct, else red with the true class."""
     rows = -(-len(tiles) // columns)
     figure = Figure((2.3 * columns, 2.75 * rows))
     for number, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).ravel()):
         axes.set_axis_off()
         if number < len(tiles):
             tile = tiles[number]
-            right = tile.label == tile.prediction
+            correct = tile.label == tile.prediction
             axes.imshow(tile.pixels, interpolation="nearest")
-            text = f"{_short(tile.prediction, 20)} ({tile.confidence:.2f})"
-            text += "" if right else f"\ntrue: {_short(tile.label, 20)}"
-            axes.set_title(text, fontsize=9, color=_GREEN if right else _RED, parse_math=False)
+            text = f"{_shorten(tile.prediction, 20)} ({tile.confidence:.2f})"
+            text += "" if correct else f"\ntrue: {_shorten(tile.label, 20)}"
+            axes.set_title(text, fontsize=9, color=_GREEN if correct else _RED, parse_math=False)
     return _png(figure)
 
 
 def with_heat(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """An image, uint8 (height, width, 3), under a map of heat, float32 (h, w), 0 to 1, brought to its size."""
+    """Overlay an image, uint8 (height, width, 3), with a heat map, float32 (h, w) in [0, 1], resized to the image."""
     large = Image.fromarray(heat).resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BILINEAR)
     colours = colormaps["jet"](np.asarray(large))[..., :3] * 255
     return np.asarray(0.55 * pixels + 0.45 * colours, np.uint8)
 
 
-def _ticks(axes: Axes, places: range, names: Sequence[str]) -> None:
-    shown = [_short(name) for name in names]
-    size = 8 if len(names) <= _READABLE else 6
-    axes.set_xticks(places, shown, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(places, shown, fontsize=size, parse_math=False)
+def _ticks(axes: Axes, positions: range, names: Sequence[str]) -> None:
+    labels = [_shorten(name) for name in names]
+    size = 8 if len(names) <= _MAX_READABLE else 6
+    axes.set_xticks(positions, labels, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(positions, labels, fontsize=size, parse_math=False)
 
 
 def _unit_square(axes: Axes, x: str, y: str) -> None:
@@ -196,9 +206,9 @@ def _legend(axes: Axes) -> None:
         text.set_parse_math(False)
 
 
-def _short(name: str, most: int = _LONGEST_NAME) -> str:
-    short = name if len(name) <= most else f"{name[: most - 1]}…"
-    return f"\u200b{short}" if short.startswith("_") else short  # matplotlib leaves such out of legends
+def _shorten(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+    short = name if len(name) <= length else f"{name[: length - 1]}…"
+    return f"\u200b{short}" if short.startswith("_") else short  # matplotlib hides labels that begin with _
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing from elsewhere."""
+"""The report of an evaluation as one self-contained HTML file."""
 
 import base64
 from collections.abc import Sequence
@@ -7,38 +7,41 @@ from typing import Any
 
 import jinja2
 
+from cnnray.evaluation.metrics import TOP_K
+
 _MOST_CONFUSED = 15
 
 
-def rendered(found: dict[str, Any], errors: Sequence[dict[str, str]], pictures: dict[str, bytes]) -> str:
-    """The HTML.
+def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: dict[str, bytes]) -> str:
+    """Render the report as HTML.
 
     Args:
-        found: what `metrics.json` holds.
-        errors: `uri` and `error` of images without an answer, the first of them.
-        pictures: PNG by name (see `pictures`).
+        results: content of `metrics.json`.
+        errors: `uri` and `error` of the first images without a prediction.
+        pictures: PNG files by name (see `pictures.make_pictures`).
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"figure": _figure, "percent": _percent, "small": "{:.2g}".format}
+    environment.filters |= {"decimal": _decimal, "percent": _percent, "small": "{:.2g}".format}
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
-        found=found,
+        results=results,
+        top_k=TOP_K,
         percent=_percent,
-        figure=_figure,
+        decimal=_decimal,
         errors=errors,
-        pictures={name: _inline(data) for name, data in pictures.items()},
-        confused=_most_confused(found),
-        checks=found["data_checks"],
-        calibration=found["calibration"],
-        comparison=found.get("comparison"),
+        pictures={name: _data_url(png) for name, png in pictures.items()},
+        confused=_most_confused(results),
+        checks=results["data_checks"],
+        calibration=results["calibration"],
+        comparison=results.get("comparison"),
     )
 
 
-def _inline(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _figure(value: float | None) -> str:
+def _decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -46,12 +49,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _most_confused(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pairs of classes that were taken for one another most often."""
-    names = [row["name"] for row in found["classes"]]
+def _most_confused(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs of true and predicted class with the most images."""
+    names = [row["name"] for row in results["classes"]]
     pairs = [
         (count, row, column)
-        for row, counts in enumerate(found["confusion_matrix"])
+        for row, counts in enumerate(results["confusion_matrix"])
         for column, count in enumerate(counts)
         if count and row != column
     ]

@@ -1,4 +1,4 @@
-"""Millions of images offline, every one accounted for."""
+"""Offline prediction for millions of images, with one output row for each."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ def predict(
         bundle: folder or s3:// prefix of the bundle.
         images: what `jobs/predict.py --input` takes, or a list of paths and s3:// addresses, or a manifest (see
             `images.manifest`).
-        options: what is asked of the network, and on how many workers.
+        options: engine, columns and workers; None: the defaults.
 
     Returns:
-        a dataset of one row for each image (see `prediction.pipeline`), in any order.
+        a lazy dataset with one row for each image (columns: see `prediction.pipeline`), in any order.
 
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
@@ -36,5 +36,5 @@ def predict(
         manifest = manifests.manifest_of(images, labelled=False)
     else:
         manifest = manifests.manifest_of_uris(images) if isinstance(images, Sequence) else images
-    planned = pipeline.plan_when_it_fits(Bundle.load(bundle), options or PredictOptions())
-    return pipeline.predicted(pipeline.passed_through(manifest), planned)
+    plan = pipeline.plan_when_it_fits(Bundle.load(bundle), options or PredictOptions())
+    return pipeline.predict(pipeline.select_columns(manifest), plan)

@@ -1,4 +1,7 @@
-"""What a prediction run is told: every field is a flag of jobs/predict.py and a key of its YAML."""
+"""The config of a prediction run: every field is a flag of jobs/predict.py and a key of its YAML.
+
+`InferenceOptions` is the group that jobs/evaluate.py shares (see `cnnray.configs` for groups).
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,49 +17,63 @@ Decoding = Literal["auto", "workers", "tasks"]
 
 @configs.group(resumable=True)
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
-    """What is asked of a network, and on how many workers."""
+class InferenceOptions:
+    """The engine that runs the network, and the workers that it runs on."""
 
     engine: str = "auto"
-    """What runs the network: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
-    openvino-int8 (the bundle must have been exported to it); auto: on a GPU keras, else the fastest that export has
-    proven."""
-    top_k: int = field(default=5, metadata=rules(resumable=False))
-    """Labels and scores of each row, highest first."""
-    probabilities: bool = field(default=False, metadata=rules(resumable=False))
-    """Whether each row has the probabilities of all classes."""
-    embeddings: bool = field(default=False, metadata=rules(resumable=False))
-    """Whether each row has what the last layer decides on; for the engine keras."""
+    """Engine that runs the network: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
+    openvino-int8 (the bundle must have been exported to it); auto: keras on a GPU, otherwise the fastest engine that
+    export has verified."""
     batch_size: int = engines.BATCH_SIZE
-    """Images that the network is given at once, at most."""
-    min_workers: int | None = None
-    """Workers that the pool shrinks to while there is little to do; null: 1."""
+    """Largest number of images in one call of the network."""
     max_workers: int | None = None
-    """Workers that the pool grows to, also beyond what the cluster has where that grows with it; null: what fits."""
+    """Largest number of workers; may exceed the present cluster where it autoscales. null: what fits the cluster."""
     cpus_per_worker: float | None = None
-    """CPUs, and so threads, of each worker; null: 1, or with GPUs the node's share."""
+    """CPUs, and so threads, of each worker; null: 1, or with GPUs an even share of the node's CPUs."""
     gpus_per_worker: float | None = None
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
     wait_minutes: float | None = None
-    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
-    lost while it works."""
-    decoding: Decoding = "auto"
-    """Where images are read and decoded: in the workers themselves, or in tasks beside them; auto: in tasks where
-    workers have GPUs and the cluster has nodes without."""
+    """Minutes to wait for missing nodes; null: 0 at the start, and 10 when nodes are lost during the run."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: a value that cannot work, in one sentence that names the flag.
+            ValueError: an invalid value; the message is one sentence that names the flag.
         """
         if self.engine not in ("auto", *engines.ENGINES):
             raise ValueError(f"--engine {self.engine!r}: expected auto, {', '.join(engines.ENGINES)}.")
-        if self.embeddings and self.engine not in ("auto", engines.KERAS):
-            raise ValueError(f"--embeddings can only be had with --engine keras, not {self.engine}.")
-        flags.check_at_least_one(self, "top_k", "min_workers", "max_workers", "batch_size")
+        flags.check_at_least_one(self, "max_workers", "batch_size")
         flags.check_more_than_zero(self, "cpus_per_worker")
         flags.check_share(self, "gpus_per_worker")
         flags.check_not_negative(self, "wait_minutes")
+
+
+@configs.group(resumable=True)
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(InferenceOptions):
+    """The columns of a prediction, the size of the worker pool, and where images are decoded."""
+
+    top_k: int = field(default=5, metadata=rules(resumable=False))
+    """Number of labels and scores in each row, highest score first."""
+    probabilities: bool = field(default=False, metadata=rules(resumable=False))
+    """Add a column with the probabilities of all classes."""
+    embeddings: bool = field(default=False, metadata=rules(resumable=False))
+    """Add a column with the input of the last layer; needs the engine keras."""
+    min_workers: int | None = None
+    """Number of workers that the pool shrinks to while it is idle; null: 1."""
+    decoding: Decoding = "auto"
+    """Where images are read and decoded: in the workers, or in separate tasks; auto: in tasks where workers have GPUs
+    and the cluster has nodes without."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: an invalid value; the message is one sentence that names the flag.
+        """
+        super().__post_init__()
+        if self.embeddings and self.engine not in ("auto", engines.KERAS):
+            raise ValueError(f"--embeddings needs --engine keras, not {self.engine}.")
+        flags.check_at_least_one(self, "top_k", "min_workers")
         if self.min_workers and self.max_workers and self.min_workers > self.max_workers:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
 
@@ -64,7 +81,7 @@ class PredictOptions:
 @configs.group(resumable=False)
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(PredictOptions):
-    """Classify images with a bundle: one row out for each image in, a prediction or the reason why there is none."""
+    """Classify images with a bundle. Each image gives one output row: a prediction, or an error with its reason."""
 
     bundle: str = field(metadata=rules(resumable=True))
     """Folder or s3:// prefix of the bundle."""
@@ -72,35 +89,35 @@ class PredictConfig(PredictOptions):
     """Images: a folder or s3:// prefix, a glob, a CSV, JSONL or Parquet table with the column uri, Parquet files or
     WebDataset tar shards that hold the images."""
     output: str = field(metadata=rules(resumable=True))
-    """Folder or s3:// prefix for the rows and the summary. A run that was interrupted goes on when it is given the
-    same output."""
+    """Folder or s3:// prefix for the rows and the summary. An interrupted run resumes when it is started again with
+    the same output."""
     format: Format = "parquet"
-    """Of the rows: parquet, csv or jsonl."""
+    """File format of the rows: parquet, csv or jsonl."""
     limit: int | None = None
-    """Only the first so many images."""
+    """Classify only the first N images."""
     rows_per_part: int = 4096
-    """Rows of one file of the output. A run that is killed loses the parts that were being made."""
+    """Rows in each output file. A run that is killed loses only the files that were not complete."""
     shards: int = 1
-    """Split the images over as many runs, perhaps on other clusters; each writes OUTPUT/shard-I-of-N."""
+    """Split the images over this many runs, perhaps on other clusters; each writes OUTPUT/shard-I-of-N."""
     shard: int = 0
-    """Which of them this run is, from 0."""
+    """Index of the shard that this run classifies, from 0."""
     threshold: float = field(default=0.5, metadata=rules(resumable=True))
-    """The summary tells the share of answers whose confidence is below it."""
+    """The summary gives the share of predictions whose confidence is below this threshold."""
     max_error_fraction: float = field(default=0.5, metadata=rules(resumable=True))
-    """Stop where a larger share of the images has no prediction, looked at from the first thousand on."""
+    """Stop the run when a larger share of its images has errors; checked from the first thousand images on."""
     retry_errors: bool = field(default=False, metadata=rules(resumable=True))
-    """Run again those parts of the output in which images could not be read (missing, access denied, throttled,
-    unreadable)."""
+    """Repeat the output files with images that could not be read (missing, access denied, throttled, unreadable,
+    crashed)."""
     overwrite: bool = field(default=False, metadata=rules(resumable=True))
-    """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on in
-    any case."""
+    """Replace a finished run in the output, or one with other flags. An interrupted run with the same flags resumes
+    in any case."""
     dry_run: bool = field(default=False, metadata=rules(resumable=True))
-    """Say what would be read and how long that would take, and stop."""
+    """Report what would be read and how long it would take, then stop."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: a value that cannot work, in one sentence that names the flag.
+            ValueError: an invalid value; the message is one sentence that names the flag.
         """
         super().__post_init__()
         flags.check_at_least_one(self, "limit", "rows_per_part", "shards")
@@ -109,11 +126,11 @@ class PredictConfig(PredictOptions):
             raise ValueError(f"--shard must be 0 to {self.shards - 1}, one less than --shards, not {self.shard}.")
         flags.make_absolute(self, "bundle", "input", "output")
         if f"{self.output}/".startswith(f"{self.input}/"):
-            raise ValueError(f"--output {self.output} lies in --input {self.input}, and would be taken for input.")
+            raise ValueError(f"--output {self.output} lies in --input {self.input}: it would be read as input.")
 
     @property
     def folder(self) -> str:
-        """Where this run writes: the output, or its shard's folder in it."""
+        """Where this run writes: the output, or the folder of its shard in the output."""
         if self.shards == 1:
             return self.output
         return storage.join(self.output, f"shard-{self.shard}-of-{self.shards}")

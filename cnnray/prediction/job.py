@@ -28,135 +28,133 @@ from cnnray.tracking.prometheus import PredictionMetrics
 
 log = logging.getLogger(__name__)
 
-_SAMPLED_RUNS, _SAMPLED_RUN = 8, 32
-_TRIED_FIRST = 1000
-"""Images after which `--max-error-fraction` may stop the run."""
+_SAMPLE_RANGES, _SAMPLE_ROWS = 8, 32
+"""A dry run classifies so many row ranges of so many rows each."""
+_MIN_ROWS_CHECKED = 1000
+"""Rows from which on `--max-error-fraction` may stop the run."""
 
 
 def run(config: PredictConfig) -> dict[str, Any]:
-    """Classify all images of `config.input`, and leave in `config.folder` the rows (`part-*`), `summary.json`,
-    `errors.csv` where there were any, `manifest.parquet` and `config.yaml`.
+    """Classify all images of `config.input`. Writes the rows (`part-*`), `summary.json`, `errors.csv` if there are
+    errors, `manifest.parquet` and `config.yaml` to `config.folder`.
 
-    A run that was interrupted goes on; one that is finished is not run again.
+    An interrupted run resumes. A finished run is not repeated.
 
     Returns:
-        `output`, `rows`, `ok`, `errors`, `resumed` (rows that were there already), `engine`, and of this call
+        `output`, `rows`, `ok`, `errors`, `resumed` (rows that existed already), `engine`, and of this call
         `images_per_second` and `seconds`.
 
     Raises:
-        ValueError, OSError, ClusterError, PartError, PredictionError: with a sentence for the user; what can be known
-            before Ray starts is raised before it, and before anything is written.
+        ValueError, OSError, ClusterError, PartError, PredictionError: with a sentence for the user. Mistakes that can
+            be found without Ray are raised before Ray starts and before anything is written.
     """
     started = time.monotonic()
     with lease(config.folder):
         bundle = Bundle.load(config.bundle)
         earlier = resume.earlier_run(config, bundle)
-        if earlier is not None and not config.retry_errors and (done := resume.finished(config)) is not None:
+        if earlier is not None and not config.retry_errors and (result := resume.read_result(config)) is not None:
             if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.folder)
-                return done | {"resumed": done["rows"], "seconds": round(time.monotonic() - started, 2)}
+                return result | {"resumed": result["rows"], "seconds": round(time.monotonic() - started, 2)}
             earlier = None
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         engine = earlier["engine"] if earlier else ""
-        manifest = resume.read_manifest(config) if earlier else manifest_of(config)
+        manifest = resume.read_manifest(config) if earlier else build_manifest(config)
         if earlier is None:
             resume.check_shards(config, manifest, bundle)
-        parts = resume.parts_of(config, manifest)
+        parts = resume.plan_parts(config, manifest)
         written = parts.written() if earlier else set()
-        again = resume.unread(config, parts, written)
-        written -= again
-        resumed = _rows_of(parts, written)
+        retried = resume.find_parts_to_retry(config, parts, written)
+        written -= retried
+        resumed = parts.row_count(written)
         log.info("%d images, %d of them done", len(manifest), resumed)
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
             with cluster.connected():
-                planned = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
+                plan = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
                 paths.check_shared(
                     cluster.resources(), [config.bundle, containers.file_of(manifest["uri"][0].as_py())]
                 )
-                engine = planned.engine
-                # Nothing is written, or taken away, before all is known to be right.
+                engine = plan.engine
+                # All checks have passed: only now is anything written or deleted.
                 if earlier is None:
-                    resume.begin(config, manifest, planned)
-                resume.take_away(config, parts, again)
-                rate = _run(config, manifest, parts, written, planned)
-        found_all = _reconciled(config, manifest, parts, bundle)
-        resume.check_shards(config, manifest, bundle)  # those that began at the same time
-        line = {
+                    resume.begin_output(config, manifest, plan)
+                resume.delete_parts(config, parts, retried)
+                rate = _predict_missing_parts(config, manifest, parts, written, plan)
+        totals = _reconcile(config, manifest, parts, bundle)
+        resume.check_shards(config, manifest, bundle)  # another shard may have started at the same time
+        values = totals | {
             "output": config.folder,
-            **{name: found_all[name] for name in ("rows", "ok", "errors")},
             "resumed": resumed,
             "engine": engine,
             "images_per_second": round(rate, 2),
             "seconds": round(time.monotonic() - started, 2),
         }
-        stated = line | {"model": bundle.version} | found_all
-        storage.write_bytes(storage.join(config.folder, resume.SUMMARY), json.dumps(stated, indent=2).encode())
-        summary.log_summary(found_all)
-        return line
+        result = {key: values[key] for key in resume.RESULT}
+        text = json.dumps(result | {"model": bundle.version} | values, indent=2)
+        storage.write_bytes(storage.join(config.folder, resume.SUMMARY), text.encode())
+        summary.log_summary(totals)
+        return result
 
 
 def dry_run(config: PredictConfig) -> dict[str, Any]:
-    """Say what a run would read, and how long that would take by a sample of the images; nothing is written.
+    """Report what a run would read, and estimate its time from a sample of the images. Nothing is written.
 
     Returns:
-        `output`, `rows`, `resumed`, `engine`, `workers`, and estimated `images_per_second` and `seconds`.
+        `output`, `rows`, `resumed`, `engine`, `workers`, and the estimates `images_per_second` and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError: as `run`.
     """
     bundle = Bundle.load(config.bundle)
     earlier = resume.earlier_run(config, bundle)
-    manifest = resume.read_manifest(config) if earlier else manifest_of(config)
-    parts = resume.parts_of(config, manifest)
-    resumed = _rows_of(parts, parts.written() if earlier else set())
+    manifest = resume.read_manifest(config) if earlier else build_manifest(config)
+    parts = resume.plan_parts(config, manifest)
+    resumed = parts.row_count(parts.written() if earlier else set())
     with cluster.connected():
-        planned = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
+        plan = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
     sample = _sample(manifest)
-    worker = pipeline.Worker(planned, bundle.version)
-    list(worker(sample.slice(0, 1)))
+    worker = pipeline.Worker(plan, bundle.version)
+    list(worker(sample.slice(0, 1)))  # the first call is slow
     start = time.monotonic()
     errors = sum(len(rows) - rows["error"].null_count for rows in worker(sample))
-    rate = planned.pool.first * len(sample) / (time.monotonic() - start)
+    rate = plan.pool.first * len(sample) / (time.monotonic() - start)
     seconds = (len(manifest) - resumed) / rate
     log.info(
-        "would read %d images of %s, %s for one; %d are done",
+        "would read %d images of %s, for example %s; %d are done",
         len(manifest), config.input, sample["uri"][0], resumed,
     )  # fmt: skip
-    log.info("of a sample of %d images %d have no prediction", len(sample), errors)
-    log.info("%d workers of %s: %.0f images/s, %s", planned.pool.first, planned.engine, rate, duration(seconds))
+    log.info("%d of %d sampled images have no prediction", errors, len(sample))
+    log.info("%d workers of %s: %.0f images/s, %s", plan.pool.first, plan.engine, rate, duration(seconds))
     return {
         "output": config.folder,
         "rows": len(manifest),
         "resumed": resumed,
-        "engine": planned.engine,
-        "workers": planned.pool.first,
+        "engine": plan.engine,
+        "workers": plan.pool.first,
         "images_per_second": round(rate, 2),
         "seconds": round(seconds, 2),
     }
 
 
 def _sample(manifest: pa.Table) -> pa.Table:
-    """A few runs of images from all over a manifest: of images that lie together in files, as a run reads them."""
-    starts = np.linspace(0, max(len(manifest) - _SAMPLED_RUN, 0), _SAMPLED_RUNS).astype(np.int64)
-    rows = np.unique(np.add.outer(starts, np.arange(_SAMPLED_RUN)))
+    """Short row ranges from all over a manifest; neighbouring rows, because a run reads containers in order, too."""
+    starts = np.linspace(0, max(len(manifest) - _SAMPLE_ROWS, 0), _SAMPLE_RANGES).astype(np.int64)
+    rows = np.unique(np.add.outer(starts, np.arange(_SAMPLE_ROWS)))
     return manifest.take(pa.array(rows[rows < len(manifest)]))
 
 
-def _rows_of(parts: Parts, some: set[int]) -> int:
-    return sum(stop - start for part, (start, stop) in enumerate(parts.ranges) if part in some)
-
-
-def manifest_of(config: PredictConfig) -> pa.Table:
-    """The images of a run: those of the input that the limit and the shard leave, with the columns that pass through.
+def build_manifest(config: PredictConfig) -> pa.Table:
+    """The manifest of a run: the images of the input that its limit and shard select, with the columns that are
+    copied to the output. Its metadata holds the fingerprint of the images of all shards.
 
     Raises:
-        ManifestError, OSError: with a sentence.
+        ManifestError, OSError: with a sentence for the user.
     """
     manifest = manifests.manifest_of(config.input, labelled=False).slice(0, config.limit)
-    stated = {resume.INPUT: manifests.fingerprint(manifest)}
-    manifest = pipeline.passed_through(manifest)
+    metadata = {resume.INPUT: manifests.fingerprint(manifest)}
+    manifest = pipeline.select_columns(manifest)
     if config.shards > 1:
         ranges = stream.shares(manifest["uri"].to_pylist(), config.shards)
         if len(ranges) < config.shards:
@@ -165,20 +163,20 @@ def manifest_of(config: PredictConfig) -> pa.Table:
             )
         start, stop = ranges[config.shard]
         manifest = manifest.slice(start, stop - start)
-    return manifest.replace_schema_metadata(stated)
+    return manifest.replace_schema_metadata(metadata)
 
 
 # -- the run --------------------------------------------------------------------------------------------------
 
 
-def _run(
+def _predict_missing_parts(
     config: PredictConfig,
     manifest: pa.Table,
     parts: Parts,
     written: set[int],
-    planned: pipeline.Plan,
+    plan: pipeline.Plan,
 ) -> float:
-    """Make the parts that are not written.
+    """Classify the images of the parts that are not written, and write these parts.
 
     Returns:
         images/s.
@@ -186,46 +184,46 @@ def _run(
     import ray
 
     stream.be_quiet()
-    pending = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
-    rows = sum(stop - start for start, stop in pending)
-    pool = planned.pool
+    missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
+    missing_rows = sum(stop - start for start, stop in missing)
+    pool = plan.pool
     log.info(
         "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
-    progress = Progress(len(manifest), len(manifest) - rows)
-    errors, meter = _Errors(config, rows), PredictionMetrics(config.folder)
-    per_task = pipeline.rows_per_task(rows, pool)
+    progress = Progress(len(manifest), len(manifest) - missing_rows)
+    errors, metrics = _ErrorLimit(config, missing_rows), PredictionMetrics(config.folder)
+    per_task = pipeline.rows_per_task(missing_rows, pool)
     uris = manifest["uri"].to_pylist()
     tasks = [
         (first + start, first + stop)
-        for first, last in pending
+        for first, last in missing
         for start, stop in stream.pieces(uris[first:last], per_task)
     ]
-    del uris  # of millions of images it is large
-    dataset = pipeline.predicted(manifest.replace_schema_metadata(None), planned, tasks)
+    del uris  # large for millions of images
+    dataset = pipeline.predict(manifest.replace_schema_metadata(None), plan, tasks)
     try:
         with cluster.watched(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
-            for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-                collector.add(found)
-                meter.rows(found)
-                errors.add(found)
-                progress.add(len(found), f"{errors.count} errors" if errors.count else "")
+            for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                collector.add(rows)
+                metrics.add_rows(rows)
+                errors.add(rows)
+                progress.add(len(rows), f"{errors.count} errors" if errors.count else "")
     except ray.exceptions.RayError as error:
-        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command goes on.)"
+        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command resumes the run.)"
         raise cluster.user_error(error) or PredictionError(sentence) from error
     finally:
         progress.close()
     return progress.images_per_second
 
 
-class _Errors:
-    """Stops a run in which too much is wrong."""
+class _ErrorLimit:
+    """Counts errors, and stops the run when their share exceeds `max_error_fraction`."""
 
-    def __init__(self, config: PredictConfig, rows: int) -> None:
-        self._config, self._rows, self._tried = config, rows, 0
+    def __init__(self, config: PredictConfig, total_rows: int) -> None:
+        self._config, self._total_rows, self._rows = config, total_rows, 0
         self.count = 0
 
     def add(self, rows: pa.Table) -> None:
@@ -234,17 +232,17 @@ class _Errors:
             PredictionError: too large a share of the rows so far has no prediction.
         """
         bad = rows.filter(pc.is_valid(rows["error"]))
-        self._tried += len(rows)
+        self._rows += len(rows)
         self.count += len(bad)
-        most = self._config.max_error_fraction * self._tried
-        if len(bad) and self.count > most and self._tried >= min(_TRIED_FIRST, self._rows):
-            raise PredictionError(_too_many(self._config, self.count, self._tried, bad.slice(0, 1).to_pylist()[0]))
+        limit = self._config.max_error_fraction * self._rows
+        if len(bad) and self.count > limit and self._rows >= min(_MIN_ROWS_CHECKED, self._total_rows):
+            raise _too_many_errors(self._config, self.count, self._rows, bad.slice(0, 1).to_pylist()[0])
 
 
-def _too_many(config: PredictConfig, errors: int, tried: int, example: dict[str, Any]) -> str:
-    return (
-        f"{errors} of {tried} images have no prediction, more than --max-error-fraction "
-        f"{config.max_error_fraction:g}, {example['uri']} for one ({example['error']}): once that is mended, run the "
+def _too_many_errors(config: PredictConfig, errors: int, rows: int, example: dict[str, Any]) -> PredictionError:
+    return PredictionError(
+        f"{errors} of {rows} images have no prediction, more than --max-error-fraction "
+        f"{config.max_error_fraction:g}, for example {example['uri']} ({example['error']}): solve that, then run the "
         "same command with --retry-errors."
     )
 
@@ -252,8 +250,11 @@ def _too_many(config: PredictConfig, errors: int, tried: int, example: dict[str,
 # -- the end --------------------------------------------------------------------------------------------------
 
 
-def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle: Bundle) -> dict[str, Any]:
-    """Read all parts back, compare their ids with the manifest's, and sum them up.
+def _reconcile(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle: Bundle) -> dict[str, Any]:
+    """Read all parts back, compare their ids with those of the manifest, and summarize them. Writes `errors.csv`.
+
+    Returns:
+        what `summary.summarize` gives.
 
     Raises:
         PartError: a part is missing or has other ids.
@@ -263,9 +264,10 @@ def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle:
     written = parts.written()
     missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
     if missing:
-        lost = np.concatenate([ids[start:stop] for start, stop in missing])
+        missing_ids = np.concatenate([ids[start:stop] for start, stop in missing])
         raise output.PartError(
-            f"{len(lost)} images have no row, the ids {lost[:10].tolist()} for some. Run the same command again."
+            f"{len(missing_ids)} images have no row, for example the ids {missing_ids[:10].tolist()}. Run the same "
+            "command again."
         )
     tally, errors = summary.Tally(config.threshold), summary.ErrorList()
     for part in range(len(parts.ranges)):
@@ -275,9 +277,9 @@ def _reconciled(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle:
         tally.add(rows)
         errors.add(rows)
     if tally.errors > config.max_error_fraction * tally.rows:
-        raise PredictionError(_too_many(config, tally.errors, tally.rows, next(iter(tally.examples.values()))[0]))
+        raise _too_many_errors(config, tally.errors, tally.rows, next(iter(tally.examples.values()))[0])
     if tally.errors:
         errors.write(storage.join(config.folder, resume.ERRORS))
     else:
         storage.delete_file(storage.join(config.folder, resume.ERRORS))
-    return summary.summary_of(tally, bundle.info)
+    return summary.summarize(tally, bundle.info)

@@ -1,43 +1,43 @@
-"""Which work ends its workers: known by what was begun again and again, and never ended."""
+"""Counts how often each task was started without finishing, to find tasks that crash their worker."""
 
 from collections import Counter
 from typing import Any
 
-TRIES = 2
-"""So often work may end its worker before it is treated otherwise."""
+MAX_CRASHES = 2
+"""How often a task may crash its worker before it is handled differently."""
 
 
 class Ledger:
-    """Counts work that was begun and not ended. One actor of it serves a run."""
+    """Unfinished attempts by task name. One actor of this class serves a run."""
 
     def __init__(self) -> None:
-        self._open: Counter[str] = Counter()
+        self._unfinished: Counter[str] = Counter()
 
-    def begin(self, work: str) -> int:
-        """Begin some work: how often it was begun before without an end."""
-        self._open[work] += 1
-        return self._open[work] - 1
+    def start(self, task: str) -> int:
+        """Record an attempt, and return how many earlier attempts at this task did not finish."""
+        self._unfinished[task] += 1
+        return self._unfinished[task] - 1
 
-    def end(self, work: str) -> None:
-        """End it."""
-        del self._open[work]
+    def finish(self, task: str) -> None:
+        """Forget a task that has finished."""
+        del self._unfinished[task]
 
 
-def start() -> Any:
-    """A ledger as an actor that takes no CPU of a cluster's."""
+def create_ledger() -> Any:
+    """Start a ledger as an actor that reserves no CPU."""
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote()
 
 
-def begin(ledger: Any, work: str) -> int:
-    """`Ledger.begin` of an actor; 0 without one."""
+def start_attempt(ledger: Any, task: str) -> int:
+    """Call `Ledger.start` of an actor; 0 where `ledger` is None."""
     import ray
 
-    return int(ray.get(ledger.begin.remote(work))) if ledger is not None else 0
+    return int(ray.get(ledger.start.remote(task))) if ledger is not None else 0
 
 
-def end(ledger: Any, work: str) -> None:
-    """`Ledger.end` of an actor."""
+def finish_attempt(ledger: Any, task: str) -> None:
+    """Call `Ledger.finish` of an actor; nothing where `ledger` is None."""
     if ledger is not None:
-        ledger.end.remote(work)
+        ledger.finish.remote(task)

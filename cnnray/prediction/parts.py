@@ -1,7 +1,7 @@
-"""The output's files: each holds the rows of a fixed range of ids, and is there as a whole or not at all.
+"""The part files of a run's output. Each holds the rows of one row range of the manifest and is written atomically.
 
-The manifest alone decides which ids a part holds, so that runs with other workers, or after a kill, write the same
-parts; those that are there need not be made again.
+The manifest alone determines the row ranges. A run with other workers, or one that resumes after a kill, therefore
+writes the same parts and need not repeat those that exist.
 """
 
 import csv
@@ -21,38 +21,49 @@ from cnnray.images import storage
 from cnnray.prediction.config import Format
 
 _NAME = re.compile(r"part-(\d{6,})\.(parquet|csv|jsonl)")
-_READ_BACK = ("id", "uri", "status", "error", "prediction", "confidence")
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()), ("uri", pa.string()), ("status", pa.string()), ("error", pa.string()),
+        ("prediction", pa.string()), ("confidence", pa.float32()),
+    ]
+)  # fmt: skip
+"""The columns that `Parts.read` returns."""
 
 
 class PartError(PermanentError, RuntimeError):
-    """Rows that are not what they must be; the message is one sentence for the user."""
+    """Lost, repeated or damaged rows; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where a run's rows go."""
+    """The part files of one run, numbered from 0."""
 
     folder: str
     format: Format
     ranges: list[tuple[int, int]]
-    """Of each part the first row of the manifest that is in it, and the row after its last."""
+    """Row range of each part: its first row in the manifest, and the row after its last."""
 
     def uri(self, part: int) -> str:
-        """Of a part's file."""
+        """The path or s3:// address of a part's file."""
         return storage.join(self.folder, f"part-{part:06d}.{self.format}")
 
     def written(self) -> set[int]:
-        """The parts that are there."""
-        found = (_NAME.fullmatch(storage.name(uri)) for uri in files_of(self.folder))
-        numbers = {int(match[1]) for match in found if match and match[2] == self.format}
+        """The parts whose files exist."""
+        matches = (_NAME.fullmatch(storage.name(uri)) for uri in list_part_files(self.folder))
+        numbers = {int(match[1]) for match in matches if match and match[2] == self.format}
         return {number for number in numbers if number < len(self.ranges)}
 
+    def row_count(self, parts: set[int]) -> int:
+        """Rows of the manifest that these parts hold together."""
+        return sum(stop - start for part, (start, stop) in enumerate(self.ranges) if part in parts)
+
     def write(self, part: int, rows: pa.Table) -> None:
-        """Write a part, whole or not at all."""
+        """Write a part atomically."""
         storage.write_bytes(self.uri(part), _ENCODERS[self.format](rows))
 
     def read(self, part: int) -> pa.Table:
-        """What the summary needs of a part: `id`, `uri`, `status`, `error`, `prediction`, `confidence`.
+        """Read the columns of a part that the summary needs: `id`, `uri`, `status`, `error`, `prediction` and
+        `confidence`.
 
         Raises:
             PartError: the file is damaged.
@@ -66,85 +77,91 @@ class Parts:
             ) from None
 
     def problem(self, part: int, rows: pa.Table, ids: npt.NDArray[np.int64]) -> str:
-        """What is wrong with the ids of a part's rows; an empty string where they are the manifest's.
+        """Compare the ids of a part with the manifest.
 
         Args:
-            part: which.
-            rows: all of it.
-            ids: of all rows of the manifest.
+            part: number of the part.
+            rows: all rows of the part.
+            ids: int64 (N,), the ids of all rows of the manifest.
+
+        Returns:
+            the ids that differ, for a message; empty where none do.
         """
-        found, expected = rows["id"].to_numpy(), ids[slice(*self.ranges[part])]
-        return "" if np.array_equal(found, expected) else _some_ids(found, expected)
+        part_ids, expected = rows["id"].to_numpy(), ids[slice(*self.ranges[part])]
+        return "" if np.array_equal(part_ids, expected) else _describe_difference(part_ids, expected)
 
 
-def files_of(folder: str) -> list[str]:
-    """All parts in a folder, of any format; not those of shards below it."""
-    found = storage.files(folder) if storage.exists(folder) else []
-    return [file.uri for file in found if _NAME.fullmatch(file.uri.removeprefix(storage.join(folder, "")))]
+def list_part_files(folder: str) -> list[str]:
+    """The uris of all parts in a folder, of any format, without those of shards below it."""
+    files = storage.files(folder) if storage.exists(folder) else []
+    return [file.uri for file in files if _NAME.fullmatch(file.uri.removeprefix(storage.join(folder, "")))]
 
 
 class Collector:
-    """Gathers rows, which come in any order, into parts, and writes each part when it is whole."""
+    """Gathers rows that arrive in any order, and writes each part when all of its rows have arrived."""
 
     def __init__(self, parts: Parts, ids: npt.NDArray[np.int64]) -> None:
         """
         Args:
-            parts: where to.
-            ids: of the manifest's rows, ascending.
+            parts: the parts to write.
+            ids: int64 (N,), the ids of the manifest's rows, ascending.
         """
         self._parts, self._ids = parts, ids
         self._starts = np.asarray([start for start, _ in parts.ranges])
-        self._held: dict[int, list[pa.Table]] = {}
+        self._incomplete: dict[int, list[pa.Table]] = {}
 
     def add(self, rows: pa.Table) -> None:
-        """Take some rows.
+        """Add rows, and write the parts that they complete.
 
         Raises:
-            PartError: a part that has as many rows as it should has other ids than it should.
-            OSError: storage that cannot be written.
+            PartError: a part has the expected number of rows, but not the expected ids.
+            OSError: storage cannot be written.
         """
         places = np.searchsorted(self._ids, rows["id"].to_numpy())
         owners = np.searchsorted(self._starts, places, side="right") - 1
         for part in np.unique(owners).tolist():
-            self._held.setdefault(part, []).append(rows.filter(pa.array(owners == part)))
+            self._incomplete.setdefault(part, []).append(rows.filter(pa.array(owners == part)))
             start, stop = self._parts.ranges[part]
-            if sum(map(len, self._held[part])) >= stop - start:
-                self._write(part, pa.concat_tables(self._held.pop(part)).sort_by("id"))
+            if sum(map(len, self._incomplete[part])) >= stop - start:
+                self._write(part, pa.concat_tables(self._incomplete.pop(part)).sort_by("id"))
 
     def _write(self, part: int, rows: pa.Table) -> None:
         if problem := self._parts.problem(part, rows, self._ids):
-            raise PartError(f"Rows were lost or came twice on their way ({problem}); run the same command again.")
+            raise PartError(f"Rows were lost or delivered twice ({problem}); run the same command again.")
         self._parts.write(part, rows)
 
 
-def _some_ids(found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> str:
-    """The ids that are missing, unexpected or there twice."""
-    missing, unexpected = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
-    values, counts = np.unique(found, return_counts=True)
-    kinds = {"missing": missing, "unexpected": unexpected, "more than once": values[counts > 1]}
+def _describe_difference(ids: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> str:
+    """List the ids that are missing, unexpected or repeated."""
+    missing, unexpected = np.setdiff1d(expected, ids), np.setdiff1d(ids, expected)
+    values, counts = np.unique(ids, return_counts=True)
+    problems = {"missing": missing, "unexpected": unexpected, "more than once": values[counts > 1]}
     return (
         "; ".join(
-            f"{kind} {', '.join(map(str, some[:10].tolist()))}{' ...' if len(some) > 10 else ''} ({len(some)})"
-            for kind, some in kinds.items()
-            if len(some)
+            f"{problem} {', '.join(map(str, wrong[:10].tolist()))}{' ...' if len(wrong) > 10 else ''} ({len(wrong)})"
+            for problem, wrong in problems.items()
+            if len(wrong)
         )
         or "another order"
     )
 
 
-def _parquet(rows: pa.Table) -> bytes:
+# -- file formats ---------------------------------------------------------------------------------------------
+
+
+def _encode_parquet(rows: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(rows, buffer)
     return buffer.getvalue()
 
 
-def _jsonl(rows: pa.Table) -> bytes:
+def _encode_jsonl(rows: pa.Table) -> bytes:
     return "".join(f"{json.dumps(row, default=str)}\n" for row in rows.to_pylist()).encode()
 
 
-def _csv(rows: pa.Table) -> bytes:
+def _encode_csv(rows: pa.Table) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text)  # which quotes line ends of the kind that it writes: \r and \n
+    writer = csv.writer(text)  # ends lines with \r\n, and therefore quotes values that contain \r or \n
     writer.writerow(rows.column_names)
     nested = [pa.types.is_nested(field.type) for field in rows.schema]
     for row in zip(*(column.to_pylist() for column in rows.columns), strict=True):
@@ -153,29 +170,23 @@ def _csv(rows: pa.Table) -> bytes:
     return text.getvalue().encode()
 
 
-def _of_parquet(data: bytes) -> pa.Table:
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=list(_READ_BACK))
+def _decode_parquet(data: bytes) -> pa.Table:
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=_SCHEMA.names)
 
 
-def _of_jsonl(data: bytes) -> pa.Table:
+def _decode_jsonl(data: bytes) -> pa.Table:
     rows = [json.loads(line) for line in data.splitlines()]
-    return pa.Table.from_pylist([{name: row[name] for name in _READ_BACK} for row in rows], _SCHEMA)
+    return pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], _SCHEMA)
 
 
-def _of_csv(data: bytes) -> pa.Table:
-    options = pyarrow.csv.ConvertOptions(
-        column_types={field.name: field.type for field in _SCHEMA}, include_columns=list(_READ_BACK),
+def _decode_csv(data: bytes) -> pa.Table:
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=_SCHEMA, include_columns=_SCHEMA.names,
         strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=False,
     )  # fmt: skip
-    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=options, parse_options=parsing)
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse)
 
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()), ("uri", pa.string()), ("status", pa.string()), ("error", pa.string()),
-        ("prediction", pa.string()), ("confidence", pa.float32()),
-    ]
-)  # fmt: skip
-_ENCODERS = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}
-_DECODERS = {"parquet": _of_parquet, "csv": _of_csv, "jsonl": _of_jsonl}
+_ENCODERS = {"parquet": _encode_parquet, "csv": _encode_csv, "jsonl": _encode_jsonl}
+_DECODERS = {"parquet": _decode_parquet, "csv": _decode_csv, "jsonl": _decode_jsonl}

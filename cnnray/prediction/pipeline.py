@@ -1,12 +1,12 @@
-"""Rows of a manifest to rows of predictions, with Ray Data on a pool of workers.
+"""Turns manifest rows into rows with predictions, with Ray Data on a pool of workers.
 
-The rows come in any order. A row has the manifest's columns and
+Output rows come in any order. A row has the manifest's columns and
 
-- `status`: `ok` or `error`, and `error`: why there is no prediction (a reason of `decode.BadImage`, and what was
-  found), else null;
-- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null where there is none;
+- `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage`, a colon
+  and details);
+- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors;
 - `model`: `Bundle.version` of the network;
-- `probabilities`, `embedding`: float32 lists of fixed size, where they were asked for.
+- `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
 """
 
 import math
@@ -26,18 +26,20 @@ from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor, ranked
-from cnnray.prediction import ledger
 from cnnray.prediction.config import PredictConfig, PredictOptions
-from cnnray.prediction.pool import Pool, pool_of
+from cnnray.prediction.ledger import MAX_CRASHES, create_ledger, finish_attempt, start_attempt
+from cnnray.prediction.pool import Pool, plan_pool
 from cnnray.tracking.prometheus import PredictionMetrics
 
 COLUMNS = (
     "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model", "probabilities",
     "embedding",
 )  # fmt: skip
+"""The columns that predictions add, in their order."""
+CRASHED = "crashed: the worker process crashed each time it was given this image"
 _PIXELS, _ERROR = "__pixels", "__error"
-CRASHED = "crashed: the worker ended each time that it was given this image"
-_FEWEST_ROWS_PER_TASK, _MOST_ROWS_PER_TASK = 32, 512
+"""Columns that decoding tasks add for workers: the pixels of an image, and its error, empty where it was decoded."""
+_MIN_ROWS_PER_TASK, _MAX_ROWS_PER_TASK = 32, 512
 
 Images = npt.NDArray[np.uint8]
 Sources = Iterator[containers.Source] | None
@@ -45,29 +47,29 @@ Sources = Iterator[containers.Source] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What runs where."""
+    """The engine, and the workers that run it."""
 
     bundle: Bundle
     engine: str
     options: PredictOptions
     pool: Pool
     digest: str
-    """Of the file that the engine runs (`engines.digest`): no worker may run another."""
+    """`engines.digest` of the file that the engine runs. A worker that finds another file fails."""
     output: str = ""
-    """Where the rows are written, by which the run is known; empty where they are not."""
+    """Folder of the output, which names the run in metrics; empty if rows are not written."""
 
 
-def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str | None = None) -> Plan:
-    """Choose the engine, where none is given, and share out the cluster.
+def plan(bundle: Bundle, options: PredictOptions, resources: Resources, engine: str | None = None) -> Plan:
+    """Choose the engine, unless one is given, and the workers.
 
     Raises:
         BundleError: the bundle was not exported to the engine.
-        ClusterError: the cluster has too little.
+        ClusterError: the cluster is too small.
     """
     if engine is None:
-        gpus = found.gpus >= 1 and options.gpus_per_worker != 0
-        engine = engine_of(bundle, options, gpus=gpus)
-    pool = pool_of(options, engine, found)
+        gpus = resources.gpus >= 1 and options.gpus_per_worker != 0
+        engine = choose_engine(bundle, options, gpus=gpus)
+    pool = plan_pool(options, engine, resources)
     return Plan(
         bundle=bundle,
         engine=engine,
@@ -79,24 +81,24 @@ def plan(bundle: Bundle, options: PredictOptions, found: Resources, engine: str 
 
 
 def plan_when_it_fits(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
-    """`plan` on the cluster that this process is connected to, for which it may wait.
+    """`plan` for the cluster that this process is connected to; waits `options.wait_minutes` for missing nodes.
 
     Raises:
         BundleError, ClusterError: see `plan`.
     """
     worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
     return cluster.when_it_fits(
-        lambda found: plan(bundle, options, found, engine),
+        lambda resources: plan(bundle, options, resources, engine),
         [worker] * (options.max_workers or options.min_workers or 1),
         options.wait_minutes,
     )
 
 
-def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
-    """The engine that is meant: `auto` is the fastest proven one, or that which has embeddings.
+def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
+    """Resolve `options.engine`: `auto` is the fastest verified engine, or keras where embeddings are asked for.
 
     Raises:
-        BundleError: the bundle was not exported to it.
+        BundleError: the bundle was not exported to the engine.
     """
     if options.engine == "auto":
         if options.embeddings:
@@ -106,11 +108,14 @@ def engine_of(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
     return options.engine
 
 
-def passed_through(manifest: pa.Table) -> pa.Table:
-    """A manifest without label and split where no image has one, and with columns that have the name of one of ours
-    renamed to `original_NAME`."""
-    has = [name for name in ("label", "split") if name in manifest.column_names]
-    manifest = manifest.drop_columns([name for name in has if manifest[name].null_count == len(manifest)])
+def select_columns(manifest: pa.Table) -> pa.Table:
+    """The manifest with the columns that are copied to the output.
+
+    `label` and `split` are dropped if they are empty. Columns whose names are in `COLUMNS` are renamed to
+    `original_NAME`.
+    """
+    optional = [name for name in ("label", "split") if name in manifest.column_names]
+    manifest = manifest.drop_columns([name for name in optional if manifest[name].null_count == len(manifest)])
     names = set(manifest.column_names)
     for name in names & set(COLUMNS):
         renamed = f"original_{name}"
@@ -121,30 +126,33 @@ def passed_through(manifest: pa.Table) -> pa.Table:
     return manifest
 
 
-def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | None = None) -> ray.data.Dataset:
-    """A dataset of one row for each row of a manifest.
+def predict(manifest: pa.Table, plan: Plan, ranges: list[tuple[int, int]] | None = None) -> ray.data.Dataset:
+    """Lazily classify the images of a manifest: a dataset with one row for each row of the manifest.
 
     Args:
-        manifest: with `id` and `uri`, in the order that images are read in.
-        planned: what runs where.
-        tasks: the first row of each task and that after its last; None: all rows, shared out evenly.
+        manifest: rows with `id` and `uri`, in the order in which images are read.
+        plan: the engine and the workers.
+        ranges: the row range of each task: its first row, and the row after its last; None: tasks of equal size
+            over all rows.
     """
-    size, resize, pool = planned.bundle.info.image_size, planned.bundle.info.resize, planned.pool
-    if tasks is None:
-        tasks = stream.pieces(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
-    dataset, book = stream.tasks(manifest, tasks), ledger.start()
+    size, resize, pool = plan.bundle.info.image_size, plan.bundle.info.resize, plan.pool
+    if ranges is None:
+        ranges = stream.pieces(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
+    dataset, ledger = stream.tasks(manifest, ranges), create_ledger()
     if pool.decode_cpus:
         dataset = dataset.map_batches(
             _decoded,
-            fn_kwargs={"size": size, "resize": resize, "rows": stream.rows_per_block(size), "book": book},
+            fn_kwargs={
+                "size": size, "resize": resize, "rows_per_block": stream.rows_per_block(size), "ledger": ledger,
+            },
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=pool.decode_cpus,
             zero_copy_batch=True,
-        )
+        )  # fmt: skip
     return dataset.map_batches(
         Worker,
-        fn_constructor_kwargs={"planned": planned, "model": planned.bundle.version, "book": book},
+        fn_constructor_kwargs={"plan": plan, "model": plan.bundle.version, "ledger": ledger},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=pool.cpus,
@@ -160,24 +168,25 @@ def predicted(manifest: pa.Table, planned: Plan, tasks: list[tuple[int, int]] | 
 
 
 def rows_per_task(rows: int, pool: Pool) -> int:
-    """So many that each worker has several tasks, and a task's start costs little."""
-    return min(_MOST_ROWS_PER_TASK, max(_FEWEST_ROWS_PER_TASK, math.ceil(rows / (4 * pool.first))))
+    """Rows of one task: few enough that each worker gets several tasks, enough that starting a task costs little."""
+    return min(_MAX_ROWS_PER_TASK, max(_MIN_ROWS_PER_TASK, math.ceil(rows / (4 * pool.first))))
 
 
-def _decoded(table: pa.Table, size: int, resize: Any, rows: int, book: Any = None) -> Iterator[pa.Table]:
-    """The rows with their pixels, where workers are given these."""
+def _decoded(table: pa.Table, size: int, resize: Any, rows_per_block: int, ledger: Any = None) -> Iterator[pa.Table]:
+    """Manifest rows with the columns `_PIXELS` and `_ERROR`, for workers that do not decode themselves."""
 
-    def decoded(some: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+    def decode(rows: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
         start = 0
-        for block in reading.decoded_blocks(some.select(["id", "uri"]), size, resize, rows, sources=sources):
+        columns = rows.select(["id", "uri"])
+        for block in reading.decoded_blocks(columns, size, resize, rows_per_block, sources=sources):
             count = len(block["id"])
-            yield _with_pixels(some.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
+            yield _with_pixels(rows.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
             start += count
 
     def crashed(row: pa.Table) -> pa.Table:
         return _with_pixels(row, np.zeros((1, size, size, 3), np.uint8), pa.array([CRASHED]))
 
-    yield from _carefully(table, decoded, crashed, rows, book, "decode")
+    yield from _isolate_crashes(table, decode, crashed, rows_per_block, ledger, "decode")
 
 
 def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
@@ -186,99 +195,108 @@ def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
     return rows.append_column(_PIXELS, pixels).append_column(_ERROR, errors)
 
 
-def _carefully(
+def _isolate_crashes(
     table: pa.Table,
-    work: Callable[[pa.Table, Sources], Iterator[pa.Table]],
+    process: Callable[[pa.Table, Sources], Iterator[pa.Table]],
     crashed: Callable[[pa.Table], pa.Table],
-    rows: int,
-    book: Any,
-    name: str,
+    rows_per_block: int,
+    ledger: Any,
+    stage: str,
 ) -> Iterator[pa.Table]:
-    """Do some work on rows; where it has ended its process again and again, on each row alone, and then no more on
-    those that do so.
+    """Process the rows of a task; if the task has crashed its worker before, row by row, without the rows that crash.
 
-    The tables that come are of the same numbers of rows both ways, which is `rows`: Ray knows what it has already of
-    a task that it runs again by counting.
+    Both paths yield blocks of equal length, because Ray skips blocks by count when it retries a task.
+
+    Args:
+        table: the rows of the task.
+        process: yields the output of rows, in blocks of `rows_per_block`. It takes the images from the iterator,
+            or reads them itself if that is None.
+        crashed: gives the output for a row that crashes its worker.
+        rows_per_block: rows of each block; the last may have fewer.
+        ledger: the ledger's actor, or None.
+        stage: name of the work, which with the ids names the task in the ledger.
     """
-    task = f"{name} {table['id'][0]} to {table['id'][-1]}"
-    if ledger.begin(book, task) < ledger.TRIES:
-        yield from work(table, None)
+    task = f"{stage} {table['id'][0]} to {table['id'][-1]}"
+    if start_attempt(ledger, task) < MAX_CRASHES:
+        yield from process(table, None)
     else:
         uris = table["uri"].to_pylist()
-        sources = containers.encoded(uris)  # of all rows together, as each row group is read from its start
-        for start in range(0, len(table), rows):
-            found: list[pa.Table] = []
-            for place in range(start, min(start + rows, len(table))):
+        sources = containers.encoded(uris)  # one iterator for all rows: each row group is read from its start
+        for start in range(0, len(table), rows_per_block):
+            outputs: list[pa.Table] = []
+            for place in range(start, min(start + rows_per_block, len(table))):
                 row = table.slice(place, 1)
-                alone = f"{name} {row['id'][0]}"
-                if ledger.begin(book, alone) < ledger.TRIES:
-                    found += work(row, sources)
-                    ledger.end(book, alone)
+                row_task = f"{stage} {row['id'][0]}"
+                if start_attempt(ledger, row_task) < MAX_CRASHES:
+                    outputs += process(row, sources)
+                    finish_attempt(ledger, row_task)
                 else:
-                    found.append(crashed(row))
+                    outputs.append(crashed(row))
                     sources = containers.encoded(uris[place + 1 :])
-            yield pa.concat_tables(found).combine_chunks()
-    ledger.end(book, task)
+            yield pa.concat_tables(outputs).combine_chunks()
+    finish_attempt(ledger, task)
 
 
 class Worker:
-    """An actor of the pool: holds the network, and gives rows their predictions."""
+    """An actor of the pool: holds the network and adds predictions to rows."""
 
-    def __init__(self, planned: Plan, model: str, book: Any = None) -> None:
+    def __init__(self, plan: Plan, model: str, ledger: Any = None) -> None:
         """
         Args:
-            planned: what runs where.
-            model: what rows name the network.
-            book: the run's ledger, an actor, where there is one.
+            plan: the engine and the workers.
+            model: value of the column `model`.
+            ledger: the ledger's actor of the run, or None.
 
         Raises:
-            BundleError: the bundle is not the planned one any more, or this worker ended each time that it loaded it.
+            BundleError: the bundle has changed since the plan was made, or this worker crashed each time it loaded
+                the bundle.
         """
-        loading = f"load {ray.get_runtime_context().get_actor_id()}" if book is not None else ""
-        if ledger.begin(book, loading) >= ledger.TRIES:
+        loading = f"load {ray.get_runtime_context().get_actor_id()}" if ledger is not None else ""
+        if start_attempt(ledger, loading) >= MAX_CRASHES:
             raise BundleError(
-                f"A worker ended {ledger.TRIES} times while it loaded {planned.bundle.uri} for {planned.engine}: it "
-                "may have too little memory."
+                f"A worker crashed {MAX_CRASHES} times while it loaded {plan.bundle.uri} for {plan.engine}: it may "
+                "have too little memory."
             )
-        if planned.engine == engines.KERAS:
-            startup.load_tensorflow(gpus=planned.pool.gpus > 0)
-        self._options, self._info, self._model, self._book = planned.options, planned.bundle.info, model, book
+        if plan.engine == engines.KERAS:
+            startup.load_tensorflow(gpus=plan.pool.gpus > 0)
+        self._options, self._info, self._model, self._ledger = plan.options, plan.bundle.info, model, ledger
         self._predictor = Predictor(
-            planned.bundle,
-            engine=planned.engine,
-            threads=planned.pool.threads,
-            batch_size=planned.options.batch_size,
+            plan.bundle,
+            engine=plan.engine,
+            threads=plan.pool.threads,
+            batch_size=plan.options.batch_size,
         )
-        if engines.digest(planned.bundle, planned.engine) != planned.digest:
-            raise BundleError(f"{planned.bundle.uri} was changed while the run was going on: run it again.")
+        if engines.digest(plan.bundle, plan.engine) != plan.digest:
+            raise BundleError(f"{plan.bundle.uri} was changed while the run was going on: run it again.")
         self._names = pa.array(self._info.class_names, pa.string())
-        self._meter = PredictionMetrics(planned.output)
-        ledger.end(book, loading)
+        self._metrics = PredictionMetrics(plan.output)
+        finish_attempt(ledger, loading)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Rows of a manifest, or of `_decoded`, with their predictions."""
-        # Pixels that are given come in one table.
+        """Yield rows of a manifest, or of `_decoded`, with their predictions."""
+        # Rows that come with pixels are one block.
         rows = len(table) if _PIXELS in table.column_names else stream.rows_per_block(self._info.image_size)
-        yield from _carefully(table, self._answered, self._crashed, max(rows, 1), self._book, "predict")
+        yield from _isolate_crashes(table, self._predict, self._crashed_row, max(rows, 1), self._ledger, "predict")
 
-    def _answered(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+    def _predict(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
         start, clock = 0, time.perf_counter()
-        blocks = self._given(table) if _PIXELS in table.column_names else self._read(table, sources)
+        blocks = self._decoded_images(table) if _PIXELS in table.column_names else self._read_images(table, sources)
         for images, errors in blocks:
             rows = table.slice(start, len(errors))
             start += len(errors)
             read = time.perf_counter()
-            answered = self._with_answers(rows, images, errors)
-            self._meter.took("read", read - clock)
-            self._meter.took("predict", time.perf_counter() - read)
-            yield answered
+            predictions = self._with_predictions(rows, images, errors)
+            self._metrics.add_seconds("read", read - clock)
+            self._metrics.add_seconds("predict", time.perf_counter() - read)
+            yield predictions
             clock = time.perf_counter()
 
-    def _crashed(self, row: pa.Table) -> pa.Table:
+    def _crashed_row(self, row: pa.Table) -> pa.Table:
         size = self._info.image_size
-        return self._with_answers(row, np.zeros((1, size, size, 3), np.uint8), [CRASHED])
+        return self._with_predictions(row, np.zeros((1, size, size, 3), np.uint8), [CRASHED])
 
-    def _given(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+    def _decoded_images(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+        """The images and errors in the rows of a decoding task, without a copy."""
         size = self._info.image_size
         pixels = table[_PIXELS].combine_chunks()
         pixels = pixels.chunk(0) if isinstance(pixels, pa.ChunkedArray) else pixels
@@ -286,7 +304,8 @@ class Worker:
         images = images[: len(table) * size * size * 3].reshape(len(table), size, size, 3)
         yield images, table[_ERROR].to_pylist()
 
-    def _read(self, table: pa.Table, sources: Sources) -> Iterator[tuple[Images, list[str]]]:
+    def _read_images(self, table: pa.Table, sources: Sources) -> Iterator[tuple[Images, list[str]]]:
+        """Read and decode the images of manifest rows, in blocks of images and their errors."""
         size = self._info.image_size
         blocks = reading.decoded_blocks(
             table.select(["id", "uri"]), size, self._info.resize, stream.rows_per_block(size), sources=sources
@@ -294,23 +313,30 @@ class Worker:
         for block in reading.ahead(blocks):
             yield block["image"], block["error"].tolist()
 
-    def _with_answers(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:
+    def _with_predictions(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:
+        """Append the columns of `COLUMNS`.
+
+        Args:
+            rows: N rows of the manifest.
+            images: uint8 (N, size, size, 3).
+            errors: why an image could not be decoded; empty where it could.
+        """
         rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
         good = np.asarray([not error for error in errors])
-        # Where each row finds its answer among those of the good images; null where it has none.
+        # Index of each row in the predictions, which only good images have; null for the others.
         place = pa.array(np.cumsum(good) - 1, mask=~good)
         columns = {
             "status": pa.array(np.where(good, "ok", "error").tolist(), pa.string()),
             "error": pa.array([error or None for error in errors], pa.string()),
         }
-        columns |= {name: values.take(place) for name, values in self._columns(images[good]).items()}
+        columns |= {name: values.take(place) for name, values in self._prediction_columns(images[good]).items()}
         columns["model"] = pa.array([self._model] * len(rows), pa.string())
         for name in COLUMNS:
             if name in columns:
                 rows = rows.append_column(name, columns[name])
         return rows
 
-    def _columns(self, images: Images) -> dict[str, pa.Array]:
+    def _prediction_columns(self, images: Images) -> dict[str, pa.Array]:
         options, embeddings = self._options, None
         if options.embeddings:
             probabilities, _, embeddings = self._predictor.in_full(images)
@@ -327,11 +353,11 @@ class Worker:
             "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
         }
         if options.probabilities:
-            columns["probabilities"] = _lists(probabilities)
+            columns["probabilities"] = _fixed_size_lists(probabilities)
         if embeddings is not None:
-            columns["embedding"] = _lists(embeddings)
+            columns["embedding"] = _fixed_size_lists(embeddings)
         return columns
 
 
-def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
+def _fixed_size_lists(values: npt.NDArray[np.float32]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])

@@ -1,6 +1,6 @@
-"""What an output holds of an earlier run: whether this one goes on with it, and what of it stays.
+"""What the output holds of an earlier run: whether this run resumes it, and which of its parts are kept.
 
-A run states what it is in `config.yaml` and in its manifest's metadata, written before its first part.
+A run records what it is in `config.yaml` and in the metadata of its manifest, before it writes its first part.
 """
 
 import json
@@ -25,30 +25,37 @@ from cnnray.prediction.parts import Parts
 log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, SUMMARY, ERRORS = "config.yaml", "manifest.parquet", "summary.json", "errors.csv"
+RESULT = ("output", "rows", "ok", "errors", "resumed", "engine", "images_per_second", "seconds")
+"""Keys of the JSON line that a run returns; `summary.json` begins with them."""
 INPUT = b"input"
 _MODEL, _FILE = b"model", b"engine_file"
-"""What the manifest says of the run: the fingerprint of all the input, `Bundle.version` and `engines.digest`."""
-_RETRIED = ("missing", "access denied", "throttled", "unreadable", "crashed")
+"""Keys of the manifest's metadata that identify a run: the fingerprint of the images of all shards, `Bundle.version`,
+and `engines.digest` of the file that the engine runs."""
+_RETRIED_REASONS = ("missing", "access denied", "throttled", "unreadable", "crashed")
 _SHARD = re.compile(r"shard-\d+-of-(\d+)")
 
 
 class PredictionError(PermanentError, RuntimeError):
-    """A run that cannot start or ended badly; the message is one sentence for the user."""
+    """A run that cannot start, or that failed; the message is one sentence for the user."""
 
 
-def parts_of(config: PredictConfig, manifest: pa.Table) -> Parts:
-    """Where the rows of a run go."""
+def plan_parts(config: PredictConfig, manifest: pa.Table) -> Parts:
+    """Divide the rows of a run into parts."""
     ranges = stream.pieces(manifest["uri"].to_pylist(), config.rows_per_part, cut_groups=True)
     return Parts(config.folder, config.format, ranges)
 
 
 def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
-    """The config of the run that the output holds, if it is this one."""
+    """The config of the run in the output, if this run can resume it; None if this run begins anew.
+
+    Raises:
+        PredictionError: the output holds another run and `overwrite` is not set, or it holds files of something else.
+    """
     try:
         text = storage.read_bytes(storage.join(config.folder, CONFIG))
     except FileNotFoundError:
         foreign = [name for name in (MANIFEST, SUMMARY) if storage.is_file(storage.join(config.folder, name))]
-        if foreign := [*foreign, *map(storage.name, output.files_of(config.folder)[:1])]:
+        if foreign := [*foreign, *map(storage.name, output.list_part_files(config.folder)[:1])]:
             raise PredictionError(
                 f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
             ) from None
@@ -59,100 +66,100 @@ def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
     differences = configs.differences(config, earlier)
     if config.engine not in ("auto", earlier["engine"]):
         differences.append(f"--engine {earlier['engine']} (now {config.engine})")
-    stated = _stated(config.folder)
-    if stated is not None and stated[_MODEL] != bundle.version:
-        differences.append(f"the model {stated[_MODEL]} (now {bundle.version})")
-    elif stated is not None and not differences and stated[_FILE] != engines.digest(bundle, earlier["engine"]):
+    identity = _read_identity(config.folder)
+    if identity is not None and identity[_MODEL] != bundle.version:
+        differences.append(f"the model {identity[_MODEL]} (now {bundle.version})")
+    elif identity is not None and not differences and identity[_FILE] != engines.digest(bundle, earlier["engine"]):
         differences.append(f"another export to {earlier['engine']}")
     if differences and not config.overwrite:
         raise PredictionError(
             f"{config.folder} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
         )
-    return None if differences or stated is None else dict(earlier)
+    return None if differences or identity is None else dict(earlier)
 
 
-def _stated(folder: str) -> dict[bytes, str] | None:
-    """What a run's manifest says of it; None where it was killed before it had begun."""
+def _read_identity(folder: str) -> dict[bytes, str] | None:
+    """The metadata that identifies the run in a folder; None if it was killed before it wrote its manifest."""
     try:
-        found = manifests.read(storage.join(folder, MANIFEST)).schema.metadata or {}
+        metadata = manifests.read(storage.join(folder, MANIFEST)).schema.metadata or {}
     except FileNotFoundError:
         return None
-    return {name: found.get(name, b"").decode() for name in (_MODEL, _FILE, INPUT)}
+    return {key: metadata.get(key, b"").decode() for key in (_MODEL, _FILE, INPUT)}
 
 
 def check_shards(config: PredictConfig, manifest: pa.Table, bundle: Bundle) -> None:
-    """
+    """Check that all runs in the output are shards of the same images, model and number of shards.
+
     Raises:
-        PredictionError: what else the output holds is not of the same images, model and number of shards.
+        PredictionError: one is not.
     """
     if config.overwrite or not storage.exists(config.output):
         return
-    shards = {config.output: "1"}
+    shard_counts = {config.output: "1"}
     for folder in storage.folders(config.output):
-        if found := _SHARD.fullmatch(storage.name(folder)):
-            shards[folder] = found[1]
-    for folder, count in shards.items():
-        if (stated := _stated(folder)) is None:
+        if match := _SHARD.fullmatch(storage.name(folder)):
+            shard_counts[folder] = match[1]
+    for folder, shard_count in shard_counts.items():
+        if (identity := _read_identity(folder)) is None:
             continue
-        for name, there, here in (
-            ("--shards", count, str(config.shards)),
-            ("--input", stated[INPUT], manifest.schema.metadata[INPUT].decode()),
-            ("--bundle", stated[_MODEL], bundle.version),
+        for flag, other, this in (
+            ("--shards", shard_count, str(config.shards)),
+            ("--input", identity[INPUT], manifest.schema.metadata[INPUT].decode()),
+            ("--bundle", identity[_MODEL], bundle.version),
         ):
-            if there != here:
+            if other != this:
                 raise PredictionError(
-                    f"{folder} is of a run with another {name} ({there}, now {here}); give another --output, or "
+                    f"{folder} is of a run with another {flag} ({other}, now {this}); give another --output, or "
                     "--overwrite."
                 )
 
 
-def finished(config: PredictConfig) -> dict[str, Any] | None:
-    """The JSON line of a run that is finished."""
+def read_result(config: PredictConfig) -> dict[str, Any] | None:
+    """The JSON line of the run in the output; None unless the run is finished and all of its parts still exist."""
     try:
-        stated = json.loads(storage.read_bytes(storage.join(config.folder, SUMMARY)))
+        summary = json.loads(storage.read_bytes(storage.join(config.folder, SUMMARY)))
     except FileNotFoundError:
         return None
-    parts = parts_of(config, read_manifest(config))
+    parts = plan_parts(config, read_manifest(config))
     if missing := len(parts.ranges) - len(parts.written()):
-        log.warning("%s was finished, but %d of its parts are not there any more", config.folder, missing)
+        log.warning("%s was finished, but %d of its parts no longer exist", config.folder, missing)
         return None
-    names = ("output", "rows", "ok", "errors", "resumed", "engine", "images_per_second", "seconds")
-    return {name: stated[name] for name in names}
+    return {key: summary[key] for key in RESULT}
 
 
 def read_manifest(config: PredictConfig) -> pa.Table:
-    """The manifest of the run that the output holds."""
+    """The manifest of the run in the output."""
     return manifests.read(storage.join(config.folder, MANIFEST))
 
 
-def unread(config: PredictConfig, parts: Parts, written: set[int]) -> set[int]:
-    """The parts that `--retry-errors` makes again."""
+def find_parts_to_retry(config: PredictConfig, parts: Parts, written: set[int]) -> set[int]:
+    """The written parts that `--retry-errors` repeats: those with an error that another attempt may not have."""
     if not config.retry_errors:
         return set()
-    again = set()
+    retried = set()
     for part in sorted(written):
         errors = pc.unique(parts.read(part)["error"].drop_null()).to_pylist()
-        if any(error.partition(":")[0] in _RETRIED for error in errors):
-            again.add(part)
-    log.info("%d of %d parts have images that could not be read; they are run again", len(again), len(parts.ranges))
-    return again
+        if any(error.partition(":")[0] in _RETRIED_REASONS for error in errors):
+            retried.add(part)
+    log.info("%d of %d parts have images that could not be read and are repeated", len(retried), len(parts.ranges))
+    return retried
 
 
-def take_away(config: PredictConfig, parts: Parts, some: set[int]) -> None:
-    """Delete some parts, and first what says that all are there."""
+def delete_parts(config: PredictConfig, parts: Parts, numbers: set[int]) -> None:
+    """Delete parts, and before them the summary, which marks the run as finished."""
     storage.delete_file(storage.join(config.folder, SUMMARY))
-    for part in sorted(some):
+    for part in sorted(numbers):
         storage.delete_file(parts.uri(part))
 
 
-def begin(config: PredictConfig, manifest: pa.Table, planned: pipeline.Plan) -> None:
-    """Make the output this run's, which has no part yet."""
+def begin_output(config: PredictConfig, manifest: pa.Table, plan: pipeline.Plan) -> None:
+    """Delete the files of an earlier run from the output, and write the config and manifest of this run."""
     for name in (SUMMARY, ERRORS, MANIFEST):
         storage.delete_file(storage.join(config.folder, name))
-    for uri in output.files_of(config.folder):
+    for uri in output.list_part_files(config.folder):
         storage.delete_file(uri)
-    # First of all: an output that has other files and no config is taken for somebody else's.
-    text = configs.dump(config, engine=planned.engine, overwrite=False)
+    # The config comes first: a folder with other files but no config is refused as not ours.
+    text = configs.dump(config, engine=plan.engine, overwrite=False)
     storage.write_bytes(storage.join(config.folder, CONFIG), text)
-    stated = manifest.schema.metadata | {_MODEL: planned.bundle.version, _FILE: planned.digest}
-    manifests.write(manifest.replace_schema_metadata(stated), storage.join(config.folder, MANIFEST))
+    metadata = manifest.schema.metadata | {_MODEL: plan.bundle.version, _FILE: plan.digest}
+    manifests.write(manifest.replace_schema_metadata(metadata), storage.join(config.folder, MANIFEST))

@@ -1,4 +1,4 @@
-"""What a finished run tells: counts, errors by reason, classes beside those of training, confidences."""
+"""The summary of a run: counts, errors by reason, predicted classes against the training classes, confidences."""
 
 import csv
 import io
@@ -16,31 +16,36 @@ from cnnray.models.bundle import BundleInfo
 
 log = logging.getLogger(__name__)
 
+_ERROR_COLUMNS = ["id", "uri", "error"]
 _EXAMPLES = 3
+"""Images listed for each error reason."""
 DRIFT = 0.25
-"""Population stability index from which on two distributions are called different; from 0.1 on they have shifted."""
+"""Population stability index from which the predicted classes count as different from the training classes."""
 
 
 @dataclass
 class Tally:
-    """Adds up parts."""
+    """Counts over the rows of all parts, added part by part."""
 
     threshold: float
-    """Of the confidence."""
+    """Confidence below which predictions are counted in `below_threshold`."""
     rows: int = 0
     below_threshold: int = 0
     classes: Counter[str] = field(default_factory=Counter)
+    """Predictions by class name."""
     reasons: Counter[str] = field(default_factory=Counter)
+    """Errors by reason."""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """The first rows of each error reason: `id`, `uri` and `error`."""
 
     def add(self, rows: pa.Table) -> None:
         """Count rows that have at least `id`, `uri`, `error`, `prediction` and `confidence`."""
         self.rows += len(rows)
-        good = rows.filter(pc.is_null(rows["error"]))
-        self.below_threshold += pc.sum(pc.less(good["confidence"], self.threshold)).as_py() or 0
-        for one in pc.value_counts(good["prediction"]).to_pylist():
-            self.classes[one["values"]] += one["counts"]
-        for row in rows.filter(pc.is_valid(rows["error"])).select(["id", "uri", "error"]).to_pylist():
+        predicted = rows.filter(pc.is_null(rows["error"]))
+        self.below_threshold += pc.sum(pc.less(predicted["confidence"], self.threshold)).as_py() or 0
+        for item in pc.value_counts(predicted["prediction"]).to_pylist():
+            self.classes[item["values"]] += item["counts"]
+        for row in _error_rows(rows).to_pylist():
             reason = row["error"].partition(":")[0]
             self.reasons[reason] += 1
             if len(self.examples.setdefault(reason, [])) < _EXAMPLES:
@@ -48,45 +53,56 @@ class Tally:
 
     @property
     def errors(self) -> int:
-        """Rows without a prediction."""
+        """Number of rows without a prediction."""
         return self.reasons.total()
 
     @property
     def ok(self) -> int:
-        """Rows with a prediction."""
+        """Number of rows with a prediction."""
         return self.rows - self.errors
 
 
-def population_stability_index(found: dict[str, int], expected: dict[str, int]) -> float | None:
-    """How far two distributions over classes are apart.
+def _error_rows(rows: pa.Table) -> pa.Table:
+    """The rows that have an error, with the columns `id`, `uri` and `error`."""
+    return rows.filter(pc.is_valid(rows["error"])).select(_ERROR_COLUMNS)
 
-    The sum over classes of (p - q) ln(p / q), with p and q the shares in `found` and `expected`; half an image is
-    added to each count, so that a class without images does not make it infinite. (Siddiqi, Credit Risk Scorecards,
-    2006, whose rule of thumb it is that below 0.1 nothing has changed, and from 0.25 on much has.)
+
+def population_stability_index(actual: dict[str, int], expected: dict[str, int]) -> float | None:
+    """The distance between two distributions over classes.
+
+    It is the sum over classes of (p - q) ln(p / q), where p and q are the shares in `actual` and `expected`. Half an
+    image is added to each count, so that classes without images keep it finite. The rule of thumb in Siddiqi, Credit
+    Risk Scorecards, 2006: no change below 0.1, a shift from 0.1, a large change from 0.25.
+
+    Args:
+        actual: images by class.
+        expected: images by class.
 
     Returns:
-        None where one of the two has no images.
+        None if one of the two has no images.
     """
-    names = sorted(set(found) | set(expected))
-    p, q = (np.asarray([counts.get(name, 0) for name in names], np.float64) for counts in (found, expected))
+    names = sorted(set(actual) | set(expected))
+    p, q = (np.asarray([counts.get(name, 0) for name in names], np.float64) for counts in (actual, expected))
     if not p.sum() or not q.sum():
         return None
     p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (p, q))
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def summary_of(tally: Tally, info: BundleInfo) -> dict[str, Any]:
-    """What `summary.json` holds of the rows."""
-    trained = info.class_counts
+def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
+    """The part of `summary.json` that describes the rows."""
+    training_counts = info.class_counts
     classes = {
         name: {
             "images": tally.classes[name],
             "share": round(tally.classes[name] / max(tally.ok, 1), 6),
-            "training_share": round(trained.get(name, 0) / sum(trained.values()), 6) if trained else None,
+            "training_share": (
+                round(training_counts.get(name, 0) / sum(training_counts.values()), 6) if training_counts else None
+            ),
         }
         for name in info.class_names
     }
-    drift = population_stability_index(dict(tally.classes), trained)
+    drift = population_stability_index(dict(tally.classes), training_counts)
     return {
         "rows": tally.rows,
         "ok": tally.ok,
@@ -102,23 +118,23 @@ def summary_of(tally: Tally, info: BundleInfo) -> dict[str, Any]:
     }
 
 
-def log_summary(found: dict[str, Any], most: int = 10) -> None:
-    """Log a summary in a person's words."""
-    log.info("%d images: %d classified, %d without a prediction", found["rows"], found["ok"], found["errors"])
-    for reason, errors in found["errors_by_reason"].items():
-        log.info("  %s: %d, %s for one", reason, errors["images"], errors["examples"][0]["uri"])
-    ordered = sorted(found["classes"].items(), key=lambda item: -item[1]["images"])
-    for name, one in ordered[:most]:
-        beside = "" if one["training_share"] is None else f"  (in training {one['training_share']:.1%})"
-        log.info("  %s: %d, %.1f%%%s", name, one["images"], 100 * one["share"], beside)
-    if len(ordered) > most:
-        log.info("  and %d classes more", len(ordered) - most)
-    log.info("below a confidence of %g: %.1f%%", found["threshold"], 100 * found["below_threshold"])
-    drift = found["population_stability_index"]
+def log_summary(summary: dict[str, Any], max_classes: int = 10) -> None:
+    """Log what `summarize` returned, in sentences, with the most frequent classes."""
+    log.info("%d images: %d classified, %d without a prediction", summary["rows"], summary["ok"], summary["errors"])
+    for reason, errors in summary["errors_by_reason"].items():
+        log.info("  %s: %d, for example %s", reason, errors["images"], errors["examples"][0]["uri"])
+    classes = sorted(summary["classes"].items(), key=lambda item: -item[1]["images"])
+    for name, counts in classes[:max_classes]:
+        training = "" if counts["training_share"] is None else f"  (in training {counts['training_share']:.1%})"
+        log.info("  %s: %d, %.1f%%%s", name, counts["images"], 100 * counts["share"], training)
+    if len(classes) > max_classes:
+        log.info("  and %d more classes", len(classes) - max_classes)
+    log.info("confidence below %g: %.1f%%", summary["threshold"], 100 * summary["below_threshold"])
+    drift = summary["population_stability_index"]
     if drift is not None and drift >= DRIFT:
         log.warning(
-            "The classes are distributed otherwise than in training (population stability index %.2f, much from %g "
-            "on): these may be other images than the network was trained for.",
+            "The predicted classes are distributed differently than in training (population stability index %.2f; "
+            "%g or more is a large change): check that these are the kind of images that the network was trained on.",
             drift, DRIFT,
         )  # fmt: skip
 
@@ -129,13 +145,13 @@ class ErrorList:
     def __init__(self) -> None:
         self._text = io.StringIO()
         self._writer = csv.writer(self._text)
-        self._writer.writerow(["id", "uri", "error"])
+        self._writer.writerow(_ERROR_COLUMNS)
 
     def add(self, rows: pa.Table) -> None:
-        """Take those of these rows that have none."""
-        bad = rows.filter(pc.is_valid(rows["error"]))
-        self._writer.writerows(zip(*(bad[name].to_pylist() for name in ("id", "uri", "error")), strict=True))
+        """Add those of these rows that have an error."""
+        columns = (column.to_pylist() for column in _error_rows(rows).columns)
+        self._writer.writerows(zip(*columns, strict=True))
 
     def write(self, uri: str) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         storage.write_bytes(uri, self._text.getvalue().encode())

@@ -74,38 +74,38 @@ class TrainingMetrics:
 class PredictionMetrics:
     """The metrics `cnnray_predict_*` of Ray, each with the tag `run`.
 
-    The driver counts images, as each comes to it once, whatever became of the workers; these count the time that
-    they take.
+    The driver counts images, because each row reaches it exactly once even when workers are lost. The workers count
+    the time that they take.
     """
 
     def __init__(self, output: str) -> None:
         """
         Args:
-            output: of the run; its last two parts are its name.
+            output: folder of the run; its last two parts are the value of the tag `run`.
         """
         self._tags = {"run": storage.short_name(output)}
         self._images = metrics.Counter(
             "cnnray_predict_images",
-            description="Images that have their row: ok, or error with its reason.",
+            description="Images with a row in the output: ok, or error with its reason.",
             tag_keys=("run", "status", "reason"),
         )
         self._seconds = metrics.Counter(
             "cnnray_predict_seconds",
-            description="Time of the workers, by stage: read (with decoding, as far as it was waited for), predict.",
+            description="Time of the workers by stage: read (waiting for reading and decoding), predict.",
             tag_keys=("run", "stage"),
         )
 
-    def rows(self, rows: pa.Table) -> None:
-        """These rows are done."""
-        bad = pc.drop_null(rows["error"])
-        if len(rows) > len(bad):
-            self._images.inc(len(rows) - len(bad), tags=self._tags | {"status": "ok", "reason": ""})
-        reasons = [error.partition(":")[0] for error in bad.to_pylist()]
+    def add_rows(self, rows: pa.Table) -> None:
+        """Count rows that have reached the driver."""
+        errors = pc.drop_null(rows["error"])
+        if len(rows) > len(errors):
+            self._images.inc(len(rows) - len(errors), tags=self._tags | {"status": "ok", "reason": ""})
+        reasons = [error.partition(":")[0] for error in errors.to_pylist()]
         for reason in set(reasons):
             self._images.inc(reasons.count(reason), tags=self._tags | {"status": "error", "reason": reason})
 
-    def took(self, stage: str, seconds: float) -> None:
-        """A worker spent so long in a stage."""
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add the time that a worker spent in a stage, `read` or `predict`."""
         if seconds > 0:
             self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
 

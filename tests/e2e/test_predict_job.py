@@ -1,4 +1,4 @@
-"""jobs/predict.py as its users run it, and as it is killed: every image has one row in the end, and nothing hangs."""
+"""jobs/predict.py run by users and killed at any time: in the end every image has one row, and nothing hangs."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.runs import rows_of
 IMAGES = 1500
 PARTS = -(-IMAGES // 64)
 WATCHDOG = 240
-"""Seconds that no run may take, on two cores."""
+"""Seconds after which a run on two cores counts as hanging."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def bundle(onnx_bundle):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Images that take a while to decode, two of them damaged. (Links to a few files, of a megabyte each.)"""
+    """Images that are slow to decode, two of them damaged: hard links to eight files of 1000x1000 pixels."""
     folder = tmp_path_factory.mktemp("photos")
     images, _ = coloured_noise(8, 1000, seed=7)
     for number, image in enumerate(images):
@@ -43,7 +43,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def command(bundle, photos, tmp_path):
-    """The command line of a run, and where it writes."""
+    """The command line of a run, and its output."""
     output = tmp_path / "out"
     arguments = ["--bundle", bundle, "--input", photos, "--output", output, "--rows-per-part", "64"]
     return ("predict", *arguments), output
@@ -64,25 +64,33 @@ def _parts(output):
 
 
 ON_RAY = {"worker": "Worker", "ledger": "Ledger", "task": "_decoded"}
-"""What Ray's processes have in their names; a run goes on by itself after the death of one."""
+"""What Ray puts in the names of these processes. A run continues by itself when one of them is killed."""
 
 
 def _victims(job, kind):
-    """The processes to kill: the job itself, one of Ray's workers of it, or all of its cluster."""
+    """The processes to kill: the job itself, one of its Ray workers, or its whole cluster."""
     if kind == "driver":
         return [psutil.Process(job.process.pid)]
     named = job.named_children()
     if kind in ON_RAY:
-        found = [process for process, name in named if name.startswith("ray::") and ON_RAY[kind] in name]
-        return [random.choice(found)] if found else []
+        processes = [process for process, name in named if name.startswith("ray::") and ON_RAY[kind] in name]
+        return [random.choice(processes)] if processes else []
     return [process for process, name in named if "raylet" in name or "gcs_server" in name]
 
 
-def _killed_and_done(start_job, command, output, kind, parts, seconds):
-    """Kill a run so many seconds after so many parts of its output were there, and let it, or the next one, finish.
+def _kill_and_finish(start_job, command, output, kind, parts, seconds):
+    """Kill a run, and let it finish, or start it again if the kill ended it.
+
+    Args:
+        start_job: the fixture.
+        command: of the run.
+        output: of the run.
+        kind: what is killed (see `_victims`).
+        parts: number of written parts to wait for before the kill.
+        seconds: time between that and the kill.
 
     Returns:
-        the JSON line, and how many parts there were at the kill.
+        the JSON line, and the number of parts at the kill.
     """
     job = start_job(*command)
     until(lambda: _parts(output) >= parts or job.process.poll() is not None, WATCHDOG, f"{parts} parts")
@@ -100,7 +108,7 @@ def _killed_and_done(start_job, command, output, kind, parts, seconds):
     return _line(job), before
 
 
-def test_a_run_leaves_rows_and_says_so(start_job, command):
+def test_a_run_writes_rows_and_logs_a_summary(start_job, command):
     arguments, output = command
     job = start_job(*arguments)
     assert job.wait(WATCHDOG) == 0, job.err.read_text()
@@ -122,7 +130,7 @@ def test_a_run_leaves_rows_and_says_so(start_job, command):
 @pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
 def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, command):
     arguments, output = command
-    line, before = _killed_and_done(start_job, arguments, output, kind, 2, 0)
+    line, before = _kill_and_finish(start_job, arguments, output, kind, 2, 0)
     _check(output, line)
     if kind not in ON_RAY:
         assert line["resumed"] >= 64 * before > 0
@@ -136,16 +144,16 @@ def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
     if kind == "task":
         arguments = (*arguments, "--decoding", "tasks", "--cpus-per-worker", "0.5")
     for trial in range(10):
-        # Some while Ray and the workers start, the others over the whole of the run.
+        # Some kills hit the start of Ray and the workers, the others are spread over the run.
         parts = max(0, random.randint(-PARTS // 3, PARTS - 12))
         seconds = random.uniform(0.5, 10) if parts == 0 else random.uniform(0, 0.3)
         started = time.monotonic()
-        line, before = _killed_and_done(start_job, arguments, output, kind, parts, seconds)
+        line, before = _kill_and_finish(start_job, arguments, output, kind, parts, seconds)
         _check(output, line)
         with capsys.disabled():
             print(
-                f"{kind} {trial + 1}: killed {seconds:.1f} s after {parts} parts ({before} of {PARTS} were there); "
-                f"{line['resumed']} images resumed; done after {time.monotonic() - started:.0f} s in all"
+                f"{kind} {trial + 1}: killed {seconds:.1f} s after {parts} parts ({before} of {PARTS} existed); "
+                f"{line['resumed']} images resumed; done after {time.monotonic() - started:.0f} s in total"
             )
         for path in output.iterdir():
             path.unlink()
@@ -164,12 +172,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_get_one_sentence_at_once(mistake, start_job, bundle, photos, tmp_path):
+def test_mistakes_are_reported_at_once(mistake, start_job, bundle, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     arguments, sentence = MISTAKES[mistake]
-    places = {"bundle": bundle, "photos": photos, "empty": tmp_path / "empty", "out": tmp_path / "out"}
+    values = {"bundle": bundle, "photos": photos, "empty": tmp_path / "empty", "out": tmp_path / "out"}
     started = time.monotonic()
-    job = start_job("predict", *(argument.format(**places) for argument in arguments))
+    job = start_job("predict", *(argument.format(**values) for argument in arguments))
     assert job.wait(60) != 0
     assert time.monotonic() - started < 15  # about 1 on a quiet machine
     assert sentence in job.err.read_text().splitlines()[-1]

@@ -1,6 +1,6 @@
-"""A million images (make soak): flat memory, the same speed at the end as at the start, a kill at half costs little.
+"""A million images (make soak): memory stays flat, speed stays constant, and a kill halfway costs little.
 
-CNNRAY_SOAK_IMAGES sets another number.
+CNNRAY_SOAK_IMAGES sets another number of images.
 """
 
 import io
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 @pytest.fixture(scope="module")
 def encoded():
-    """Small images, encoded, and their classes."""
+    """Small JPEG files as bytes, and their class names."""
     images, targets = coloured_noise(99, SIZE, seed=1)
     files = []
     for image in images:
@@ -45,7 +45,7 @@ def encoded():
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, encoded):
-    """With int8 engines whose accuracy was measured."""
+    """A bundle with int8 engines whose accuracy was measured."""
     folder, images = tmp_path_factory.mktemp("bundle"), tmp_path_factory.mktemp("calibration")
     bundles.save(
         fitted("small_cnn", SIZE, *coloured_noise(96, SIZE)), BundleInfo(class_names=NAMES, image_size=SIZE), folder
@@ -59,7 +59,7 @@ def bundle(tmp_path_factory, encoded):
 
 @pytest.fixture(params=["packed", "loose"])
 def images(request, tmp_path, encoded):
-    """A million images in Parquet files, or as many files."""
+    """A million images in Parquet files, or in as many files."""
     folder, files = tmp_path / "images", encoded[0]
     folder.mkdir()
     if request.param == "packed":
@@ -76,13 +76,13 @@ def images(request, tmp_path, encoded):
             if number % 40_000 < len(files):
                 path.write_bytes(files[number % len(files)])
             else:
-                path.hardlink_to(group)  # a file can have 65,000 names
+                path.hardlink_to(group)  # a file can have 65,000 hard links
     yield request.param, folder
     shutil.rmtree(folder)
 
 
 class Memory(threading.Thread):
-    """Samples the memory of a job's processes: MiB that are theirs alone, every few seconds."""
+    """Samples the memory of a job's processes every two seconds: MiB that they share with no other process."""
 
     def __init__(self, job):
         super().__init__(daemon=True)
@@ -118,7 +118,7 @@ def test_a_million_images(images, bundle, start_job, tmp_path, capsys):
     job = start_job(*command)
     memory = Memory(job)
     memory.start()
-    parts = IMAGES // (5000 if kind == "packed" else 4096)  # of whole row groups
+    parts = IMAGES // (5000 if kind == "packed" else 4096)  # a part consists of whole row groups
 
     def running():
         assert job.process.poll() is None, job.err.read_text()
@@ -130,29 +130,32 @@ def test_a_million_images(images, bundle, start_job, tmp_path, capsys):
     before = _part_times(output)
 
     restarted = time.time()
-    again = start_job(*command)
-    second = Memory(again)
-    second.start()
+    second_job = start_job(*command)
+    second_memory = Memory(second_job)
+    second_memory.start()
     until(lambda: len(list(output.glob("part-*"))) > len(before), 300, "a part after the restart")
     resumed_after = time.time() - restarted
-    assert again.wait(5000) == 0, again.err.read_text()
-    second.stop()
-    line = json.loads(again.out.read_text().splitlines()[-1])
+    assert second_job.wait(5000) == 0, second_job.err.read_text()
+    second_memory.stop()
+    line = json.loads(second_job.out.read_text().splitlines()[-1])
 
-    found = pa.concat_tables(
+    rows = pa.concat_tables(
         pyarrow.parquet.read_table(path, columns=["id", "status"]) for path in sorted(output.glob("part-*"))
     )
-    assert np.array_equal(found["id"].to_numpy(), np.arange(IMAGES))
-    assert pc.all(pc.equal(found["status"], "ok")).as_py()
+    assert np.array_equal(rows["id"].to_numpy(), np.arange(IMAGES))
+    assert pc.all(pc.equal(rows["status"], "ok")).as_py()
     times = _part_times(output)
-    rates = [_tenth_rates(some, IMAGES / len(times)) for some in (before, times[len(before) :])]
+    rates = [_tenth_rates(half, IMAGES / len(times)) for half in (before, times[len(before) :])]
     with capsys.disabled():
         print(
             f"\n{kind}: {IMAGES} images, engine {line['engine']}; {before[0] - started:.0f} s to the first part; "
             f"killed at {len(before)} parts, {line['resumed']} images resumed, first new part after "
-            f"{resumed_after:.0f} s; {time.time() - started:.0f} s in all"
+            f"{resumed_after:.0f} s; {time.time() - started:.0f} s in total"
         )
-        for name, (first, last), sampled in (("first half", rates[0], memory), ("second half", rates[1], second)):
+        for name, (first, last), sampled in (
+            ("first half", rates[0], memory),
+            ("second half", rates[1], second_memory),
+        ):
             quarter = len(sampled.driver) // 4
             print(
                 f"  {name}: first tenth {first:.0f}, last tenth {last:.0f} images/s ({last / first:.3f}); MiB of the "
@@ -160,13 +163,13 @@ def test_a_million_images(images, bundle, start_job, tmp_path, capsys):
                 f"{sampled.workers[quarter]:.0f} to {sampled.workers[-2]:.0f} (most {max(sampled.workers):.0f})"
             )
     assert resumed_after < 120
-    for sampled in (memory, second):
+    for sampled in (memory, second_memory):
         quarter = len(sampled.driver) // 4
         assert max(sampled.driver[quarter:]) < 1.3 * sampled.driver[quarter]
         assert max(sampled.workers[quarter:]) < 1.3 * sampled.workers[quarter]
 
 
 def _tenth_rates(times, rows):
-    """Images/s of the first and of the last tenth of some parts, of so many rows each."""
+    """Images/s of the first and of the last tenth of parts with these write times and this number of rows."""
     tenth = max(2, len(times) // 10)
-    return tuple(rows * (tenth - 1) / (some[-1] - some[0]) for some in (times[:tenth], times[-tenth:]))
+    return tuple(rows * (tenth - 1) / (part[-1] - part[0]) for part in (times[:tenth], times[-tenth:]))

@@ -15,7 +15,7 @@ from cnnray.models.bundle import BundleInfo
 
 @pytest.fixture(params=[2, 10, 200])
 def report(request, start_job, tmp_path):
-    """Of a network of random weights, on three images a class, and one that is none."""
+    """The report of a network with random weights on three images per class and one broken file."""
     names = [f"class {number} <of> {request.param}" for number in range(request.param)]
     generator = np.random.default_rng(0)
     for name in names:
@@ -38,10 +38,10 @@ def report(request, start_job, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_report_opens_alone_and_its_table_sorts(report, browser, tmp_path):
+def test_the_report_needs_no_other_files_and_its_table_sorts(report, browser, tmp_path):
     uri, classes = report
-    alone = shutil.copy(uri, tmp_path / "alone.html")
-    browser.get(f"file://{alone}")
+    copy = shutil.copy(uri, tmp_path / "copy.html")
+    browser.get(f"file://{copy}")
     rows = browser.find_elements(By.CSS_SELECTOR, "#classes tbody tr")
     assert len(rows) == classes
     assert rows[1].find_element(By.TAG_NAME, "td").text == f"class 1 <of> {classes}"
@@ -67,14 +67,14 @@ def test_the_report_opens_alone_and_its_table_sorts(report, browser, tmp_path):
     )
     assert wide <= 0
     assert browser.get_log("browser") == []
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    # The browser's own first page asks for things, too.
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    # The browser's own first page sends requests, too.
     addresses = [
-        one["params"]["request"]["url"]
-        for one in asked
-        if one["method"] == "Network.requestWillBeSent" and not one["params"]["documentURL"].startswith("chrome:")
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
     ]
-    assert {address for address in addresses if not address.startswith("data:")} == {f"file://{alone}"}
+    assert {address for address in addresses if not address.startswith("data:")} == {f"file://{copy}"}
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.set_window_size(1200, height // 2)
     browser.save_screenshot(str(tmp_path / "report.png"))

@@ -1,4 +1,4 @@
-"""Evaluations on a cluster: every labelled image once, figures as scikit-learn's, calibration, comparison."""
+"""Evaluations on a cluster: every labelled image once, metrics equal to scikit-learn's, calibration, comparison."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def evaluated(labelled, onnx_bundle, tmp_path_factory):
     return line, output
 
 
-def test_every_image_is_a_row_and_those_without_an_answer_are_not_in_the_accuracy(evaluated, labelled):
+def test_every_image_has_a_row_and_images_with_errors_do_not_count_in_the_accuracy(evaluated, labelled):
     line, output = evaluated
     assert (line["images"], line["errors"]) == (IMAGES + 2, 2)
     rows = pyarrow.parquet.read_table(output / "predictions.parquet").to_pylist()
@@ -60,17 +60,17 @@ def test_every_image_is_a_row_and_those_without_an_answer_are_not_in_the_accurac
     bad = {row["uri"]: row["error"] for row in rows if row["error"]}
     assert bad.keys() == {str(labelled / name) for name in BROKEN}
     good = [row for row in rows if not row["error"]]
-    right = sum(row["prediction"] == row["label"] for row in good)
-    assert line["accuracy"] == pytest.approx(right / IMAGES, rel=1e-12)
+    correct = sum(row["prediction"] == row["label"] for row in good)
+    assert line["accuracy"] == pytest.approx(correct / IMAGES, rel=1e-12)
     assert 0.8 < line["accuracy"] < 1
     report = (output / "report.html").read_text()
     for name in BROKEN:
         assert name in report
-    found = json.loads((output / "metrics.json").read_text())
-    assert sum(found["errors_by_reason"].values()) == 2
+    results = json.loads((output / "metrics.json").read_text())
+    assert sum(results["errors_by_reason"].values()) == 2
 
 
-def test_figures_equal_scikit_learns_on_the_same_predictions(evaluated):
+def test_metrics_equal_scikit_learns_on_the_same_predictions(evaluated):
     _, output = evaluated
     parts = [pyarrow.parquet.read_table(path) for path in sorted((output / "predictions").glob("part-*"))]
     rows = [row for part in parts for row in part.to_pylist() if not row["error"]]
@@ -79,8 +79,8 @@ def test_figures_equal_scikit_learns_on_the_same_predictions(evaluated):
     scores = np.asarray([row["probabilities"] for row in rows], np.float64)
     scores /= scores.sum(1, keepdims=True)
     best = scores.argmax(1)
-    found = json.loads((output / "metrics.json").read_text())
-    assert [row["name"] for row in found["classes"]] == names
+    results = json.loads((output / "metrics.json").read_text())
+    assert [row["name"] for row in results["classes"]] == names
     for name, expected in {
         "accuracy": sklearn.metrics.accuracy_score(truth, best),
         "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, best),
@@ -91,11 +91,11 @@ def test_figures_equal_scikit_learns_on_the_same_predictions(evaluated):
         "macro_roc_auc": sklearn.metrics.roc_auc_score(truth, scores, multi_class="ovr"),
         "matthews_correlation": sklearn.metrics.matthews_corrcoef(truth, best),
     }.items():
-        assert found[name] == pytest.approx(expected, rel=1e-12), name
-    assert found["confusion_matrix"] == sklearn.metrics.confusion_matrix(truth, best).tolist()
+        assert results[name] == pytest.approx(expected, rel=1e-12), name
+    assert results["confusion_matrix"] == sklearn.metrics.confusion_matrix(truth, best).tolist()
 
 
-def test_an_evaluation_leaves_its_pictures_and_goes_on_from_what_was_predicted(evaluated, onnx_bundle, labelled):
+def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated, onnx_bundle, labelled):
     line, output = evaluated
     names = {path.stem for path in (output / "plots").glob("*.png")}
     assert {"confusion_matrix", "roc", "reliability", "coverage", "samples_grad_cam", "mistakes"} <= names
@@ -119,19 +119,23 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
         EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
     )
     info = Bundle.load(str(bundle)).info
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"]
-    assert line["temperature"] == info.temperature == found["fitted_temperature"] != 1
-    assert found["expected_calibration_error_after"] < line["expected_calibration_error"]
+    calibration = json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"]
+    assert line["temperature"] == info.temperature == calibration["fitted_temperature"] != 1
+    assert calibration["expected_calibration_error_after"] < line["expected_calibration_error"]
     images = [path.read_bytes() for path in sorted(labelled.rglob("0*.png"))]
     for engine in ("keras", "onnx"):
         before = Predictor(Bundle.load(onnx_bundle), engine=engine)(images)
         after = Predictor(Bundle.load(str(bundle)), engine=engine)(images)
-        assert [one.label for one in before] == [one.label for one in after]
-        powers = np.stack([one.probabilities for one in before]).astype(np.float64) ** (1 / info.temperature)
-        np.testing.assert_allclose(
-            np.stack([one.probabilities for one in after]), powers / powers.sum(1, keepdims=True), atol=1e-5
+        assert [prediction.label for prediction in before] == [prediction.label for prediction in after]
+        powers = np.stack([prediction.probabilities for prediction in before]).astype(np.float64) ** (
+            1 / info.temperature
         )
-    # What was there of the network before its new temperature stays.
+        np.testing.assert_allclose(
+            np.stack([prediction.probabilities for prediction in after]),
+            powers / powers.sum(1, keepdims=True),
+            atol=1e-5,
+        )
+    # Predictions made with the former temperature stay.
     with pytest.raises(PredictionError, match="holds a run with the model"):
         evaluate(EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "report.html").exists()
@@ -157,19 +161,19 @@ def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bun
         "data_checks": False,
     }
     same = evaluate(EvaluateConfig(bundle=onnx_bundle, output=str(tmp_path / "same"), **arguments))
-    stated = json.loads((tmp_path / "same" / "metrics.json").read_text())["comparison"]
-    assert stated["images"] == IMAGES
-    assert stated["accuracy"] == stated["other_accuracy"] == same["accuracy"]
-    assert stated["mcnemar"] == {"only_this": 0, "only_other": 0, "p_value": 1.0}
+    saved = json.loads((tmp_path / "same" / "metrics.json").read_text())["comparison"]
+    assert saved["images"] == IMAGES
+    assert saved["accuracy"] == saved["other_accuracy"] == same["accuracy"]
+    assert saved["mcnemar"] == {"only_this": 0, "only_other": 0, "p_value": 1.0}
     with pytest.raises(EvaluationError, match=r"Accuracy fell by 0\.\d+ against .*, more than --max-drop 0\.1\."):
         evaluate(EvaluateConfig(bundle=str(worse), output=str(tmp_path / "out"), max_drop=0.1, **arguments))
-    stated = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
-    assert stated["mcnemar"]["p_value"] < 1e-6
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
+    assert saved["mcnemar"]["p_value"] < 1e-6
     assert "McNemar" in (tmp_path / "out" / "report.html").read_text()
-    comparison.gate(stated, max_drop=1.0)
+    comparison.check_accuracy(saved, max_drop=1.0)
 
 
-def test_splits_names_too_few_answers_and_images_that_come_back(onnx_bundle, tmp_path):
+def test_splits_class_names_too_few_predictions_and_retried_images(onnx_bundle, tmp_path):
     images, targets = coloured_noise(12, 32)
     names = ["red", "green", "<script>$"]
     rows = ["<i>late.png,red,validation"]
@@ -189,12 +193,12 @@ def test_splits_names_too_few_answers_and_images_that_come_back(onnx_bundle, tmp
     assert not (tmp_path / "out" / "config.yaml").exists()
     manifest = manifest_of(str(table), labelled=True)
     for split, count in (("auto", 10), ("all", 13), ("train", 3)):
-        assert len(job._chosen(manifest, dataclasses.replace(config, split=split))) == count
-    with pytest.raises(EvaluationError, match="9 answers, 0 of them wrong, do not tell a temperature"):
+        assert len(job._select_split(manifest, dataclasses.replace(config, split=split))) == count
+    with pytest.raises(EvaluationError, match="9 predictions, 0 of them wrong, do not determine a temperature"):
         evaluate(dataclasses.replace(config, calibrate=True))
     assert Bundle.load(str(bundle)).info.temperature == 1
-    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (figures["images"], figures["errors"]) == (10, 1)  # those of the split validation
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (results["images"], results["errors"]) == (10, 1)  # the split validation
     report = (tmp_path / "out" / "report.html").read_text()
     for name in ("<i>late", "<script>$"):
         assert name not in report
@@ -205,7 +209,7 @@ def test_splits_names_too_few_answers_and_images_that_come_back(onnx_bundle, tmp
     assert "The data were not checked" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labelled, tmp_path):
+def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
     _, output = evaluated
     (tmp_path / "data" / "red").mkdir(parents=True)
     (tmp_path / "data" / "green").mkdir()
@@ -214,7 +218,7 @@ def test_what_cannot_be_evaluated_gets_a_sentence(evaluated, onnx_bundle, labell
         evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(tmp_path / "out")))
     (tmp_path / "data" / "green" / "a.png").touch()
     config = EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(tmp_path / "out"))
-    with pytest.raises(EvaluationError, match="None of the 2 images has an answer: empty"):
+    with pytest.raises(EvaluationError, match="None of the 2 images has a prediction; the first error: empty"):
         evaluate(config)
     with pytest.raises(EvaluationError, match="holds an evaluation of other images"):
         evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(output)))
@@ -254,22 +258,22 @@ def test_impossible_flags_are_refused(changes, sentence):
         EvaluateConfig(**{"bundle": "/b", "data": "/d", "output": "/o"} | changes)
 
 
-def test_the_prediction_run_has_the_flags_of_the_evaluation():
+def test_the_prediction_run_takes_the_flags_of_the_evaluation():
     config = EvaluateConfig(bundle="/b", data="/d", output="/o", engine="onnx", batch_size=3, max_workers=2)
     config = dataclasses.replace(config, retry_errors=True)
-    assert config.predicting("/o/manifest.parquet") == PredictConfig(
+    assert config.predict_config("/o/manifest.parquet") == PredictConfig(
         bundle="/b", input="/o/manifest.parquet", output="/o/predictions", engine="onnx", batch_size=3, max_workers=2,
         retry_errors=True, probabilities=True, max_error_fraction=1.0,
     )  # fmt: skip
 
 
-def test_data_are_checked_alone(labelled, tmp_path):
+def test_check_data(labelled, tmp_path):
     root = shutil.copytree(labelled, tmp_path / "data")
     shutil.copy(next((root / "red").glob("*0.png")), root / "blue" / "copy.png")
     line = check_data(EvaluateConfig(data=str(root), check_data=True))
     assert (line["images"], line["unreadable"], line["copies"]) == (IMAGES + 3, 2, 1)
     assert line["findings"]["the same image under two labels"] == 1
-    # Without labels there is less to find.
+    # Without labels there are fewer kinds of findings.
     line = check_data(EvaluateConfig(data=f"{root}/*/*.png", check_data=True))
     assert (line["images"], line["copies"]) == (IMAGES + 3, 1)
     assert "the same image under two labels" not in line["findings"]

@@ -1,4 +1,4 @@
-"""Prediction runs on a cluster: one row for each image, the same whatever runs it."""
+"""Prediction runs on a cluster: one row for each image, the same for all engines, formats and numbers of workers."""
 
 import csv
 import dataclasses
@@ -21,7 +21,7 @@ from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.job import PredictionError
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
-from tests.ray.workers import EndedByAnImage, EndedByItsBundle, decoded_or_die
+from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle, decoded_or_die
 from tests.runs import rows_of
 
 
@@ -32,21 +32,21 @@ def bundle(onnx_bundle):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """The awkward set, the bad one and a missing file, twice: a table of their addresses, and bytes by address."""
+    """Two copies of the awkward and bad images, and a missing file: a table of their uris, and bytes by uri."""
     folder = tmp_path_factory.mktemp("images")
     contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
-    found = {}
+    contents_by_uri = {}
     for copy in ("a", "b"):
         (folder / copy).mkdir()
         for name, data in contents.items():
             (folder / copy / name).write_bytes(data)
-            found[str(folder / copy / name)] = data
-    found[str(folder / "missing.png")] = None
+            contents_by_uri[str(folder / copy / name)] = data
+    contents_by_uri[str(folder / "missing.png")] = None
     with (folder / "images.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["uri", "shot", "error"])
-        writer.writerows([uri, number, "none"] for number, uri in enumerate(found))
-    return folder / "images.csv", found
+        writer.writerows([uri, number, "none"] for number, uri in enumerate(contents_by_uri))
+    return folder / "images.csv", contents_by_uri
 
 
 def _config(bundle, images, output, **changes):
@@ -56,12 +56,12 @@ def _config(bundle, images, output, **changes):
 
 @pytest.fixture(scope="module")
 def finished(bundle, images, tmp_path_factory):
-    """A finished run's output, and its JSON line."""
+    """The output of a finished run, and its JSON line."""
     output = tmp_path_factory.mktemp("finished")
     return output, job.run(_config(bundle, images[0], output))
 
 
-def test_every_image_has_one_row_with_the_answer_of_predictor(finished, bundle, images):
+def test_every_image_has_one_row_with_the_prediction_of_predictor(finished, bundle, images):
     output, line = finished
     rows = rows_of(output)
     assert [row["id"] for row in rows] == list(range(len(images[1])))
@@ -71,12 +71,12 @@ def test_every_image_has_one_row_with_the_answer_of_predictor(finished, bundle, 
         assert row["shot"] == list(images[1]).index(row["uri"])
         assert row["original_error"] == "none"
         data = images[1][row["uri"]]
-        (answer,) = predictor([data]) if data is not None else [BadImage("missing")]
-        if isinstance(answer, BadImage):
-            assert row["error"].partition(":")[0] == answer.reason
+        (prediction,) = predictor([data]) if data is not None else [BadImage("missing")]
+        if isinstance(prediction, BadImage):
+            assert row["error"].partition(":")[0] == prediction.reason
         else:
-            assert row["top_k_labels"] == [name for name, _ in answer.top_k]
-            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in answer.top_k], atol=1e-5)
+            assert row["top_k_labels"] == [name for name, _ in prediction.top_k]
+            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in prediction.top_k], atol=1e-5)
     bad = 2 * len(bad_images()) + 1
     assert {name: line[name] for name in ("output", "rows", "ok", "errors", "resumed", "engine")} == {
         "output": str(output), "rows": len(rows), "ok": len(rows) - bad, "errors": bad, "resumed": 0,
@@ -84,21 +84,21 @@ def test_every_image_has_one_row_with_the_answer_of_predictor(finished, bundle, 
     }  # fmt: skip
 
 
-def test_what_a_run_leaves(finished, bundle):
+def test_the_files_of_a_finished_run(finished, bundle):
     output, line = finished
-    stated = json.loads((output / "summary.json").read_text())
-    assert {name: stated[name] for name in line} == line
-    assert stated["model"] == Bundle.load(bundle).version
-    assert stated["errors_by_reason"]["missing"]["images"] == 1
-    assert sum(reason["images"] for reason in stated["errors_by_reason"].values()) == line["errors"]
-    assert sum(one["images"] for one in stated["classes"].values()) == line["ok"]
-    assert stated["population_stability_index"] > 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert {name: summary[name] for name in line} == line
+    assert summary["model"] == Bundle.load(bundle).version
+    assert summary["errors_by_reason"]["missing"]["images"] == 1
+    assert sum(reason["images"] for reason in summary["errors_by_reason"].values()) == line["errors"]
+    assert sum(counts["images"] for counts in summary["classes"].values()) == line["ok"]
+    assert summary["population_stability_index"] > 0
     with (output / "errors.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == line["errors"]
     parts = sorted(path.name for path in output.glob("part-*"))
     assert parts == ["part-000000.parquet", "part-000001.parquet", "part-000002.parquet"]
-    left = {path.name for path in output.iterdir()}
-    assert left == {*parts, "config.yaml", "errors.csv", "manifest.parquet", "summary.json"}
+    names = {path.name for path in output.iterdir()}
+    assert names == {*parts, "config.yaml", "errors.csv", "manifest.parquet", "summary.json"}
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_what_a_run_leaves(finished, bundle):
     ],
     ids=["one", "many", "tasks", "csv", "jsonl"],
 )
-def test_the_same_rows_whatever_runs_them(changes, finished, bundle, images, tmp_path):
+def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bundle, images, tmp_path):
     expected = rows_of(finished[0])
     job.run(_config(bundle, images[0], tmp_path, **changes))
-    found = rows_of(tmp_path, changes.get("format", "parquet"))
-    assert [row.keys() for row in found] == [row.keys() for row in expected]
-    for row, wanted in zip(found, expected, strict=True):
+    rows = rows_of(tmp_path, changes.get("format", "parquet"))
+    assert [row.keys() for row in rows] == [row.keys() for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
         for name in wanted:
             if name in ("confidence", "top_k_scores") and wanted[name] is not None:
                 np.testing.assert_allclose(row[name], wanted[name], atol=1e-5)
@@ -134,21 +134,21 @@ def test_images_in_containers(kind, finished, bundle, images, tmp_path):
         table = pa.table({"bytes": list(contents.values()), "name": list(contents)})
         pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=30)
     job.run(_config(bundle, tmp_path / f"0.{kind}", tmp_path / "out", rows_per_part=10))
-    found = rows_of(tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
     expected = {row["uri"]: row for row in rows_of(finished[0])}
-    for row, uri in zip(found, contents, strict=True):
+    for row, uri in zip(rows, contents, strict=True):
         assert row["prediction"] == expected[uri]["prediction"]
         assert (row["error"] or "").partition(":")[0] == (expected[uri]["error"] or "").partition(":")[0]
     # Three row groups are three parts, however few rows a part should have; a tar can be cut anywhere.
     assert len(list((tmp_path / "out").glob("part-*"))) == {"parquet": 3, "tar": 8}[kind]
 
 
-# -- again ----------------------------------------------------------------------------------------------------
+# -- resuming -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A copy of the finished run, to spoil."""
+    """A copy of the finished run, to change."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
@@ -158,14 +158,14 @@ def _times(folder):
 
 def test_a_finished_run_is_not_run_again(copy, bundle, images, monkeypatch):
     before = _times(copy)
-    monkeypatch.setattr(job, "_run", None)
+    monkeypatch.setattr(job, "_predict_missing_parts", None)
     line = job.run(_config(bundle, images[0], copy))
     assert line["resumed"] == line["rows"] == len(images[1])
     assert _times(copy) == before
 
 
 @pytest.mark.parametrize("was_finished", [True, False])
-def test_what_is_missing_is_made_again_and_no_more(was_finished, copy, bundle, images, finished):
+def test_only_missing_parts_are_repeated(was_finished, copy, bundle, images, finished):
     (copy / "part-000001.parquet").unlink()
     if not was_finished:
         (copy / "summary.json").unlink()
@@ -194,11 +194,11 @@ def test_another_run_over_the_same_output_is_refused(copy, bundle, images, tmp_p
     bundles.write_info(str(other), dataclasses.replace(info, temperature=2.0))
     with pytest.raises(PredictionError, match=r"the model model-\w+ \(now model-\w+\)"):
         job.run(dataclasses.replace(config, bundle=str(other)))
-    again = shutil.copytree(bundle, tmp_path / "again")
-    with (again / "model.onnx").open("ab") as file:
+    exported_again = shutil.copytree(bundle, tmp_path / "again")
+    with (exported_again / "model.onnx").open("ab") as file:
         file.write(b" ")
     with pytest.raises(PredictionError, match="holds a run with another export to onnx"):
-        job.run(dataclasses.replace(config, bundle=str(again)))
+        job.run(dataclasses.replace(config, bundle=str(exported_again)))
     assert _times(copy) == before
     line = job.run(dataclasses.replace(config, bundle=str(other), overwrite=True, limit=40))
     assert (line["rows"], line["resumed"]) == (40, 0)
@@ -223,7 +223,7 @@ def test_a_part_that_was_changed_fails_the_run(copy, bundle, images):
     assert not (copy / "summary.json").exists()
 
 
-def test_images_that_come_back_are_tried_again(copy, bundle, images):
+def test_retry_errors_repeats_parts_with_unreadable_images(copy, bundle, images):
     (images[0].parent / "missing.png").write_bytes(awkward_images()["rgb.png"])
     try:
         line = job.run(_config(bundle, images[0], copy, retry_errors=True))
@@ -234,22 +234,22 @@ def test_images_that_come_back_are_tried_again(copy, bundle, images):
     assert rows_of(copy)[-1]["status"] == "ok"
 
 
-# -- what goes wrong ------------------------------------------------------------------------------------------
+# -- failures -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_in_which_all_is_wrong_stops_early(tmp_path, bundle):
+def test_a_run_with_too_many_errors_stops_early(tmp_path, bundle):
     uris = [f"/nowhere/{number}.png" for number in range(20_000)]
     pyarrow.parquet.write_table(pa.table({"uri": uris}), tmp_path / "images.parquet")
     config = _config(bundle, tmp_path / "images.parquet", tmp_path / "out", max_error_fraction=0.1, rows_per_part=500)
     with pytest.raises(
-        PredictionError, match=r"have no prediction, more than --max-error-fraction 0.1, /nowhere/\d+"
+        PredictionError, match=r"have no prediction, more than --max-error-fraction 0.1, for example /nowhere/\d+"
     ):
         job.run(config)
     assert len(list((tmp_path / "out").glob("part-*"))) < 20
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_a_small_run_in_which_all_is_wrong_fails_each_time(tmp_path, bundle):
+def test_a_small_run_with_too_many_errors_fails_each_time(tmp_path, bundle):
     (tmp_path / "images.csv").write_text("uri\n" + "".join(f"/nowhere/{number}.png\n" for number in range(9)))
     config = _config(bundle, tmp_path / "images.csv", tmp_path / "out", max_error_fraction=0.5)
     for _ in range(2):
@@ -258,7 +258,7 @@ def test_a_small_run_in_which_all_is_wrong_fails_each_time(tmp_path, bundle):
     assert job.run(dataclasses.replace(config, max_error_fraction=1.0))["errors"] == 9
 
 
-def test_what_another_job_left_is_not_replaced(tmp_path, bundle, images):
+def test_the_output_of_another_job_is_not_replaced(tmp_path, bundle, images):
     (tmp_path / "config.yaml").write_text("data: /photos\n")
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(PredictionError, match=r"holds a config.yaml of another job"):
@@ -266,7 +266,7 @@ def test_what_another_job_left_is_not_replaced(tmp_path, bundle, images):
     assert (tmp_path / "summary.json").read_text() == "{}"
 
 
-def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, images):
+def test_mistakes_are_reported_before_anything_is_written(tmp_path, bundle, images):
     for changes, error, sentence in (
         ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx"),
         ({"bundle": str(tmp_path / "none")}, BundleError, "is not a bundle"),
@@ -281,22 +281,22 @@ def test_what_can_be_known_is_said_before_anything_is_written(tmp_path, bundle, 
         assert not (tmp_path / "out").exists()
 
 
-def test_a_bundle_that_workers_cannot_load_gets_a_sentence(tmp_path, bundle, images):
+def test_a_bundle_that_workers_cannot_load_is_reported(tmp_path, bundle, images):
     broken = shutil.copytree(bundle, tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(BundleError, match=r"model.onnx cannot be loaded"):
         job.run(_config(str(broken), images[0], tmp_path / "out"))
 
 
-# -- other ways in --------------------------------------------------------------------------------------------
+# -- shards, dry runs and Python ------------------------------------------------------------------------------
 
 
 def test_shards_have_each_image_once(tmp_path, bundle, images):
     lines = [job.run(_config(bundle, images[0], tmp_path, shards=3, shard=shard)) for shard in range(3)]
     assert [line["output"] for line in lines] == [f"{tmp_path}/shard-{shard}-of-3" for shard in range(3)]
-    found = [[row["id"] for row in rows_of(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
-    assert [row for rows in found for row in rows] == list(range(len(images[1])))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+    ids = [[row["id"] for row in rows_of(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
+    assert [number for shard_ids in ids for number in shard_ids] == list(range(len(images[1])))
+    assert max(map(len, ids)) - min(map(len, ids)) <= 1
     other = shutil.copytree(bundle, tmp_path / "bundle")
     bundles.write_info(str(other), dataclasses.replace(Bundle.load(bundle).info, temperature=2.0))
     before = _times(tmp_path)
@@ -333,7 +333,7 @@ def test_from_python(bundle, images, finished):
 
 
 @pytest.mark.parametrize(("decoding", "packed"), [("workers", True), ("tasks", False)])
-def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
+def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
     decoding, packed, tmp_path, bundle, monkeypatch
 ):
     good, poisonous = awkward_images()["rgb.png"], (20, 21)
@@ -343,7 +343,7 @@ def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
     else:
         for number, data in enumerate(contents):
             (tmp_path / f"{number:03d}.png").write_bytes(data)
-    monkeypatch.setattr(pipeline, "Worker", EndedByAnImage)
+    monkeypatch.setattr(pipeline, "Worker", CrashedByAnImage)
     monkeypatch.setattr(pipeline, "_decoded", decoded_or_die)
     output = tmp_path.parent / f"poisoned_{decoding}_{packed}"
     line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
@@ -353,9 +353,9 @@ def test_images_that_end_a_worker_are_found_and_the_others_have_their_answers(
         assert (row["prediction"] is None) == (row["id"] in poisonous)
 
 
-def test_a_worker_that_ends_whenever_it_is_started_ends_the_run(tmp_path, bundle, images, monkeypatch):
-    monkeypatch.setattr(pipeline, "Worker", EndedByItsBundle)
-    with pytest.raises(BundleError, match=r"A worker ended 2 times while it loaded .*too little memory"):
+def test_a_worker_that_crashes_at_every_start_ends_the_run(tmp_path, bundle, images, monkeypatch):
+    monkeypatch.setattr(pipeline, "Worker", CrashedByItsBundle)
+    with pytest.raises(BundleError, match=r"A worker crashed 2 times while it loaded .*too little memory"):
         job.run(_config(bundle, images[0], tmp_path))
 
 

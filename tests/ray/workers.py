@@ -56,22 +56,22 @@ def _call(function, folder, arguments):
 
 
 def decode_or_die(data, size, resize="stretch", decode=decode.decode):
-    """`decode`, which some images end, as they do where a library of C crashes."""
+    """`decode`, whose process some images kill, as a crash in a C library would."""
     if data.endswith(b"poison"):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(data, size, resize)
 
 
-class EndedByAnImage(pipeline.Worker):
-    """A prediction worker that decodes so."""
+class CrashedByAnImage(pipeline.Worker):
+    """A prediction worker that decodes with `decode_or_die`."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         reading.decode = decode_or_die
 
 
-class EndedByItsBundle(pipeline.Worker):
-    """A prediction worker that ends while it loads its bundle, as for lack of memory."""
+class CrashedByItsBundle(pipeline.Worker):
+    """A prediction worker that is killed while it loads its bundle, as for lack of memory."""
 
     def __init__(self, *arguments, **options):
         pipeline.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -79,6 +79,6 @@ class EndedByItsBundle(pipeline.Worker):
 
 
 def decoded_or_die(*arguments, decoded=pipeline._decoded, **options):
-    """A decoding task that decodes so."""
+    """A decoding task that decodes with `decode_or_die`."""
     reading.decode = decode_or_die
     yield from decoded(*arguments, **options)

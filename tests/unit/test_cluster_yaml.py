@@ -36,7 +36,7 @@ from ray.scripts import scripts
 from cnnray import commandline
 from cnnray.cluster import Node, Resources
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.pool import pool_of
+from cnnray.prediction.pool import plan_pool
 from cnnray.serving.deploy import ON_NODES
 from cnnray.spot import SpotElseOnDemand
 from cnnray.training.config import TrainConfig
@@ -415,7 +415,7 @@ def test_the_readmes_jobs_fit_what_is_there_from_the_start(bootstrapped):
     predict = (
         "--bundle s3://my-bucket/runs/1/bundle --input s3://my-bucket/new --output s3://my-bucket/p --max-workers 8"
     )
-    pool = pool_of(commandline.parse(PredictConfig, "predict", predict.split()), "keras", Resources(tuple(nodes)))
+    pool = plan_pool(commandline.parse(PredictConfig, "predict", predict.split()), "keras", Resources(tuple(nodes)))
     assert (pool.first, pool.largest, pool.gpus) == (2, 8, 1)
 
 

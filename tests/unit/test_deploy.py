@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 from cnnray import commandline
 from cnnray.cluster import Node, Resources
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.pool import pool_of
+from cnnray.prediction.pool import plan_pool
 from cnnray.serving import deploy
 from cnnray.serving.config import ServeConfig
 from cnnray.training.config import TrainConfig
@@ -196,7 +196,7 @@ def test_the_prediction_fits_its_cluster_and_uses_all_that_it_may_grow_to():
     found = manifest("rayjob-predict.yaml")
     config = _job(found, "predict", PredictConfig)
     small, large = _nodes(found, "minReplicas"), _nodes(found, "maxReplicas")
-    pool = pool_of(config, "openvino-int8", small)
+    pool = plan_pool(config, "openvino-int8", small)
     assert pool.first == pool.smallest == small.room_for(pool.cpus, 0)
     assert pool.largest == large.room_for(pool.cpus, 0) == large.cpus
 

@@ -1,4 +1,4 @@
-"""The parts of a prediction run that need no cluster."""
+"""The code of a prediction run that needs no cluster."""
 
 import collections
 import csv
@@ -20,9 +20,9 @@ from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig, PredictOptions
-from cnnray.prediction.parts import Collector, PartError, Parts, files_of
-from cnnray.prediction.pool import Pool, pool_of
-from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summary_of
+from cnnray.prediction.parts import Collector, PartError, Parts, list_part_files
+from cnnray.prediction.pool import Pool, plan_pool
+from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summarize
 from tests.awkward import awkward_images, bad_images
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
@@ -43,7 +43,7 @@ def bundle(tmp_path_factory):
     ("changes", "sentence"),
     [
         ({"engine": "tensorrt"}, "--engine 'tensorrt': expected auto, keras, onnx"),
-        ({"engine": "onnx", "embeddings": True}, "--embeddings can only be had with --engine keras, not onnx"),
+        ({"engine": "onnx", "embeddings": True}, "--embeddings needs --engine keras, not onnx"),
         ({"top_k": 0}, "--top-k must be at least 1, not 0"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
         ({"gpus_per_worker": 2}, "--gpus-per-worker must be 0 to 1"),
@@ -80,7 +80,7 @@ def _cluster(*nodes):
     ],
 )
 def test_the_pool_fits_the_cluster(nodes, engine, options, expected):
-    assert pool_of(PredictOptions(**options), engine, _cluster(*nodes)) == expected
+    assert plan_pool(PredictOptions(**options), engine, _cluster(*nodes)) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_the_pool_fits_the_cluster(nodes, engine, options, expected):
         ([(2, 0)], {"min_workers": 3}, "--min-workers 3 do not fit the cluster, which has room for 2"),
     ],
 )
-def test_what_would_wait_for_ever_is_refused(nodes, options, sentence):
+def test_pools_that_would_wait_for_ever_are_refused(nodes, options, sentence):
     with pytest.raises(ClusterError, match=sentence):
-        pool_of(PredictOptions(**options), "onnx", _cluster(*nodes))
+        plan_pool(PredictOptions(**options), "onnx", _cluster(*nodes))
 
 
 # -- workers --------------------------------------------------------------------------------------------------
@@ -112,24 +112,24 @@ def _worker(bundle, **options):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The awkward set, the bad one and a missing file: bytes by path, and their manifest."""
+    """The awkward images, the bad ones and a missing file: bytes by path, and their manifest."""
     folder = tmp_path_factory.mktemp("images")
     contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
     for name, data in contents.items():
         (folder / name).write_bytes(data)
-    found = {str(folder / name): data for name, data in contents.items()} | {str(folder / "zz.png"): None}
-    return found, manifest_of_uris(list(found))
+    files = {str(folder / name): data for name, data in contents.items()} | {str(folder / "zz.png"): None}
+    return files, manifest_of_uris(list(files))
 
 
-@pytest.mark.parametrize("decoded_elsewhere", [False, True])
-def test_a_worker_gives_the_answers_of_predictor(decoded_elsewhere, bundle, files):
+@pytest.mark.parametrize("decoded_in_tasks", [False, True])
+def test_a_worker_predicts_as_predictor_does(decoded_in_tasks, bundle, files):
     contents, manifest = files
     manifest = manifest.append_column("weight", pa.array([None, *range(1, len(manifest))], pa.int16()))
     worker, predictor = _worker(bundle, top_k=2), Predictor(bundle, top_k=2)
-    given = [manifest]
-    if decoded_elsewhere:
-        given = pipeline._decoded(manifest, SIZE, "stretch", 10)
-    rows = pa.concat_tables(found for table in given for found in worker(table))
+    tables = [manifest]
+    if decoded_in_tasks:
+        tables = pipeline._decoded(manifest, SIZE, "stretch", 10)
+    rows = pa.concat_tables(block for table in tables for block in worker(table))
     assert rows.select(manifest.column_names).equals(manifest)
     assert set(rows["model"].to_pylist()) == {"model-1"}
     for row in rows.to_pylist():
@@ -137,14 +137,15 @@ def test_a_worker_gives_the_answers_of_predictor(decoded_elsewhere, bundle, file
         if data is None:
             assert (row["status"], row["error"].partition(":")[0]) == ("error", "missing")
             continue
-        (answer,) = predictor([data])
+        (prediction,) = predictor([data])
         if row["status"] == "error":
-            assert row["error"] == str(answer)
+            assert row["error"] == str(prediction)
             assert row["prediction"] is row["confidence"] is row["top_k_labels"] is row["top_k_scores"] is None
         else:
             assert row["error"] is None
-            assert (row["prediction"], row["top_k_labels"]) == (answer.label, [name for name, _ in answer.top_k])
-            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in answer.top_k], atol=1e-5)
+            assert row["prediction"] == prediction.label
+            assert row["top_k_labels"] == [name for name, _ in prediction.top_k]
+            np.testing.assert_allclose(row["top_k_scores"], [score for _, score in prediction.top_k], atol=1e-5)
             assert row["confidence"] == row["top_k_scores"][0]
 
 
@@ -166,27 +167,27 @@ def test_probabilities_and_embeddings_are_lists_of_fixed_size(bundle, files):
     )
 
 
-def test_rows_of_images_that_are_all_bad_have_the_same_columns(bundle, files):
+def test_rows_have_the_same_columns_when_all_images_are_bad(bundle, files):
     _, manifest = files
     worker = _worker(bundle, probabilities=True, embeddings=True)
     bad = manifest.filter(pa.compute.match_substring(manifest["uri"], "zz.png"))
     assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
 
 
-def test_a_bundle_that_was_replaced_is_not_mixed_with_the_planned_one(bundle):
-    planned = dataclasses.replace(_plan(bundle), digest="other")
+def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
+    plan = dataclasses.replace(_plan(bundle), digest="other")
     with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):
-        pipeline.Worker(planned, "model-1")
+        pipeline.Worker(plan, "model-1")
 
 
-def test_columns_of_the_manifest_are_kept_under_another_name_where_ours_have_theirs():
+def test_manifest_columns_with_names_of_output_columns_are_renamed():
     manifest = manifest_of_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
-    assert pipeline.passed_through(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
+    assert pipeline.select_columns(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
     twice = manifest.append_column("original_prediction", [["dog"]])
-    assert pipeline.passed_through(twice).column_names[-1] == "original_prediction"
-    assert "original_original_prediction" in pipeline.passed_through(twice).column_names
+    assert pipeline.select_columns(twice).column_names[-1] == "original_prediction"
+    assert "original_original_prediction" in pipeline.select_columns(twice).column_names
     labelled = manifest.set_column(2, "label", [["dog"]])
-    assert "label" in pipeline.passed_through(labelled).column_names
+    assert "label" in pipeline.select_columns(labelled).column_names
 
 
 # -- parts ----------------------------------------------------------------------------------------------------
@@ -208,26 +209,26 @@ def _rows(ids):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_parts_come_back_as_they_were_written(kind, tmp_path):
+def test_parts_are_written_when_complete_and_read_back_unchanged(kind, tmp_path):
     parts = Parts(str(tmp_path), kind, [(0, 4), (4, 8), (8, 9)])
     collector = Collector(parts, np.arange(100, 109))
-    given = {(108,): {2}, (103, 105): {2}, (100, 102, 104): {2}, (107,): {2}, (101, 106): {0, 1, 2}}
-    for ids, written in given.items():
+    steps = {(108,): {2}, (103, 105): {2}, (100, 102, 104): {2}, (107,): {2}, (101, 106): {0, 1, 2}}
+    for ids, written in steps.items():
         collector.add(_rows(list(ids)))
         assert parts.written() == written
     assert parts.written() == {0, 1, 2}
     columns = ["id", "uri", "status", "error", "prediction", "confidence"]
     for part, (start, stop) in enumerate(parts.ranges):
-        found = parts.read(part)
-        assert found.equals(_rows(list(range(100 + start, 100 + stop))).select(columns).cast(found.schema))
-        assert not parts.problem(part, found, np.arange(100, 109))
-    assert len(files_of(str(tmp_path))) == 3
+        rows = parts.read(part)
+        assert rows.equals(_rows(list(range(100 + start, 100 + stop))).select(columns).cast(rows.schema))
+        assert not parts.problem(part, rows, np.arange(100, 109))
+    assert len(list_part_files(str(tmp_path))) == 3
     (tmp_path / "shard-0-of-2").mkdir()
     (tmp_path / "shard-0-of-2" / "part-000000.parquet").write_bytes(b"")
-    assert len(files_of(str(tmp_path))) == 3
+    assert len(list_part_files(str(tmp_path))) == 3
 
 
-def test_rows_that_are_lost_or_come_twice_are_noticed(tmp_path):
+def test_lost_and_repeated_rows_are_detected(tmp_path):
     parts = Parts(str(tmp_path), "parquet", [(0, 3)])
     collector = Collector(parts, np.arange(3))
     collector.add(_rows([0]))
@@ -238,7 +239,7 @@ def test_rows_that_are_lost_or_come_twice_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_a_damaged_part_gets_a_sentence(kind, tmp_path):
+def test_a_damaged_part_is_reported(kind, tmp_path):
     parts = Parts(str(tmp_path), kind, [(0, 3)])
     (tmp_path / f"part-000000.{kind}").write_bytes(b'{"id": 1\n')
     with pytest.raises(PartError, match=r"is damaged .*: delete it, and run again"):
@@ -250,9 +251,9 @@ def test_a_damaged_part_gets_a_sentence(kind, tmp_path):
 
 def test_population_stability_index():
     assert population_stability_index({"a": 10, "b": 30}, {"a": 100, "b": 300}) == pytest.approx(0, abs=1e-3)
-    # By hand, without the half images, which do little to large counts: 2 * 0.2 * ln(0.6 / 0.4).
-    found = population_stability_index({"a": 60_000, "b": 40_000}, {"a": 40_000, "b": 60_000})
-    assert found == pytest.approx(2 * 0.2 * np.log(1.5), rel=1e-3)
+    # By hand, without the added half images, which hardly change large counts: 2 * 0.2 * ln(0.6 / 0.4).
+    index = population_stability_index({"a": 60_000, "b": 40_000}, {"a": 40_000, "b": 60_000})
+    assert index == pytest.approx(2 * 0.2 * np.log(1.5), rel=1e-3)
     assert population_stability_index({"a": 50}, {"a": 25, "b": 25}) > 0.25
     assert population_stability_index({}, {"a": 1}) is None
 
@@ -263,19 +264,19 @@ def test_the_summary_counts_every_row(tmp_path, bundle):
         tally.add(_rows(ids))
         errors.add(_rows(ids))
     info = dataclasses.replace(bundle.info, class_names=["null", "other"], class_counts={"null": 3, "other": 1})
-    found = summary_of(tally, info)
-    assert (found["rows"], found["ok"], found["errors"]) == (5, 3, 2)
-    assert found["errors_by_reason"]["corrupt"]["images"] == 2
-    assert [example["id"] for example in found["errors_by_reason"]["corrupt"]["examples"]] == [0, 3]
-    assert found["classes"]["null"] == {"images": 3, "share": 1.0, "training_share": 0.75}
-    assert found["below_threshold"] == 1.0
+    summary = summarize(tally, info)
+    assert (summary["rows"], summary["ok"], summary["errors"]) == (5, 3, 2)
+    assert summary["errors_by_reason"]["corrupt"]["images"] == 2
+    assert [example["id"] for example in summary["errors_by_reason"]["corrupt"]["examples"]] == [0, 3]
+    assert summary["classes"]["null"] == {"images": 3, "share": 1.0, "training_share": 0.75}
+    assert summary["below_threshold"] == 1.0
     errors.write(str(tmp_path / "errors.csv"))
     with (tmp_path / "errors.csv").open(newline="") as file:
         assert list(csv.reader(file))[:2] == [["id", "uri", "error"], ["0", "/Ü, x/0.png", 'corrupt: a, "b"\r\nc\rd']]
 
 
 def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_path):
-    """In a process of its own, which a crash would end."""
+    """Runs in its own process, which a crash would end."""
     files = malformed_files()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -294,22 +295,22 @@ from pathlib import Path
 pool = Pool(smallest=1, first=1, largest=1)
 bundle = Bundle.load({bundle.uri!r})
 digest = bundle.digest("model.keras")
-planned = pipeline.Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
-worker = pipeline.Worker(planned, "model")
+plan = pipeline.Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
+worker = pipeline.Worker(plan, "model")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 manifest = manifest_of_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
 rows = [row for table in worker(manifest) for row in table.select(["uri", "status", "error"]).to_pylist()]
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps([rows, grown / 1024]))
+growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([rows, growth / 1024]))
 """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, grown = json.loads(done.stdout.splitlines()[-1])
+    rows, growth = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) == len(files) + 4
     reasons = collections.Counter((row["error"] or "ok").partition(":")[0] for row in rows)
     assert set(reasons) <= {"ok", "empty", "not an image", "corrupt", "too many pixels", "unsupported"}
     assert reasons["corrupt"] > 100
     assert reasons["ok"] < len(rows) / 3
-    assert grown < 1024, f"{grown:.0f} MiB"
+    assert growth < 1024, f"{growth:.0f} MiB"

@@ -1,6 +1,6 @@
 """Files on a local path, Amazon S3 (s3://), Google Cloud Storage (gs://) and Azure Blob Storage (az://).
 
-The only module that knows object stores. Remote files go through obstore, one client for each bucket and process.
+The only way of the package to storage. Remote files go through obstore (see `object_stores`).
 
 - S3: credentials, region and endpoint come from the standard AWS variables, profiles and roles. Other servers (MinIO,
   Ceph, R2, ...) are reached through `AWS_ENDPOINT_URL`.
@@ -12,71 +12,38 @@ several retries.
 """
 
 import contextlib
-import errno
-import functools
 import itertools
 import os
-import re
 import secrets
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import obstore
-import pyarrow.fs
 from obstore.exceptions import AlreadyExistsError, PreconditionError
-from obstore.store import ObjectStore, from_url
 
-from cnnray.errors import BadInputError, CnnrayError, PermanentError, TransientError
+from cnnray.images.object_stores import DeniedError as DeniedError
+from cnnray.images.object_stores import NotFoundError as NotFoundError
+from cnnray.images.object_stores import StorageError as StorageError
+from cnnray.images.object_stores import ThrottledError as ThrottledError
+from cnnray.images.object_stores import TooLargeError as TooLargeError
+from cnnray.images.object_stores import UnavailableError as UnavailableError
+from cnnray.images.object_stores import arrow_filesystem as arrow_filesystem
+from cnnray.images.object_stores import cluster_environment as cluster_environment
+from cnnray.images.object_stores import is_local as is_local
+from cnnray.images.object_stores import locate, split_address, translated_errors
 
-_SERVICES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
 _LISTING_THREADS = 16
 _PAGE = 1000
 _TRANSFER_THREADS = 8
 _MULTIPART_BYTES = 16 * 2**20
 """Larger files are uploaded in parts of this size, and appear when all parts have arrived."""
-_RETRIES = 5
-_OPTIONS: dict[str, Any] = {
-    # `read_timeout` is for each read; `timeout` is for a whole request, however large its body.
-    "client_options": {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h", "allow_http": True},
-    "retry_config": {"max_retries": _RETRIES},
-}
-_TRANSIENT_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
-_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-_THROTTLED = {"429", "503", "SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"}
 
 Version = dict[str, str]
 """Identifies one content of a remote file: to be compared, and handed back to `write_if`."""
-
-
-class StorageError(PermanentError, OSError):
-    """Storage that cannot be used."""
-
-
-class NotFoundError(PermanentError, FileNotFoundError):
-    """A file, folder or bucket that does not exist."""
-
-
-class DeniedError(PermanentError, PermissionError):
-    """Storage that refuses access, or for which there are no credentials."""
-
-
-class UnavailableError(TransientError, OSError):
-    """Storage that does not answer, or fails itself."""
-
-
-class ThrottledError(UnavailableError):
-    """Storage that asks for fewer requests."""
-
-
-class TooLargeError(BadInputError, OverflowError):
-    """A file of more bytes than the caller takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +54,6 @@ class StoredFile:
     size: int
 
 
-def is_local(uri: str) -> bool:
-    """Whether `uri` is a path, and not the address of a remote file."""
-    return not uri.startswith(("s3://", "gs://", "az://"))
-
-
 def absolute(uri: str) -> str:
     """`uri` as every other function takes it: SCHEME://BUCKET/KEY without a trailing slash, or an absolute path.
 
@@ -99,7 +61,7 @@ def absolute(uri: str) -> str:
         StorageError: another scheme, or an address without a bucket.
     """
     if not is_local(uri):
-        scheme, bucket, _ = _parts(uri)
+        scheme, bucket, _ = split_address(uri)
         if not bucket:
             raise StorageError(f"{uri!r} names no bucket; expected {scheme}://BUCKET/PREFIX.")
         return uri.rstrip("/")
@@ -123,181 +85,6 @@ def short_name(uri: str) -> str:
     return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
-def cluster_environment() -> dict[str, str]:
-    """Variables that processes on other nodes need to reach the same storage: address and region, no secrets."""
-    names = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|AZURE_STORAGE_(ACCOUNT_NAME|ENDPOINT)")
-    return {key: value for key, value in os.environ.items() if value and names.fullmatch(key)}
-
-
-# -- clients -----------------------------------------------------------------------------------------------
-
-
-def _parts(uri: str) -> tuple[str, str, str]:
-    """Scheme, bucket and key."""
-    scheme, _, rest = uri.partition("://")
-    bucket, _, key = rest.partition("/")
-    return scheme, bucket, key
-
-
-_process = 0  # that made the first client
-_making = threading.Lock()  # without it several threads would each make a client
-
-
-def _place(uri: str) -> tuple[ObjectStore, str]:
-    """The client for the bucket of `uri`, and the key."""
-    global _process
-    if (_process := _process or os.getpid()) != os.getpid():
-        # obstore's threads do not survive a fork: a call would never return.
-        raise RuntimeError(f"{uri} cannot be used in a forked process; start it with 'spawn'.")
-    scheme, bucket, key = _parts(uri)
-    with _making:
-        return _store(scheme, bucket), key
-
-
-@functools.lru_cache
-def _store(scheme: str, bucket: str) -> ObjectStore:
-    options = dict(_OPTIONS)
-    if scheme == "s3":
-        options |= {"region": _region(bucket), "credential_provider": _profile_credentials(bucket)}
-        if address := _endpoint():
-            options["endpoint"] = address.geturl()
-    return from_url(f"{scheme}://{bucket}", **options)
-
-
-def _endpoint() -> SplitResult | None:
-    """The S3 endpoint in use when it is not Amazon's."""
-    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return urlsplit(address.rstrip("/") if "://" in address else f"https://{address}") if address else None
-
-
-@functools.lru_cache
-def _region(bucket: str) -> str:
-    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return given or ("us-east-1" if _endpoint() else pyarrow.fs.resolve_s3_region(bucket))  # a request
-
-
-def _profile_credentials(bucket: str) -> Callable[[], Any] | None:
-    """Gives the current keys of AWS's configuration files (keys, roles, SSO, processes), which obstore does not read.
-
-    None where obstore finds keys itself: in the environment, by a web identity, of a container or an instance.
-    """
-    config = os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")
-    shared = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
-    has_profiles = os.environ.get("AWS_PROFILE") or any(Path(p).expanduser().exists() for p in (config, shared))
-    if os.environ.get("AWS_ACCESS_KEY_ID") or not has_profiles:
-        return None
-    import botocore.session  # takes half a second
-
-    credentials = botocore.session.get_session().get_credentials()
-    if credentials is None:
-        raise _no_credentials(f"s3://{bucket}")
-
-    def current() -> dict[str, Any]:
-        # Asked for with every request: botocore renews keys in time, and obstore would keep these until `expires_at`.
-        keys = credentials.get_frozen_credentials()
-        return {
-            "access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token,
-            "expires_at": datetime.now(UTC),
-        }  # fmt: skip
-
-    return current
-
-
-def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem of `uri`, one for each bucket and process, and `uri` as a path in it."""
-    if is_local(uri):
-        return pyarrow.fs.LocalFileSystem(), uri
-    scheme, bucket, _ = _parts(uri)
-    with _making, _errors(uri):
-        return _arrow_filesystem(scheme, bucket), uri.partition("://")[2]
-
-
-@functools.lru_cache
-def _arrow_filesystem(scheme: str, bucket: str) -> pyarrow.fs.FileSystem:
-    if scheme == "gs":
-        return pyarrow.fs.GcsFileSystem(retry_time_limit=timedelta(minutes=1))
-    if scheme == "az":
-        given = urlsplit(os.environ.get("AZURE_STORAGE_ENDPOINT", ""))
-        emulator = {f"{kind}_storage_authority": given.netloc for kind in ("blob", "dfs")}
-        emulator |= {f"{kind}_storage_scheme": given.scheme for kind in ("blob", "dfs")}
-        return pyarrow.fs.AzureFileSystem(
-            account_name=os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", ""),
-            account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"),
-            **(emulator if given.path.strip("/") else {}),  # an emulator has the account in its path
-        )
-    return _ArrowS3(bucket)
-
-
-class _ArrowS3(pyarrow.fs.S3FileSystem):
-    """S3 for pyarrow; pickled, it becomes that of the process where it arrives."""
-
-    def __init__(self, bucket: str) -> None:
-        self._bucket = bucket
-        options: dict[str, Any] = {}
-        if address := _endpoint():
-            options = {"scheme": address.scheme, "endpoint_override": address.netloc + address.path}
-            # Other servers refuse the trailing checksums of AWS's C++ library (Ceph: HTTP 411 MissingContentLength),
-            # which takes this from the environment alone.
-            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        retries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_RETRIES + 1)
-        super().__init__(region=_region(bucket), retry_strategy=retries, **options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _arrow_filesystem, ("s3", self._bucket)
-
-
-# -- errors ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _errors(uri: str) -> Iterator[None]:
-    """Turn what the system and obstore raise into this module's errors."""
-    try:
-        yield
-    except CnnrayError:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{uri} does not exist.") from None
-    except OSError as error:
-        kind: Any = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
-        kind = DeniedError if isinstance(error, PermissionError) else kind
-        raise kind(f"{uri}: {error.strerror or error}.") from None
-    except Exception as error:
-        if type(error).__module__ == "obstore.exceptions" or str(error).startswith("Could not parse path"):
-            raise _remote_error(uri, str(error).partition("\n\nDebug")[0]) from None
-        raise
-
-
-def _remote_error(uri: str, text: str) -> CnnrayError:
-    """Most of obstore's errors differ in their text alone, which quotes the server's answer."""
-    service = _SERVICES[_parts(uri)[0]]
-    status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))
-    says = {found[1] for found in (status, code) if found}
-    said = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
-    if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
-        return _no_credentials(uri)
-    if (first := code or status) and says & _DENIED:
-        return DeniedError(f"{service} denies access to {uri} ({first[1]}).")
-    if "valid authentication" in text:
-        return DeniedError(f"The credentials for {uri} cannot be had: {said}")
-    if "404" in says:
-        return NotFoundError(f"{uri} does not exist.")
-    if says & _THROTTLED:
-        why = " ".join(sorted(says))
-        return ThrottledError(f"{service} asks for fewer requests, at {uri} after several tries ({why}).")
-    if not status and "HTTP error" in text:
-        return UnavailableError(f"{service} cannot be reached for {uri}: {said}")
-    kind = UnavailableError if status and (status[1] == "408" or status[1] >= "500") else StorageError
-    return kind(f"{service} fails at {uri}: {said}")
-
-
-def _no_credentials(uri: str) -> DeniedError:
-    return DeniedError(
-        f"No AWS credentials were found for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an "
-        "instance role."
-    )
-
-
 # -- reading -----------------------------------------------------------------------------------------------
 
 
@@ -308,9 +95,9 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
         NotFoundError, DeniedError, UnavailableError, StorageError: each with a sentence that names the file.
         TooLargeError: the file is longer than `max_bytes`; nothing was read.
     """
-    with _errors(uri):
+    with translated_errors(uri):
         if not is_local(uri):
-            answer = obstore.get(*_place(uri))
+            answer = obstore.get(*locate(uri))
             _check_size(answer.meta["size"], max_bytes)
             return bytes(answer.bytes())
         path = Path(uri)
@@ -335,12 +122,12 @@ def exists(uri: str) -> bool:
 
 def is_file(uri: str) -> bool:
     """Whether `uri` is a file (in a bucket, an object with this very key)."""
-    return Path(uri).is_file() if is_local(uri) else bool(_parts(uri)[2]) and version(uri) is not None
+    return Path(uri).is_file() if is_local(uri) else bool(split_address(uri)[2]) and version(uri) is not None
 
 
 def folders(root: str) -> list[str]:
     """The folders directly below `root`, sorted; hidden ones (a leading dot) left out."""
-    with _errors(root):
+    with translated_errors(root):
         found = [item.path for item in os.scandir(root) if item.is_dir()] if is_local(root) else _level(root)[0]
     return sorted(path for path in found if not name(path).startswith("."))
 
@@ -350,7 +137,7 @@ def files(root: str) -> list[StoredFile]:
 
     In a bucket, the folders directly below `root` are listed side by side, unless there are few files or no folders.
     """
-    with _errors(root), ThreadPoolExecutor(_LISTING_THREADS) as pool:
+    with translated_errors(root), ThreadPoolExecutor(_LISTING_THREADS) as pool:
         if is_local(root):
             return sorted(_local_files(root), key=lambda file: file.uri)
         found: list[StoredFile] = []
@@ -383,7 +170,7 @@ def _local_files(root: str) -> Iterator[StoredFile]:
 
 def _level(root: str) -> tuple[list[str], list[StoredFile]]:
     """Folders and files directly below a remote `root`, hidden ones left out."""
-    store, key = _place(root)
+    store, key = locate(root)
     found = obstore.list_with_delimiter(store, key or None)
     base = root.removesuffix(key).rstrip("/") + "/"
     below = [base + path for path in found["common_prefixes"] if not name(path).startswith(".")]
@@ -392,8 +179,8 @@ def _level(root: str) -> tuple[list[str], list[StoredFile]]:
 
 def _pages(root: str, *, hidden: bool = False) -> Iterator[list[StoredFile]]:
     """Remote files below `root` at any depth, as the pages of a listing arrive."""
-    with _errors(root):
-        store, key = _place(root)
+    with translated_errors(root):
+        store, key = locate(root)
         for objects in obstore.list(store, key or None, chunk_size=_PAGE):
             yield list(_stored(root, key, objects, hidden=hidden))
 
@@ -414,9 +201,9 @@ def _stored(root: str, key: str, objects: Iterable[Any], *, hidden: bool) -> Ite
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write one file so that a reader sees the old one or the new one, never a part."""
-    with _errors(uri):
+    with translated_errors(uri):
         if not is_local(uri):
-            obstore.put(*_place(uri), data, chunk_size=_MULTIPART_BYTES)
+            obstore.put(*locate(uri), data, chunk_size=_MULTIPART_BYTES)
             return
         with _published(Path(uri)) as temporary, temporary.open("wb") as file:
             file.write(data)
@@ -440,8 +227,8 @@ def _published(path: Path) -> Iterator[Path]:
 def version(uri: str) -> Version | None:
     """What changes whenever a remote file is written with other content; None where there is no such file."""
     try:
-        with _errors(uri):
-            return _version(obstore.head(*_place(uri)))
+        with translated_errors(uri):
+            return _version(obstore.head(*locate(uri)))
     except NotFoundError:
         return None
 
@@ -467,8 +254,8 @@ def write_if(uri: str, data: bytes, expected: Version | None) -> Version | None:
         modes = [expected, expected | {"e_tag": expected["e_tag"].strip('"')}]
     try:
         for mode in modes:
-            with _errors(uri), contextlib.suppress(AlreadyExistsError, PreconditionError):
-                return _version(obstore.put(*_place(uri), data, mode=mode))
+            with translated_errors(uri), contextlib.suppress(AlreadyExistsError, PreconditionError):
+                return _version(obstore.put(*locate(uri), data, mode=mode))
     except NotFoundError:
         if not expected:
             raise  # the bucket does not exist
@@ -492,7 +279,7 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
         if not (is_local(source) and is_local(target)):
             write_bytes(join(target, relative), read_bytes(found[relative]))
             return
-        with _errors(found[relative]), _published(Path(target, relative)) as temporary:
+        with translated_errors(found[relative]), _published(Path(target, relative)) as temporary:
             shutil.copyfile(found[relative], temporary)
 
     with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
@@ -504,17 +291,17 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
 
 def delete_folder(uri: str) -> None:
     """Delete a folder and all that is below it; nothing happens where there is none."""
-    with _errors(uri), contextlib.suppress(FileNotFoundError):
+    with translated_errors(uri), contextlib.suppress(FileNotFoundError):
         if is_local(uri):
             shutil.rmtree(uri)
-        elif keys := [_parts(file.uri)[2] for file in _remote_files(uri, hidden=True)]:
-            obstore.delete(_place(uri)[0], keys)
+        elif keys := [split_address(file.uri)[2] for file in _remote_files(uri, hidden=True)]:
+            obstore.delete(locate(uri)[0], keys)
 
 
 def delete_file(uri: str) -> None:
     """Delete one file; nothing happens where there is none."""
-    with _errors(uri), contextlib.suppress(FileNotFoundError):
+    with translated_errors(uri), contextlib.suppress(FileNotFoundError):
         if is_local(uri):
             Path(uri).unlink()
         else:
-            obstore.delete(*_place(uri))
+            obstore.delete(*locate(uri))

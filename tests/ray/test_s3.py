@@ -21,7 +21,7 @@ from PIL import Image
 
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.job import evaluate
-from cnnray.images import containers, lease, storage, stream
+from cnnray.images import containers, lease, object_stores, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
 from cnnray.images.manifest import ManifestError, manifest_of
@@ -49,9 +49,9 @@ def bucket(s3_proxy):
 @pytest.fixture
 def new_clients():
     """Clients that read the environment as the test has set it."""
-    storage._store.cache_clear()
+    object_stores._store.cache_clear()
     yield
-    storage._store.cache_clear()
+    object_stores._store.cache_clear()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -245,9 +245,9 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
     )
     storage.copy_folder(str(tmp_path), bucket)
     made = Counter()
-    remote = storage.from_url
+    remote = object_stores.from_url
 
-    class Counted(storage._ArrowS3):
+    class Counted(object_stores._ArrowS3):
         def __init__(self, *arguments):
             made["pyarrow"] += 1
             super().__init__(*arguments)
@@ -256,10 +256,10 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
         made["obstore"] += 1
         return remote(*arguments, **options)
 
-    monkeypatch.setattr(storage, "_ArrowS3", Counted)
-    monkeypatch.setattr(storage, "from_url", counted)
-    storage._store.cache_clear()
-    storage._arrow_filesystem.cache_clear()
+    monkeypatch.setattr(object_stores, "_ArrowS3", Counted)
+    monkeypatch.setattr(object_stores, "from_url", counted)
+    object_stores._store.cache_clear()
+    object_stores._arrow_filesystem.cache_clear()
     for _ in range(3):
         uris = manifest_of(bucket, labelled=False)["uri"].to_pylist()
         with ThreadPoolExecutor(8) as pool:
@@ -268,7 +268,7 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
         for file in storage.files(bucket):
             storage.read_bytes(file.uri)
     assert made == {"pyarrow": 1, "obstore": 1}
-    storage._arrow_filesystem.cache_clear()
+    object_stores._arrow_filesystem.cache_clear()
     filesystem = storage.arrow_filesystem(bucket)[0]
     assert pickle.loads(pickle.dumps(filesystem)) is filesystem
 

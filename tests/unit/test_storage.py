@@ -13,7 +13,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cnnray.errors import PermanentError, TransientError
-from cnnray.images import storage
+from cnnray.images import object_stores, storage
 from tests.s3_proxy import Proxy
 
 
@@ -31,9 +31,9 @@ def s3(monkeypatch, tmp_path):
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="photos")
     proxy = Proxy(f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    storage._store.cache_clear()
+    object_stores._store.cache_clear()
     yield proxy
-    storage._store.cache_clear()
+    object_stores._store.cache_clear()
     proxy.close()
     server.stop()
 

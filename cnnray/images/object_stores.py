@@ -1,0 +1,233 @@
+"""Clients for object stores (Amazon S3, Google Cloud Storage, Azure Blob Storage), and their errors as ours.
+
+One obstore client and one pyarrow filesystem for each bucket and process. Only `storage` uses this module.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import pyarrow.fs
+from obstore.store import ObjectStore, from_url
+
+from cnnray.errors import BadInputError, CnnrayError, PermanentError, TransientError
+
+_SERVICES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
+_RETRIES = 5
+_OPTIONS: dict[str, Any] = {
+    # `read_timeout` is for each read; `timeout` is for a whole request, however large its body.
+    "client_options": {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h", "allow_http": True},
+    "retry_config": {"max_retries": _RETRIES},
+}
+_TRANSIENT_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
+_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_THROTTLED = {"429", "503", "SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"}
+
+
+class StorageError(PermanentError, OSError):
+    """Storage that cannot be used."""
+
+
+class NotFoundError(PermanentError, FileNotFoundError):
+    """A file, folder or bucket that does not exist."""
+
+
+class DeniedError(PermanentError, PermissionError):
+    """Storage that refuses access, or for which there are no credentials."""
+
+
+class UnavailableError(TransientError, OSError):
+    """Storage that does not answer, or fails itself."""
+
+
+class ThrottledError(UnavailableError):
+    """Storage that asks for fewer requests."""
+
+
+class TooLargeError(BadInputError, OverflowError):
+    """A file of more bytes than the caller takes."""
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path, and not the address of a remote file."""
+    return not uri.startswith(("s3://", "gs://", "az://"))
+
+
+def cluster_environment() -> dict[str, str]:
+    """Variables that processes on other nodes need to reach the same storage: address and region, no secrets."""
+    names = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|AZURE_STORAGE_(ACCOUNT_NAME|ENDPOINT)")
+    return {key: value for key, value in os.environ.items() if value and names.fullmatch(key)}
+
+
+def split_address(uri: str) -> tuple[str, str, str]:
+    """Scheme, bucket and key."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    return scheme, bucket, key
+
+
+_process = 0  # that made the first client
+_making = threading.Lock()  # without it several threads would each make a client
+
+
+def locate(uri: str) -> tuple[ObjectStore, str]:
+    """The client for the bucket of `uri`, and the key."""
+    global _process
+    if (_process := _process or os.getpid()) != os.getpid():
+        # obstore's threads do not survive a fork: a call would never return.
+        raise RuntimeError(f"{uri} cannot be used in a forked process; start it with 'spawn'.")
+    scheme, bucket, key = split_address(uri)
+    with _making:
+        return _store(scheme, bucket), key
+
+
+@functools.lru_cache
+def _store(scheme: str, bucket: str) -> ObjectStore:
+    options = dict(_OPTIONS)
+    if scheme == "s3":
+        options |= {"region": _region(bucket), "credential_provider": _profile_credentials(bucket)}
+        if address := _endpoint():
+            options["endpoint"] = address.geturl()
+    return from_url(f"{scheme}://{bucket}", **options)
+
+
+def _endpoint() -> SplitResult | None:
+    """The S3 endpoint in use when it is not Amazon's."""
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return urlsplit(address.rstrip("/") if "://" in address else f"https://{address}") if address else None
+
+
+@functools.lru_cache
+def _region(bucket: str) -> str:
+    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return given or ("us-east-1" if _endpoint() else pyarrow.fs.resolve_s3_region(bucket))  # a request
+
+
+def _profile_credentials(bucket: str) -> Callable[[], Any] | None:
+    """Gives the current keys of AWS's configuration files (keys, roles, SSO, processes), which obstore does not read.
+
+    None where obstore finds keys itself: in the environment, by a web identity, of a container or an instance.
+    """
+    config = os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")
+    shared = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    has_profiles = os.environ.get("AWS_PROFILE") or any(Path(p).expanduser().exists() for p in (config, shared))
+    if os.environ.get("AWS_ACCESS_KEY_ID") or not has_profiles:
+        return None
+    import botocore.session  # takes half a second
+
+    credentials = botocore.session.get_session().get_credentials()
+    if credentials is None:
+        raise _no_credentials(f"s3://{bucket}")
+
+    def current() -> dict[str, Any]:
+        # Asked for with every request: botocore renews keys in time, and obstore would keep these until `expires_at`.
+        keys = credentials.get_frozen_credentials()
+        return {
+            "access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token,
+            "expires_at": datetime.now(UTC),
+        }  # fmt: skip
+
+    return current
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem of `uri`, one for each bucket and process, and `uri` as a path in it."""
+    if is_local(uri):
+        return pyarrow.fs.LocalFileSystem(), uri
+    scheme, bucket, _ = split_address(uri)
+    with _making, translated_errors(uri):
+        return _arrow_filesystem(scheme, bucket), uri.partition("://")[2]
+
+
+@functools.lru_cache
+def _arrow_filesystem(scheme: str, bucket: str) -> pyarrow.fs.FileSystem:
+    if scheme == "gs":
+        return pyarrow.fs.GcsFileSystem(retry_time_limit=timedelta(minutes=1))
+    if scheme == "az":
+        given = urlsplit(os.environ.get("AZURE_STORAGE_ENDPOINT", ""))
+        emulator = {f"{kind}_storage_authority": given.netloc for kind in ("blob", "dfs")}
+        emulator |= {f"{kind}_storage_scheme": given.scheme for kind in ("blob", "dfs")}
+        return pyarrow.fs.AzureFileSystem(
+            account_name=os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", ""),
+            account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"),
+            **(emulator if given.path.strip("/") else {}),  # an emulator has the account in its path
+        )
+    return _ArrowS3(bucket)
+
+
+class _ArrowS3(pyarrow.fs.S3FileSystem):
+    """S3 for pyarrow; pickled, it becomes that of the process where it arrives."""
+
+    def __init__(self, bucket: str) -> None:
+        self._bucket = bucket
+        options: dict[str, Any] = {}
+        if address := _endpoint():
+            options = {"scheme": address.scheme, "endpoint_override": address.netloc + address.path}
+            # Other servers refuse the trailing checksums of AWS's C++ library (Ceph: HTTP 411 MissingContentLength),
+            # which takes this from the environment alone.
+            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        retries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_RETRIES + 1)
+        super().__init__(region=_region(bucket), retry_strategy=retries, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrow_filesystem, ("s3", self._bucket)
+
+
+# -- errors ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def translated_errors(uri: str) -> Iterator[None]:
+    """Turn what the system and obstore raise into this module's errors."""
+    try:
+        yield
+    except CnnrayError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"{uri} does not exist.") from None
+    except OSError as error:
+        kind: Any = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
+        kind = DeniedError if isinstance(error, PermissionError) else kind
+        raise kind(f"{uri}: {error.strerror or error}.") from None
+    except Exception as error:
+        if type(error).__module__ == "obstore.exceptions" or str(error).startswith("Could not parse path"):
+            raise _remote_error(uri, str(error).partition("\n\nDebug")[0]) from None
+        raise
+
+
+def _remote_error(uri: str, text: str) -> CnnrayError:
+    """Most of obstore's errors differ in their text alone, which quotes the server's answer."""
+    service = _SERVICES[split_address(uri)[0]]
+    status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))
+    says = {found[1] for found in (status, code) if found}
+    said = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
+    if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
+        return _no_credentials(uri)
+    if (first := code or status) and says & _DENIED:
+        return DeniedError(f"{service} denies access to {uri} ({first[1]}).")
+    if "valid authentication" in text:
+        return DeniedError(f"The credentials for {uri} cannot be had: {said}")
+    if "404" in says:
+        return NotFoundError(f"{uri} does not exist.")
+    if says & _THROTTLED:
+        why = " ".join(sorted(says))
+        return ThrottledError(f"{service} asks for fewer requests, at {uri} after several tries ({why}).")
+    if not status and "HTTP error" in text:
+        return UnavailableError(f"{service} cannot be reached for {uri}: {said}")
+    kind = UnavailableError if status and (status[1] == "408" or status[1] >= "500") else StorageError
+    return kind(f"{service} fails at {uri}: {said}")
+
+
+def _no_credentials(uri: str) -> DeniedError:
+    return DeniedError(
+        f"No AWS credentials were found for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an "
+        "instance role."
+    )

@@ -74,5 +74,5 @@ def test_the_tree_is_complete():
     listed = subprocess.run(
         ["git", "ls-files", "cnnray", "jobs"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.split()
-    files = {path.rpartition("/")[2] for path in listed if not path.startswith("benchmarks/")}
+    files = {path.rpartition("/")[2] for path in listed}
     assert files - {"__init__.py"} == named

@@ -99,6 +99,12 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str, Any]]) -> NoReturn:
+    """Parse the command line, and run a job with its config: see `parse` and `run`."""
+    config = parse(config_class, prog)
+    run(lambda: job(config))
+
+
 def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job's one call; its result becomes the last line of stdout, its errors one sentence on stderr.
 

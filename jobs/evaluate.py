@@ -1,19 +1,16 @@
 """Measure a bundle on labelled images: python jobs/evaluate.py --bundle DIR --data DIR --output DIR"""
 
+from typing import Any
+
 from cnnray import commandline
 from cnnray.evaluation.config import EvaluateConfig
 
 
-def main() -> None:
-    config = commandline.parse(EvaluateConfig, "jobs/evaluate.py")
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    from cnnray.evaluation.job import check_data, evaluate
 
-    def job() -> dict[str, object]:
-        from cnnray.evaluation.job import check_data, evaluate
-
-        return check_data(config) if config.check_data else evaluate(config)
-
-    commandline.run(job)
+    return check_data(config) if config.check_data else evaluate(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(EvaluateConfig, "jobs/evaluate.py", run)

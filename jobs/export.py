@@ -1,17 +1,14 @@
-"""Add other formats to a bundle: SavedModel, ONNX and LiteRT, each proven before it is kept."""
+"""Export a bundle to other formats: python jobs/export.py --bundle DIR --calibration DIR"""
+
+from typing import Any
 
 from cnnray import commandline
 from cnnray.models.export import ExportConfig, export
 
 
-def main() -> None:
-    config = commandline.parse(ExportConfig, "jobs/export.py")
-
-    def job() -> dict[str, object]:
-        return export(config)
-
-    commandline.run(job)
+def run(config: ExportConfig) -> dict[str, Any]:
+    return export(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(ExportConfig, "jobs/export.py", run)

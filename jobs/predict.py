@@ -1,19 +1,16 @@
 """Classify millions of images with a bundle: python jobs/predict.py --bundle DIR --input DIR --output DIR"""
 
+from typing import Any
+
 from cnnray import commandline
 from cnnray.prediction.config import PredictConfig
 
 
-def main() -> None:
-    config = commandline.parse(PredictConfig, "jobs/predict.py")
+def run(config: PredictConfig) -> dict[str, Any]:
+    from cnnray.prediction import job
 
-    def job() -> dict[str, object]:
-        from cnnray.prediction.job import dry_run, run
-
-        return dry_run(config) if config.dry_run else run(config)
-
-    commandline.run(job)
+    return job.dry_run(config) if config.dry_run else job.run(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(PredictConfig, "jobs/predict.py", run)

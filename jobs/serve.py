@@ -1,19 +1,16 @@
 """Classify images over HTTP: python jobs/serve.py --bundle DIR"""
 
+from typing import Any
+
 from cnnray import commandline
 from cnnray.serving.config import ServeConfig
 
 
-def main() -> None:
-    config = commandline.parse(ServeConfig, "jobs/serve.py")
+def run(config: ServeConfig) -> dict[str, Any]:
+    from cnnray.serving.deploy import serve, write_configuration
 
-    def job() -> dict[str, object]:
-        from cnnray.serving.deploy import serve, write_configuration
-
-        return write_configuration(config) if config.write_config else serve(config)
-
-    commandline.run(job)
+    return write_configuration(config) if config.write_config else serve(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(ServeConfig, "jobs/serve.py", run)

@@ -1,23 +1,20 @@
 """Train a classifier on a folder of images: python jobs/train.py --data DIR --output DIR"""
 
+from typing import Any
+
 from cnnray import commandline
 from cnnray.training.config import TrainConfig
 
 
-def main() -> None:
-    config = commandline.parse(TrainConfig, "jobs/train.py")
+def run(config: TrainConfig) -> dict[str, Any]:
+    if config.preview_augmentations is not None:
+        from cnnray.training.preview import preview
 
-    def job() -> dict[str, object]:
-        if config.preview_augmentations is not None:
-            from cnnray.training.preview import preview
+        return preview(config)
+    from cnnray.training.job import train
 
-            return preview(config)
-        from cnnray.training.job import train
-
-        return train(config)
-
-    commandline.run(job)
+    return train(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(TrainConfig, "jobs/train.py", run)

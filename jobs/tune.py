@@ -1,19 +1,16 @@
-"""Search for the best training flags: python jobs/tune.py --data DIR --output DIR --search 'flag=space(values)'"""
+"""Search for the best training flags: python jobs/tune.py --data DIR --output DIR --search '{FLAG: {SPACE: [..]}}'"""
+
+from typing import Any
 
 from cnnray import commandline
 from cnnray.tuning.config import SearchConfig
 
 
-def main() -> None:
-    config = commandline.parse(SearchConfig, "jobs/tune.py")
+def run(config: SearchConfig) -> dict[str, Any]:
+    from cnnray.tuning.job import search
 
-    def job() -> dict[str, object]:
-        from cnnray.tuning.job import search
-
-        return search(config)
-
-    commandline.run(job)
+    return search(config)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.main(SearchConfig, "jobs/tune.py", run)

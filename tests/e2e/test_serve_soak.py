@@ -6,8 +6,8 @@ import time
 import pytest
 
 from benchmarks import load
-from benchmarks.predict import random_bundle
-from benchmarks.serve import photo_of_68_kb
+from benchmarks.predict import write_random_bundle
+from benchmarks.serve import make_photo
 from cnnray.models.bundle import Bundle
 from tests.e2e.conftest import started_jobs, until
 from tests.e2e.service import FORMS, Service, another_version, ask, described, send
@@ -22,7 +22,7 @@ start = pytest.fixture(started_jobs, scope="module")
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
-    path.write_bytes(photo_of_68_kb())
+    path.write_bytes(make_photo())
     return path
 
 
@@ -30,7 +30,7 @@ def photo(tmp_path_factory):
 def bundle(tmp_path_factory):
     """`vgg_bn` at 64x64 with int8 engines, as the benchmark has it."""
     folder = tmp_path_factory.mktemp("bundle")
-    return random_bundle(folder)
+    return write_random_bundle(folder)
 
 
 def _said(capsys, sentence):
@@ -43,7 +43,7 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
     flags = ["--cpus-per-replica", "0.5", "--min-replicas", "2", "--max-replicas", "2"]
     service = Service(start, "--bundle", bundle, *flags)
     address = f"{service.address}/predict"
-    most = load.peak(address, photo, tmp_path, connections=16, seconds=10).rate
+    most = load.measure_peak(address, photo, tmp_path, connections=16, seconds=10).rate
     process = load.start_steady(address, photo, most / 2, SECONDS)
     begun, moments = time.monotonic(), {}
 
@@ -65,7 +65,7 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
     assert service.change("--bundle", newer, *flags).process.returncode == 0
     until(lambda: len(service.replicas()) == 2, 60, "the end of a replica")
     moments["end"] = SECONDS
-    found = load.finished(process)
+    found = load.read_steady(process)
     _said(capsys, f"peak {most:.0f} requests/s, held at {most / 2:.0f} for {SECONDS} s: {found.statuses}")
     failed = {}
     for name, following in zip(moments, [*moments][1:], strict=False):
@@ -93,7 +93,7 @@ def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
     begun = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
     _said(capsys, f"2 replicas after {time.monotonic() - begun:.0f} s of load")
-    found = load.finished(process)
+    found = load.read_steady(process)
     begun = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
     _said(capsys, f"1 replica {time.monotonic() - begun:.0f} s after its end; answers: {found.statuses}")
@@ -130,7 +130,7 @@ def test_memory_stays_flat(small, photo, capsys):
     (replica,), sizes, requests = small.replicas(), [], 2000
     for _ in range(11):
         process = load.start_steady(f"{small.address}/predict", photo, 100, requests / 100)
-        assert load.finished(process).statuses == {"200": requests}
+        assert load.read_steady(process).statuses == {"200": requests}
         sizes.append(replica.memory_full_info().uss / 2**20)
     _said(capsys, f"MiB of the replica after each {requests} requests: {[round(size) for size in sizes]}")
     assert sizes[-1] < 1.05 * sizes[0]

@@ -29,9 +29,8 @@ class Photos:
         The user's images are sampled at equal distances; if there are fewer, the manifest has all of them.
 
         Raises:
-            ManifestError, OSError: there are no images, or they are inside Parquet or tar files, which the peers
-            cannot
-                read.
+            ManifestError, OSError: there are no images, or they are in Parquet or tar files, which the peers cannot
+            read.
         """
         count = self.images or count
         source = self.data or str(write(self.folder / "photos", count))

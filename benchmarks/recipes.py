@@ -283,8 +283,7 @@ def measure_transfer(
     return accuracies
 
 
-# -- smaller networks
-# ----------------------------------------------------------------------------------------------------
+# -- smaller networks -----------------------------------------------------------------------------------------
 
 
 def _compare_smaller_networks(folder: Path) -> str:

@@ -128,8 +128,7 @@ def costs_table(costs: Costs) -> str:
     return "\n".join(lines)
 
 
-# -- costs of the parts that run once
-# -----------------------------------------------------------------------------------------
+# -- costs of the parts that run once -------------------------------------------------------------------------
 
 
 def measure_costs(photos: Photos, training: Rates, prediction: Rates) -> Costs:
@@ -195,8 +194,7 @@ def _measure_listing_and_order(folder: str) -> tuple[float, float]:
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:
-    """CPU seconds that this process spends on some work, which other processes do not affect as they do elapsed
-    time."""
+    """CPU seconds that this process spends on some work. Other processes on the machine do not change them."""
     start = time.process_time()
     work()
     return time.process_time() - start

@@ -1,4 +1,4 @@
-"""Add other formats to a bundle: SavedModel, ONNX and LiteRT, each proven before it is kept."""
+"""Export a bundle to SavedModel, ONNX and LiteRT, and keep each format that gives the same answers."""
 
 from cnnray import commandline
 from cnnray.models.export import ExportConfig, export

@@ -51,8 +51,8 @@ class ExportConfig:
     verification_images: int = 2000
     """Largest number of images to compare on."""
     max_accuracy_drop: float = 0.01
-    """Refuse a format whose accuracy on the labelled images is lower than Keras's by more than this; without labels,
-    a format that disagrees with Keras on a larger share of the images."""
+    """Refuse a format whose accuracy on the labelled images is lower than Keras's by more than this. Without labels,
+    refuse a format that disagrees with Keras on more than this share of the images."""
     seed: int = 0
     """Seed of the random choice of images."""
     threads: int | None = None

@@ -12,8 +12,7 @@ SIZE = 32
 
 
 def _with_patch(count, seed=0):
-    """Images of grey noise with a red, green or blue patch in a corner, their targets, and the corners' (row,
-    column)."""
+    """Grey noise images with a coloured patch in a corner, their targets, and the corners: (row, column), 0 or 1."""
     generator = np.random.default_rng(seed)
     images = generator.integers(90, 110, (count, SIZE, SIZE, 3)).astype(np.uint8)
     corners, targets = generator.integers(0, 2, (count, 2)), np.arange(count) % 3

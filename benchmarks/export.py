@@ -1,4 +1,4 @@
-"""Engines against Keras on this machine, and every architecture in every format, trained on handwritten digits."""
+"""Speed of the engines against Keras on this machine, and every architecture in every format, trained on digits."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ from cnnray.models.bundle import Bundle, BundleInfo
 log = logging.getLogger(__name__)
 
 ARCHITECTURES = {
-    # name: epochs, learning rate; from random weights
+    # name: (epochs, learning rate), from random weights
     "vgg_bn": (10, 1e-3),
     "small_cnn": (12, 1e-3),
     "resnet50": (10, 1e-3),
@@ -32,30 +32,34 @@ _BATCH = 32
 Images = npt.NDArray[np.uint8]
 
 
-def formats(folder: Path) -> str:
+def measure_formats(folder: Path) -> str:
     """Train and export all architectures at 32x32, which takes about 20 minutes on 2 cores.
 
     Args:
-        folder: where digits and bundles are written.
+        folder: digits and bundles are written here.
 
     Returns:
-        a Markdown table of what export measured of each.
+        Markdown tables of export's measurements, one per architecture.
     """
     startup.load_tensorflow(gpus=False)
-    images, targets = _digits(folder / "digits")
+    images, targets = _write_digits(folder / "digits")
     lines: list[str] = []
     for architecture in ARCHITECTURES:
-        bundle = _trained(architecture, images, targets, folder / architecture)
-        lines += _table_of(architecture, bundle, folder / "digits")
+        bundle = _train_bundle(architecture, images, targets, folder / architecture)
+        lines += _export_table(architecture, bundle, folder / "digits")
     return "\n".join(lines)
 
 
-def _digits(folder: Path) -> tuple[Images, npt.NDArray[np.int64]]:
-    """scikit-learn's digits in the folders `train` and `validation`; the images and targets to train on."""
-    found = load_digits()
-    pixels = np.kron((found.images * 255 / 16).round(), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
+def _write_digits(folder: Path) -> tuple[Images, npt.NDArray[np.int64]]:
+    """Write scikit-learn's digits into the folders `train` and `validation`.
+
+    Returns:
+        The images to train on, uint8 (N, SIZE, SIZE, 3), and their targets, int64 (N,).
+    """
+    digits = load_digits()
+    pixels = np.kron((digits.images * 255 / 16).round(), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
     train, test, targets, test_targets = train_test_split(
-        np.repeat(pixels[..., None], 3, -1), found.target, test_size=0.3, random_state=0, stratify=found.target
+        np.repeat(pixels[..., None], 3, -1), digits.target, test_size=0.3, random_state=0, stratify=digits.target
     )
     for split, images, labels in (("train", train, targets), ("validation", test, test_targets)):
         for index, (image, target) in enumerate(zip(images, labels, strict=True)):
@@ -65,7 +69,7 @@ def _digits(folder: Path) -> tuple[Images, npt.NDArray[np.int64]]:
     return train, targets.astype(np.int64)
 
 
-def _trained(architecture: str, images: Images, targets: npt.NDArray[np.int64], folder: Path) -> str:
+def _train_bundle(architecture: str, images: Images, targets: npt.NDArray[np.int64], folder: Path) -> str:
     import keras
 
     from cnnray.models import architectures
@@ -75,7 +79,7 @@ def _trained(architecture: str, images: Images, targets: npt.NDArray[np.int64], 
     model = architectures.build(architecture, SIZE, 10, head="linear")
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # of so few steps the slow average of 0.99 would still hold its start
+            layer.momentum = 0.9  # 0.99 averages over more steps than there are
     model.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(images, targets, batch_size=_BATCH, epochs=epochs, verbose=0)
     log.info("%s: training accuracy %.4f", architecture, history.history["accuracy"][-1])
@@ -84,43 +88,41 @@ def _trained(architecture: str, images: Images, targets: npt.NDArray[np.int64], 
     return str(folder)
 
 
-def _exported(bundle: str, data: Path, **options: Any) -> dict[str, dict[str, Any]]:
-    """What export measured of each format, with those that it refused left out."""
-    from cnnray.models.export import ExportConfig, ExportError
-    from cnnray.models.export import export as run
+def _export(bundle: str, data: Path, **options: Any) -> None:
+    """Export a bundle. Refused formats are logged."""
+    from cnnray.models.export import ExportConfig, ExportError, export
 
     try:
-        run(ExportConfig(bundle=bundle, calibration=str(data), **options))
+        export(ExportConfig(bundle=bundle, calibration=str(data), **options))
     except ExportError as error:
         log.info("%s", error)
-    return Bundle.load(bundle).info.exports
 
 
-def _table_of(architecture: str, bundle: str, digits: Path) -> list[str]:
-    """The table that export writes into the bundle, with the architecture's name in the first row."""
-    _exported(bundle, digits)
+def _export_table(architecture: str, bundle: str, digits: Path) -> list[str]:
+    """Export a bundle, and return the lines of its table below the architecture's name."""
+    _export(bundle, digits)
     head, rule, *rows = Path(bundle, "export.md").read_text().splitlines()
     return [f"**{architecture}**", "", head, rule, *rows, ""]
 
 
-def export(folder: Path, *, rounds: int = 5) -> list[Comparison]:
+def measure(folder: Path, *, rounds: int = 5) -> list[Comparison]:
     """Measure engines against `model.predict`, and int8 against float32 ONNX, on `vgg_bn` at 64x64.
 
     Args:
-        folder: where digits and a bundle are written.
-        rounds: how often each speed is measured, in turns.
+        folder: digits and a bundle are written here.
+        rounds: number of rounds; each measures every engine once.
     """
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures, engines, verification
 
-    _digits(folder / "digits")
+    _write_digits(folder / "digits")
     info = BundleInfo(class_names=[str(digit) for digit in range(10)], image_size=64, architecture="vgg_bn")
     bundle_folder = folder / "bundle_to_export"
     bundles.save(architectures.build("vgg_bn", 64, 10), info, bundle_folder)
-    # Untrained weights are as fast as any; their answers are noise, whatever the format.
-    _exported(
-        str(bundle_folder), folder / "digits", formats="onnx,onnx-int8,litert,litert-int8", max_accuracy_drop=1.0
-    )
+    # Random weights are as fast as trained ones. Their answers are noise in every format, so none is refused for
+    # them.
+    formats = ["onnx", "onnx-int8", "litert", "litert-int8"]
+    _export(str(bundle_folder), folder / "digits", formats=formats, max_accuracy_drop=1.0)
     bundle = Bundle.load(str(bundle_folder))
     images = np.random.default_rng(0).integers(0, 256, (_BATCH, 64, 64, 3), np.uint8)
     model = bundle.model
@@ -128,12 +130,12 @@ def export(folder: Path, *, rounds: int = 5) -> list[Comparison]:
     def predict(batch: Images) -> Any:
         return model.predict(batch, batch_size=_BATCH, verbose=0)
 
-    ways: dict[str, Any] = {"predict": predict}
-    ways |= {name: engines.engine_of(bundle, name) for name in (engines.KERAS, *bundle.info.exports)}
+    methods: dict[str, Any] = {"predict": predict}
+    methods |= {name: engines.load_engine(bundle, name) for name in (engines.KERAS, *bundle.info.exports)}
     rates: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
-        for name, way in ways.items():
-            for size, rate in verification.speeds(way, images).items():
+        for name, method in methods.items():
+            for size, rate in verification.measure_speeds(method, images).items():
                 rates.setdefault((name, size), []).append(rate)
     return [
         Comparison(f"vgg_bn 64x64, {ours}, batch {size}", rates[ours, size], theirs, rates[theirs, size], aim)
@@ -146,5 +148,5 @@ def export(folder: Path, *, rounds: int = 5) -> list[Comparison]:
             ("onnx-int8", "predict", "1", 3.0),
             ("keras", "predict", "1", 1.0),
         )
-        if ours in ways
+        if ours in methods
     ]

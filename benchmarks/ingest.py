@@ -1,4 +1,4 @@
-"""JPEG files to decoded images in a worker, against bare Pillow and `ray.data.read_images`."""
+"""Decoding JPEG files for a training worker, against bare Pillow and `ray.data.read_images`."""
 
 import io
 import time
@@ -9,7 +9,7 @@ import ray.data
 from PIL import Image
 
 from benchmarks.photos import Photos
-from benchmarks.report import Comparison, bare_loops
+from benchmarks.report import Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import storage
 from cnnray.training.data import StreamedSource
@@ -17,25 +17,25 @@ from cnnray.training.data import StreamedSource
 SIZE = 224
 
 
-def ingest(photos: Photos, found: Resources, *, images: int = 4000, rounds: int = 3) -> list[Comparison]:
-    """Measure each way once in every round.
+def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds: int = 3) -> list[Comparison]:
+    """Measure each method once per round.
 
     Args:
-        photos: the images, which are brought to 224x224.
-        found: the cluster.
-        images: how many, where `photos` does not say.
-        rounds: how often.
+        photos: the images, which are resized to 224x224.
+        resources: the cluster.
+        images: default number of images.
+        rounds: number of rounds.
     """
     manifest = photos.manifest(images)
     manifest = manifest.append_column("target", [np.zeros(len(manifest), np.int64)])
     paths = manifest["uri"].to_pylist()
-    limit = bare_loops(found)
+    bare = plan_bare_loops(resources)
     source = StreamedSource(
         manifest=manifest,
         image_size=SIZE,
         resize="stretch",
         cpus_per_task=1.0,
-        memory_bytes=found.object_store_bytes // 2,
+        memory_bytes=resources.object_store_bytes // 2,
     )
 
     def ours() -> int:
@@ -48,22 +48,22 @@ def ingest(photos: Photos, found: Resources, *, images: int = 4000, rounds: int 
         return sum(len(batch["image"]) for batch in dataset.iter_batches(batch_size=32))
 
     rates: dict[str, list[float]] = {"ours": [], "pillow": [], "read_images": []}
-    with get_context("spawn").Pool(limit.processes) as pool:
+    with get_context("spawn").Pool(bare.processes) as pool:
 
         def pillow() -> int:
             return sum(pool.imap_unordered(_decode_with_pillow, paths, chunksize=64))
 
-        ways = {"ours": ours, "pillow": pillow, "read_images": read_images}
-        for way in ways.values():
-            way()  # processes are started and libraries loaded
+        methods = {"ours": ours, "pillow": pillow, "read_images": read_images}
+        for method in methods.values():
+            method()  # warm-up: starts processes and imports libraries
         for _ in range(rounds):
-            for name, way in ways.items():
+            for name, method in methods.items():
                 start = time.perf_counter()
-                count = way()
+                count = method()
                 rates[name].append(count / (time.perf_counter() - start))
-    rates["pillow"] = [rate * limit.times for rate in rates["pillow"]]
+    rates["pillow"] = [rate * bare.scale for rate in rates["pillow"]]
     name = f"{photos.name} to 224x224, delivered to a worker"
-    peer = limit.named(f"bare Pillow in {limit.processes} processes")
+    peer = bare.label(f"bare Pillow in {bare.processes} processes")
     return [
         Comparison(name, rates["ours"], peer, rates["pillow"], 0.85),
         Comparison(name, rates["ours"], "ray.data.read_images", rates["read_images"], 2.5),

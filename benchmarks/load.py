@@ -1,6 +1,6 @@
-"""Load on a service: as much as it takes, from wrk; and requests at fixed times, whatever the answers take.
+"""Load on a service: the highest possible, from wrk, and a steady one, with requests at fixed times.
 
-As a program: python -m benchmarks.load ADDRESS FILE REQUESTS_A_SECOND SECONDS prints a `Load` as JSON.
+As a program, python -m benchmarks.load ADDRESS FILE REQUESTS_PER_SECOND SECONDS prints a `Load` as JSON.
 """
 
 import asyncio
@@ -21,32 +21,32 @@ from cnnray.errors import PermanentError
 
 @dataclass
 class Load:
-    """What came of it."""
+    """The result of a steady load."""
 
     statuses: dict[str, int] = field(default_factory=dict)
-    """Answers by HTTP's status, or by the exception where there was none."""
+    """Number of responses by HTTP status, or by exception if there was no response."""
     milliseconds: list[float] = field(default_factory=list)
-    """From the time that a request was due to its answer."""
+    """Latency of each request, from the time at which it was due to its response."""
     failed_at: list[float] = field(default_factory=list)
-    """Seconds after the start at which requests were due that did not end with 200."""
+    """For each request without status 200, the time at which it was due, in seconds after the start."""
 
     def percentile(self, share: float) -> float:
-        """Of the milliseconds."""
+        """The latency, in milliseconds, that this share of the requests does not exceed."""
         return sorted(self.milliseconds)[int(share * len(self.milliseconds))]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a service does where each connection asks again as soon as it has its answer."""
+    """The performance of a service when each connection sends a request as soon as it has its last response."""
 
     rate: float
-    """Requests a second."""
+    """Requests per second."""
     p50: float
-    """Milliseconds."""
+    """Median latency in milliseconds."""
     p99: float
-    """Milliseconds."""
+    """99th percentile of the latency in milliseconds."""
     failed: float
-    """Requests that did not end with 200."""
+    """Number of requests without status 200."""
 
 
 class MissingWrkError(PermanentError, RuntimeError):
@@ -56,34 +56,34 @@ class MissingWrkError(PermanentError, RuntimeError):
 def require_wrk() -> None:
     """
     Raises:
-        MissingWrkError: there is none.
+        MissingWrkError: wrk is not installed.
     """
     if shutil.which("wrk") is None:
-        raise MissingWrkError("The load comes from wrk, which is not installed (Debian's package wrk).")
+        raise MissingWrkError("The benchmark needs wrk, which is not installed (Debian's package wrk).")
 
 
-def peak(address: str, file: Path, folder: Path, *, connections: int, seconds: int) -> Peak:
-    """Post an image to `address`, as a form, from so many connections for so many seconds, after two to warm up.
+def measure_peak(address: str, file: Path, folder: Path, *, connections: int, seconds: int) -> Peak:
+    """Post an image as a form as fast as the service answers, after a warm-up of two seconds.
 
     Args:
-        address: that takes the form.
+        address: the URL to post to.
         file: the image.
-        folder: where wrk's script is written.
-        connections: at once.
-        seconds: that are measured.
+        folder: wrk's script is written here.
+        connections: number of connections.
+        seconds: length of the measurement.
     """
     script = folder / "post.lua"
-    script.write_text(_lua(file, folder / "body"))
+    script.write_text(_write_lua_script(file, folder / "body"))
     command = ["wrk", "-t1", f"-c{connections}", "--timeout", "30s", "-s", str(script), address]
     for duration in (2, seconds):
-        done = subprocess.run([*command, f"-d{duration}s"], capture_output=True, text=True, check=True)
-    values = re.search(r"MEASURED (\S+) (\S+) (\S+) (\S+)", done.stdout)
-    assert values is not None, done.stdout
+        completed = subprocess.run([*command, f"-d{duration}s"], capture_output=True, text=True, check=True)
+    values = re.search(r"MEASURED (\S+) (\S+) (\S+) (\S+)", completed.stdout)
+    assert values is not None, completed.stdout
     return Peak(*map(float, values.groups()))
 
 
-def _lua(file: Path, body: Path) -> str:
-    """A script for wrk that posts a form, and prints what it measured."""
+def _write_lua_script(file: Path, body: Path) -> str:
+    """Write the form to `body`, and return a script for wrk that posts it and prints the measurements."""
     head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="{file.name}"\r\n'
     head += "Content-Type: image/jpeg\r\n\r\n"
     body.write_bytes(head.encode() + file.read_bytes() + f"\r\n--{_BOUNDARY}--\r\n".encode())
@@ -105,32 +105,35 @@ _BOUNDARY = "cnnray-benchmark"
 
 
 def start_steady(address: str, file: Path, rate: float, seconds: float) -> subprocess.Popen[str]:
-    """`steady` in a process of its own, which shares no lock with who measures; its output is for `finished`."""
+    """Run `send_steady` in another process, so that it does not share the interpreter's lock with the measurement.
+
+    `read_steady` waits for its result.
+    """
     command = [sys.executable, "-m", "benchmarks.load", address, str(file), str(rate), str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
 
-def finished(process: subprocess.Popen[str]) -> Load:
-    """Wait for what `start_steady` started."""
+def read_steady(process: subprocess.Popen[str]) -> Load:
+    """Wait for a process from `start_steady`, and return its result."""
     output, _ = process.communicate()
     assert process.returncode == 0
     return Load(**json.loads(output))
 
 
-async def steady(address: str, file: Path, rate: float, seconds: float) -> Load:
-    """Post an image to `address`, as a form, `rate` times a second for so many seconds."""
+async def send_steady(address: str, file: Path, rate: float, seconds: float) -> Load:
+    """Post an image as a form, `rate` times per second, whether or not earlier requests have been answered."""
     load, data = Load(), file.read_bytes()
     start = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=512)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
 
-        async def one(due: float) -> None:
+        async def post(due: float) -> None:
             form = aiohttp.FormData()
             form.add_field("image", data, filename=file.name, content_type="image/jpeg")
             try:
-                async with session.post(address, data=form) as answer:
-                    await answer.read()
-                    status = str(answer.status)
+                async with session.post(address, data=form) as response:
+                    await response.read()
+                    status = str(response.status)
             except (aiohttp.ClientError, TimeoutError) as error:
                 status = type(error).__name__
             load.statuses[status] = load.statuses.get(status, 0) + 1
@@ -142,12 +145,12 @@ async def steady(address: str, file: Path, rate: float, seconds: float) -> Load:
         for number in range(int(rate * seconds)):
             due = number / rate
             await asyncio.sleep(max(0.0, due - (time.perf_counter() - start)))
-            tasks.append(asyncio.create_task(one(due)))
+            tasks.append(asyncio.create_task(post(due)))
         await asyncio.gather(*tasks)
     return load
 
 
 if __name__ == "__main__":
     _, address, file, rate, seconds = sys.argv
-    found = asyncio.run(steady(address, Path(file), float(rate), float(seconds)))
-    sys.stdout.write(json.dumps(dataclasses.asdict(found)) + "\n")
+    result = asyncio.run(send_steady(address, Path(file), float(rate), float(seconds)))
+    sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")

@@ -1,8 +1,8 @@
-"""Other ways to serve the same network, each as a program: python -m benchmarks.peers NAME BUNDLE ENGINE PORT
+"""Other servers for the same network, as programs: python -m benchmarks.peers NAME BUNDLE ENGINE PORT
 
-All take a form with the field `image`, and answer with the class and its probability. `flask` is the article's: a
-route that opens the image with Pillow, resizes it, and calls `model.predict`. The others have two processes, in each
-an engine of one thread, and decode as this project does.
+Each accepts a form with the field `image`, and answers with the class and its probability. `flask` is the article's
+service: a route that opens the image with Pillow, resizes it, and calls `model.predict`. The others have two
+processes, each with an engine of one thread, and decode as cnnray does.
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import REPOSITORY
 from cnnray.images.decode import decode
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
@@ -23,28 +24,28 @@ WORKERS = 2
 
 
 class Classifier:
-    """The engine that a peer calls."""
+    """Decodes and classifies images for a peer."""
 
     def __init__(self) -> None:
         self._bundle = Bundle.load(os.environ["PEER_BUNDLE"])
         self._predictor = Predictor(self._bundle, engine=os.environ["PEER_ENGINE"], threads=1)
 
-    def decoded(self, data: bytes) -> Any:
-        """Pixels."""
+    def decode(self, data: bytes) -> Any:
+        """Decode an image to pixels, uint8 (size, size, 3)."""
         return decode(data, self._bundle.info.image_size, self._bundle.info.resize)
 
     def predict(self, images: list[Any]) -> list[dict[str, Any]]:
-        """An answer for each."""
+        """Classify decoded images."""
         rows, names = self._predictor.probabilities(np.stack(images)), self._bundle.info.class_names
         return [{"prediction": names[row.argmax()], "confidence": float(row.max())} for row in rows]
 
     def answer(self, data: bytes) -> dict[str, Any]:
-        """The answer for one encoded image."""
-        return self.predict([self.decoded(data)])[0]
+        """Classify one encoded image."""
+        return self.predict([self.decode(data)])[0]
 
 
 def flask(port: int) -> None:
-    """As in the article."""
+    """Run the article's Flask service."""
     import flask as web
     from PIL import Image
 
@@ -65,7 +66,7 @@ def flask(port: int) -> None:
 
 
 def fastapi_application() -> Any:
-    """For uvicorn's processes."""
+    """Build the FastAPI application in one of uvicorn's processes."""
     from fastapi import FastAPI, UploadFile
     from starlette.concurrency import run_in_threadpool
 
@@ -79,7 +80,7 @@ def fastapi_application() -> Any:
 
 
 def fastapi(port: int) -> None:
-    """Bare FastAPI in uvicorn."""
+    """Run bare FastAPI in uvicorn."""
     import uvicorn
 
     uvicorn.run(
@@ -98,7 +99,7 @@ class Api(litserve.LitAPI):
         self.classifier = Classifier()
 
     def decode_request(self, request):
-        return self.classifier.decoded(request["image"].file.read())
+        return self.classifier.decode(request["image"].file.read())
 
     def batch(self, inputs):
         return inputs
@@ -135,12 +136,12 @@ class Service:
 
 
 def litserve(port: int) -> None:
-    """LitServe, with batches."""
+    """Run LitServe with batching."""
     _replace_this_process(_LITSERVE, "lit_service.py", str(port))
 
 
 def bentoml(port: int) -> None:
-    """BentoML."""
+    """Run BentoML."""
     _replace_this_process(
         _BENTOML, "bento_service.py", "-m", "bentoml", "serve", "bento_service:Service", "--port", str(port),
         "--host", "127.0.0.1",
@@ -148,7 +149,7 @@ def bentoml(port: int) -> None:
 
 
 def _replace_this_process(program: str, name: str, *arguments: str) -> None:
-    """By one that runs a program which its workers can import."""
+    """Write a program to a file that worker processes can import, and run it in place of this process."""
     file = Path(os.environ["PEER_FOLDER"]) / name
     file.write_text(program.replace("WORKERS", str(WORKERS)))
     command = arguments if arguments[0] == "-m" else (str(file), *arguments)
@@ -159,22 +160,23 @@ def _replace_this_process(program: str, name: str, *arguments: str) -> None:
 
 
 def install(folder: Path) -> Path:
-    """An environment of their own for those whose requirements do not agree with Ray's: it finds this one's packages
-    behind its own.
+    """Create an environment for the peers whose requirements conflict with Ray's.
+
+    It sees the packages of the current environment after its own.
 
     Returns:
-        its Python.
+        The environment's Python interpreter.
     """
     environment = folder / "peers"
     python = environment / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     finder = environment / "lib" / version / "site-packages" / "cnnray-peers.pth"
-    if finder.exists():  # which is written last
+    if finder.exists():  # written last, so the environment is complete
         return python
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment], check=True)
     subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, "litserve", "bentoml"], check=True)
-    finder.write_text("\n".join([sysconfig.get_path("purelib"), str(Path(__file__).parents[2])]) + "\n")
+    finder.write_text("\n".join([sysconfig.get_path("purelib"), str(REPOSITORY)]) + "\n")
     return python
 
 

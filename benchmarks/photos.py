@@ -1,4 +1,4 @@
-"""The images that are measured with: the user's own, or photos that are made."""
+"""The images that benchmarks use: the user's own, or generated photos."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,37 +14,44 @@ from cnnray.images.manifest import ManifestError, manifest_of
 
 @dataclass(frozen=True, kw_only=True)
 class Photos:
-    """Where images come from, and how many of them."""
+    """The source and the number of the images."""
 
     folder: Path
-    """Where photos are made; on several nodes one that all of them see."""
+    """Folder for generated photos; with several nodes, a shared one."""
     data: str | None = None
-    """The user's own images, as jobs take them, in files of their own; None: photos are made."""
+    """The user's images, one file each, in the forms that the jobs accept; None: generate photos."""
     images: int | None = None
-    """Instead of each measurement's own number."""
+    """Number of images; None: each benchmark's own number."""
 
     def manifest(self, count: int) -> pa.Table:
-        """A manifest of so many images, or of `images`; of the user's own at most all, from everywhere among them.
+        """Build a manifest of `images` images, or of `count` if that is None.
+
+        The user's images are sampled at equal distances; if there are fewer, the manifest has all of them.
 
         Raises:
-            ManifestError, OSError: there are none, or they lie in Parquet or tar files, which the peers do not read.
+            ManifestError, OSError: there are no images, or they are in Parquet or tar files, which the peers cannot
+            read.
         """
         count = self.images or count
         source = self.data or str(write(self.folder / "photos", count))
         manifest = manifest_of(source, labelled=False)
         if containers.is_inside(manifest["uri"][0].as_py()):
-            raise ManifestError(f"{source} holds images in containers, and the benchmark's peers read files only.")
+            raise ManifestError(
+                f"{source} holds images in containers, but the benchmark's peers read only image files."
+            )
         return manifest.take(np.unique(np.linspace(0, len(manifest) - 1, min(count, len(manifest))).astype(np.int64)))
 
     @property
     def name(self) -> str:
-        """What they are, in a table."""
+        """The name of the images in a table."""
         return "images" if self.data else "JPEG 500x375"
 
 
 def write(folder: Path, count: int, classes: int = 10) -> Path:
-    """Write JPEGs of 500x375 pixels and 20 to 60 KB into class folders: cuts from the two photos that scikit-learn
-    brings. Those that are there are left."""
+    """Write JPEGs of 500x375 pixels and 20 to 60 KB into class folders: random crops of scikit-learn's two photos.
+
+    Files that exist are kept.
+    """
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     for index in range(count):
         path = folder / f"class{index % classes}" / f"{index:06d}.jpg"
@@ -55,7 +62,9 @@ def write(folder: Path, count: int, classes: int = 10) -> Path:
         photo = photos[index % len(photos)]
         width = int(generator.integers(400, photo.width))
         height = width * 3 // 4 if width * 3 // 4 <= photo.height else photo.height
-        left, top = (int(generator.integers(0, room + 1)) for room in (photo.width - width, photo.height - height))
-        cut = photo.resize((500, 375), box=(left, top, left + width, top + height))
-        cut.save(path, quality=int(generator.integers(75, 93)))
+        left, top = (
+            int(generator.integers(0, margin + 1)) for margin in (photo.width - width, photo.height - height)
+        )
+        crop = photo.resize((500, 375), box=(left, top, left + width, top + height))
+        crop.save(path, quality=int(generator.integers(75, 93)))
     return folder

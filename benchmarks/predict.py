@@ -1,4 +1,4 @@
-"""JPEG files to predictions: against bare loops with the same engine, Ray's documented pattern, and tf.data."""
+"""Prediction from JPEG files, against bare loops with the same engine, Ray's documented pattern, and tf.data."""
 
 import logging
 import subprocess
@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from benchmarks import photos
 from benchmarks.photos import Photos
-from benchmarks.report import BenchmarkError, Comparison, bare_loops
+from benchmarks.photos import write as write_photos
+from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import storage, stream
 from cnnray.images.decode import decode
@@ -31,47 +31,48 @@ log = logging.getLogger(__name__)
 
 SIZE, BATCH, CLASSES = 64, 64, 10
 _FLOAT32, _AUTO = "onnx", "auto"
-_TIMES = 3
-"""That the fastest engine goes through the images, which it is soon through with."""
+_REPETITIONS = 3
+"""How often the fastest engine goes through the images, because a single pass is too short to measure."""
 
 
-def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int = 3) -> list[Comparison]:
-    """Measure `vgg_bn` at 64x64, at steady state.
+def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds: int = 3) -> list[Comparison]:
+    """Measure `vgg_bn` at 64x64 in the steady state.
 
     Args:
-        given: the images; bundle and lists are written beside them.
-        found: the cluster.
-        images: how many, where `given` does not say.
-        rounds: how often each way is measured, in turns.
+        photos: the images; the bundle and lists are written into their folder.
+        resources: the cluster.
+        images: default number of images.
+        rounds: number of rounds; each measures every method once.
 
     Raises:
         BenchmarkError: there are too few images.
     """
-    manifest = pipeline.select_columns(given.manifest(images))
+    manifest = pipeline.select_columns(photos.manifest(images))
     paths, count = manifest["uri"].to_pylist(), len(manifest)
-    bundle = Bundle.load(random_bundle(given.folder))
-    limit = bare_loops(found)
-    if count < (least := 4 * BATCH * limit.processes):
-        raise BenchmarkError(f"{count} images are too few to measure prediction with: {least} at least.")
+    bundle = Bundle.load(write_random_bundle(photos.folder))
+    bare_loops = plan_bare_loops(resources)
+    if count < (least := 4 * BATCH * bare_loops.processes):
+        raise BenchmarkError(f"{count} images are too few to measure prediction: at least {least} are needed.")
 
-    def ours(engine: str, times: int = 1) -> Callable[[], float]:
-        planned = pipeline.plan(bundle, PredictOptions(engine=engine), found)
-        repeated = pa.concat_tables([manifest] * times)
+    def ours(engine: str, repetitions: int = 1) -> Callable[[], float]:
+        planned = pipeline.plan(bundle, PredictOptions(engine=engine), resources)
+        repeated = pa.concat_tables([manifest] * repetitions)
 
         def run() -> float:
-            dataset = pipeline.predict(repeated, planned, stream.pieces(paths * times, 128))
+            dataset = pipeline.predict(repeated, planned, stream.pieces(paths * repetitions, 128))
             return steady_rate(
-                (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")), count * times
+                (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")),
+                count * repetitions,
             )
 
         return run
 
-    def bare(engine: str, times: int = 1) -> Callable[[], float]:
+    def bare(engine: str, repetitions: int = 1) -> Callable[[], float]:
         def run() -> float:
-            repeated = paths * times
-            shares = [(bundle.uri, engine, repeated[share :: limit.processes]) for share in range(limit.processes)]
-            with get_context("spawn").Pool(limit.processes) as pool:
-                return limit.times * sum(pool.starmap(_bare_loop, shares, chunksize=1))
+            repeated, processes = paths * repetitions, bare_loops.processes
+            shares = [(bundle.uri, engine, repeated[first::processes]) for first in range(processes)]
+            with get_context("spawn").Pool(processes) as pool:
+                return bare_loops.scale * sum(pool.starmap(_bare_loop, shares, chunksize=1))
 
         return run
 
@@ -81,35 +82,35 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
             fn_constructor_args=[bundle.uri],
             batch_size=BATCH,
             num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=max(1, int(found.cpus) - 1)),
+            compute=ray.data.ActorPoolStrategy(size=max(1, int(resources.cpus) - 1)),
         )
         return steady_rate((len(rows["answer"]) for rows in dataset.iter_batches(batch_size=BATCH)), count)
 
     def tf_data() -> float:
-        listed = given.folder / "listed.txt"
-        listed.write_text("\n".join(paths))
-        program = f"from benchmarks import predict; predict.with_tf_data({bundle.uri!r}, {str(listed)!r})"
-        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-        return float(done.stdout.splitlines()[-1])
+        path_list = photos.folder / "listed.txt"
+        path_list.write_text("\n".join(paths))
+        program = f"from benchmarks import predict; predict.run_tf_data({bundle.uri!r}, {str(path_list)!r})"
+        completed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        return float(completed.stdout.splitlines()[-1])
 
     fastest = engines.choose(bundle, gpus=False, batch_size=BATCH)
-    ways = {
-        "auto": ours(_AUTO, _TIMES), "float32": ours(_FLOAT32), "bare auto": bare(fastest, _TIMES),
+    methods = {
+        "auto": ours(_AUTO, _REPETITIONS), "float32": ours(_FLOAT32), "bare auto": bare(fastest, _REPETITIONS),
         "bare float32": bare(_FLOAT32), "documented": documented, "tf.data": tf_data,
     }  # fmt: skip
     if not storage.is_local(paths[0]):
-        ways.pop("tf.data")  # which reads no bucket without a package of its own
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+        methods.pop("tf.data")  # cannot read buckets without another package
+    rates: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
-        for name, way in ways.items():
-            rates[name].append(way())
-        log.info("%s", ", ".join(f"{name} {found[-1]:.0f}" for name, found in rates.items()))
-    files, loops = f"vgg_bn 64x64 on {given.name}", f"a bare loop in {limit.processes} processes"
+        for name, method in methods.items():
+            rates[name].append(method())
+        log.info("%s", ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items()))
+    files, loops = f"vgg_bn 64x64 on {photos.name}", f"a bare loop in {bare_loops.processes} processes"
     return [
         Comparison(f"{files}, {ours}", rates[ours.split()[0]], theirs, rates[key], aim)
         for ours, theirs, key, aim in (
-            (f"auto ({fastest})", limit.named(f"{loops}, {fastest}"), "bare auto", 0.9),
-            ("float32 (onnx)", limit.named(f"{loops}, onnx"), "bare float32", 0.9),
+            (f"auto ({fastest})", bare_loops.label(f"{loops}, {fastest}"), "bare auto", 0.9),
+            ("float32 (onnx)", bare_loops.label(f"{loops}, onnx"), "bare float32", 0.9),
             (f"auto ({fastest})", "read_images, then model.predict in an actor", "documented", 4.0),
             ("float32 (onnx)", "read_images, then model.predict in an actor", "documented", 1.3),
             (f"auto ({fastest})", "tf.data and model.predict in one process", "tf.data", 1.0),
@@ -119,22 +120,28 @@ def predict(given: Photos, found: Resources, *, images: int = 1500, rounds: int 
     ]
 
 
-def random_bundle(folder: Path) -> str:
-    """A network of random weights, which is as fast as any, in ONNX float32 and int8, in `folder/bundle`; where it is
-    there already, that one."""
+def write_random_bundle(folder: Path) -> str:
+    """Write a network with random weights, exported to ONNX in float32 and int8, unless `folder/bundle` exists.
+
+    Random weights are as fast as trained ones.
+
+    Returns:
+        The bundle's path.
+    """
     target = folder / "bundle"
     if not target.exists():
-        calibration = photos.write(folder / "calibration", 200)
-        with tempfile.TemporaryDirectory(dir=folder) as part:
-            made = str(Path(part, "bundle"))
-            program = f"from benchmarks import predict; predict.write_bundle({made!r}, {str(calibration)!r})"
+        calibration = write_photos(folder / "calibration", 200)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            bundle = str(Path(temporary, "bundle"))
+            program = f"from benchmarks import predict; predict.write_and_export({bundle!r}, {str(calibration)!r})"
+            # In another process, so that TensorFlow's threads end with it.
             subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-            Path(made).rename(target)
+            Path(bundle).rename(target)
     return str(target)
 
 
-def write_bundle(folder: str, calibration: str) -> None:
-    """Write it (in a process of its own, so that TensorFlow's threads end with it)."""
+def write_and_export(folder: str, calibration: str) -> None:
+    """Write a bundle with random weights, and export it to ONNX."""
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures
     from cnnray.models.export import ExportConfig, export
@@ -144,26 +151,31 @@ def write_bundle(folder: str, calibration: str) -> None:
     bundles.save(architectures.build("vgg_bn", SIZE, CLASSES), info, Path(folder))
     export(
         ExportConfig(
-            bundle=folder, calibration=calibration, formats="onnx,onnx-int8", max_accuracy_drop=1.0,
+            bundle=folder, calibration=calibration, formats=["onnx", "onnx-int8"], max_accuracy_drop=1.0,
             verification_images=200,
         )
     )  # fmt: skip
 
 
 def steady_rate(counts: Iterable[int], images: int) -> float:
-    """Images/s between a quarter and nine tenths of the images."""
-    arrived, first, last = 0, (0, 0.0), (0, 0.0)
+    """The images/s between a quarter and nine tenths of the images.
+
+    Args:
+        counts: yields the number of images in each batch when it is complete.
+        images: number of images in all.
+    """
+    total, first, last = 0, (0, 0.0), (0, 0.0)
     for count in counts:
-        arrived += count
-        if arrived < images / 4:
-            first = (arrived, time.perf_counter())
-        if arrived < images * 0.9:
-            last = (arrived, time.perf_counter())
+        total += count
+        if total < images / 4:
+            first = (total, time.perf_counter())
+        if total < images * 0.9:
+            last = (total, time.perf_counter())
     return (last[0] - first[0]) / (last[1] - first[1])
 
 
 def _bare_loop(uri: str, engine: str, paths: list[str]) -> float:
-    """Images/s of one process with one thread."""
+    """Measure the images/s of one process with one thread."""
     predictor = Predictor(Bundle.load(uri), engine=engine, threads=1, batch_size=BATCH)
     ends = []
     for start in range(0, len(paths), BATCH):
@@ -174,7 +186,7 @@ def _bare_loop(uri: str, engine: str, paths: list[str]) -> float:
 
 
 class _KerasPredict:
-    """As in Ray's documentation of batch inference."""
+    """The actor class of Ray's documentation of batch inference."""
 
     def __init__(self, uri: str) -> None:
         startup.load_tensorflow(gpus=False)
@@ -184,22 +196,22 @@ class _KerasPredict:
         return {"answer": self._model.predict(batch["image"], verbose=0).argmax(1)}
 
 
-def with_tf_data(uri: str, listed: str) -> None:
-    """Print the images/s of `model.predict` on a tf.data pipeline over the same files."""
+def run_tf_data(uri: str, path_list: str) -> None:
+    """Print the images/s of `model.predict` on a tf.data pipeline over the files named in `path_list`."""
     startup.load_tensorflow(gpus=False)
     import tensorflow as tf
 
     model = Bundle.load(uri).model
-    paths = Path(listed).read_text().splitlines()
+    paths = Path(path_list).read_text().splitlines()
 
-    def pixels(path: Any) -> Any:
+    def decode_file(path: Any) -> Any:
         image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
         return tf.cast(tf.image.resize(image, (SIZE, SIZE), antialias=True), tf.uint8)
 
-    def over(some: list[str]) -> Any:
-        return tf.data.Dataset.from_tensor_slices(some).map(pixels, tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+    def build_dataset(paths: list[str]) -> Any:
+        return tf.data.Dataset.from_tensor_slices(paths).map(decode_file, tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
 
-    model.predict(over(paths[: 4 * BATCH]), verbose=0)
+    model.predict(build_dataset(paths[: 4 * BATCH]), verbose=0)
     start = time.perf_counter()
-    count = len(model.predict(over(paths), verbose=0))
+    count = len(model.predict(build_dataset(paths), verbose=0))
     sys.stdout.write(f"{count / (time.perf_counter() - start)}\n")

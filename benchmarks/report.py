@@ -1,4 +1,4 @@
-"""What a benchmark says: rates side by side, and their ratios by the median of several rounds."""
+"""Reports of benchmarks: rates measured side by side, and the medians of their ratios over several rounds."""
 
 import os
 import platform
@@ -18,67 +18,68 @@ class BenchmarkError(PermanentError, RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our rates against those of one peer or limit, round by round."""
+    """Our rates against those of a peer or a bare loop, round by round."""
 
     name: str
     ours: list[float]
-    """images/s in each round."""
+    """Our rate in each round, in images/s (services: requests/s)."""
     peer: str
     theirs: list[float]
-    """images/s of the peer in the same rounds."""
+    """The peer's rate in the same rounds."""
     target: float
-    """The ratio that is aimed at."""
+    """The ratio to reach."""
     ratio: float = field(init=False)
-    """Median over the rounds of ours / theirs."""
+    """Median of ours / theirs over the rounds."""
 
     def __post_init__(self) -> None:
-        ratios = [mine / other for mine, other in zip(self.ours, self.theirs, strict=True)]
+        ratios = [own / peer for own, peer in zip(self.ours, self.theirs, strict=True)]
         object.__setattr__(self, "ratio", statistics.median(ratios))
 
 
 def table(comparisons: list[Comparison]) -> str:
     """The comparisons as a Markdown table."""
     lines = ["| ours | images/s | against | images/s | ratio | aim | |", "|---|---|---|---|---|---|---|"]
-    for one in comparisons:
-        verdict = "reached" if one.ratio >= one.target else "missed"
+    for comparison in comparisons:
+        ours, theirs = statistics.median(comparison.ours), statistics.median(comparison.theirs)
+        verdict = "reached" if comparison.ratio >= comparison.target else "missed"
         lines.append(
-            f"| {one.name} | {statistics.median(one.ours):.0f} | {one.peer} | {statistics.median(one.theirs):.0f} "
-            f"| {one.ratio:.3f} | {one.target:.2f} | {verdict} |"
+            f"| {comparison.name} | {ours:.0f} | {comparison.peer} | {theirs:.0f} "
+            f"| {comparison.ratio:.3f} | {comparison.target:.2f} | {verdict} |"
         )
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Bare:
-    """How bare loops run: on the machine of the benchmark, with its cores, as they know no other."""
+class BareLoops:
+    """How bare loops run: only on the machine of the benchmark, with one process per core."""
 
     processes: int
-    """One a core."""
-    times: float
-    """How many times more cores the cluster has; their rates are taken times that."""
+    """Number of processes."""
+    scale: float
+    """Cores of the cluster / processes. The measured rates of bare loops are multiplied by it."""
 
-    def named(self, what: str) -> str:
-        """For a table."""
-        return what if self.times == 1 else f"{what}, times {self.times:.3g}"
-
-
-def bare_loops(found: Resources) -> Bare:
-    """The bare loops' share of a cluster."""
-    processes = max(1, min(cluster.local_cpus(), int(found.cpus)))
-    return Bare(processes, max(1.0, found.cpus / processes))
+    def label(self, name: str) -> str:
+        """The name of a bare loop in a table, with the scale if there is one."""
+        return name if self.scale == 1 else f"{name}, times {self.scale:.3g}"
 
 
-def cluster_of(found: Resources) -> str:
-    """Nodes, CPUs and GPUs, for the line under a table."""
-    return f"{len(found.nodes)} node(s), {found.cpus:g} CPUs and {found.gpus:g} GPUs in all"
+def plan_bare_loops(resources: Resources) -> BareLoops:
+    """Plan bare loops for a comparison with a cluster."""
+    processes = max(1, min(cluster.local_cpus(), int(resources.cpus)))
+    return BareLoops(processes, max(1.0, resources.cpus / processes))
 
 
-def machine() -> str:
-    """Cores, processor and library versions, for the line under a table."""
+def describe_cluster(resources: Resources) -> str:
+    """Nodes, CPUs and GPUs, for the line below the tables."""
+    return f"{len(resources.nodes)} node(s), {resources.cpus:g} CPUs and {resources.gpus:g} GPUs in all"
+
+
+def describe_machine() -> str:
+    """Cores, processor and library versions, for the line below the tables."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    versions = ", ".join(f"{library} {number}" for library, number in library_versions().items())
+    versions = ", ".join(f"{library} {version}" for library, version in library_versions().items())
     return f"{len(os.sched_getaffinity(0))} cores of {model}; {versions}"

@@ -1,4 +1,4 @@
-"""The benchmark from end to end: what is measured where, and what comes of it."""
+"""The benchmark from end to end: runs the measurements that the command line names, and collects their results."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,79 +10,80 @@ from cnnray import cluster
 from cnnray.cluster import Resources
 from cnnray.images import stream
 
-_ON_THE_CLUSTER = ("ingest", "train", "predict", "scale", "all")
+_NEEDS_CLUSTER = ("ingest", "train", "predict", "scale", "all")
 
 
 @dataclass
 class Result:
-    """What was measured."""
+    """The results of all measurements."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     scaling: dict[str, scale.Rates] = field(default_factory=dict)
-    """By workload: of more and more workers the name, their number, and images or requests a second."""
+    """By workload, the rates at increasing numbers of workers."""
     costs: dict[str, float] = field(default_factory=dict)
     """See `projection.Costs`."""
     tables: list[str] = field(default_factory=list)
-    """As Markdown."""
+    """Markdown tables to print."""
     cluster: str = ""
-    """Its nodes, CPUs and GPUs; empty where none was needed."""
+    """The cluster's nodes, CPUs and GPUs; empty if no cluster was needed."""
 
 
 def run(measure: str, folder: Path, data: str | None, images: int | None, *, shared: bool) -> Result:
-    """Measure.
+    """Run one measurement, or all.
 
     Args:
-        measure: one of those that `jobs/benchmark.py` names.
-        folder: where files are written.
-        data: the user's own images.
-        images: how many.
-        shared: whether the folder is one that all nodes see.
+        measure: one of `MEASURES` in `jobs/benchmark.py`.
+        folder: files are written here.
+        data: the user's own images; None: generate photos.
+        images: number of images; None: each measurement's own number.
+        shared: whether all nodes share the folder.
 
     Raises:
-        BenchmarkError, ManifestError, OSError, ClusterError, MissingWrkError: with a sentence for the user.
+        BenchmarkError, ManifestError, OSError, ClusterError, MissingWrkError: the benchmark cannot run; the message
+            is for the user.
     """
     result = Result()
     if measure == "formats":
-        result.tables.append(export.formats(folder))
+        result.tables.append(export.measure_formats(folder))
     if measure == "recipes":
-        result.tables.append(recipes.recipes(folder, data))
+        result.tables.append(recipes.measure(folder, data))
     if measure in ("serve", "scale", "all"):
         load.require_wrk()
-    if measure in _ON_THE_CLUSTER:
+    if measure in _NEEDS_CLUSTER:
         photos = Photos(folder=folder, data=data, images=images)
         if data:
-            photos.manifest(1)  # so that what is wrong with it is said before Ray starts
-        with cluster.connected() as found:
-            if len(found.nodes) > 1 and not shared:
-                raise BenchmarkError("The cluster has several nodes: give a --folder that all of them see.")
+            photos.manifest(1)  # reports bad input before Ray starts
+        with cluster.connected() as resources:
+            if len(resources.nodes) > 1 and not shared:
+                raise BenchmarkError("The cluster has several nodes: give a --folder that all of them share.")
             stream.be_quiet()
-            result.cluster = report.cluster_of(found)
-            _on_the_cluster(result, measure, photos, found)
+            result.cluster = report.describe_cluster(resources)
+            _measure_on_cluster(result, measure, photos, resources)
     if measure in ("export", "all"):
-        result.comparisons += export.export(folder)
+        result.comparisons += export.measure(folder)
     if measure in ("serve", "all"):
-        compared, latencies = serve.serve(folder)
-        result.comparisons += compared
+        comparisons, latencies = serve.measure(folder)
+        result.comparisons += comparisons
         result.tables.append(latencies)
     if measure in ("scale", "all"):
-        result.scaling["serving"] = scale.serving(folder, cluster.local_cpus())
+        result.scaling["serving"] = scale.measure_serving(folder, cluster.local_cpus())
         result.tables.append(scale.table("replicas on this machine", result.scaling["serving"], "requests/s"))
     if result.comparisons:
         result.tables.append(report.table(result.comparisons))
     return result
 
 
-def _on_the_cluster(result: Result, measure: str, photos: Photos, found: Resources) -> None:
+def _measure_on_cluster(result: Result, measure: str, photos: Photos, resources: Resources) -> None:
     if measure in ("ingest", "all"):
-        result.comparisons += ingest.ingest(photos, found)
+        result.comparisons += ingest.measure(photos, resources)
     if measure in ("train", "all"):
-        result.comparisons += train.train(photos, found)
+        result.comparisons += train.measure(photos, resources)
     if measure in ("predict", "all"):
-        result.comparisons += predict.predict(photos, found)
+        result.comparisons += predict.measure(photos, resources)
     if measure in ("scale", "all"):
-        trained, predicted = scale.training(photos, found), scale.prediction(photos, found)
-        result.scaling |= {"training": trained, "prediction": predicted}
-        result.tables += [scale.table("training workers", trained), scale.table("prediction workers", predicted)]
-        costs = scale.costs(photos, trained, predicted)
+        training, prediction = scale.measure_training(photos, resources), scale.measure_prediction(photos, resources)
+        result.scaling |= {"training": training, "prediction": prediction}
+        result.tables += [scale.table("training workers", training), scale.table("prediction workers", prediction)]
+        costs = scale.measure_costs(photos, training, prediction)
         result.costs = vars(costs)
         result.tables += [scale.costs_table(costs), projection.table(costs)]

@@ -1,4 +1,4 @@
-"""Training steps of two workers against one process's `Model.fit`, and fed from files against from memory."""
+"""Training steps: two workers against `Model.fit` in one process, and input from files against input from memory."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.photos import Photos
-from benchmarks.report import BenchmarkError, Comparison, bare_loops
+from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.models import startup
 from cnnray.training import epoch
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 SIZE, BATCH, CLASSES = 64, 64, 10
 
 
-def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3) -> list[Comparison]:
+def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: int = 3) -> list[Comparison]:
     """Measure `vgg_bn` at 64x64 with a global batch of 64.
 
     Args:
         photos: the images.
-        found: the cluster; two workers share the cores that the one process has.
-        steps: steps in each measurement.
-        rounds: how often each is measured, in turns.
+        resources: the cluster; on one node, two workers share the cores that the one process has.
+        steps: steps of each measurement.
+        rounds: number of rounds; each measures every method once.
 
     Raises:
         BenchmarkError: there are too few images.
@@ -41,14 +41,16 @@ def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3)
     manifest = photos.manifest(steps * BATCH)
     steps = min(steps, len(manifest) // BATCH)
     if steps < 2:
-        raise BenchmarkError(f"{len(manifest)} images are too few to measure training with: {2 * BATCH} at least.")
-    threads = bare_loops(found).processes
-    config = config_of(2, cpus_per_worker=None if len(found.nodes) == 1 else threads / 2)
-    shares = share_out(config, found)
+        raise BenchmarkError(
+            f"{len(manifest)} images are too few to measure training: at least {2 * BATCH} are needed."
+        )
+    threads = plan_bare_loops(resources).processes
+    config = make_config(2, cpus_per_worker=None if len(resources.nodes) == 1 else threads / 2)
+    shares = share_out(config, resources)
     fit, memory, files = [], [], []
     for _ in range(rounds):
-        fit.append(_model_fit(threads, steps))
-        measured = on_workers(
+        fit.append(_measure_model_fit(threads, steps))
+        measured = run_on_workers(
             config, photos.folder, steps, cpus=shares.cpus_per_worker, decode_cpus=shares.decode_cpus,
             manifest=manifest.slice(0, steps * BATCH),
         )  # fmt: skip
@@ -61,22 +63,22 @@ def train(photos: Photos, found: Resources, *, steps: int = 12, rounds: int = 3)
     ]
 
 
-def config_of(workers: int, **flags: Any) -> TrainConfig:
-    """As the peer trains: Adam at a constant rate, and nothing else."""
+def make_config(workers: int, **flags: Any) -> TrainConfig:
+    """The config of a training like the peer's: Adam at a constant rate, without augmentation."""
     return TrainConfig(
         data="/none", output="/nowhere", max_workers=workers, augment="none", optimizer="adam", schedule="constant",
         **flags,
     )  # fmt: skip
 
 
-def _model_fit(threads: int, steps: int) -> float:
-    program = f"from benchmarks import train; train.fit_in_this_process({threads}, {steps})"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+def _measure_model_fit(threads: int, steps: int) -> float:
+    program = f"from benchmarks import train; train.run_model_fit({threads}, {steps})"
+    completed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return float(completed.stdout.splitlines()[-1])
 
 
-def fit_in_this_process(threads: int, steps: int) -> None:
-    """Print the images/s of `Model.fit` after its first epoch."""
+def run_model_fit(threads: int, steps: int) -> None:
+    """Print the images/s of `Model.fit` after a warm-up of two steps."""
     startup.load_tensorflow(gpus=False)
     import keras
     import tensorflow as tf
@@ -99,7 +101,7 @@ def _random_batches(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
     return images, generator.integers(0, CLASSES, count)
 
 
-def on_workers(
+def run_on_workers(
     config: TrainConfig,
     folder: Path,
     steps: int,
@@ -109,19 +111,19 @@ def on_workers(
     manifest: pa.Table | None = None,
     spread: bool = False,
 ) -> dict[str, Any]:
-    """Run steps on Ray Train's workers.
+    """Run training steps on Ray Train workers.
 
     Args:
         config: of the training; each worker has `batch_size / workers` images of each step.
-        folder: for Ray Train's files; on several nodes one that all of them see.
-        steps: in each measurement.
-        cpus: of each worker.
-        decode_cpus: of each decoding task.
-        manifest: of `steps * batch_size` images, to measure steps that are fed from files as well.
-        spread: whether workers go to as many nodes as there are, not to as few as hold them.
+        folder: for Ray Train's files; with several nodes, a shared one.
+        steps: steps of each measurement.
+        cpus: CPUs per worker.
+        decode_cpus: CPUs per decoding task.
+        manifest: `steps * batch_size` images; with it, steps with input from files are measured, too.
+        spread: place the workers on as many nodes as possible instead of as few as possible.
 
     Returns:
-        `memory` and, with a manifest, `files`: images/s; and `nodes`, how many the workers were on.
+        `memory` and, with a manifest, `files`: images/s; `nodes`: number of nodes with workers.
     """
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -131,8 +133,8 @@ def on_workers(
     threads = max(1, math.ceil(cpus))
     resources = {"CPU": cpus} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     with tempfile.TemporaryDirectory(dir=folder) as storage_path:
-        done = DataParallelTrainer(
-            functools.partial(_measure, config, threads, decode_cpus, steps, manifest),
+        result = DataParallelTrainer(
+            functools.partial(_measure_on_worker, config, threads, decode_cpus, steps, manifest),
             backend_config=MultiWorkerConfig(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.max_workers,
@@ -144,14 +146,14 @@ def on_workers(
                 storage_path=storage_path, logging_config=ray.train.LoggingConfig(log_level="WARNING")
             ),
         ).fit()
-    measured: dict[str, Any] = done.return_value
+    measured: dict[str, Any] = result.return_value
     return measured
 
 
-def _measure(
+def _measure_on_worker(
     config: TrainConfig, threads: int, decode_cpus: float, steps: int, manifest: pa.Table | None
 ) -> dict[str, Any]:
-    """On each worker: steps from memory, and from files."""
+    """Measure steps with input from memory and from files. Runs on each worker."""
     startup.load_tensorflow(gpus=config.gpus_per_worker > 0)
     import ray.train
     import tensorflow as tf
@@ -166,11 +168,11 @@ def _measure(
     rank, world = context.get_world_rank(), context.get_world_size()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        trained = Steps(config, CLASSES)
-        trained.begin(config.resolved_phases[0], steps)
+        training = Steps(config, CLASSES)
+        training.begin(config.resolved_phases[0], steps)
     images, targets = _random_batches(config.batch_size // world)
-    trained.train(images, targets)
-    ways: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
+    training.train(images, targets)
+    inputs: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
         source = StreamedSource(
@@ -182,15 +184,15 @@ def _measure(
         )
         bounds = epoch.step_bounds(len(manifest), config.batch_size)
         rows, sizes = epoch.rank_rows(epoch.order(0, 0, len(manifest)), bounds, 0, rank, world)
-        list(source.batches(rows[: sum(sizes[:2])], sizes[:2]))  # the tasks' processes are started
-        ways["files"] = source.batches(rows, sizes)
+        list(source.batches(rows[: sum(sizes[:2])], sizes[:2]))  # warm-up: starts the processes of the tasks
+        inputs["files"] = source.batches(rows, sizes)
     rates: dict[str, Any] = {}
-    for name, batches in ways.items():
-        # From the end of the first step on: a stream takes a second or two to its first batch, once an epoch.
+    for name, batches in inputs.items():
+        # Time starts after the first step, because the first batch of a stream takes a second or two, once per epoch.
         ends = []
         for batch in batches:
-            trained.train(batch["image"], batch["target"])
+            training.train(batch["image"], batch["target"])
             ends.append(time.perf_counter())
         rates[name] = (steps - 1) * config.batch_size / (ends[-1] - ends[0])
     on_node = np.eye(world, dtype=np.int64)[context.get_node_rank()]
-    return rates | {"nodes": int(np.count_nonzero(trained.reduce(on_node)))}
+    return rates | {"nodes": int(np.count_nonzero(training.reduce(on_node)))}

@@ -1,4 +1,4 @@
-"""Measure against peers and bare limits, side by side, on this machine or on the cluster that RAY_ADDRESS names."""
+"""Benchmark cnnray against other tools and bare loops, on this machine or on the cluster that RAY_ADDRESS names."""
 
 import argparse
 import contextlib
@@ -10,8 +10,8 @@ from cnnray import commandline, flags
 from cnnray.images import storage
 
 MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "all")
-_OF_THEIR_OWN = ("export", "serve", "formats")
-"""That bring their images."""
+_WITH_OWN_IMAGES = ("export", "serve", "formats")
+"""Measurements that always use their own images."""
 
 
 def main() -> None:
@@ -21,23 +21,27 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="scale: more and more workers, and a projection; all leaves out formats and recipes, which take long",
+        help="scale: increasing numbers of workers, and a projection; all: everything except formats and recipes, "
+        "which take 20 to 30 minutes each",
     )
-    parser.add_argument("--data", help="your own images, as the jobs take them (for recipes with labels); else made")
-    parser.add_argument("--images", type=int, help="how many, instead of each measurement's own number")
     parser.add_argument(
-        "--folder", help="where photos, bundles and the peers' environment are kept; on several nodes a shared one"
+        "--data",
+        help="your own images, in the forms that the jobs accept (recipes: with labels); default: generated photos",
     )
-    given = parser.parse_args()
+    parser.add_argument("--images", type=int, help="number of images; default: each measurement's own number")
+    parser.add_argument(
+        "--folder", help="keep photos, bundles and the peers' environment here; with several nodes, a shared folder"
+    )
+    arguments = parser.parse_args()
     try:
-        flags.check_at_least_one(given, "images")
-        for flag, others in (("data", _OF_THEIR_OWN), ("images", (*_OF_THEIR_OWN, "recipes"))):
-            if vars(given)[flag] is not None and given.measure in others:
-                raise ValueError(f"--{flag} means nothing to {given.measure}.")
-        data = flags.absolute("data", given.data) if given.data else None
-        kept = Path(flags.absolute("folder", given.folder)) if given.folder else None
-        if kept and not storage.is_local(given.folder):
-            raise ValueError("--folder must be a path, as the peers read no buckets.")
+        flags.check_at_least_one(arguments, "images")
+        for flag, ignored_by in (("data", _WITH_OWN_IMAGES), ("images", (*_WITH_OWN_IMAGES, "recipes"))):
+            if vars(arguments)[flag] is not None and arguments.measure in ignored_by:
+                raise ValueError(f"--{flag} has no effect on {arguments.measure}; leave it out.")
+        data = flags.absolute("data", arguments.data) if arguments.data else None
+        permanent = Path(flags.absolute("folder", arguments.folder)) if arguments.folder else None
+        if permanent and not storage.is_local(arguments.folder):
+            raise ValueError("--folder must be a local path, because the peers cannot read buckets.")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -46,12 +50,12 @@ def main() -> None:
         from benchmarks.run import run
 
         with contextlib.ExitStack() as stack:
-            folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = permanent or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
-            result = run(given.measure, folder, data, given.images, shared=bool(kept))
-        print("\n\n".join([*result.tables, report.machine(), result.cluster]))
-        figures = {name: value for name, value in dataclasses.asdict(result).items() if name != "tables"}
-        return figures | {"machine": report.machine()}
+            result = run(arguments.measure, folder, data, arguments.images, shared=bool(permanent))
+        print("\n\n".join([*result.tables, report.describe_machine(), result.cluster]))
+        results = {name: value for name, value in dataclasses.asdict(result).items() if name != "tables"}
+        return results | {"machine": report.describe_machine()}
 
     commandline.run(job)
 

@@ -1,4 +1,4 @@
-"""Networks that tell classes apart without being trained: their last layer is solved for."""
+"""Networks that tell classes apart without training: a linear classifier provides the weights of the last layer."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ CLASSES = 3
 
 
 def coloured_noise(count, size, seed=0):
-    """Images uint8 (count, size, size, 3) of noise in which red, green or blue is stronger, and which: int64."""
+    """Noise images, uint8 (count, size, size, 3), with one stronger colour, and its index, int64 (count,)."""
     generator = np.random.default_rng(seed)
     targets = np.arange(count) % CLASSES
     images = generator.integers(0, 20, (count, size, size, 3))
@@ -23,28 +23,28 @@ def coloured_noise(count, size, seed=0):
 
 
 def fitted(architecture, size, images, targets):
-    """A network of random weights, whose logits tell the images' targets."""
+    """A network with random weights, except for the logits layer, which is fitted to the targets."""
     keras.utils.set_random_seed(0)
     model = architectures.build(architecture, size, CLASSES)
     logits = model.get_layer("logits")
     network = keras.Model(model.inputs, logits.input)
     convolutions = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D)]
     for _ in range(6):
-        # Random weights let the signal fade away (MobileNetV2: to 1e-13), which no int8 could hold.
+        # With random weights the signal fades (MobileNetV2: to 1e-13), too small for int8, so it is rescaled.
         features = np.asarray(network(images, training=False))
         for layer in convolutions:
             layer.kernel.assign(layer.kernel * features.std() ** (-1 / len(convolutions)))
-    solved = RidgeClassifier(alpha=1.0).fit(np.asarray(network(images, training=False)), targets)
-    logits.set_weights([4 * solved.coef_.T, 4 * solved.intercept_])
+    classifier = RidgeClassifier(alpha=1.0).fit(np.asarray(network(images, training=False)), targets)
+    logits.set_weights([4 * classifier.coef_.T, 4 * classifier.intercept_])
     return model
 
 
 def write_onnx_bundle(folder, architecture, size, calibration):
-    """A bundle that tells red, green and blue, exported to ONNX, at which no time is spent on its speed."""
+    """Write a bundle that tells red, green and blue apart, exported to ONNX with the shortest speed measurement."""
     counts = {"red": 10, "green": 10, "blue": 10}
     info = BundleInfo(class_names=list(counts), image_size=size, class_counts=counts)
     bundles.save(fitted(architecture, size, *coloured_noise(48, size)), info, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "_SECONDS_A_ROUND", 0.0)
-        export(ExportConfig(bundle=str(folder), calibration=calibration, formats="onnx"))
+        patch.setattr(verification, "_SECONDS_PER_ROUND", 0.0)
+        export(ExportConfig(bundle=str(folder), calibration=calibration, formats=["onnx"]))
     return str(folder)

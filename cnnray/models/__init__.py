@@ -1,1 +1,1 @@
-"""What is learnt, and what can be done with it on one machine; no Ray here."""
+"""Networks and bundles: building, loading, predicting and exporting on one machine. No Ray here."""

@@ -1,6 +1,6 @@
-"""The networks, by name. All take uint8 RGB (N, size, size, 3) and give float32 probabilities (N, classes).
+"""The networks, by name. Each maps uint8 RGB (N, size, size, 3) to float32 probabilities (N, classes).
 
-Scaling of the pixels is inside the network. The layer before the softmax is called `logits`.
+The network scales the pixels itself. The layer before the softmax is called `logits`.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +14,9 @@ _OWN = {
     "small_cnn": (((32, 32), (64, 64), (128,)), 128),
 }
 
-# keras.applications: name -> (function, how its published weights expect the pixels). `caffe`: BGR, ImageNet's
-# mean taken off; `torch`: 0...1, normalised by ImageNet's mean and deviation; `tf`: -1...1; `inside`: the
-# network scales by itself.
+# keras.applications: name -> (function, scaling that its published weights expect). `caffe`: BGR minus ImageNet's
+# mean; `torch`: 0...1, normalised with ImageNet's mean and standard deviation; `tf`: -1...1; `inside`: the network
+# scales the pixels itself.
 _BACKBONES = {
     "convnextbase": ("ConvNeXtBase", "inside"),
     "convnextlarge": ("ConvNeXtLarge", "inside"),
@@ -51,7 +51,7 @@ _BACKBONES = {
 }
 
 _SMALLEST = {
-    # keras.applications refuse, or cannot shrink, smaller images.
+    # keras.applications rejects smaller images, or downsamples them to nothing.
     "inceptionresnetv2": 75,
     "inceptionv3": 75,
     "xception": 71,
@@ -60,7 +60,7 @@ _SMALLEST = {
 }
 
 BACKBONES: tuple[str, ...] = tuple(_BACKBONES)
-"""Those of `keras.applications`."""
+"""The architectures of `keras.applications`."""
 NAMES: tuple[str, ...] = (*_OWN, *BACKBONES)
 """Every architecture that `build` knows."""
 
@@ -70,7 +70,7 @@ _HEAD_UNITS = (512, 256)
 
 
 def smallest_image_size(architecture: str) -> int:
-    """The smallest image, in pixels a side, that the architecture's down-sampling leaves something of."""
+    """The smallest image, in pixels per side, that the architecture does not downsample to nothing."""
     return _SMALLEST.get(architecture, 32)
 
 
@@ -90,34 +90,33 @@ def build(
         architecture: one of `NAMES`.
         image_size: height and width of the images in pixels.
         classes: number of classes.
-        head: what is behind the pooling: `dense`, for the backbones layers of 512 and 256 units with ReLU, each with
-            dropout, for the article's networks one layer; `linear`, dropout alone.
-        dropout: share of units dropped while training in front of the last layer, or behind the first of two, of
-            which the second then drops 0.6 of that; after each block of the article's networks half of it.
-        synchronized: whether batch norm takes its statistics over all workers' images.
-        dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`; the probabilities are float32
-            in any.
+        head: the layers between the pooling and the logits. `dense`: after a backbone, layers of 512 and 256 units
+            with ReLU, each followed by dropout; in the article's networks, one such layer. `linear`: dropout only.
+        dropout: dropout rate before the logits. In a dense head of two layers, the second drops 0.6 of this rate.
+            In the article's networks, each block ends with half of this rate.
+        synchronized: whether batch norm computes its statistics over the images of all workers.
+        dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`. The probabilities are always float32.
 
     Returns:
         keras.Model from uint8 (N, image_size, image_size, 3) to float32 (N, classes).
 
     Raises:
-        ValueError: an unknown architecture.
+        ValueError: the architecture is unknown.
     """
     import keras
 
     if architecture not in NAMES:
-        raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(NAMES)}.")
+        raise ValueError(f"The architecture {architecture!r} is unknown; expected one of {', '.join(NAMES)}.")
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
         pixels = keras.Input((image_size, image_size, 3), dtype="uint8", name="image")
         if architecture in _OWN:
-            hidden = _convolutional(
+            hidden = _add_convolutional_blocks(
                 pixels, *_OWN[architecture], head=head, dropout=dropout, synchronized=synchronized
             )
         else:
-            hidden = _with_head(_backbone(pixels, architecture), head, dropout)
+            hidden = _add_head(_add_backbone(pixels, architecture), head, dropout)
         logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
         probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
         model = keras.Model(pixels, probabilities, name=architecture)
@@ -130,7 +129,7 @@ def build(
     return model
 
 
-def _convolutional(
+def _add_convolutional_blocks(
     pixels: "keras.KerasTensor",
     blocks: tuple[tuple[int, ...], ...],
     units: int,
@@ -139,11 +138,11 @@ def _convolutional(
     dropout: float,
     synchronized: bool,
 ) -> "keras.KerasTensor":
-    """The article's network: blocks of 3x3 convolution, batch norm and ReLU, each closed by pooling and dropout.
+    """The article's network: blocks of 3x3 convolution, batch norm and ReLU, each followed by pooling and dropout.
 
-    Its convolutions have no bias: the batch norm behind takes it off again (so the function is the same), and
-    Adam makes steps of the rounding noise that is such a bias's gradient. The momentum of its batch norms is
-    0.9, not Keras's 0.99, with which the statistics that inference reads lag hundreds of steps behind.
+    The convolutions have no bias. Batch norm would subtract it again, so the function is the same, and Adam would
+    turn the rounding noise in its gradient into steps. The momentum of batch norm is 0.9. With Keras's 0.99, the
+    moving statistics used in inference lag hundreds of steps behind.
     """
     from keras import layers, regularizers
 
@@ -161,40 +160,45 @@ def _convolutional(
     return layers.Dropout(dropout)(x)
 
 
-def _with_head(features: "keras.KerasTensor", head: Head, dropout: float) -> "keras.KerasTensor":
+def _add_head(features: "keras.KerasTensor", head: Head, dropout: float) -> "keras.KerasTensor":
     from keras import layers
 
     x = layers.GlobalAveragePooling2D()(features)
     if head == "linear":
         return layers.Dropout(dropout)(x)
-    for units, share in zip(_HEAD_UNITS, (dropout, 0.6 * dropout), strict=True):
+    for units, rate in zip(_HEAD_UNITS, (dropout, 0.6 * dropout), strict=True):
         x = layers.Dense(units, activation="relu")(x)
-        x = layers.Dropout(share)(x)
+        x = layers.Dropout(rate)(x)
     return x
 
 
-def _backbone(pixels: "keras.KerasTensor", architecture: str) -> "keras.KerasTensor":
-    backbone = application(architecture, pixels.shape[1], None)
-    return backbone(_scaled(pixels, _BACKBONES[architecture][1]))
+def _add_backbone(pixels: "keras.KerasTensor", architecture: str) -> "keras.KerasTensor":
+    backbone = build_backbone(architecture, pixels.shape[1], None)
+    return backbone(_scale_pixels(pixels, _BACKBONES[architecture][1]))
 
 
-def application(architecture: str, image_size: int, weights: str | None) -> "keras.Model":
-    """The network of `keras.applications` without its classification layers, called as the architecture is."""
+def build_backbone(architecture: str, image_size: int, weights: str | None) -> "keras.Model":
+    """Build a network of `keras.applications` without its classification layers, named after the architecture.
+
+    Args:
+        architecture: one of `BACKBONES`.
+        image_size: height and width of the images in pixels.
+        weights: `imagenet`, which Keras may have to download, or None for random weights.
+    """
     import keras
 
     function = getattr(keras.applications, _BACKBONES[architecture][0])
     network = function(include_top=False, weights=weights, input_shape=(image_size, image_size, 3))
-    # Not as an argument: EfficientNetV2 looks its blocks up by the name that it is given.
+    # The name is not passed to the function, because EfficientNetV2 looks up its blocks by that argument.
     return keras.Model(network.input, network.output, name=architecture)
 
 
 def scale_as_published(backbone: "keras.Model") -> None:
-    """Divide what the first version of EfficientNet normalises by the root of ImageNet's deviations once more.
+    """Give an EfficientNet (version 1) backbone the extra pixel scaling that its published weights were trained with.
 
-    Other backbones are left as they are.
-
-    Its published weights were trained so, and Keras adds a layer for it, but only where it fetches the weights
-    itself. Here the layer's variance takes the factor in, which is the same.
+    After normalisation, these weights expect a division by the square root of ImageNet's standard deviations. Keras
+    adds a layer for it only when it downloads the weights itself. Here the factor goes into the variance of the
+    normalisation layer, which computes the same. Other backbones are left unchanged.
     """
     import keras
     import numpy as np
@@ -206,11 +210,11 @@ def scale_as_published(backbone: "keras.Model") -> None:
     normalization.finalize_state()
 
 
-def _scaled(pixels: "keras.KerasTensor", mode: str) -> "keras.KerasTensor":
+def _scale_pixels(pixels: "keras.KerasTensor", mode: str) -> "keras.KerasTensor":
     from keras import layers
 
     if mode == "inside":
-        # uint8 is not cast by the backbone's own first layer in every one of them.
+        # Not every backbone casts uint8 in its first layer.
         return layers.Rescaling(1.0)(pixels)
     if mode == "tf":
         return layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)

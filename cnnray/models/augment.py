@@ -1,7 +1,7 @@
-"""Random changes to training images that leave their classes what they are: by Keras's layers, and never in a bundle.
+"""Augmentation of training images with Keras layers. It is never part of a bundle.
 
-They run on the workers, inside the compiled training step, on whole batches. Fractions are of the image's sides or
-of the pixels' range.
+The layers run on the workers, inside the compiled training step, on whole batches. Fractions refer to the sides of
+the image or to the range of the pixel values.
 """
 
 import math
@@ -27,62 +27,63 @@ Alternative = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentations:
-    """Single switches on top of --augment; what is null is as that says."""
+    """Single augmentations that override --augment; null keeps the setting of --augment."""
 
     horizontal_flip: bool | None = None
-    """Mirror every second image, left to right. Not for text, digits, or anything else with a right and a left."""
+    """Mirror half of the images left to right. Not for text, digits, or other images in which left and right
+    differ."""
     vertical_flip: bool | None = None
-    """Turn every second image upside down."""
+    """Flip half of the images upside down."""
     rotation: float | None = None
-    """Turn by up to this share of a full turn, either way; 0.1 is 36 degrees."""
+    """Rotate by up to this fraction of a full turn in either direction; 0.1 is 36 degrees."""
     zoom: float | None = None
-    """Zoom by up to this share, in or out."""
+    """Zoom in or out by up to this fraction."""
     translation: float | None = None
-    """Shift by up to this share of each side."""
+    """Shift by up to this fraction of each side."""
     crop: float | None = None
-    """Cut out between this share of the image's area and all of it, with sides of 3:4 to 4:3; 0: do not."""
+    """Crop to between this fraction and all of the image's area, with aspect ratios of 3:4 to 4:3; 0 disables it."""
     contrast: float | None = None
-    """Change the contrast by up to this share."""
+    """Change the contrast by up to this fraction."""
     brightness: float | None = None
-    """Change the brightness by up to this share of the range."""
+    """Change the brightness by up to this fraction of the pixel range."""
     saturation: float | None = None
-    """Change the saturation by up to this share; at most 1."""
+    """Change the saturation by up to this fraction; at most 1."""
     hue: float | None = None
-    """Turn the colours by up to this share of the colour circle; at most 1."""
+    """Shift the hue by up to this fraction of the colour circle; at most 1."""
     noise: float | None = None
-    """Add Gaussian noise with this deviation, as a share of the range."""
+    """Add Gaussian noise with this standard deviation, as a fraction of the pixel range."""
     blur: float | None = None
-    """Share of the images that are blurred by a Gaussian of up to a pixel, at most."""
+    """Fraction of the images that are blurred with a Gaussian of up to one pixel."""
     erasing: float | None = None
-    """Share of the images of which a rectangle of 2 to 33 % is replaced by noise."""
+    """Fraction of the images in which a rectangle of 2 to 33 % of the area is replaced by noise."""
     rand_augment: float | None = None
-    """Strength of Keras's RandAugment (after Cubuk et al. 2019): two of eleven changes, the same two for all
-    images that a worker has of a step; of its rotation it is the share of a full turn."""
+    """Strength of Keras's RandAugment (Cubuk et al. 2019): two of eleven augmentations, the same two for all images
+    of a worker in a step. Its rotation is up to this fraction of a full turn."""
     mix_up: float | None = None
-    """Blend pairs of images and of their labels, by shares from Beta(this, this) (Zhang et al. 2018)."""
+    """Blend pairs of images and their labels, with weights from Beta(mix_up, mix_up) (Zhang et al. 2018)."""
     cut_mix: float | None = None
-    """Paste a rectangle of another image, and mix the labels by area, by shares from Beta(up to this, the same) (Yun
-    et al. 2019); with mix_up also, either of them a step."""
+    """Paste a rectangle of another image and mix the labels by area, with areas from Beta(alpha, alpha), alpha up to
+    this value (Yun et al. 2019). If mix_up is set too, each step applies one of the two."""
     one_of: list[Alternative] | None = None
-    """Of these changes each image has only one, chosen at random."""
+    """Apply only one of these augmentations to each image, chosen at random."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: a value that cannot be, in one sentence that names the switch.
+            ValueError: a value is out of range; the message names the flag.
         """
         for name, value in asdict(self).items():
-            most = 10 if name == "mix_up" else 1
-            if name == "one_of" or value is None or 0 <= value <= most:
+            largest = 10 if name == "mix_up" else 1
+            if name == "one_of" or value is None or 0 <= value <= largest:
                 continue
-            raise ValueError(f"--augmentations.{name.replace('_', '-')} must be 0 to {most}, not {value}.")
+            raise ValueError(f"--augmentations.{name.replace('_', '-')} must be 0 to {largest}, not {value}.")
+        alternatives = get_args(Alternative)
         for name in self.one_of or ():
-            if name not in get_args(Alternative):
-                raise ValueError(
-                    f"--augmentations.one-of {name!r} is not known; there are {', '.join(get_args(Alternative))}."
-                )
+            if name not in alternatives:
+                expected = ", ".join(alternatives)
+                raise ValueError(f"--augmentations.one-of {name!r} is unknown; expected some of {expected}.")
         if self.one_of is not None and len(set(self.one_of)) != len(self.one_of):
-            raise ValueError("--augmentations.one-of names a change twice.")
+            raise ValueError("--augmentations.one-of names an augmentation twice.")
 
 
 _NONE = Augmentations(
@@ -104,11 +105,11 @@ STRENGTHS: dict[str, Augmentations] = {
     "standard": _STANDARD,
     "strong": _STRONG,
 }
-"""What each strength says of every switch."""
+"""The settings of each strength; no field is None."""
 
 
-def resolved(strength: str, switches: Augmentations) -> Augmentations:
-    """The switches with what the strength says of those that are None."""
+def resolve(strength: str, switches: Augmentations) -> Augmentations:
+    """Fill the switches that are None with the settings of the strength."""
     return replace(
         STRENGTHS[strength], **{name: value for name, value in asdict(switches).items() if value is not None}
     )
@@ -117,34 +118,34 @@ def resolved(strength: str, switches: Augmentations) -> Augmentations:
 def check_alternatives(strength: str, switches: Augmentations) -> None:
     """
     Raises:
-        ValueError: `one_of` names a change that is off, in one sentence.
+        ValueError: `one_of` names an augmentation that is off.
     """
-    found = resolved(strength, switches)
-    off = [name for name in switches.one_of or () if not getattr(found, name)]
+    settings = resolve(strength, switches)
+    off = [name for name in switches.one_of or () if not getattr(settings, name)]
     if off:
-        raise ValueError(f"--augmentations.one-of names {off[0]}, which is off: give --augmentations.{off[0]}, too.")
+        raise ValueError(f"--augmentations.one-of names {off[0]}, which is off: set --augmentations.{off[0]}, too.")
 
 
 class Augmenter:
-    """Changes batches of training images. It is made, as a network is, inside the strategy's scope.
+    """Augments batches of training images. Create it inside the strategy's scope, as a network.
 
     Attributes:
-        seeds: the variables (int, (2,)) that decide, together with the images, all that it does.
+        seeds: the variables, int (2,) each, that with the images fully determine the result.
     """
 
     def __init__(self, switches: Augmentations) -> None:
         """
         Args:
-            switches: none of them None (see `resolved`).
+            switches: resolved settings, none of them None (see `resolve`).
         """
         from keras import layers, random
 
         self._generator = random.SeedGenerator(0)
-        kinds = _layers(switches)
-        alternatives = [kinds.pop(name) for name in switches.one_of or () if name in kinds]
-        self._layers = list(kinds.values())
+        layers_by_switch = _build_layers(switches)
+        alternatives = [layers_by_switch.pop(name) for name in switches.one_of or () if name in layers_by_switch]
+        self._layers = list(layers_by_switch.values())
         if alternatives:
-            self._layers.append(self._one_of(alternatives))
+            self._layers.append(self._apply_one_of(alternatives))
         self._mixing = []
         if switches.mix_up:
             self._mixing.append(layers.MixUp(switches.mix_up, seed=0, dtype="float32"))
@@ -154,22 +155,22 @@ class Augmenter:
 
     @property
     def seeds(self) -> list[Any]:
-        found = {
+        variables = {
             id(variable): variable
             for layer in self._tracked
             for variable in getattr(layer, "variables", [])
             if variable.path.endswith("seed_generator_state")
         }
-        return [self._generator.state, *found.values()] if self._tracked else []
+        return [self._generator.state, *variables.values()] if self._tracked else []
 
     def __call__(self, images: Any, labels: Any) -> tuple[Any, Any]:
         """
         Args:
             images: uint8 (N, size, size, 3).
-            labels: float32 (N, classes), the shares of each class.
+            labels: float32 (N, classes), the weight of each class.
 
         Returns:
-            uint8 (N, size, size, 3) and float32 (N, classes).
+            The augmented images, uint8 (N, size, size, 3), and their labels, float32 (N, classes).
         """
         from keras import ops, random
 
@@ -183,70 +184,70 @@ class Augmenter:
             pixels, labels = mixed[0]["images"], mixed[0]["labels"]
         elif mixed:
             first = random.uniform((), seed=self._generator) < 0.5
-            pixels, labels = (ops.where(first, *(one[key] for one in mixed)) for key in ("images", "labels"))
+            pixels, labels = (ops.where(first, *(batch[key] for batch in mixed)) for key in ("images", "labels"))
         return ops.cast(ops.round(pixels * 255), "uint8"), labels
 
-    def _one_of(self, alternatives: list[Any]) -> Callable[..., Any]:
+    def _apply_one_of(self, alternatives: list[Any]) -> Callable[..., Any]:
         from keras import ops, random
 
-        def chosen(pixels: Any, training: bool) -> Any:
+        def apply(pixels: Any, training: bool) -> Any:
             choice = random.randint((ops.shape(pixels)[0], 1, 1, 1), 0, len(alternatives), seed=self._generator)
             for number, layer in enumerate(alternatives):
                 pixels = ops.where(choice == number, layer(pixels, training=training), pixels)
             return pixels
 
-        return chosen
+        return apply
 
 
-def _layers(switches: Augmentations) -> dict[str, Any]:
-    """The layers by their switches, in the order of use; they take float32 (N, size, size, 3) of 0 to 1."""
+def _build_layers(switches: Augmentations) -> dict[str, Any]:
+    """The layers by switch, in the order of application; they take float32 (N, size, size, 3) in 0 to 1."""
     from keras import layers
 
     common: dict[str, Any] = {"seed": 0, "dtype": "float32"}
     ranged = common | {"value_range": (0, 1)}
-    found: dict[str, Any] = {}
+    built: dict[str, Any] = {}
     if switches.horizontal_flip:
-        found["horizontal_flip"] = layers.RandomFlip("horizontal", **common)
+        built["horizontal_flip"] = layers.RandomFlip("horizontal", **common)
     if switches.vertical_flip:
-        found["vertical_flip"] = layers.RandomFlip("vertical", **common)
+        built["vertical_flip"] = layers.RandomFlip("vertical", **common)
     if switches.rotation:
-        found["rotation"] = layers.RandomRotation(switches.rotation, **common)
+        built["rotation"] = layers.RandomRotation(switches.rotation, **common)
     if switches.zoom:
-        found["zoom"] = layers.RandomZoom(switches.zoom, **common)
+        built["zoom"] = layers.RandomZoom(switches.zoom, **common)
     if switches.translation:
-        found["translation"] = layers.RandomTranslation(switches.translation, switches.translation, **common)
+        built["translation"] = layers.RandomTranslation(switches.translation, switches.translation, **common)
     if switches.crop:
-        found["crop"] = _RandomResizedCrop(switches.crop)
+        built["crop"] = _RandomResizedCrop(switches.crop)
     if switches.brightness:
-        found["brightness"] = layers.RandomBrightness(switches.brightness, **ranged)
+        built["brightness"] = layers.RandomBrightness(switches.brightness, **ranged)
     if switches.contrast:
-        found["contrast"] = layers.RandomContrast(switches.contrast, **ranged)
+        built["contrast"] = layers.RandomContrast(switches.contrast, **ranged)
     if switches.saturation:
-        # Factors are around 0.5, which changes nothing.
-        found["saturation"] = layers.RandomSaturation(
+        # A factor of 0.5 leaves the image unchanged.
+        built["saturation"] = layers.RandomSaturation(
             (0.5 - switches.saturation / 2, 0.5 + switches.saturation / 2), **ranged
         )
     if switches.hue:
-        found["hue"] = layers.RandomHue(switches.hue, **ranged)
+        built["hue"] = layers.RandomHue(switches.hue, **ranged)
     if switches.rand_augment:
-        found["rand_augment"] = layers.RandAugment(factor=switches.rand_augment, **ranged)
+        built["rand_augment"] = layers.RandAugment(factor=switches.rand_augment, **ranged)
     if switches.noise:
-        found["noise"] = layers.GaussianNoise(switches.noise, **common)
+        built["noise"] = layers.GaussianNoise(switches.noise, **common)
     if switches.blur:
         share = (switches.blur, switches.blur)
-        found["blur"] = layers.RandomGaussianBlur(share, kernel_size=5, sigma=(0.3, 1.0), **ranged)
+        built["blur"] = layers.RandomGaussianBlur(share, kernel_size=5, sigma=(0.3, 1.0), **ranged)
     if switches.erasing:
-        found["erasing"] = layers.RandomErasing((switches.erasing, switches.erasing), **ranged)
-    return found
+        built["erasing"] = layers.RandomErasing((switches.erasing, switches.erasing), **ranged)
+    return built
 
 
 class _RandomResizedCrop:
-    """A random part of each image, brought back to the image's size (Szegedy et al. 2014); Keras has none."""
+    """Random crops, resized to the image's size (Szegedy et al. 2014). Keras has no such layer."""
 
     def __init__(self, smallest: float) -> None:
         """
         Args:
-            smallest: share of the image's area.
+            smallest: smallest fraction of the image's area that a crop keeps.
         """
         from keras import random
 
@@ -262,8 +263,8 @@ class _RandomResizedCrop:
         width, height = (ops.minimum(ops.sqrt(area) * side, 1) for side in (root, 1 / root))
         last = pixels.shape[1] - 1
         left, top = (self._uniform(pixels, 0, last) * (1 - side) for side in (width, height))
-        nothing = ops.zeros_like(area)
-        transform = ops.stack([width, nothing, left, nothing, height, top, nothing, nothing], axis=1)
+        zeros = ops.zeros_like(area)
+        transform = ops.stack([width, zeros, left, zeros, height, top, zeros, zeros], axis=1)
         return ops.image.affine_transform(pixels, transform, fill_mode="nearest")
 
     def _uniform(self, pixels: Any, low: float, high: float) -> Any:

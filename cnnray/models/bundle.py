@@ -1,7 +1,8 @@
-"""Bundle: the one thing that passes between jobs.
+"""Bundle: the trained model that jobs pass to one another.
 
-A folder, local or on S3, with `model.keras` (uint8 RGB at the bundle's size in, probabilities out), `bundle.json`
-(`BundleInfo`), and what export adds (see `formats`). `bundle.json` is written last: a folder without it is no bundle.
+A bundle is a folder, local or remote. It holds `model.keras` (uint8 RGB at the bundle's size in, probabilities out),
+`bundle.json` (`BundleInfo`), and exported files (see `formats`). `bundle.json` is written last: a folder without it
+is not a bundle.
 """
 
 import contextlib
@@ -35,34 +36,34 @@ class BundleError(BadInputError, ValueError):
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that decide a bundle's answers."""
+    """The versions of the libraries that affect a bundle's predictions."""
     return {library: version(library) for library in _LIBRARIES} | {"cnnray": cnnray.__version__}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleInfo:
-    """What `bundle.json` holds."""
+    """The content of `bundle.json`."""
 
     class_names: list[str]
     """Names of the model's outputs, in order."""
     image_size: int
-    """Height and width in pixels that the model takes."""
+    """Height and width of the model's input in pixels."""
     resize: ResizeRule = "stretch"
-    """How images of another shape are brought to that size (see `images.decode`)."""
+    """How images of other shapes are resized to the input size (see `images.decode`)."""
     architecture: str = ""
-    """Name of the network (see `models.architectures`)."""
+    """The network's name (see `models.architectures`)."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics of these very weights on the validation images."""
+    """Metrics of exactly these weights on the validation images."""
     temperature: float = 1.0
-    """Logits are divided by it before the softmax (1: not calibrated)."""
+    """Divisor of the logits before the softmax; 1: not calibrated."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved training config."""
     data_fingerprint: str = ""
     """Hash of the manifest that the model was trained on."""
     class_counts: dict[str, int] = field(default_factory=dict)
-    """Training images of each class."""
+    """Number of training images per class."""
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What was measured of each exported file, and of `keras`, by format (see `export`)."""
+    """Measurements of `keras` and of each exported file, by engine (see `verification.Report`)."""
     library_versions: dict[str, str] = field(default_factory=library_versions)
     """Versions of the libraries that wrote the bundle."""
     format_version: int = FORMAT_VERSION
@@ -71,18 +72,18 @@ class BundleInfo:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle: where it is and what it says of itself. Its model and files are read when they are asked for."""
+    """The location and the metadata of a bundle. Its model and its files are read on first use."""
 
     uri: str
     info: BundleInfo
 
     @classmethod
     def load(cls, uri: str) -> "Bundle":
-        """Read and check what a bundle says of itself.
+        """Read and check the metadata of a bundle.
 
         Raises:
-            BundleError: no bundle, one of a newer format, or one that does not hold what it should.
-            OSError: storage that cannot be read.
+            BundleError: there is no bundle, its format is newer than this cnnray, or its metadata is invalid.
+            OSError: the storage cannot be read.
         """
         uri = storage.absolute(uri)
         return cls(uri, read_info(uri))
@@ -92,8 +93,8 @@ class Bundle:
         """The Keras model, loaded without running any code found in it.
 
         Raises:
-            BundleError: it cannot be loaded safely, or does not agree with `info`.
-            OSError: storage that cannot be read.
+            BundleError: the model cannot be loaded safely, or contradicts `info`.
+            OSError: the storage cannot be read.
         """
         with self.local_copy(MODEL) as path:
             model = load_model(path, self.uri)
@@ -102,22 +103,24 @@ class Bundle:
 
     @functools.cached_property
     def version(self) -> str:
-        """The architecture and a hash of all that decides the answers: the same for copies, another after training.
+        """The architecture and a hash of everything that determines the predictions.
+
+        Copies of a bundle have the same version; every training gives a new one.
 
         Raises:
-            BundleError: it holds no model.
-            OSError: storage that cannot be read.
+            BundleError: the bundle holds no model.
+            OSError: the storage cannot be read.
         """
-        decisive = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
-        digest = hashlib.sha256(json.dumps([*decisive, self.digest(MODEL)]).encode())
+        settings = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
+        digest = hashlib.sha256(json.dumps([*settings, self.digest(MODEL)]).encode())
         return f"{self.info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
     def digest(self, name: str) -> str:
-        """A hash of a file of the bundle, in hexadecimal.
+        """The SHA-256 of a file of the bundle, in hexadecimal.
 
         Raises:
-            BundleError: it is not there.
-            OSError: storage that cannot be read.
+            BundleError: the bundle holds no such file.
+            OSError: the storage cannot be read.
         """
         with self.local_copy(name) as path:
             if not path.is_file():
@@ -127,7 +130,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        """A file or folder of the bundle on a local path, fetched from a bucket for as long as it is needed."""
+        """A local path of a file or folder of the bundle; a copy from a bucket is deleted when the context ends."""
         uri = storage.join(self.uri, name)
         if storage.is_local(uri):
             yield Path(uri)
@@ -145,24 +148,24 @@ def read_info(uri: str) -> BundleInfo:
     """Read and check `bundle.json` alone.
 
     Raises:
-        BundleError: it is missing, of a newer format, or does not hold what it should.
+        BundleError: the file is missing, its format is newer than this cnnray, or its content is invalid.
     """
     try:
-        found = json.loads(storage.read_bytes(storage.join(uri, _INFO)))
+        content = json.loads(storage.read_bytes(storage.join(uri, _INFO)))
     except (FileNotFoundError, NotADirectoryError):
-        why = f"it holds no {_INFO}" if storage.exists(uri) else "it does not exist"
-        raise BundleError(f"{uri} is not a bundle: {why}.") from None
+        reason = f"it holds no {_INFO}" if storage.exists(uri) else "it does not exist"
+        raise BundleError(f"{uri} is not a bundle: {reason}.") from None
     except ValueError as error:
         raise BundleError(f"{uri}: {_INFO} is not JSON ({error}).") from None
-    if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):
+    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise BundleError(f"{uri}: {_INFO} has no format_version.")
-    if found["format_version"] > FORMAT_VERSION:
+    if content["format_version"] > FORMAT_VERSION:
         raise BundleError(
-            f"{uri} has format {found['format_version']}; this cnnray reads up to {FORMAT_VERSION}: update it."
+            f"{uri} has format {content['format_version']}; this cnnray reads up to {FORMAT_VERSION}: update it."
         )
-    unknown = set(found) - {item.name for item in fields(BundleInfo)}
+    unknown = set(content) - {item.name for item in fields(BundleInfo)}
     try:
-        info = BundleInfo(**{key: value for key, value in found.items() if key not in unknown})
+        info = BundleInfo(**{key: value for key, value in content.items() if key not in unknown})
     except TypeError as error:
         raise BundleError(f"{uri}: {_INFO} is incomplete: {error}.") from None
     names = info.class_names
@@ -185,13 +188,13 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
     """Write a bundle into a local folder.
 
     Raises:
-        BundleError: the model's output or input does not agree with `info`.
+        BundleError: the model's output or input contradicts `info`.
     """
     import keras
 
     _check_model(model, info, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    # The same layers without the optimizer, whose variables would be two thirds of the file.
+    # A new model of the same layers leaves out the optimizer, whose variables are two thirds of the file.
     keras.Model(model.inputs, model.outputs, name=model.name).save(folder / MODEL)
     write_info(str(folder), info)
 
@@ -202,13 +205,14 @@ def write_info(uri: str, info: BundleInfo) -> None:
 
 
 def replace(target: str, source: str) -> None:
-    """Make `target` a copy of the bundle `source`, local or remote; it is a bundle only once it is whole.
+    """Make `target` a copy of the bundle `source`, local or remote.
 
-    Nothing of an earlier bundle is left, so exports of other weights are not either.
+    `target` is not a bundle until the copy is complete. All files of an earlier bundle are deleted, among them
+    exports of other weights.
     """
     storage.delete_file(storage.join(target, _INFO))
     if storage.exists(target):
-        # One by one, as the folder's lease stays.
+        # File by file, because the lease in the folder must stay.
         for folder in storage.folders(target):
             storage.delete_folder(folder)
         for file in storage.files(target):
@@ -217,10 +221,14 @@ def replace(target: str, source: str) -> None:
 
 
 def load_model(path: Path, uri: str) -> "keras.Model":
-    """A local `.keras` file, loaded without running any code found in it; `uri` is its name in errors.
+    """Load a local `.keras` file without running any code found in it.
+
+    Args:
+        path: the file.
+        uri: its name in error messages.
 
     Raises:
-        BundleError: it is not there, or cannot be loaded safely.
+        BundleError: the file does not exist, or cannot be loaded safely.
     """
     import keras
 
@@ -229,7 +237,7 @@ def load_model(path: Path, uri: str) -> "keras.Model":
     _check_archive(path, uri)
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises what its parts run into: ValueError, TypeError, OSError, KeyError
+    except Exception as error:  # among others ValueError, TypeError, OSError, KeyError
         reason = " ".join(str(error).split())[:300]
         raise BundleError(f"{uri}: {MODEL} cannot be loaded safely: {reason}") from None
 
@@ -237,7 +245,7 @@ def load_model(path: Path, uri: str) -> "keras.Model":
 def _check_archive(path: Path, uri: str) -> None:
     """
     Raises:
-        BundleError: it is no zip archive, or one whose members lie outside of it.
+        BundleError: the file is not a zip archive, or has a member whose path leaves the archive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -254,7 +262,7 @@ def _check_model(model: "keras.Model", info: BundleInfo, uri: str) -> None:
     if outputs != (None, len(info.class_names)):
         raise BundleError(f"{uri}: the model gives {outputs}, but there are {len(info.class_names)} class names.")
     if not any(layer.name == "logits" for layer in model.layers):
-        raise BundleError(f"{uri}: the model has no layer 'logits' in front of its probabilities.")
+        raise BundleError(f"{uri}: the model has no layer 'logits' before its probabilities.")
     inputs = tuple(model.input_shape)
     if inputs != (None, info.image_size, info.image_size, 3):
         raise BundleError(f"{uri}: the model takes {inputs}, but image_size is {info.image_size}.")

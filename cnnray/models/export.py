@@ -1,9 +1,9 @@
-"""An export from end to end: calibration data, each format made, measured, and kept or refused."""
+"""The export job: load calibration images, convert the network to each format, verify it, and keep or refuse it."""
 
 import dataclasses
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cnnray.images import reading, storage
 from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
-from cnnray.models import engines, startup, verification
+from cnnray.models import engines, runtimes, startup, verification
 from cnnray.models.bundle import Bundle
 from cnnray.models.formats import FORMATS, Images, Network
 from cnnray.models.verification import Report
@@ -35,72 +35,82 @@ class ExportError(PermanentError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Add other formats of its network to a bundle, each proven to give the same answers."""
+    """Export a bundle's network to other formats, and keep each that gives the same answers."""
 
     bundle: str
     """Folder or s3:// prefix of the bundle."""
     calibration: str
-    """Images like those that the network will see: int8 formats take their ranges from them, and every format is
-    compared on them. In the same forms as training's --data, with labels where accuracy is to be measured."""
+    """Images like those that the network will get, in the same forms as training's --data. The activation ranges of
+    int8 formats come from them, and every format is compared on them. Accuracy is measured if they have labels."""
     verification: str | None = None
-    """Other images to compare on; null: those of --calibration that the ranges were not taken from, or that it calls
-    validation."""
-    formats: str = ",".join(FORMATS)
-    """Which, separated by commas: saved_model, onnx, onnx-int8, litert, litert-float16, litert-int8."""
+    """Other images to compare on; null: images of --calibration that were not used for the ranges, or its validation
+    split."""
+    formats: list[str] = field(default_factory=lambda: list(FORMATS))
+    """Formats to export: saved_model, onnx, onnx-int8, litert, litert-float16, litert-int8."""
     calibration_images: int = 100
-    """Images that ranges are taken from, at most."""
+    """Largest number of images for the activation ranges."""
     verification_images: int = 2000
-    """Images that formats are compared on, at most."""
+    """Largest number of images to compare on."""
     max_accuracy_drop: float = 0.01
-    """A format that is right in fewer of the labelled images by more than this share is refused; without labels, one
-    that agrees with Keras in fewer."""
+    """Refuse a format whose accuracy on the labelled images is lower than Keras's by more than this. Without labels,
+    refuse a format that disagrees with Keras on more than this share of the images."""
     seed: int = 0
-    """Seed of the choice of images."""
+    """Seed of the random choice of images."""
     threads: int | None = None
     """CPU threads in the measurements; null: all that the process may use."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: a value that cannot work, in one sentence that names the flag.
+            ValueError: a value is invalid; the message names the flag.
         """
-        unknown = [name for name in self.names if name not in FORMATS]
-        if unknown or not self.names:
-            raise ValueError(f"--formats {self.formats!r}: expected some of {', '.join(FORMATS)}.")
+        object.__setattr__(self, "formats", _normalize_formats(self.formats))
         flags.check_at_least_one(self, "calibration_images", "verification_images", "threads")
         flags.check_share(self, "max_accuracy_drop")
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}.")
         flags.make_absolute(self, "bundle", "calibration", "verification")
 
-    @property
-    def names(self) -> list[str]:
-        """The formats, in the order of `FORMATS`."""
-        asked = {name.strip() for name in self.formats.split(",") if name.strip()}
-        return [name for name in FORMATS if name in asked] + sorted(asked - set(FORMATS))
+
+def _normalize_formats(formats: list[str] | str) -> list[str]:
+    """The requested formats in the order of `FORMATS`, each once.
+
+    Earlier versions took one string, separated by commas. It is still accepted, also as an item of the list, which is
+    how the parser passes `--formats onnx,litert`.
+
+    Raises:
+        ValueError: no format is given, or one is unknown.
+    """
+    values = formats if isinstance(formats, list) else [formats]
+    requested = {name.strip() for value in values for name in str(value).split(",")} - {""}
+    if not requested:
+        raise ValueError(f"--formats is empty; expected some of {', '.join(FORMATS)}.")
+    if unknown := sorted(requested - set(FORMATS)):
+        raise ValueError(f"--formats {unknown[0]!r} is unknown; expected some of {', '.join(FORMATS)}.")
+    return [name for name in FORMATS if name in requested]
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Add formats to a bundle, with what was measured of each in `bundle.json` and `export.md`.
+    """Export a bundle to other formats, and write the measurements into its `bundle.json` and `export.md`.
 
     Returns:
-        `bundle`, and `formats`: a `verification.Report` as a dict for each.
+        `bundle`: its address; `formats`: by format, a `verification.Report` as a dict.
 
     Raises:
-        ValueError, OutputInUseError: with a sentence, and the bundle is as it was.
-        OSError: with a sentence, and the formats that were ready before are in the bundle.
-        ExportError: a format was refused, with its reason; those that were not are in the bundle.
+        ValueError, OutputInUseError: the export could not start, and the bundle is unchanged.
+        OSError: the storage failed; the formats that were finished before are in the bundle.
+        ExportError: a format was refused, with the reason; the other formats are in the bundle.
     """
-    Bundle.load(config.bundle)  # what is no bundle gets no lease
+    Bundle.load(config.bundle)  # fails before a lease is taken where there is no bundle
     with lease(config.bundle):
         bundle = Bundle.load(config.bundle)
-        calibration, images, targets = _images(config, bundle)
-        startup.load_tensorflow(gpus=False)  # which takes longer than all that can be refused before
+        calibration, images, targets = _load_images(config, bundle)
+        startup.load_tensorflow(gpus=False)  # slow, so it comes after the checks of the input
         return _Export(config, bundle, calibration, images, targets).run()
 
 
 class _Export:
-    """One export of one bundle, which nobody else writes to meanwhile."""
+    """One export of a bundle. The caller holds the bundle's lock."""
 
     def __init__(
         self,
@@ -113,49 +123,54 @@ class _Export:
         self._config, self._bundle, self._images, self._targets = config, bundle, images, targets
         self._threads = config.threads or engines.usable_threads()
         self._network = Network(bundle, calibration)
-        keras = engines.engine_of(bundle, engines.KERAS, self._threads)
-        self._expected = engines.in_batches(keras, images)
+        keras = engines.load_engine(bundle, engines.KERAS, self._threads)
+        self._expected = engines.predict_in_batches(keras, images)
         with bundle.local_copy(bundles.MODEL) as path:
-            self._keras = self._report(keras, path, None)
+            self._keras = self._measure(keras, path, None)
         self._reports = bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
         self._refused: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
-        """Each format made, measured, and kept or refused."""
-        log.info("comparing on %d images; Keras: accuracy %s", len(self._images), _shown(self._keras.accuracy))
-        for name in self._config.names:
+        """Convert, verify, and keep or refuse each format."""
+        log.info(
+            "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
+        )
+        for name in self._config.formats:
             with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-                self._export(name, Path(folder))
+                self._export_format(name, Path(folder))
         log.info("%s", verification.table(self._reports, self._refused))
-        asked = [f"{name} was refused: {reason}" for name, reason in self._refused.items() if name in FORMATS]
-        if asked:
-            raise ExportError("; ".join(asked) + ".")
-        return {"bundle": self._bundle.uri, "formats": {name: self._reports[name] for name in self._config.names}}
+        refused = [f"{name} was refused: {reason}" for name, reason in self._refused.items() if name in FORMATS]
+        if refused:
+            raise ExportError("; ".join(refused) + ".")
+        return {"bundle": self._bundle.uri, "formats": {name: self._reports[name] for name in self._config.formats}}
 
-    def _export(self, name: str, folder: Path) -> None:
+    def _export_format(self, name: str, folder: Path) -> None:
         path = folder / FORMATS[name].path
-        log.info("making %s", name)
-        others = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
+        log.info("converting to %s", name)
+        other_engines = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
         try:
-            with startup.without_stderr():  # the converters tell of each pass
+            with startup.suppress_stderr():  # the converters log each of their passes
                 FORMATS[name].write(self._network, path)
-                measured = {name: self._measured(name, path)}
+                measured = {name: self._verify(name, path)}
                 if not isinstance(measured[name], str):
-                    usable = [other for other in others if not engines.RUNNERS[other].missing()]
-                    measured |= {other: self._measured(other, path) for other in usable}
-        except (OSError, MemoryError):  # which say nothing of the format
+                    usable = [other for other in other_engines if not engines.RUNNERS[other].why_unavailable()]
+                    measured |= {other: self._verify(other, path) for other in usable}
+        except (OSError, MemoryError):  # the machine's fault, not the format's
             raise
-        except Exception as error:  # converters and engines raise whatever they run into
-            if "No space left" in str(error):  # TensorFlow's own way to say so
+        except Exception as error:  # converters and engines raise exceptions of any type
+            if "No space left" in str(error):  # TensorFlow reports a full disk with an error of its own
                 raise OSError(" ".join(str(error).split())[:300]) from None
             log.debug("%s", name, exc_info=True)
-            # What the bundle holds of an earlier export is of the same network, and stays.
-            self._refuse(name, f"it cannot be made: {' '.join(str(error).split())[:300] or type(error).__name__}")
-            self._tell()
+            # A file of an earlier export stays: it is of the same network.
+            self._refuse(
+                name, f"it cannot be converted: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            )
+            self._write_reports()
             return
-        # What the bundle lists is there, and whole, at any moment.
-        self._reports = {key: value for key, value in self._reports.items() if key not in (name, *others)}
-        self._tell()
+        # At any moment, every file that the bundle lists exists and is complete. So remove a format from the list
+        # before its file changes, and add it afterwards.
+        self._reports = {key: value for key, value in self._reports.items() if key not in (name, *other_engines)}
+        self._write_reports()
         target = storage.join(self._bundle.uri, FORMATS[name].path)
         if path.is_dir():
             storage.delete_folder(target)
@@ -163,26 +178,30 @@ class _Export:
             storage.delete_file(target)
         if not isinstance(measured[name], str):
             storage.copy_folder(str(folder), self._bundle.uri)
-        for key, report in measured.items():
-            if isinstance(report, str):
-                self._refuse(key, report)
+        for engine, result in measured.items():
+            if isinstance(result, str):
+                self._refuse(engine, result)
             else:
-                self._reports[key] = report.as_dict()
-                log.info("%s: %s", key, _summary(report))
-        self._tell()
+                self._reports[engine] = result.as_dict()
+                log.info("%s: %s", engine, _summarize(result))
+        self._write_reports()
 
-    def _measured(self, name: str, path: Path) -> Report | str:
-        """What was measured of a file run by an engine, or why that is refused."""
-        engine = engines.file_engine(name, path, self._threads, self._bundle)
-        report = self._report(engine, path, self._keras)
-        if isinstance(engine, engines.SavedModelEngine):  # which has a second way in
-            encoded = engines.in_batches(engines.EncodedSavedModelEngine(engine), self._images)
-            both = np.maximum(report.max_difference, np.abs(encoded - self._expected).max())
-            report = dataclasses.replace(report, max_difference=float(both))
+    def _verify(self, name: str, path: Path) -> Report | str:
+        """Compare an engine that runs the exported file with Keras.
+
+        Returns:
+            The report, or the reason why the engine is refused.
+        """
+        engine = engines.load_file_engine(name, path, self._threads, self._bundle)
+        report = self._measure(engine, path, self._keras)
+        if isinstance(engine, runtimes.SavedModelEngine):  # a SavedModel has a second signature, for encoded images
+            encoded = engines.predict_in_batches(runtimes.EncodedSavedModelEngine(engine), self._images)
+            largest = np.maximum(report.max_difference, np.abs(encoded - self._expected).max())
+            report = dataclasses.replace(report, max_difference=float(largest))
         return _reason_to_refuse(self._config, name, report, self._keras) or report
 
-    def _report(self, engine: engines.Engine, path: Path, keras: Report | None) -> Report:
-        return verification.report(
+    def _measure(self, engine: runtimes.Engine, path: Path, keras: Report | None) -> Report:
+        return verification.measure(
             engine, path, self._images, self._expected, self._targets, self._bundle.info.temperature,
             threads=self._threads, keras=keras,
         )  # fmt: skip
@@ -191,8 +210,8 @@ class _Export:
         self._refused[name] = reason
         log.warning("%s is refused: %s", name, reason)
 
-    def _tell(self) -> None:
-        """Write what the bundle holds, and what was measured."""
+    def _write_reports(self) -> None:
+        """Write the measurements to `export.md` and `bundle.json`."""
         text = verification.table(self._reports, self._refused)
         storage.write_bytes(storage.join(self._bundle.uri, REPORT), f"{text}\n".encode())
         bundles.write_info(self._bundle.uri, dataclasses.replace(self._bundle.info, exports=self._reports))
@@ -203,85 +222,89 @@ def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Re
     if tolerance is not None and not report.max_difference <= tolerance:
         return f"a probability differs from Keras's by {report.max_difference:.2g}, more than {tolerance:g}"
     if report.accuracy is None or keras.accuracy is None:
-        before, after, what = 1.0, report.top_1_agreement, "agreement with Keras"
+        before, after, metric = 1.0, report.top_1_agreement, "agreement with Keras"
     else:
-        before, after, what = keras.accuracy, report.accuracy, "accuracy"
-    if before - after > config.max_accuracy_drop + 1e-9:  # 1 - 0.99 is a little more than 0.01
-        return f"{what} {after:.4f} instead of {before:.4f}, a loss of more than --max-accuracy-drop"
+        before, after, metric = keras.accuracy, report.accuracy, "accuracy"
+    if before - after > config.max_accuracy_drop + 1e-9:  # in floating point, 1 - 0.99 is slightly more than 0.01
+        return f"{metric} {after:.4f} instead of {before:.4f}, a loss of more than --max-accuracy-drop"
     return ""
 
 
-def _summary(report: Report) -> str:
+def _summarize(report: Report) -> str:
     return (
         f"{report.bytes / 2**20:.2f} MiB, largest difference {report.max_difference:.1e}, same top-1 "
-        f"{report.top_1_agreement:.4f}, accuracy {_shown(report.accuracy)}"
+        f"{report.top_1_agreement:.4f}, accuracy {_accuracy_text(report.accuracy)}"
     )
 
 
-def _shown(accuracy: float | None) -> str:
+def _accuracy_text(accuracy: float | None) -> str:
     return "not measured" if accuracy is None else f"{accuracy:.4f}"
 
 
 # -- the images -----------------------------------------------------------------------------------------------
 
 
-def _images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, npt.NDArray[np.int64] | None]:
-    """Images to calibrate on, images to compare on, and the targets of these where they are labelled."""
-    found = _manifest(config.calibration, bundle)
-    order = np.random.default_rng(config.seed).permutation(len(found))
+def _load_images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, npt.NDArray[np.int64] | None]:
+    """The images to calibrate on, the images to compare on, and the targets of the latter, None without labels."""
+    rows = _read_manifest(config.calibration, bundle)
+    rows = rows.take(np.random.default_rng(config.seed).permutation(len(rows)))
     if config.verification is not None:
-        held_out = _manifest(config.verification, bundle)
+        held_out = _read_manifest(config.verification, bundle)
         held_out = held_out.take(np.random.default_rng(config.seed).permutation(len(held_out)))
-        calibrating = found.take(order)
-    elif len(manifests.rows_of(found, "validation")):
-        shuffled = found.take(order)
-        held_out = manifests.rows_of(shuffled, "validation")
-        calibrating = manifests.rows_of(shuffled, "train")
-        calibrating = calibrating if len(calibrating) else held_out
+        calibration_rows = rows
+    elif len(held_out := manifests.rows_of(rows, "validation")):
+        training_rows = manifests.rows_of(rows, "train")
+        calibration_rows = training_rows if len(training_rows) else held_out
     else:
-        # Of few images all are compared on, also those that ranges are taken from.
-        first = config.calibration_images if len(found) >= 2 * config.calibration_images else 0
-        calibrating, held_out = found.take(order), found.take(order[first:])
-    calibration, _ = _pixels(calibrating.slice(0, config.calibration_images), config.calibration, bundle)
-    images, kept = _pixels(held_out.slice(0, config.verification_images), "the verification images", bundle)
-    if kept["label"].null_count:
-        log.info("accuracy is not measured, agreement with Keras is")
+        # With few images, all serve for comparison, including those that the ranges come from.
+        first = config.calibration_images if len(rows) >= 2 * config.calibration_images else 0
+        calibration_rows, held_out = rows, rows.slice(first)
+    calibration, _ = _decode_images(calibration_rows.slice(0, config.calibration_images), config.calibration, bundle)
+    images, labelled = _decode_images(
+        held_out.slice(0, config.verification_images), config.verification or config.calibration, bundle
+    )
+    if labelled["label"].null_count:
+        log.info("some images have no label: agreement with Keras is measured instead of accuracy")
         return calibration, images, None
     names = pa.array(bundle.info.class_names, pa.string())
-    return calibration, images, pc.index_in(kept["label"], names).to_numpy().astype(np.int64)
+    return calibration, images, pc.index_in(labelled["label"], names).to_numpy().astype(np.int64)
 
 
-def _manifest(source: str, bundle: Bundle) -> pa.Table:
+def _read_manifest(source: str, bundle: Bundle) -> pa.Table:
     """
     Raises:
-        ManifestError: no images, or labels that the bundle does not know.
+        ManifestError: there are no images, or the bundle does not know one of the labels.
     """
-    # Folders below a folder are classes; else labels are what a table has of them.
-    in_classes = storage.exists(source) and not storage.is_file(source) and bool(storage.folders(source))
-    found = manifests.manifest_of(source, labelled=in_classes)
-    if found["label"].null_count:
-        log.info("%d of %d images of %s have no label", found["label"].null_count, len(found), source)
-    unknown = sorted(set(manifests.class_names(found)) - set(bundle.info.class_names))
+    # In a folder of folders, each folder is a class. Otherwise only a table can give labels.
+    in_class_folders = storage.exists(source) and not storage.is_file(source) and bool(storage.folders(source))
+    rows = manifests.manifest_of(source, labelled=in_class_folders)
+    if rows["label"].null_count:
+        log.info("%d of %d images of %s have no label", rows["label"].null_count, len(rows), source)
+    unknown = sorted(set(manifests.class_names(rows)) - set(bundle.info.class_names))
     if unknown:
         raise ManifestError(
-            f"{source} has the label {unknown[0]!r}, which is no class of {bundle.uri} "
+            f"{source} has the label {unknown[0]!r}, which is not a class of {bundle.uri} "
             f"({', '.join(bundle.info.class_names[:5])}, ...)."
         )
-    return found
+    return rows
 
 
-def _pixels(rows: pa.Table, source: str, bundle: Bundle) -> tuple[Images, pa.Table]:
-    """The images that can be read, and their rows.
+def _decode_images(rows: pa.Table, source: str, bundle: Bundle) -> tuple[Images, pa.Table]:
+    """Decode the images of manifest rows; those that cannot be read are left out.
+
+    Returns:
+        The images, uint8 (N, size, size, 3), and their rows.
 
     Raises:
-        ManifestError: none can.
+        ManifestError: no image can be read.
     """
     info = bundle.info
     rows = rows.sort_by("id")
     (block,) = reading.decoded_blocks(rows.select(["id", "uri"]), info.image_size, info.resize, len(rows))
-    good = block["error"] == ""
-    if not good.any():
-        raise ManifestError(f"{source}: no image can be read, {rows['uri'][0]} for one ({block['error'][0]}).")
-    if not good.all():
-        log.warning("%s: %d of %d images cannot be read; they are left out", source, int((~good).sum()), len(rows))
-    return block["image"][good], rows.filter(pa.array(good))
+    readable = block["error"] == ""
+    if not readable.any():
+        raise ManifestError(f"{source}: no image can be read; the first is {rows['uri'][0]} ({block['error'][0]}).")
+    if not readable.all():
+        unreadable = int((~readable).sum())
+        log.warning("%s: %d of %d images cannot be read; they are left out", source, unreadable, len(rows))
+    return block["image"][readable], rows.filter(pa.array(readable))

@@ -1,7 +1,8 @@
-"""What a bundle can hold beside `model.keras`, and how each is made of the Keras model.
+"""The formats that a bundle's network can be exported to, and the conversion from the Keras model to each.
 
-Every file takes uint8 RGB (N, size, size, 3), gives the probabilities softmax(logits / temperature), float32
-(N, classes) (`litert-int8`: uint8, which its quantization parameters scale), and carries `metadata` inside.
+Every exported file takes uint8 RGB (N, size, size, 3), gives the probabilities softmax(logits / temperature) as
+float32 (N, classes), and contains `metadata`. `litert-int8` gives uint8 with quantization parameters instead of
+float32.
 """
 
 import functools
@@ -18,8 +19,8 @@ import numpy.typing as npt
 from cnnray.models.bundle import Bundle
 
 METADATA = "cnnray.json"
-"""Where the metadata are: a member of the zip archive that ends a LiteRT file (as TensorFlow Lite Metadata's
-associated files are), a file in `assets.extra/` of a SavedModel; in ONNX they are the model's metadata properties."""
+"""Name of the metadata file: in LiteRT, a member of the zip archive appended to the file (as the associated files of
+TensorFlow Lite Metadata); in a SavedModel, a file in `assets.extra/`. ONNX has metadata properties instead."""
 
 _OPSET = 18
 
@@ -28,27 +29,27 @@ Images = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Format:
-    """One format of export."""
+    """One export format."""
 
     path: str
-    """Of the file, or folder, in the bundle."""
+    """Name of the file or folder in the bundle."""
     write: Callable[["Network", Path], None]
-    """Make it at a local path."""
+    """Converts the network and writes it to a local path."""
 
 
 class Network:
-    """A bundle's network on its way into other formats; what several of them need is made once.
+    """A bundle's network during conversion. It caches the representations that several formats share.
 
     Attributes:
-        bundle: with its model.
-        calibration: images that int8 formats take their ranges from.
+        bundle: the bundle to convert.
+        calibration: images, uint8 (N, size, size, 3), from which int8 formats compute activation ranges.
     """
 
     def __init__(self, bundle: Bundle, calibration: Images) -> None:
         self.bundle, self.calibration = bundle, calibration
 
-    def function(self, dtype: str = "uint8") -> Any:
-        """A TensorFlow function from pixels (N, size, size, 3) to probabilities."""
+    def tf_function(self, dtype: str = "uint8") -> Any:
+        """Build a TensorFlow function from pixels (N, size, size, 3) of this dtype to probabilities."""
         import keras
         import tensorflow as tf
 
@@ -62,29 +63,29 @@ class Network:
         shape = (None, info.image_size, info.image_size, 3)
         return tf.function(probabilities, [tf.TensorSpec(shape, dtype, name="image")], autograph=False)
 
-    def frozen(self, dtype: str = "uint8") -> Any:
-        """The same with its weights as constants.
+    def freeze(self, dtype: str = "uint8") -> Any:
+        """Build the same function with its weights as constants.
 
-        tf2onnx on an unfrozen EfficientNetB0 takes two of its weights for inputs.
+        Without freezing, tf2onnx mistakes two weights of EfficientNetB0 for inputs.
         """
         from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-        return convert_variables_to_constants_v2(self.function(dtype).get_concrete_function())
+        return convert_variables_to_constants_v2(self.tf_function(dtype).get_concrete_function())
 
     @functools.cached_property
-    def of_bytes(self) -> Any:
-        """`frozen`, which takes uint8."""
-        return self.frozen()
+    def frozen_uint8(self) -> Any:
+        """The frozen function that takes uint8."""
+        return self.freeze()
 
     @functools.cached_property
     def onnx(self) -> Any:
-        """The ONNX model, float32."""
+        """The float32 ONNX model."""
         import onnx
         import tf2onnx
 
-        names = {self.of_bytes.inputs[0].name: "image", self.of_bytes.outputs[0].name: "probabilities"}
+        names = {self.frozen_uint8.inputs[0].name: "image", self.frozen_uint8.outputs[0].name: "probabilities"}
         model, _ = tf2onnx.convert.from_graph_def(
-            self.of_bytes.graph.as_graph_def(),
+            self.frozen_uint8.graph.as_graph_def(),
             input_names=list(names)[:1],
             output_names=list(names)[1:],
             opset=_OPSET,
@@ -95,14 +96,14 @@ class Network:
         for value in (*model.graph.input, *model.graph.output):
             value.name = names[value.name]
             value.type.tensor_type.shape.dim[0].dim_param = "N"
-        stated = {key: json.dumps(value) for key, value in metadata(self.bundle).items()}
-        onnx.helper.set_model_props(model, stated)
+        properties = {key: json.dumps(value) for key, value in metadata(self.bundle).items()}
+        onnx.helper.set_model_props(model, properties)
         onnx.checker.check_model(model)
         return model
 
 
 def metadata(bundle: Bundle) -> dict[str, Any]:
-    """What a file says of itself to those who have the file alone."""
+    """The metadata with which an exported file can be used without its bundle."""
     info = bundle.info
     return {
         "class_names": info.class_names,
@@ -125,22 +126,20 @@ def _write_saved_model(network: Network, path: Path) -> None:
 
     info, module = network.bundle.info, tf.Module()
     module.weights = [variable.value for variable in network.bundle.model.variables]
-    pixels = network.function()
+    predict = network.tf_function()
 
-    def answers(image: Any) -> dict[str, Any]:
+    def predict_pixels(image: Any) -> dict[str, Any]:
         names = tf.constant([info.class_names])
-        return {"probabilities": pixels(image), "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
+        return {"probabilities": predict(image), "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
 
-    def decoded(data: Any) -> Any:
+    def decode(data: Any) -> Any:
         return graph_decode.decode(data, info.image_size, info.resize)
 
-    def answers_to_bytes(image_bytes: Any) -> dict[str, Any]:
-        return answers(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.uint8))
+    def predict_encoded(image_bytes: Any) -> dict[str, Any]:
+        return predict_pixels(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8))
 
-    module.pixels = tf.function(answers, pixels.input_signature, autograph=False)
-    module.encoded = tf.function(
-        answers_to_bytes, [tf.TensorSpec((None,), tf.string, "image_bytes")], autograph=False
-    )
+    module.pixels = tf.function(predict_pixels, predict.input_signature, autograph=False)
+    module.encoded = tf.function(predict_encoded, [tf.TensorSpec((None,), tf.string, "image_bytes")], autograph=False)
     tf.saved_model.save(module, path, signatures={"serving_default": module.pixels, "encoded": module.encoded})
     extra = path / "assets.extra" / METADATA
     extra.parent.mkdir()
@@ -168,9 +167,9 @@ def _write_onnx_int8(network: Network, path: Path) -> None:
             image = next(self._images, None)
             return None if image is None else {"image": image[None]}
 
-    plain, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
-    _write_onnx(network, plain)
-    quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+    float32, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
+    _write_onnx(network, float32)
+    quant_pre_process(float32, prepared, skip_symbolic_shape=True)
     quantization.quantize_static(
         prepared,
         path,
@@ -179,10 +178,10 @@ def _write_onnx_int8(network: Network, path: Path) -> None:
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        # The softmax stays float32: its probabilities would be rounded to a 256th.
+        # The softmax stays float32. Otherwise probabilities would be rounded to 1/256.
         nodes_to_exclude=[node.name for node in network.onnx.graph.node if node.op_type == "Softmax"],
     )
-    plain.unlink()
+    float32.unlink()
     prepared.unlink()
 
 
@@ -190,13 +189,13 @@ def _write_onnx_int8(network: Network, path: Path) -> None:
 
 
 def _write_litert(network: Network, path: Path) -> None:
-    _convert_to_litert(network, path, _lite_converter(network.of_bytes))
+    _convert_to_litert(network, path, _make_converter(network.frozen_uint8))
 
 
 def _write_litert_float16(network: Network, path: Path) -> None:
     import tensorflow as tf
 
-    converter = _lite_converter(network.of_bytes)
+    converter = _make_converter(network.frozen_uint8)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_types = [tf.float16]
     _convert_to_litert(network, path, converter)
@@ -205,23 +204,23 @@ def _write_litert_float16(network: Network, path: Path) -> None:
 def _write_litert_int8(network: Network, path: Path) -> None:
     import tensorflow as tf
 
-    def representative() -> Iterator[list[Any]]:
-        # The range of the input is that of the bytes: a black and a white pixel in the first image make it so.
+    def representative_dataset() -> Iterator[list[Any]]:
+        # A black and a white pixel in the first image make the range of the input 0 to 255.
         first, *others = network.calibration.astype(np.float32)
         first[0, 0], first[0, 1] = 0, 255
         for image in (first, *others):
             yield [image[None]]
 
-    converter = _lite_converter(network.frozen("float32"))
+    converter = _make_converter(network.freeze("float32"))
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = representative
+    converter.representative_dataset = representative_dataset
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = tf.uint8
     converter.inference_output_type = tf.uint8
     _convert_to_litert(network, path, converter)
 
 
-def _lite_converter(frozen: Any) -> Any:
+def _make_converter(frozen: Any) -> Any:
     import tensorflow as tf
 
     return tf.lite.TFLiteConverter.from_concrete_functions([frozen])
@@ -241,4 +240,4 @@ FORMATS = {
     "litert-float16": Format("model.float16.tflite", _write_litert_float16),
     "litert-int8": Format("model.int8.tflite", _write_litert_int8),
 }
-"""Every format by name."""
+"""The formats by name, in the order in which export makes them."""

@@ -1,8 +1,8 @@
-"""Grad-CAM: where in an image a convolutional network sees the class that it answers.
+"""Grad-CAM: the regions of an image that support a class in a convolutional network.
 
-Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, 2017: the last
-convolutional features, each weighted by the mean of the class's gradient over it, added up; what is negative is left
-out.
+Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, 2017: the sum of
+the last convolutional feature maps, each weighted by the mean of the class score's gradient over it. Negative values
+become 0.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 def heat_maps(
     bundle: Bundle, images: npt.NDArray[np.uint8], classes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Heat maps of a class in each image.
+    """Compute the heat map of one class for each image.
 
     Args:
-        bundle: of a network whose features are maps up to a last layer.
+        bundle: its network must end with convolutional feature maps before the head.
         images: uint8 (N, size, size, 3).
-        classes: int64 (N,), the class that each is asked about.
+        classes: the index of the class for each image, int64 (N,).
 
     Returns:
-        float32 (N, size, size), 0 to 1 in each image; all 0 where nothing speaks for the class.
+        float32 (N, size, size), scaled to 0...1 for each image; all 0 if no region supports the class.
 
     Raises:
-        BundleError: the network has no convolutional features, or none that can be trained.
+        BundleError: the network has no convolutional features, or no trainable layers.
     """
     import tensorflow as tf
 
@@ -40,15 +40,15 @@ def heat_maps(
         with tf.GradientTape() as tape:
             features, logits = network(image[None], training=False)
             score = logits[0, index]
-        # Features are no variable, but what trainable ones have made, and so the tape knows them.
+        # The tape records the features because trainable variables produced them.
         gradient = tape.gradient(score, features)
         if gradient is None:
-            raise BundleError(f"{bundle.uri}: nothing in the network can be trained, so that it has no gradients.")
+            raise BundleError(f"{bundle.uri}: the network has no trainable layers, so it has no gradients.")
         weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
         heat = tf.nn.relu(tf.reduce_sum(tf.cast(weights * features, tf.float32), axis=-1, keepdims=True))
         maps.append(tf.image.resize(heat, images.shape[1:3])[0, ..., 0].numpy())
-    found = np.stack(maps)
-    return np.asarray(found / np.maximum(found.max(axis=(1, 2), keepdims=True), 1e-12), np.float32)
+    heat_maps = np.stack(maps)
+    return np.asarray(heat_maps / np.maximum(heat_maps.max(axis=(1, 2), keepdims=True), 1e-12), np.float32)
 
 
 def _features_and_logits(bundle: Bundle) -> "keras.Model":
@@ -56,14 +56,16 @@ def _features_and_logits(bundle: Bundle) -> "keras.Model":
 
     model = bundle.model
     if not any(isinstance(layer, keras.layers.Conv2D) for layer in model._flatten_layers()):
-        raise BundleError(f"{bundle.uri}: the network has no convolutional features to look at.")
-    (features,) = [layer.input for layer in model.layers if _is_maps(layer.input) and not _is_maps(layer.output)][-1:]
-    # Pooling has only made them coarser.
-    coarser = (keras.layers.MaxPooling2D, keras.layers.AveragePooling2D, keras.layers.Dropout)
-    while isinstance(made_by := features._keras_history.operation, coarser):
-        features = made_by.input
+        raise BundleError(f"{bundle.uri}: the network has no convolutional features.")
+    (features,) = [
+        layer.input for layer in model.layers if _is_feature_map(layer.input) and not _is_feature_map(layer.output)
+    ][-1:]
+    # Go back before pooling, which only lowers the resolution.
+    pooling = (keras.layers.MaxPooling2D, keras.layers.AveragePooling2D, keras.layers.Dropout)
+    while isinstance(layer := features._keras_history.operation, pooling):
+        features = layer.input
     return keras.Model(model.inputs[0], [features, model.get_layer("logits").output])
 
 
-def _is_maps(tensor: Any) -> bool:
+def _is_feature_map(tensor: Any) -> bool:
     return len(getattr(tensor, "shape", ())) == 4

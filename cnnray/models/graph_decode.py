@@ -1,9 +1,9 @@
 """`images.decode` as TensorFlow operations, for a SavedModel that takes encoded JPEG and PNG bytes.
 
-It keeps the rules of `images.decode` (EXIF orientation, transparency over white, CMYK, 16 bits, anti-aliased
-resizing) to one level of 255, except that JPEGs are never decoded at reduced scale (by which single pixels of large
-ones differ by much more), and that the one transparent colour of a PNG without alpha channel and palette is opaque.
-There is no limit to an image's pixels but TensorFlow's own.
+It follows the rules of `images.decode` (EXIF orientation, transparency over white, CMYK, 16 bits, anti-aliased
+resizing) to within one level of 255, with two exceptions. JPEGs are never decoded at reduced scale, so single pixels
+of large JPEGs differ by more. In a PNG without alpha channel and palette, the one transparent colour is opaque. The
+number of pixels is limited only by TensorFlow.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ import tensorflow as tf
 from cnnray.images.decode import ResizeRule
 
 _ORIENTATIONS = (b"\x12\x01\x03\x00\x01\x00\x00\x00", b"\x01\x12\x00\x03\x00\x00\x00\x01\x00")
-"""What stands in front of the orientation in EXIF, by byte order: its tag, type and count."""
+"""The bytes before the orientation value in EXIF (tag, type and count), for each byte order."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD = 2**16
-"""Bytes that the EXIF data are looked for in."""
+"""Number of bytes at the start of the file that are searched for EXIF data."""
 
 
 def decode(data: Any, size: int, resize: ResizeRule) -> Any:
     """Decode one image.
 
     Args:
-        data: string (), a JPEG or PNG.
+        data: string tensor of shape (), a JPEG or PNG.
         size: height and width of the result in pixels.
         resize: see `images.decode.decode`.
 
@@ -31,23 +31,25 @@ def decode(data: Any, size: int, resize: ResizeRule) -> Any:
         uint8 (size, size, 3), RGB.
 
     Raises:
-        InvalidArgumentError: (when it runs) the bytes are neither, or damaged.
+        InvalidArgumentError: at run time, if the bytes are neither JPEG nor PNG, or are damaged.
     """
-    # TensorFlow's decoders take other types too, and an animated WebP makes them write past their buffer.
+    # TensorFlow's decoders accept other formats, too, and an animated WebP makes them write past their buffer.
     is_jpeg, is_png = tf.io.is_jpeg(data), tf.strings.substr(data, 0, len(_PNG)) == _PNG
     with tf.control_dependencies([tf.debugging.Assert(is_jpeg | is_png, ["Neither a JPEG nor a PNG."])]):
         data = tf.identity(data)
-    image = tf.cond(is_jpeg, lambda: _jpeg(data), lambda: _png(data))
-    image = tf.ensure_shape(_resized(_turned(image, _orientation(data)), size, resize), (size, size, 3))
+    image = tf.cond(is_jpeg, lambda: _decode_jpeg(data), lambda: _decode_png(data))
+    image = tf.ensure_shape(
+        _resize(_apply_orientation(image, _read_orientation(data)), size, resize), (size, size, 3)
+    )
     return tf.cast(tf.round(image), tf.uint8)
 
 
-def _jpeg(data: Any) -> Any:
+def _decode_jpeg(data: Any) -> Any:
     return tf.cast(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), tf.float32)
 
 
-def _png(data: Any) -> Any:
-    # As many channels as there are: asked for 4, decode_png spoils pixels of less than 8 bits.
+def _decode_png(data: Any) -> Any:
+    # Keep the number of channels: with channels=4, decode_png corrupts pixels of less than 8 bits.
     image = tf.cast(tf.io.decode_png(data), tf.float32)
     has_alpha = tf.shape(image)[2] % 2 == 0
     opaque = [[0, 0], [0, 0], [0, 1]]
@@ -57,20 +59,20 @@ def _png(data: Any) -> Any:
     return tf.broadcast_to(over_white, tf.concat([tf.shape(image)[:2], [3]], 0))
 
 
-def _orientation(data: Any) -> Any:
-    """The first EXIF orientation, 1 to 8; 1 where there is none."""
+def _read_orientation(data: Any) -> Any:
+    """The first EXIF orientation, 1 to 8; 1 if there is none."""
     head = tf.cast(tf.io.decode_raw(tf.strings.substr(data, 0, _HEAD), tf.uint8), tf.int32)
-    found = tf.ones((0,), tf.int32)
+    orientations = tf.ones((0,), tf.int32)
     for pattern in _ORIENTATIONS:
         count = tf.maximum(tf.size(head) - len(pattern), 0)
-        same = [head[place : place + count] == byte for place, byte in enumerate(pattern)]
-        found = tf.concat([found, head[len(pattern) :][:count][tf.reduce_all(same, 0)]], 0)
-    found = found[(found >= 1) & (found <= 8)]
-    return tf.concat([found, [1]], 0)[0]
+        matches = [head[offset : offset + count] == byte for offset, byte in enumerate(pattern)]
+        orientations = tf.concat([orientations, head[len(pattern) :][:count][tf.reduce_all(matches, 0)]], 0)
+    orientations = orientations[(orientations >= 1) & (orientations <= 8)]
+    return tf.concat([orientations, [1]], 0)[0]
 
 
-def _turned(image: Any, orientation: Any) -> Any:
-    """The image as it is meant to be looked at: EXIF 5 to 8 swap rows and columns, and then each mirrors."""
+def _apply_orientation(image: Any, orientation: Any) -> Any:
+    """Turn the image upright: swap rows and columns for EXIF orientations 5 to 8, then mirror the axes."""
     image = tf.cond(orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
     upside_down, mirrored = (3, 4, 7, 8), (2, 3, 6, 7)
     for axis, values in enumerate((upside_down, mirrored)):
@@ -82,7 +84,7 @@ def _turned(image: Any, orientation: Any) -> Any:
     return image
 
 
-def _resized(image: Any, size: int, resize: ResizeRule) -> Any:
+def _resize(image: Any, size: int, resize: ResizeRule) -> Any:
     sides = tf.cast(tf.shape(image)[:2], tf.float32)
     scale, shift = size / sides, tf.zeros(2)
     if resize == "crop":

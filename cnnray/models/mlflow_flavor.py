@@ -1,7 +1,8 @@
-"""A bundle as a model of MLflow: its files, and `mlflow.pyfunc.load_model` that gives them to `Predictor`.
+"""A bundle as an MLflow model, which `mlflow.pyfunc.load_model` loads into a `Predictor`.
 
-Nothing of a model's folder is run: MLflow imports this module by its name, and it loads the bundle as every job does.
-The folder must hold no `code` for that, which MLflow would import; `log` writes none.
+No code in the model's folder runs: MLflow imports this module by its name, and the module loads the bundle as every
+job does. MLflow would import a folder `code`; `log` writes none. MLflow servers store the name of this module and
+call `_load_pyfunc`, so neither may be renamed.
 """
 
 import tempfile
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE = "image"
-"""The column of encoded images."""
+"""Name of the column of encoded images."""
 BUNDLE_TAG = "cnnray.bundle"
-"""A model version's tag: `Bundle.version`."""
+"""Tag of a model version; its value is `Bundle.version`."""
 
 
 class BundleModel:
-    """What `mlflow.pyfunc.load_model` gives."""
+    """The model that `mlflow.pyfunc.load_model` returns."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
@@ -36,12 +37,12 @@ class BundleModel:
         """Classify encoded images.
 
         Args:
-            model_input: a table with the column `image` of bytes, or a list of bytes.
-            params: MLflow's; there are none.
+            model_input: a table with a column `image` of bytes, or a list of bytes.
+            params: required by MLflow and ignored.
 
         Returns:
-            a row for each image, in order: `prediction`, `confidence`, `probabilities` (in the order of the bundle's
-            class names), or null in all of them and an `error`.
+            One row per image, in order, with the columns `prediction`, `confidence`, `probabilities` (in the order of
+            the bundle's class names) and `error`. If an image cannot be decoded, only `error` is not null.
         """
         import pandas as pd
 
@@ -63,23 +64,23 @@ class BundleModel:
 
 
 def _load_pyfunc(path: str) -> BundleModel:
-    """Called by MLflow, by this name."""
+    """Load the bundle at `path`. MLflow calls this function by its name."""
     return BundleModel(Predictor(Bundle.load(path)))
 
 
 def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
-    """Give a bundle to the MLflow server that `mlflow.set_tracking_uri` has named, as a new version of a model.
+    """Register a bundle as a new version of a model on the MLflow server that `mlflow.set_tracking_uri` names.
 
     Args:
         bundle: local or on S3.
-        run_id: the run that it comes from.
-        name: of the registered model, which need not be there.
+        run_id: the MLflow run that trained the bundle.
+        name: name of the registered model, which is created if necessary.
 
     Returns:
-        the version, and the id of the model that was logged.
+        The version, and the id of the logged model.
 
     Raises:
-        MlflowException, OSError: it could not be done.
+        MlflowException, OSError: the server or the storage failed.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -98,7 +99,7 @@ def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
         ),
     )
     with tempfile.TemporaryDirectory(prefix="cnnray-mlflow-") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it would like an example of the input beside the signature
+        warnings.simplefilter("ignore", UserWarning)  # MLflow warns that there is no input example
         files = Path(folder, "bundle")
         storage.copy_folder(bundle.uri, str(files))
         logged = Model.log(
@@ -110,8 +111,8 @@ def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
             tags={BUNDLE_TAG: bundle.version},
             loader_module=__name__,
             data_path=str(files),
-            # Given, so that MLflow does not load the model in a process of its own to find them out.
-            pip_requirements=[f"{library}=={found}" for library, found in bundle.info.library_versions.items()],
+            # Without a list, MLflow would load the model in another process to infer the requirements.
+            pip_requirements=[f"{library}=={version}" for library, version in bundle.info.library_versions.items()],
             signature=signature,
         )
     return str(logged.registered_model_version), logged.model_id

@@ -1,4 +1,4 @@
-"""Loading TensorFlow and Keras in a process that is a job's own."""
+"""Importing TensorFlow and Keras in a process that belongs to a job."""
 
 import contextlib
 import importlib
@@ -8,15 +8,14 @@ from collections.abc import Iterator
 
 
 def load_tensorflow(*, gpus: bool) -> None:
-    """Import TensorFlow and Keras without the dozen lines that TensorFlow's libraries log while they are
-    loaded, before any setting of theirs is read.
+    """Import TensorFlow and Keras without the lines that TensorFlow's libraries log before they read any setting.
 
-    For programs only: it turns the whole process's stderr away for a few seconds.
+    For programs only, not for libraries: it suppresses stderr of the whole process for a few seconds.
 
     Args:
-        gpus: whether TensorFlow may use the GPUs that the process sees.
+        gpus: whether TensorFlow may use the GPUs visible to the process.
     """
-    with without_stderr():
+    with suppress_stderr():
         import tensorflow as tf
 
         importlib.import_module("keras")
@@ -26,14 +25,14 @@ def load_tensorflow(*, gpus: bool) -> None:
 
 
 @contextlib.contextmanager
-def without_stderr() -> Iterator[None]:
-    """Turn the whole process's stderr away, also of libraries that know no logger. For programs only."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def suppress_stderr() -> Iterator[None]:
+    """Discard stderr of the whole process, including output of native libraries. For programs only."""
+    original = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(original, 2)
+        os.close(original)
+        os.close(devnull)

@@ -1,4 +1,4 @@
-"""An engine against the Keras model on the same images: how far apart, how right, how fast."""
+"""Comparison of an engine with the Keras model on the same images: difference, accuracy, speed."""
 
 import statistics
 import time
@@ -9,45 +9,47 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.models.engines import Engine, Images, Probabilities, in_batches
+from cnnray.models.engines import KERAS, predict_in_batches
+from cnnray.models.runtimes import Engine, Images, Probabilities
 
 MEASURED_BATCH_SIZES = (1, 32)
 _ROUNDS = 3
-_SECONDS_A_ROUND = 0.4
+_SECONDS_PER_ROUND = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured of one exported format."""
+    """The measurements of one engine."""
 
     path: str
-    """Of the file, or folder, in the bundle."""
+    """Name of the file or folder in the bundle."""
     bytes: int
     max_difference: float
-    """Largest difference of any probability of any image from the Keras model's."""
+    """Largest difference from the Keras model in any probability of any image."""
     top_1_agreement: float
-    """Share of the images for which both have the same most probable class."""
+    """Fraction of the images for which both give the same most probable class."""
     accuracy: float | None
-    """On the labelled images; None where there are no labels."""
+    """Accuracy on the images; None if they have no labels."""
     keras_accuracy: float | None
-    """Keras's on the same images."""
+    """Accuracy of the Keras model on the same images."""
     images_per_second: dict[str, float]
-    """By batch size: the median of three rounds."""
+    """Speed by batch size, the median of three rounds."""
     times_keras: dict[str, float]
-    """The same as multiples of Keras's in the same export: other exports may have had other machines or threads."""
+    """Speed by batch size relative to Keras in the same export, because another export may have run on another
+    machine or with other threads."""
     threads: int
     """CPU threads of the engine."""
     temperature: float
-    """That of the bundle when it was exported."""
+    """Temperature of the bundle at the time of the export."""
     images: int
-    """How many were compared."""
+    """Number of images compared."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """The report as plain values, for JSON."""
         return asdict(self)
 
 
-def report(
+def measure(
     engine: Engine,
     path: Path,
     images: Images,
@@ -58,63 +60,64 @@ def report(
     threads: int,
     keras: Report | None,
 ) -> Report:
-    """Run an engine and compare.
+    """Run an engine and compare it with the Keras model.
 
     Args:
-        engine: what runs the file.
-        path: of the file or folder, by the name that it has in the bundle.
+        engine: runs the file.
+        path: local path of the file or folder, which has the same name as in the bundle.
         images: uint8 (N, size, size, 3).
         expected: the Keras model's probabilities, float32 (N, classes).
-        targets: int64 (N,), or None where there are no labels.
-        temperature: the bundle's.
-        threads: that the engine was loaded for.
-        keras: what was measured of the Keras model just before; None: this is it.
+        targets: class indices, int64 (N,), or None without labels.
+        temperature: the bundle's temperature.
+        threads: CPU threads that the engine was loaded with.
+        keras: the report of the Keras model from the same export; None: `engine` is the Keras model.
     """
-    found = in_batches(engine, images)
-    accuracy = None if targets is None else float((found.argmax(1) == targets).mean())
-    speeds_found = speeds(engine, images)
-    of_keras = keras.images_per_second if keras else speeds_found
+    probabilities = predict_in_batches(engine, images)
+    predicted = probabilities.argmax(1)
+    accuracy = None if targets is None else float((predicted == targets).mean())
+    speeds = measure_speeds(engine, images)
+    keras_speeds = keras.images_per_second if keras else speeds
     return Report(
         path=path.name,
         bytes=sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
-        max_difference=float(np.abs(found - expected).max()),
-        top_1_agreement=float((found.argmax(1) == expected.argmax(1)).mean()),
+        max_difference=float(np.abs(probabilities - expected).max()),
+        top_1_agreement=float((predicted == expected.argmax(1)).mean()),
         accuracy=accuracy,
         keras_accuracy=keras.accuracy if keras else accuracy,
-        images_per_second=speeds_found,
-        times_keras={size: round(speed / of_keras[size], 3) for size, speed in speeds_found.items()},
+        images_per_second=speeds,
+        times_keras={size: round(speed / keras_speeds[size], 3) for size, speed in speeds.items()},
         threads=threads,
         temperature=temperature,
         images=len(images),
     )
 
 
-def speeds(engine: Engine, images: Images) -> dict[str, float]:
-    """Images/s of an engine at each of `MEASURED_BATCH_SIZES`."""
-    found = {}
+def measure_speeds(engine: Engine, images: Images) -> dict[str, float]:
+    """Measure the images/s of an engine at each of `MEASURED_BATCH_SIZES`."""
+    speeds = {}
     for size in MEASURED_BATCH_SIZES:
         batch = np.resize(images, (size, *images.shape[1:]))
         engine(batch)
-        found[str(size)] = round(statistics.median(_rate(engine, batch) for _ in range(_ROUNDS)), 2)
-    return found
+        speeds[str(size)] = round(statistics.median(_measure_rate(engine, batch) for _ in range(_ROUNDS)), 2)
+    return speeds
 
 
-def _rate(engine: Engine, batch: Images) -> float:
+def _measure_rate(engine: Engine, batch: Images) -> float:
     calls, start = 0, time.perf_counter()
-    while (took := time.perf_counter() - start) < _SECONDS_A_ROUND or not calls:
+    while (elapsed := time.perf_counter() - start) < _SECONDS_PER_ROUND or not calls:
         engine(batch)
         calls += 1
-    return calls * len(batch) / took
+    return calls * len(batch) / elapsed
 
 
 def table(reports: dict[str, dict[str, Any]], refused: dict[str, str]) -> str:
-    """The reports, and why others were refused, as Markdown."""
+    """The reports, and the reasons of refused formats, as a Markdown table."""
     lines = [
         "| format | MiB | of Keras's | largest difference | same top-1 | accuracy before | after "
         "| images/s at 1 | at 32 | times Keras's |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    keras = reports["keras"]
+    keras = reports[KERAS]
     for name, report in reports.items():
         speed = report["images_per_second"]
         cells = [
@@ -123,7 +126,10 @@ def table(reports: dict[str, dict[str, Any]], refused: dict[str, str]) -> str:
             f"{report['bytes'] / keras['bytes']:.2f}",
             f"{report['max_difference']:.1e}",
             f"{report['top_1_agreement']:.4f}",
-            *("" if share is None else f"{share:.4f}" for share in (report["keras_accuracy"], report["accuracy"])),
+            *(
+                "" if accuracy is None else f"{accuracy:.4f}"
+                for accuracy in (report["keras_accuracy"], report["accuracy"])
+            ),
             f"{speed['1']:.0f}",
             f"{speed['32']:.0f}",
             f"{report['times_keras']['32']:.2f}",

@@ -25,7 +25,7 @@ from cnnray.cluster import Resources
 from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
-from cnnray.models.predictor import Predictor, ranked
+from cnnray.models.predictor import Predictor, rank_classes
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.ledger import MAX_CRASHES, create_ledger, finish_attempt, start_attempt
 from cnnray.prediction.pool import Pool, plan_pool
@@ -339,10 +339,10 @@ class Worker:
     def _prediction_columns(self, images: Images) -> dict[str, pa.Array]:
         options, embeddings = self._options, None
         if options.embeddings:
-            probabilities, _, embeddings = self._predictor.in_full(images)
+            probabilities, _, embeddings = self._predictor.all_outputs(images)
         else:
             probabilities = self._predictor.probabilities(images)
-        order = ranked(probabilities, options.top_k)
+        order = rank_classes(probabilities, options.top_k)
         scores = np.take_along_axis(probabilities, order, 1)
         offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)
         labels = self._names.take(pa.array(order.ravel()))

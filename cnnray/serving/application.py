@@ -11,8 +11,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from cnnray.images.decode import BadImage
-from cnnray.models.engines import Probabilities
-from cnnray.models.predictor import ranked
+from cnnray.models.predictor import rank_classes
+from cnnray.models.runtimes import Probabilities
 from cnnray.serving import open_inference, tensorflow_serving
 from cnnray.serving.bodies import RequestError, read_images
 from cnnray.serving.gate import Gate
@@ -216,7 +216,7 @@ async def _predict(
 
 def _answer(served: ServedModel, row: Probabilities, top_k: int, threshold: float, request_id: str) -> dict[str, Any]:
     names = served.bundle.info.class_names
-    (order,) = ranked(row[None], top_k)
+    (order,) = rank_classes(row[None], top_k)
     scores = [{"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= threshold]
     best = float(row[order[0]])
     return {

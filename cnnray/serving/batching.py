@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from cnnray.models.engines import Images, Probabilities
+from cnnray.models.runtimes import Images, Probabilities
 
 
 class Batcher:

@@ -15,8 +15,8 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from cnnray.models.engines import Images, Probabilities
-from cnnray.models.predictor import ranked
+from cnnray.models.predictor import rank_classes
+from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError, decode_base64, describe_error, parse_body, read_body
 from cnnray.serving.models import ServedModel
 from cnnray.serving.service import Service
@@ -267,7 +267,7 @@ def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities
         return rows
     if not isinstance(count, int) or count < 1:
         raise RequestError(400, f"classification is {count!r}; expected a number of classes.")
-    order = ranked(rows, count)
+    order = rank_classes(rows, count)
     texts = [
         [f"{row[index]:f}:{index}:{names[index]}" for index in best] for row, best in zip(rows, order, strict=True)
     ]

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import Request
 
 from cnnray.images.decode import BadImage, decode
-from cnnray.models.engines import Images, Probabilities
+from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.settings import Settings

@@ -199,7 +199,7 @@ def _imagenet_weights(config: TrainConfig) -> bytes:
     startup.load_tensorflow(gpus=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, output.IMAGENET)
-        transfer.imagenet(config.architecture, config.image_size, path)
+        transfer.write_imagenet_weights(config.architecture, config.image_size, path)
         return path.read_bytes()
 
 

@@ -53,7 +53,7 @@ def _versions(config: TrainConfig, images: Any) -> list[Any]:
 
     from cnnray.models import augment
 
-    augmenter = augment.Augmenter(augment.resolved(config.augment, config.augmentations))
+    augmenter = augment.Augmenter(augment.resolve(config.augment, config.augmentations))
     versions = []
     for version in range(_VERSIONS):
         seeds = np.random.SeedSequence([config.seed, version]).generate_state(2 * len(augmenter.seeds)).reshape(-1, 2)

@@ -70,7 +70,7 @@ class Steps:
         self._distillation = keras.distillation.LogitsDistillation(
             config.distillation_temperature, keras.losses.KLDivergence()
         )
-        self._augmenter = Augmenter(augment.resolved(config.augment, config.augmentations))
+        self._augmenter = Augmenter(augment.resolve(config.augment, config.augmentations))
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         self._seeds += self._augmenter.seeds
         self._classes = classes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import finished
+from benchmarks.load import read_steady
 from benchmarks.photos import write as write_photos
 from cnnray.images import manifest as manifests
 from tests.conftest import REPOSITORY
@@ -267,7 +267,7 @@ def test_the_service_survives_the_loss_of_a_node(nodes, start, photos, onnx_bund
         "3 replicas",
     )
     replaced = time.monotonic() - started - cut
-    found = finished(load)
+    found = read_steady(load)
     answered = found.statuses.get("200", 0)
     last = max([cut, *found.failed_at]) - cut
     _figure(

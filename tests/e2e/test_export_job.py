@@ -1,4 +1,4 @@
-"""jobs/export.py as its users run it: mistakes get one sentence before TensorFlow is loaded."""
+"""jobs/export.py as its users run it: mistakes are reported in one sentence before TensorFlow is imported."""
 
 import time
 
@@ -17,7 +17,10 @@ MISTAKES = {
         "/nowhere is not a bundle: it does not",
     ),
     "no images": (["--bundle", "{bundle}", "--calibration", "{empty}"], "holds no images"),
-    "other classes": (["--bundle", "{bundle}", "--calibration", "{digits}"], "has the label '2', which is no class"),
+    "other classes": (
+        ["--bundle", "{bundle}", "--calibration", "{digits}"],
+        "has the label '2', which is not a class",
+    ),
 }
 
 

@@ -53,7 +53,7 @@ def bundle(tmp_path_factory, encoded):
     for number, (data, name) in enumerate(zip(*encoded, strict=True)):
         (images / name).mkdir(exist_ok=True)
         (images / name / f"{number}.jpg").write_bytes(data)
-    export(ExportConfig(bundle=str(folder), calibration=str(images), formats="onnx,onnx-int8"))
+    export(ExportConfig(bundle=str(folder), calibration=str(images), formats=["onnx", "onnx-int8"]))
     return folder
 
 

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from benchmarks import load
-from benchmarks.predict import random_bundle
-from benchmarks.serve import photo_of_68_kb
+from benchmarks.predict import write_random_bundle
+from benchmarks.serve import make_photo
 from cnnray.models.bundle import Bundle
 from tests.e2e.conftest import started_jobs, until
 from tests.e2e.service import FORMS, Service, ask, copy_as_new_version, run_schemathesis, send
@@ -22,7 +22,7 @@ start = pytest.fixture(started_jobs, scope="module")
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
-    path.write_bytes(photo_of_68_kb())
+    path.write_bytes(make_photo())
     return path
 
 
@@ -30,7 +30,7 @@ def photo(tmp_path_factory):
 def bundle(tmp_path_factory):
     """`vgg_bn` at 64x64 with int8 engines, as in the benchmark."""
     folder = tmp_path_factory.mktemp("bundle")
-    return random_bundle(folder)
+    return write_random_bundle(folder)
 
 
 def _print(capsys, sentence):
@@ -43,7 +43,7 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
     flags = ["--cpus-per-replica", "0.5", "--min-replicas", "2", "--max-replicas", "2"]
     service = Service(start, "--bundle", bundle, *flags)
     address = f"{service.address}/predict"
-    peak = load.peak(address, photo, tmp_path, connections=16, seconds=10).rate
+    peak = load.measure_peak(address, photo, tmp_path, connections=16, seconds=10).rate
     process = load.start_steady(address, photo, peak / 2, SECONDS)
     started, moments = time.monotonic(), {}
 
@@ -130,7 +130,7 @@ def test_memory_stays_flat(small, photo, capsys):
     (replica,), sizes, requests = small.replicas(), [], 2000
     for _ in range(11):
         process = load.start_steady(f"{small.address}/predict", photo, 100, requests / 100)
-        assert load.finished(process).statuses == {"200": requests}
+        assert load.read_steady(process).statuses == {"200": requests}
         sizes.append(replica.memory_full_info().uss / 2**20)
     _print(capsys, f"MiB of the replica after each {requests} requests: {[round(size) for size in sizes]}")
     assert sizes[-1] < 1.05 * sizes[0]

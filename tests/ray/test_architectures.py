@@ -1,4 +1,4 @@
-"""Every architecture trains on two workers, is saved, loaded, and predicts the same."""
+"""Every architecture trains on two workers, and predicts the same after saving and loading."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.ray.workers import on_workers
 CLASSES = 3
 QUICK = ("small_cnn",)
 GIANTS = ("convnextxlarge",)
-"""Of which two workers need 24 GiB: 350 million weights, each with its gradient, its momentum, and copies of them."""
+"""Networks for which two workers need 24 GiB: 350 million weights with gradients, momenta, and copies of them."""
 
 
 def _images(size):
@@ -28,8 +28,8 @@ def _step(rank, world, architecture, size, folder):
     from cnnray.training.config import TrainConfig
     from cnnray.training.step import Steps
 
-    # The largest would not fit this machine twice with adam's two moments. Gradients are long where batch norm after
-    # batch norm divides by the variance of two images.
+    # SGD, because with Adam's two moments the largest network would not fit into memory twice. Gradients are clipped,
+    # because they explode where many batch norms divide by the variance of only two images.
     config = TrainConfig(
         data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", max_workers=world,
         epochs=1, schedule="constant", learning_rate=0.1, clip_norm=1.0,
@@ -55,14 +55,14 @@ def _step(rank, world, architecture, size, folder):
     "architecture",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in architectures.NAMES],
 )
-def test_trains_on_two_workers_and_predicts_the_same_when_it_is_loaded(architecture, tmp_path):
+def test_trains_on_two_workers_and_predicts_the_same_after_loading(architecture, tmp_path):
     size = architectures.smallest_image_size(architecture)
     workers = 1 if architecture in GIANTS else 2
-    found = on_workers(_step, workers, tmp_path, architecture, size, str(tmp_path / "bundle"))
-    loss, moved, first = found[0]
+    results = on_workers(_step, workers, tmp_path, architecture, size, str(tmp_path / "bundle"))
+    loss, moved, first = results[0]
     assert np.isfinite(loss)
     assert moved > 0.5
-    for _, _, other in found[1:]:
+    for _, _, other in results[1:]:
         np.testing.assert_allclose(first, other, atol=1e-5)
     loaded = Predictor(Bundle.load(str(tmp_path / "bundle"))).probabilities(_images(size)[0])
     np.testing.assert_allclose(loaded, first, atol=1e-5)

@@ -315,7 +315,7 @@ def test_train_from_s3_to_s3(bucket, digits, caplog):
     rows = manifests.read(f"{bucket}/runs/1/manifest.parquet").to_pylist()[:3]
     answers = Predictor(Bundle.load(summary["bundle"]))([storage.read_bytes(row["uri"]) for row in rows])
     assert [len(answer.probabilities) for answer in answers] == [10] * 3
-    export(ExportConfig(bundle=summary["bundle"], calibration=f"{bucket}/digits", formats="saved_model,onnx"))
+    export(ExportConfig(bundle=summary["bundle"], calibration=f"{bucket}/digits", formats=["saved_model", "onnx"]))
     assert storage.is_file(f"{summary['bundle']}/saved_model/saved_model.pb")
     exported = Predictor(Bundle.load(summary["bundle"]), engine="onnx")
     again = exported([storage.read_bytes(row["uri"]) for row in rows])

@@ -1,4 +1,4 @@
-"""Augmentation: every switch does what it says, and nothing else; the same seeds give the same images."""
+"""Every augmentation changes what its switch says and nothing else, and equal seeds give equal images."""
 
 from dataclasses import asdict, replace
 
@@ -24,7 +24,7 @@ def _images(count=6, size=24):
     generator = np.random.default_rng(0)
     small = generator.integers(30, 226, (count, 6, 6, 3), np.uint8)
     return np.stack(
-        [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in small]
+        [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in small]
     )
 
 
@@ -32,7 +32,7 @@ def _run(augmenter, images, seed=1):
     labels = np.eye(3, dtype=np.float32)[np.arange(len(images)) % 3]
     for number, state in enumerate(augmenter.seeds):
         state.assign([seed, number])
-    return [keras.ops.convert_to_numpy(found) for found in augmenter(images, labels)]
+    return [keras.ops.convert_to_numpy(array) for array in augmenter(images, labels)]
 
 
 def test_every_switch_is_tested():
@@ -41,7 +41,7 @@ def test_every_switch_is_tested():
 
 
 @pytest.mark.parametrize("name", [*SWITCHES, *STRENGTHS])
-def test_a_switch_changes_images_as_its_seeds_say(name):
+def test_a_switch_changes_images_deterministically_by_its_seeds(name):
     images = _images()
     switches = STRENGTHS[name] if name in STRENGTHS else replace(NONE, **{name: SWITCHES[name]})
     if name == "one_of":
@@ -63,7 +63,7 @@ def test_a_switch_changes_images_as_its_seeds_say(name):
     assert (set(labels.ravel()) == {0, 1}) == (not mixed)
 
 
-def test_flips_are_mirror_images_and_half_of_them():
+def test_flips_mirror_half_of_the_images():
     images = _images(count=64, size=8)
     changed, _ = _run(Augmenter(replace(NONE, horizontal_flip=True)), images)
     kept = (changed == images).all((1, 2, 3))
@@ -72,11 +72,11 @@ def test_flips_are_mirror_images_and_half_of_them():
     assert 15 < mirrored.sum() < 49
 
 
-def test_of_alternatives_each_image_has_one():
+def test_each_image_gets_one_of_the_alternatives():
     images = _images(count=40, size=8)
     augmenter = Augmenter(replace(NONE, brightness=0.5, erasing=1.0, one_of=["brightness", "erasing"]))
     changed, _ = _run(augmenter, images)
-    # Erasing leaves most pixels, brightness none; both would leave none of them and noise beside.
+    # Erasing leaves most pixels unchanged, brightness none. Both together would leave none, and add noise.
     untouched = (changed == images).mean((1, 2, 3))
     erased = untouched > 0.3
     assert 5 < erased.sum() < 35
@@ -95,24 +95,24 @@ def test_a_crop_is_a_part_of_the_image():
     assert widths.std() > 0.05
 
 
-def test_mix_up_blends_images_as_its_labels_say():
+def test_mix_up_blends_images_and_labels_alike():
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
     changed, labels = _run(Augmenter(replace(NONE, mix_up=1.0)), images)
     np.testing.assert_allclose(changed[:, 0, 0, 0], labels @ [0, 120, 240], atol=1)
     assert ((labels > 0.05) & (labels < 0.95)).any()
 
 
-def test_cut_mix_pastes_as_its_labels_say():
+def test_cut_mix_pastes_areas_that_match_its_labels():
     images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
     changed, labels = _run(Augmenter(replace(NONE, cut_mix=1.0)), images)
     assert set(np.unique(changed)) <= {0, 120, 240}
     np.testing.assert_allclose(changed.mean((1, 2, 3)), labels @ [0, 120, 240], atol=240 * 0.12)
 
 
-def test_switches_go_on_top_of_a_strength():
-    found = augment.resolved("standard", Augmentations(horizontal_flip=False, rotation=0.0, noise=0.1))
-    assert found == replace(STRENGTHS["standard"], horizontal_flip=False, rotation=0.0, noise=0.1)
-    assert not augment.resolved("light", Augmentations()).horizontal_flip
+def test_switches_override_a_strength():
+    settings = augment.resolve("standard", Augmentations(horizontal_flip=False, rotation=0.0, noise=0.1))
+    assert settings == replace(STRENGTHS["standard"], horizontal_flip=False, rotation=0.0, noise=0.1)
+    assert not augment.resolve("light", Augmentations()).horizontal_flip
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_switches_go_on_top_of_a_strength():
     [
         ({"rotation": -0.1}, "--augmentations.rotation must be 0 to 1, not -0.1"),
         ({"cut_mix": 2}, "--augmentations.cut-mix must be 0 to 1, not 2"),
-        ({"one_of": ["noise", "fog"]}, "--augmentations.one-of 'fog' is not known"),
-        ({"one_of": ["noise", "noise"]}, "names a change twice"),
+        ({"one_of": ["noise", "fog"]}, "--augmentations.one-of 'fog' is unknown"),
+        ({"one_of": ["noise", "noise"]}, "names an augmentation twice"),
     ],
 )
-def test_impossible_switches_are_refused(switches, sentence):
+def test_switches_out_of_range_are_refused(switches, sentence):
     with pytest.raises(ValueError, match=sentence):
         Augmentations(**switches)
 
 
-def test_a_contact_sheet_shows_originals_beside_changed_ones(tmp_path):
+def test_a_contact_sheet_shows_originals_beside_augmented_images(tmp_path):
     for number, image in enumerate(_images(12)):
         (tmp_path / "data" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "data" / "ab"[number % 2] / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Every architecture to every format, and what export refuses."""
+"""Export of every architecture to every format, and the exports that are refused."""
 
 import dataclasses
 import errno
@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from cnnray.commandline import parse
 from cnnray.images.decode import BadImage
 from cnnray.images.lease import OutputInUseError, lease
 from cnnray.images.manifest import ManifestError
@@ -46,13 +47,13 @@ def _write_images(folder, count=96, seed=1):
 @pytest.fixture(scope="module", autouse=True)
 def _quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "_SECONDS_A_ROUND", 0.0)
+        patch.setattr(verification, "_SECONDS_PER_ROUND", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Labelled images of three classes."""
+    """A folder of labelled images of three classes."""
     return _write_images(tmp_path_factory.mktemp("colours"))
 
 
@@ -64,7 +65,7 @@ def _save(folder, architecture, **info):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, data):
-    """A bundle of `small_cnn` in every format, and the JSON line of its export."""
+    """A bundle of `small_cnn` in every format, and the result of its export."""
     folder = tmp_path_factory.mktemp("exported")
     _save(folder, "small_cnn", temperature=1.5)
     return folder, export(ExportConfig(bundle=str(folder), calibration=str(data)))
@@ -72,11 +73,11 @@ def exported(tmp_path_factory, data):
 
 @pytest.fixture
 def copy(exported, tmp_path):
-    """A copy of that bundle to spoil."""
+    """A copy of that bundle, for tests that change it."""
     return Path(shutil.copytree(exported[0], tmp_path / "bundle"))
 
 
-def _content(folder):
+def _digests(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -93,26 +94,26 @@ LARGE = ("resnet50", "vgg16", "efficientnetb0", "efficientnetv2b0")
 )
 def test_every_architecture_to_every_format(architecture, data, tmp_path):
     _save(tmp_path, architecture)
-    found = export(ExportConfig(bundle=str(tmp_path), calibration=str(data), calibration_images=48))["formats"]
-    assert list(found) == list(FORMATS)
-    for name, report in found.items():
+    reports = export(ExportConfig(bundle=str(tmp_path), calibration=str(data), calibration_images=48))["formats"]
+    assert list(reports) == list(FORMATS)
+    for name, report in reports.items():
         assert report["accuracy"] >= 0.99
         assert (tmp_path / report["path"]).exists()
         assert report["max_difference"] <= (RUNNERS[name].tolerance or 0.5)
-    weights = found["litert"]["bytes"]
-    assert found["litert-float16"]["bytes"] < 0.6 * weights
-    assert found["litert-int8"]["bytes"] < 0.4 * weights
-    assert found["onnx-int8"]["bytes"] < 0.4 * weights
+    weights = reports["litert"]["bytes"]
+    assert reports["litert-float16"]["bytes"] < 0.6 * weights
+    assert reports["litert-int8"]["bytes"] < 0.4 * weights
+    assert reports["onnx-int8"]["bytes"] < 0.4 * weights
 
 
-def test_what_an_export_leaves(exported):
+def test_the_files_and_reports_of_an_export(exported):
     folder, summary = exported
     assert summary["bundle"] == str(folder)
-    stated = json.loads((folder / "bundle.json").read_text())["exports"]
+    reports = json.loads((folder / "bundle.json").read_text())["exports"]
     assert list(summary["formats"]) == list(FORMATS)
     on_other_engines = {"keras", "openvino-bfloat16", "openvino-int8"}
-    assert stated == summary["formats"] | {name: stated[name] for name in on_other_engines & set(stated)}
-    for report in stated.values():
+    assert reports == summary["formats"] | {name: reports[name] for name in on_other_engines & set(reports)}
+    for report in reports.values():
         path = folder / report["path"]
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         assert report["bytes"] == sum(file.stat().st_size for file in files)
@@ -122,44 +123,44 @@ def test_what_an_export_leaves(exported):
     table = (folder / "export.md").read_text().splitlines()
     assert {line.split("|")[1].strip() for line in table[2:]} >= {"keras", *FORMATS, "openvino-int8"}
     assert {path.name for path in folder.iterdir()} == {
-        "bundle.json", "export.md", "model.keras", *(form.path for form in FORMATS.values()),
+        "bundle.json", "export.md", "model.keras", *(format_.path for format_ in FORMATS.values()),
     }  # fmt: skip
 
 
-PLAIN = {
+PROGRAMS = {
     "onnx": """
         import onnxruntime
         session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
-        (found,) = session.run(["probabilities"], {"image": images})
-        stated = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        (probabilities,) = session.run(["probabilities"], {"image": images})
+        metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     """,
     "litert": """
         import zipfile
         from ai_edge_litert.interpreter import Interpreter
         interpreter = Interpreter(f"{folder}/model.tflite")
-        place = interpreter.get_input_details()[0]["index"]
-        interpreter.resize_tensor_input(place, images.shape)
+        index = interpreter.get_input_details()[0]["index"]
+        interpreter.resize_tensor_input(index, images.shape)
         interpreter.allocate_tensors()
-        interpreter.set_tensor(place, images)
+        interpreter.set_tensor(index, images)
         interpreter.invoke()
-        found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-        stated = json.loads(zipfile.ZipFile(f"{folder}/model.tflite").read("cnnray.json"))
+        probabilities = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        metadata = json.loads(zipfile.ZipFile(f"{folder}/model.tflite").read("cnnray.json"))
     """,
     "saved_model": """
         import tensorflow as tf
         loaded = tf.saved_model.load(f"{folder}/saved_model")
         answers = loaded.signatures["serving_default"](image=images)
-        found = answers["probabilities"].numpy()
+        probabilities = answers["probabilities"].numpy()
         assert answers["class_names"].numpy().tolist() == [[b"red", b"green", b"blue"]] * len(images)
         encoded = [tf.io.encode_png(image).numpy() for image in images]
         from_bytes = loaded.signatures["encoded"](image_bytes=tf.constant(encoded))["probabilities"].numpy()
-        assert np.abs(from_bytes - found).max() < 1e-6
-        stated = json.load(open(f"{folder}/saved_model/assets.extra/cnnray.json"))
+        assert np.abs(from_bytes - probabilities).max() < 1e-6
+        metadata = json.load(open(f"{folder}/saved_model/assets.extra/cnnray.json"))
     """,
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_files_run_without_cnnray(name, exported, tmp_path):
     folder, _ = exported
     images, _ = coloured_noise(9, SIZE, seed=2)
@@ -170,11 +171,12 @@ def test_files_run_without_cnnray(name, exported, tmp_path):
             "import json, sys\nimport numpy as np",
             f"folder, saved = {str(folder)!r}, np.load({str(tmp_path / 'images.npz')!r})",
             "images = saved['images']",
-            *(line.removeprefix(" " * 8) for line in PLAIN[name].splitlines()),
-            "assert np.abs(found - saved['expected']).max() < 1e-5",
-            "assert stated['class_names'] == ['red', 'green', 'blue'], stated",
-            "assert (stated['image_size'], stated['resize'], stated['temperature']) == (32, 'stretch', 1.5), stated",
-            "assert 'uint8' in stated['preprocessing']",
+            *(line.removeprefix(" " * 8) for line in PROGRAMS[name].splitlines()),
+            "assert np.abs(probabilities - saved['expected']).max() < 1e-5",
+            "assert metadata['class_names'] == ['red', 'green', 'blue'], metadata",
+            "assert (metadata['image_size'], metadata['resize']) == (32, 'stretch'), metadata",
+            "assert metadata['temperature'] == 1.5, metadata",
+            "assert 'uint8' in metadata['preprocessing']",
             "assert not any(name.startswith('cnnray') for name in sys.modules)",
         ]
     )
@@ -194,7 +196,7 @@ def test_the_awkward_images_through_every_engine(exported):
         if name in FLOAT_ENGINES:
             assert max(differences) <= RUNNERS[name].tolerance
             assert all(answer.label == wanted.label for answer, wanted in pairs)
-        else:  # int8 is made for images like those that it was calibrated on, which these are not
+        else:  # int8 is calibrated on other images than these
             assert np.median(differences) <= 0.1
 
 
@@ -231,15 +233,15 @@ def test_engines_follow_a_temperature_that_was_fitted_after_the_export(name, cop
     images, _ = coloured_noise(9, SIZE, seed=4)
     expected = Predictor(changed).probabilities(images)
     assert np.abs(expected - Predictor(bundle).probabilities(images)).max() > 0.01
-    found = Predictor(changed, engine=name).probabilities(images)
-    np.testing.assert_allclose(found, expected, atol=RUNNERS[name].tolerance)
+    probabilities = Predictor(changed, engine=name).probabilities(images)
+    np.testing.assert_allclose(probabilities, expected, atol=RUNNERS[name].tolerance)
 
 
-# -- what is refused ------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------
 
 
-def _wrong(network, path, write=FORMATS["onnx"].write):
-    """Makes a file of the network with its classes in another order."""
+def _write_wrong(network, path, write=FORMATS["onnx"].write):
+    """Writes a file of the network with its classes in another order."""
     logits = network.bundle.model.get_layer("logits")
     kernel, bias = logits.get_weights()
     logits.set_weights([kernel[:, ::-1], bias[::-1]])
@@ -255,42 +257,42 @@ def _wrong(network, path, write=FORMATS["onnx"].write):
         ("onnx-int8", False, r"onnx-int8 was refused: agreement with Keras 0\.\d+ instead of 1.0000"),
     ],
 )
-def test_a_format_that_is_not_the_same_is_refused_and_not_left_behind(
+def test_a_format_with_other_answers_is_refused_and_deleted(
     name, labelled, sentence, data, copy, monkeypatch, tmp_path
 ):
-    monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=_wrong))
+    monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=_write_wrong))
     if not labelled:
         shutil.copytree(data / "red", tmp_path / "flat")
         for other in ("green", "blue"):
             shutil.copytree(data / other, tmp_path / "flat", dirs_exist_ok=True)
         data = tmp_path / "flat"
-    before = _content(copy)
+    before = _digests(copy)
     with pytest.raises(ExportError, match=sentence):
-        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=f"{name},litert"))
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=[name, "litert"]))
     assert not (copy / FORMATS[name].path).exists()
-    left = Bundle.load(str(copy)).info.exports
-    assert name not in left
-    assert (left["litert"]["accuracy"] is None) != labelled
+    exports = Bundle.load(str(copy)).info.exports
+    assert name not in exports
+    assert (exports["litert"]["accuracy"] is None) != labelled
     assert f"| {name} | refused" in (copy / "export.md").read_text()
     others = [path for path in before if path not in ("bundle.json", "export.md", "model.tflite", FORMATS[name].path)]
-    assert {path: _content(copy)[path] for path in others} == {path: before[path] for path in others}
+    assert {path: _digests(copy)[path] for path in others} == {path: before[path] for path in others}
 
 
-def _cannot(network, path):
+def _fail_to_write(network, path):
     path.write_bytes(b"a part")
     raise RuntimeError("an operation that\n is not known")
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_a_format_that_cannot_be_made_is_refused_and_the_others_are_made(earlier, data, copy, monkeypatch):
+def test_a_format_that_cannot_be_converted_is_refused_and_the_others_are_kept(earlier, data, copy, monkeypatch):
     if not earlier:
         (copy / "model.onnx").unlink()
         info = Bundle.load(str(copy)).info
         bundles.write_info(str(copy), dataclasses.replace(info, exports={}))
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=_cannot))
-    with pytest.raises(ExportError, match="onnx was refused: it cannot be made: an operation that is not known"):
-        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx,litert"))
-    # One that was proven before stays.
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=_fail_to_write))
+    with pytest.raises(ExportError, match="onnx was refused: it cannot be converted: an operation that is not known"):
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["onnx", "litert"]))
+    # A verified file of an earlier export stays.
     assert (copy / "model.onnx").exists() == earlier
     assert ("onnx" in Bundle.load(str(copy)).info.exports) == earlier
     Predictor(Bundle.load(str(copy)), engine="litert")
@@ -304,20 +306,20 @@ def test_a_format_that_cannot_be_made_is_refused_and_the_others_are_made(earlier
     ],
 )
 def test_a_full_disk_leaves_the_bundle_as_it_was(error, data, copy, monkeypatch):
-    def full(network, path):
+    def run_out_of_space(network, path):
         raise error
 
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
-    before = _content(copy)
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=run_out_of_space))
+    before = _digests(copy)
     with pytest.raises(OSError, match="No space left"):
-        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
-    assert _content(copy) == before
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["onnx"]))
+    assert _digests(copy) == before
 
 
-def test_the_signature_of_encoded_images_is_proven_too(data, copy, monkeypatch):
+def test_the_signature_for_encoded_images_is_verified_too(data, copy, monkeypatch):
     monkeypatch.setattr(graph_decode, "decode", lambda data, size, rule: tf.zeros((size, size, 3), tf.uint8))
     with pytest.raises(ExportError, match="saved_model was refused: a probability differs from Keras's by"):
-        export(ExportConfig(bundle=str(copy), calibration=str(data), formats="saved_model"))
+        export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["saved_model"]))
     assert not (copy / "saved_model").exists()
 
 
@@ -331,29 +333,44 @@ def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_p
         for name in NAMES:
             (folder / name).mkdir(parents=True)
             (folder / name / "1.png").write_bytes(b"nothing")
-        sentence = r"no image can be read, .*blue/1.png for one \(not an image"
+        sentence = r"no image can be read; the first is .*blue/1.png \(not an image"
     if case == "other classes":
         for name in NAMES:
             shutil.copytree(data / name, folder / f"dark {name}")
-        sentence = "has the label 'dark blue', which is no class of"
+        sentence = "has the label 'dark blue', which is not a class of"
     if case == "one class":
         shutil.copytree(data / "red", folder / "violet")
         sentence = r"has one class only \(violet\)"
     if case == "one label more":
         shutil.copytree(data, folder)
         shutil.copytree(data / "red", folder / "violet")
-        sentence = "has the label 'violet', which is no class of"
-    before = _content(copy)
+        sentence = "has the label 'violet', which is not a class of"
+    before = _digests(copy)
     with pytest.raises(ManifestError, match=sentence):
         export(ExportConfig(bundle=str(copy), calibration=str(folder)))
-    assert _content(copy) == before
+    assert _digests(copy) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["litert", "onnx"], ["litert,onnx"], ["litert, onnx"], ["litert,", "onnx"], ["onnx,litert", "onnx"]],
+)
+def test_formats_are_a_list_or_separated_by_commas(arguments, tmp_path):
+    common = ["--bundle", "/b", "--calibration", "/c"]
+    assert parse(ExportConfig, "export", [*common, "--formats", *arguments]).formats == ["onnx", "litert"]
+    assert ExportConfig(bundle="/b", calibration="/c", formats=",".join(arguments)).formats == ["onnx", "litert"]
+    assert parse(ExportConfig, "export", common).formats == list(FORMATS)
+    for value in (arguments, ",".join(arguments)):
+        (tmp_path / "export.yaml").write_text(json.dumps({"bundle": "/b", "calibration": "/c", "formats": value}))
+        config = parse(ExportConfig, "export", ["--config", str(tmp_path / "export.yaml")])
+        assert config.formats == ["onnx", "litert"]
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"formats": "onnx,onx"}, "--formats 'onnx,onx': expected some of saved_model"),
-        ({"formats": ""}, "--formats ''"),
+        ({"formats": ["onnx", "onx"]}, "--formats 'onx' is unknown; expected some of saved_model"),
+        ({"formats": []}, "--formats is empty; expected some of saved_model"),
         ({"calibration_images": 0}, "--calibration-images must be at least 1"),
         ({"max_accuracy_drop": 2}, "--max-accuracy-drop"),
         ({"threads": 0}, "--threads"),
@@ -361,13 +378,13 @@ def test_bad_calibration_data_leave_the_bundle_as_it_was(case, data, copy, tmp_p
         ({"bundle": "ftp://x"}, "neither a local path nor"),
     ],
 )
-def test_impossible_flags_are_refused(changes, sentence):
+def test_invalid_flags_are_refused(changes, sentence):
     with pytest.raises((ValueError, OSError), match=sentence):
         ExportConfig(**{"bundle": "/b", "calibration": "/c"} | changes)
 
 
-def test_engines_that_are_not_there_get_a_sentence(copy):
-    with pytest.raises(BundleError, match="No engine is called 'tensorrt'; there are keras, onnx"):
+def test_missing_engines_are_named(copy):
+    with pytest.raises(BundleError, match="The engine 'tensorrt' is unknown; expected one of keras, onnx"):
         Predictor(Bundle.load(str(copy)), engine="tensorrt")
     (copy / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"lists an export to onnx, but holds no model\.onnx"):
@@ -384,14 +401,14 @@ def test_engines_that_are_not_there_get_a_sentence(copy):
         Predictor(Bundle.load(str(copy)), engine="onnx-int8")
 
 
-def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
+def test_auto_chooses_the_fastest_verified_engine(exported, caplog):
     bundle = Bundle.load(str(exported[0]))
 
     def with_speeds(labelled=True, **speeds):
         accuracy = 1.0 if labelled else None
         exports = {
-            name.replace("_", "-"): {"accuracy": accuracy, "times_keras": {"1": one, "32": many}}
-            for name, (one, many) in speeds.items()
+            name.replace("_", "-"): {"accuracy": accuracy, "times_keras": {"1": single, "32": batched}}
+            for name, (single, batched) in speeds.items()
         }
         return dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, exports=exports))
 
@@ -405,16 +422,16 @@ def test_auto_takes_the_fastest_that_was_proven(exported, caplog):
     )
     assert engines.choose(unlabelled, gpus=False, batch_size=64) == "onnx"
     assert (
-        "engine onnx: the fastest by export's measurement at batch 32 (times Keras: onnx 60.00, keras 50.00)"
+        "engine onnx: the fastest in export's measurement at batch 32 (times Keras: onnx 60.00, keras 50.00)"
         in caplog.text
     )
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
 
 
-def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(exported, monkeypatch):
+def test_engines_whose_library_is_missing_are_named_and_not_chosen(exported, monkeypatch):
     bundle = Bundle.load(str(exported[0]))
-    without = dataclasses.replace(RUNNERS["openvino-int8"], missing=lambda: "it is not installed")
-    monkeypatch.setitem(RUNNERS, "openvino-int8", without)
+    unavailable = dataclasses.replace(RUNNERS["openvino-int8"], why_unavailable=lambda: "it is not installed")
+    monkeypatch.setitem(RUNNERS, "openvino-int8", unavailable)
     with pytest.raises(BundleError, match=r"openvino-int8 cannot be used here: it is not installed\."):
         Predictor(bundle, engine="openvino-int8")
     fast = {"accuracy": 1.0, "times_keras": {"1": 9e9, "32": 9e9}}
@@ -423,17 +440,17 @@ def test_engines_whose_library_is_missing_get_a_sentence_and_are_not_chosen(expo
     assert chosen != "openvino-int8"
 
 
-def test_two_exports_at_once_and_a_training_that_ends_meanwhile_are_refused(data, copy, exported):
-    before = _content(copy)
+def test_an_export_is_refused_while_another_run_writes_to_the_bundle(data, copy, exported):
+    before = _digests(copy)
     with lease(str(copy)):
         with pytest.raises(OutputInUseError, match="Another run is writing to"):
-            export(ExportConfig(bundle=str(copy), calibration=str(data), formats="onnx"))
+            export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["onnx"]))
         bundles.replace(str(copy), str(exported[0]))
         assert (copy / ".lock").exists()
-    assert _content(copy) == before
+    assert _digests(copy) == before
 
 
-def test_formats_say_how_pixels_are_prepared(exported):
-    stated = formats.metadata(Bundle.load(str(exported[0])))
-    assert stated["architecture"] == "small_cnn"
-    assert stated["class_names"] == NAMES
+def test_metadata_names_the_architecture_and_the_classes(exported):
+    metadata = formats.metadata(Bundle.load(str(exported[0])))
+    assert metadata["architecture"] == "small_cnn"
+    assert metadata["class_names"] == NAMES

@@ -1,4 +1,4 @@
-"""Where Grad-CAM sees a class."""
+"""Grad-CAM finds the part of an image that decides its class."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZE = 32
 
 
 def _with_patch(count, seed=0):
-    """Grey noise with a patch of red, green or blue in a corner; which corner: (row, column), 0 or 1."""
+    """Grey noise images with a coloured patch in a corner, their targets, and the corners: (row, column), 0 or 1."""
     generator = np.random.default_rng(seed)
     images = generator.integers(90, 110, (count, SIZE, SIZE, 3)).astype(np.uint8)
     corners, targets = generator.integers(0, 2, (count, 2)), np.arange(count) % 3
@@ -22,7 +22,7 @@ def _with_patch(count, seed=0):
 
 
 @pytest.mark.parametrize("architecture", ["small_cnn", "mobilenetv2"])
-def test_the_patch_that_decides_is_where_the_heat_is(architecture, tmp_path):
+def test_heat_is_highest_at_the_patch_that_decides_the_class(architecture, tmp_path):
     images, targets, _ = _with_patch(60)
     bundles.save(
         fitted(architecture, SIZE, images, targets),
@@ -37,9 +37,9 @@ def test_the_patch_that_decides_is_where_the_heat_is(architecture, tmp_path):
     assert heat.max() == pytest.approx(1)
     if architecture == "small_cnn":
         inside = [
-            one[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean() / one.mean()
-            for one, (row, column) in zip(heat, corners, strict=True)
-            if one.any()  # nothing speaks for the class but the layers' biases
+            heat_map[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean() / heat_map.mean()
+            for heat_map, (row, column) in zip(heat, corners, strict=True)
+            if heat_map.any()  # all 0 if only the biases support the class
         ]
         assert len(inside) > 12
         assert np.median(inside) > 1.3

@@ -1,4 +1,4 @@
-"""The decoder of a SavedModel against the decoder of everything else."""
+"""The SavedModel's decoder gives the same pixels as `images.decode`."""
 
 import numpy as np
 import pytest
@@ -15,24 +15,24 @@ HEADS = (b"\xff\xd8\xff", b"\x89PNG")
 
 @pytest.fixture(scope="module", params=RESIZE_RULES)
 def decoder(request):
-    """Of a resize rule: as TensorFlow operations, and ours."""
+    """For a resize rule: the TensorFlow decoder, `images.decode`, and the rule."""
 
     def run(data):
         return graph_decode.decode(data, SIZE, request.param)
 
-    compiled = tf.function(run, [tf.TensorSpec((), tf.string)], autograph=False)
-    return compiled, lambda data: decode(data, SIZE, request.param), request.param
+    graph = tf.function(run, [tf.TensorSpec((), tf.string)], autograph=False)
+    return graph, lambda data: decode(data, SIZE, request.param), request.param
 
 
 @pytest.mark.parametrize("name", [name for name, data in IMAGES.items() if data.startswith(HEADS)])
 def test_the_same_pixels(name, decoder):
-    run, ours, rule = decoder
+    decode_in_graph, decode_bytes, rule = decoder
     if (name, rule) == ("thin.png", "pad"):
-        pytest.skip("of 2x300 pixels Pillow leaves none beside the padding, TensorFlow one")
-    found, expected = run(IMAGES[name]).numpy().astype(int), ours(IMAGES[name]).astype(int)
+        pytest.skip("resizing 2x300 pixels, Pillow keeps none beside the padding and TensorFlow one")
+    pixels, expected = decode_in_graph(IMAGES[name]).numpy().astype(int), decode_bytes(IMAGES[name]).astype(int)
     if name == "rgb_transparent.png":  # its one transparent colour is a few pixels in a corner
-        found, expected = found[8:, 8:], expected[8:, 8:]
-    assert np.abs(found - expected).max() <= 1
+        pixels, expected = pixels[8:, 8:], expected[8:, 8:]
+    assert np.abs(pixels - expected).max() <= 1
 
 
 OTHERS = {name: data for name, data in IMAGES.items() if not data.startswith(HEADS)}
@@ -40,6 +40,6 @@ OTHERS |= {name: data for name, (data, reason) in bad_images().items() if reason
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_neither_jpeg_nor_png_or_damaged_is_refused(name, decoder):
+def test_other_formats_and_damaged_files_are_refused(name, decoder):
     with pytest.raises(tf.errors.InvalidArgumentError):
         decoder[0](OTHERS[name])

@@ -1,4 +1,4 @@
-"""What int8 costs networks that were trained on real handwriting."""
+"""The accuracy that int8 costs networks trained on real handwriting."""
 
 import keras
 import numpy as np
@@ -15,8 +15,8 @@ from cnnray.models.export import ExportConfig, export
 
 
 def _digits():
-    found = load_digits()
-    return (found.images * 255 / 16).round().astype(np.uint8), found.target
+    digits = load_digits()
+    return (digits.images * 255 / 16).round().astype(np.uint8), digits.target
 
 
 def _mnist():
@@ -50,11 +50,11 @@ def test_int8_loses_little_accuracy_and_most_of_the_size(data, size, epochs, tmp
     config = ExportConfig(
         bundle=str(tmp_path / "bundle"),
         calibration=str(tmp_path / "test"),
-        formats="onnx,onnx-int8,litert,litert-int8",
+        formats=["onnx", "onnx-int8", "litert", "litert-int8"],
     )
-    found = export(config)["formats"]
-    assert found["onnx"]["accuracy"] > 0.95
+    reports = export(config)["formats"]
+    assert reports["onnx"]["accuracy"] > 0.95
     for plain in ("onnx", "litert"):
-        assert found[plain]["accuracy"] - found[f"{plain}-int8"]["accuracy"] <= 0.005
-        assert found[f"{plain}-int8"]["bytes"] <= 0.3 * found[plain]["bytes"]
-        assert found[plain]["images"] > 500
+        assert reports[plain]["accuracy"] - reports[f"{plain}-int8"]["accuracy"] <= 0.005
+        assert reports[f"{plain}-int8"]["bytes"] <= 0.3 * reports[plain]["bytes"]
+        assert reports[plain]["images"] > 500

@@ -20,8 +20,8 @@ TESTED = ("vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilen
 
 def _save(folder, architecture="small_cnn", size=32, **info):
     model = architectures.build(architecture, size, 3)
-    stated = BundleInfo(class_names=["a", "b", "c"], image_size=size, architecture=architecture)
-    bundle.save(model, dataclasses.replace(stated, **info), folder)
+    default = BundleInfo(class_names=["a", "b", "c"], image_size=size, architecture=architecture)
+    bundle.save(model, dataclasses.replace(default, **info), folder)
     return model
 
 
@@ -54,7 +54,7 @@ def test_backbones_scale_pixels_as_their_weights_expect(architecture, module):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     expected = getattr(keras.applications, module).preprocess_input(pixels.astype(np.float32))
     image = keras.Input((8, 8, 3), dtype="uint8")
-    scaled = keras.Model(image, architectures._scaled(image, architectures._BACKBONES[architecture][1]))
+    scaled = keras.Model(image, architectures._scale_pixels(image, architectures._BACKBONES[architecture][1]))
     np.testing.assert_allclose(np.asarray(scaled(pixels)), expected, atol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_vgg_bn_is_the_articles_network():
 
 
 @pytest.mark.parametrize(
-    ("head", "behind"),
+    ("head", "expected"),
     [
         (
             "dense",
@@ -80,16 +80,16 @@ def test_vgg_bn_is_the_articles_network():
         ("linear", [("Dropout", 0.5), ("Dense", 3), ("Softmax", None)]),
     ],
 )
-def test_heads_of_backbones(head, behind):
+def test_heads_of_backbones(head, expected):
     layers = architectures.build("mobilenetv2", 32, 3, head=head).layers
     start = next(i for i, layer in enumerate(layers) if isinstance(layer, keras.layers.GlobalAveragePooling2D))
-    found = [
+    head_layers = [
         (type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in layers[start + 1 :]
     ]
-    assert found == [(kind, pytest.approx(value)) for kind, value in behind]
+    assert head_layers == [(kind, pytest.approx(value)) for kind, value in expected]
 
 
-def test_efficientnet_sees_pixels_as_its_published_weights_were_trained(tmp_path):
+def test_efficientnet_scales_pixels_as_its_published_weights_expect(tmp_path):
     deviation = np.asarray([0.229, 0.224, 0.225])
     source = keras.applications.EfficientNetB0(include_top=False, weights=None, input_shape=(32, 32, 3))
     layer = next(layer for layer in source.layers if isinstance(layer, keras.layers.Normalization))
@@ -103,18 +103,18 @@ def test_efficientnet_sees_pixels_as_its_published_weights_were_trained(tmp_path
         backbone = built.get_layer("efficientnetb0")
         normalized = next(layer for layer in backbone.layers if isinstance(layer, keras.layers.Normalization))
         pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.float32)
-        seen = np.asarray(keras.Model(backbone.inputs, normalized.output)(pixels))
-        # keras.applications.efficientnet: normalise, then Rescaling(1 / sqrt(deviation))
+        scaled = np.asarray(keras.Model(backbone.inputs, normalized.output)(pixels))
+        # as keras.applications.efficientnet: Normalization, then Rescaling(1 / sqrt(deviation))
         expected = (pixels / 255 - [0.485, 0.456, 0.406]) / deviation / np.sqrt(deviation)
-        np.testing.assert_allclose(seen, expected, atol=1e-4)
+        np.testing.assert_allclose(scaled, expected, atol=1e-4)
 
 
-def test_predictor_answers_each_image_or_says_why_not(tmp_path):
+def test_predictor_returns_a_prediction_or_an_error_for_each_image(tmp_path):
     _save(tmp_path)
     predictor = Predictor(Bundle.load(str(tmp_path)))
     awkward, bad = awkward_images(), bad_images()
-    turns = itertools.cycle(data for data, _ in bad.values())
-    mixed = [data for good in awkward.values() for data in (good, next(turns))]
+    bad_data = itertools.cycle(data for data, _ in bad.values())
+    mixed = [data for good in awkward.values() for data in (good, next(bad_data))]
     answers = predictor(mixed)
     assert len(answers) == len(mixed)
     for answer in answers[0::2]:
@@ -142,15 +142,15 @@ def test_temperature_softens_and_keeps_the_order(tmp_path):
     (tmp_path / "2" / "model.keras").write_bytes((tmp_path / "1" / "model.keras").read_bytes())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     plain, soft = (Predictor(Bundle.load(str(tmp_path / name))).probabilities(images) for name in "12")
-    logits = [Predictor(Bundle.load(str(tmp_path / name)), batch_size=5).in_full(images).logits for name in "12"]
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)  # raw, whatever the temperature
+    logits = [Predictor(Bundle.load(str(tmp_path / name)), batch_size=5).all_outputs(images).logits for name in "12"]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)  # logits do not depend on the temperature
     powers = np.exp(logits[1] / 2)
     np.testing.assert_allclose(soft, powers / powers.sum(1, keepdims=True), atol=1e-6)
     expected = np.sqrt(plain) / np.sqrt(plain).sum(1, keepdims=True)
     np.testing.assert_allclose(soft, expected, atol=1e-6)
 
 
-def _spoil(folder, **changes):
+def _change_info(folder, **changes):
     path = folder / "bundle.json"
     path.write_text(
         json.dumps(
@@ -175,14 +175,14 @@ def _spoil(folder, **changes):
         ({"exports": ["onnx"]}, "not a table of formats"),
     ],
 )
-def test_bundles_whose_parts_do_not_agree_are_refused(changes, sentence, tmp_path):
+def test_inconsistent_bundles_are_refused(changes, sentence, tmp_path):
     _save(tmp_path)
-    _spoil(tmp_path, **changes)
+    _change_info(tmp_path, **changes)
     with pytest.raises(BundleError, match=sentence):
         _ = Bundle.load(str(tmp_path)).model
 
 
-def test_what_is_no_bundle_is_refused(tmp_path):
+def test_incomplete_bundles_are_refused(tmp_path):
     with pytest.raises(BundleError, match="holds no bundle"):
         Bundle.load(str(tmp_path))
     _save(tmp_path)
@@ -228,4 +228,4 @@ def test_a_path_that_climbs_out_of_a_bundle_is_refused(path, tmp_path):
         archive.writestr(path, "outside")
     with pytest.raises(BundleError, match=r"cannot be loaded safely: it holds the path '.*outside\.txt'"):
         _ = Bundle.load(str(tmp_path / "bundle")).model
-    assert {found.name for found in tmp_path.iterdir()} == {"bundle"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle"}

@@ -1,4 +1,4 @@
-"""The benchmark's calculations: doublings, and what is used up first on how many nodes."""
+"""The benchmark's calculations: doublings, and the part of a job that saturates first at each number of nodes."""
 
 from dataclasses import replace
 
@@ -13,44 +13,44 @@ COSTS = Costs(
 )  # fmt: skip
 
 
-def test_doublings_end_with_all():
-    assert [scale.doublings(most) for most in (0, 1, 2, 3, 8)] == [[], [1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
+def test_doublings_end_with_the_largest_number():
+    assert [scale.doublings(largest) for largest in (0, 1, 2, 3, 8)] == [[], [1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
 
 
-def test_the_table_says_what_each_doubling_costs():
+def test_the_table_shows_the_cost_of_each_doubling():
     lines = scale.table("workers", [("1", 1, 100.0), ("2", 2, 180.0), ("4", 4, 270.0)]).splitlines()[2:]
     assert lines == ["| 1 | 100 | 100.0% |  |", "| 2 | 180 | 90.0% | 10.0% |", "| 4 | 270 | 67.5% | 25.0% |"]
 
 
-def test_few_nodes_are_bound_by_their_workers_and_many_by_the_one_driver():
-    first, _, seconds, memory = projection.predicted(COSTS, Fleet(nodes=1), 1e6)
-    assert (first.part, first.images) == ("workers", pytest.approx(1600))
+def test_few_nodes_are_limited_by_workers_and_many_by_the_single_driver():
+    lowest, _, seconds, memory = projection.project_prediction(COSTS, Fleet(nodes=1), 1e6)
+    assert (lowest.part, lowest.images) == ("workers", pytest.approx(1600))
     assert seconds == pytest.approx(1e6 / 1600)
     assert memory == pytest.approx(400e6)
-    first, *_ = projection.predicted(COSTS, Fleet(nodes=1000), 1e9)
-    assert (first.part, first.images) == ("drivers: Ray Data's tasks", pytest.approx(51_200))
+    lowest, *_ = projection.project_prediction(COSTS, Fleet(nodes=1000), 1e9)
+    assert (lowest.part, lowest.images) == ("drivers: Ray Data's tasks", pytest.approx(51_200))
 
 
-def test_runs_over_shares_lift_the_drivers_and_then_the_bucket_is_the_limit():
-    first, before, _, memory = projection.predicted(COSTS, Fleet(nodes=1000, runs=100, prefixes=10), 1e9)
-    assert (first.part, first.images) == ("S3's GET requests", 55_000)
+def test_several_runs_raise_the_drivers_limit_until_the_bucket_is_the_limit():
+    lowest, before, _, memory = projection.project_prediction(COSTS, Fleet(nodes=1000, runs=100, prefixes=10), 1e9)
+    assert (lowest.part, lowest.images) == ("S3's GET requests", 55_000)
     assert before == pytest.approx(10)
     assert memory == pytest.approx(4e9)
 
 
-def test_large_images_fill_the_networks():
+def test_large_images_are_limited_by_the_nodes_networks():
     large = replace(COSTS, image=1e-6, image_bytes=projection.NETWORK)
-    assert projection.predicted(large, Fleet(nodes=3, prefixes=10**6), 1e6)[0].part == "nodes' networks"
+    assert projection.project_prediction(large, Fleet(nodes=3, prefixes=10**6), 1e6)[0].part == "nodes' networks"
 
 
-def test_a_ring_sends_at_most_twice_the_gradients_and_each_worker_loses_a_little():
-    assert projection.reduced(COSTS, 1) == 0
-    two, thousand = projection.reduced(COSTS, 2), projection.reduced(COSTS, 1000)
+def test_all_reduce_sends_at_most_twice_the_gradients_and_lowers_the_efficiency():
+    assert projection.all_reduce_seconds(COSTS, 1) == 0
+    two, thousand = projection.all_reduce_seconds(COSTS, 2), projection.all_reduce_seconds(COSTS, 1000)
     assert two == pytest.approx(COSTS.weights / projection.NETWORK + 2 * projection.ROUND_TRIP)
     assert thousand > two
-    rate, kept, seconds = projection.trained(COSTS, 2, 1e6)
+    rate, efficiency, seconds = projection.project_training(COSTS, 2, 1e6)
     assert rate == pytest.approx(2 * 32 / (0.5 + two))
-    assert kept == pytest.approx(0.5 / (0.5 + two))
+    assert efficiency == pytest.approx(0.5 / (0.5 + two))
     assert seconds == pytest.approx(0.1 + 1e6 / rate)
 
 

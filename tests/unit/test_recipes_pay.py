@@ -1,4 +1,4 @@
-"""Small versions of what jobs/benchmark.py recipes measures, and what class weights are for."""
+"""Small versions of the measurements of `jobs/benchmark.py recipes`, and the effect of class weights."""
 
 import numpy as np
 
@@ -7,21 +7,21 @@ from cnnray.training.config import TrainConfig
 
 
 def test_transfer_pays(tmp_path):
-    found = recipes.transfer(tmp_path, (0,), epochs=4, fine_tuning=(8,))
-    alone, transferred = (values[0] for values in found.values())
-    assert transferred > alone + 0.05
+    accuracies = recipes.measure_transfer(tmp_path, (0,), epochs=4, fine_tuning=(8,))
+    from_random, transferred = (values[0] for values in accuracies.values())
+    assert transferred > from_random + 0.05
 
 
 def test_class_weights_raise_the_recall_of_a_rare_class():
-    train, held_out = recipes.split(recipes.digits(), 0)
+    train, held_out = recipes.split(recipes.load_digits(), 0)
     rare = np.flatnonzero(train.targets == 8)
-    train = train.of(np.setdiff1d(np.arange(len(train.targets)), rare[len(rare) // 20 :]))
+    train = train.subset(np.setdiff1d(np.arange(len(train.targets)), rare[len(rare) // 20 :]))
     recall = {}
     for class_weights in ("none", "balanced"):
         config = TrainConfig(
             data="/none", output="/nowhere", architecture="small_cnn", image_size=recipes.SIZE, epochs=4,
             class_weights=class_weights,
         )  # fmt: skip
-        model, _ = recipes.trained(config, train, held_out)
-        recall[class_weights] = recipes.accuracy(model, held_out.of(held_out.targets == 8))
+        model, _ = recipes.train_network(config, train, held_out)
+        recall[class_weights] = recipes.measure_accuracy(model, held_out.subset(held_out.targets == 8))
     assert recall["balanced"] > recall["none"] + 0.1

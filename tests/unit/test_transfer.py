@@ -1,4 +1,4 @@
-"""What a network begins with, and which of its layers are trained."""
+"""Loading the weights of a backbone, and freezing its layers."""
 
 from dataclasses import replace
 
@@ -20,11 +20,11 @@ def _backbone_weights(model):
     return [weight for layer in transfer.backbone_layers(model) for weight in layer.get_weights()]
 
 
-def _same(found, expected):
-    return all((a == b).all() for a, b in zip(found, expected, strict=True))
+def _same(weights, expected):
+    return all((a == b).all() for a, b in zip(weights, expected, strict=True))
 
 
-def test_weights_of_keras_applications_come_from_a_file_and_must_fit(tmp_path):
+def test_weights_of_keras_applications_are_loaded_from_a_file_and_must_fit(tmp_path):
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
     path = tmp_path / "notop.weights.h5"
     source.save_weights(path)
@@ -49,7 +49,7 @@ def test_weights_of_a_bundle_go_into_a_network_of_other_classes(architecture, tm
         transfer.load(architectures.build("vgg_bn", SIZE, 3), tmp_path / bundle.MODEL)
 
 
-def test_weights_of_a_whole_network_of_ours_come_from_weights_h5(tmp_path):
+def test_weights_of_a_whole_network_are_loaded_from_weights_h5(tmp_path):
     source = architectures.build("small_cnn", SIZE, 5)
     source.save_weights(tmp_path / "mine.weights.h5")
     model = architectures.build("small_cnn", SIZE, 3)
@@ -57,8 +57,8 @@ def test_weights_of_a_whole_network_of_ours_come_from_weights_h5(tmp_path):
     assert _same(_backbone_weights(model), _backbone_weights(source))
 
 
-def test_what_holds_no_weights_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match="neither a file of weights nor a bundle"):
+def test_files_without_weights_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match="neither a weights file nor a bundle"):
         transfer.check(str(tmp_path))
     (tmp_path / "a.keras").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be loaded safely"):
@@ -68,26 +68,26 @@ def test_what_holds_no_weights_is_refused(tmp_path):
         transfer.load(architectures.build("small_cnn", SIZE, 3), tmp_path / "a.weights.h5")
 
 
-def test_imagenet_weights_are_written_or_it_is_said_where_to_get_them(tmp_path, monkeypatch):
-    # Keras's storage cannot be reached from here: what stands for it raises as Keras does, or gives a network.
+def test_imagenet_weights_are_written_or_the_error_says_where_to_get_them(tmp_path, monkeypatch):
+    # Tests have no network. The stub raises the error that Keras raises, or returns a network.
     address = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/vgg16_notop.h5"
-    real = architectures.application
+    build_backbone = architectures.build_backbone
 
     def unreachable(architecture, image_size, weights):
         if weights:
             raise Exception(f"URL fetch failure on {address}: None -- [Errno -2] Name or service not known")
-        return real(architecture, image_size, weights)
+        return build_backbone(architecture, image_size, weights)
 
-    monkeypatch.setattr(architectures, "application", unreachable)
-    with pytest.raises(WeightsError, match=rf"{address} cannot be reached.*into ~/.keras/models.*as --weights"):
-        transfer.imagenet("vgg16", SIZE, tmp_path / "a.weights.h5")
-    fetched = real("mobilenetv2", SIZE, None)
-    monkeypatch.setattr(architectures, "application", lambda *a: fetched if a[2] else real(*a))
-    transfer.imagenet("mobilenetv2", SIZE, tmp_path / "a.weights.h5")
+    monkeypatch.setattr(architectures, "build_backbone", unreachable)
+    with pytest.raises(WeightsError, match=rf"{address} cannot be downloaded.*into ~/.keras/models.*as --weights"):
+        transfer.write_imagenet_weights("vgg16", SIZE, tmp_path / "a.weights.h5")
+    downloaded = build_backbone("mobilenetv2", SIZE, None)
+    monkeypatch.setattr(architectures, "build_backbone", lambda *a: downloaded if a[2] else build_backbone(*a))
+    transfer.write_imagenet_weights("mobilenetv2", SIZE, tmp_path / "a.weights.h5")
     monkeypatch.undo()
     model = architectures.build("mobilenetv2", SIZE, 3)
     transfer.load(model, tmp_path / "a.weights.h5")
-    assert _same(_backbone_weights(model), fetched.get_weights())
+    assert _same(_backbone_weights(model), downloaded.get_weights())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_imagenet_weights_are_written_or_it_is_said_where_to_get_them(tmp_path, 
         pytest.param("mobilenetv2", "bfloat16", marks=pytest.mark.long),
     ],
 )
-def test_only_what_a_phase_trains_moves(architecture, precision):
+def test_a_phase_changes_only_its_trainable_layers(architecture, precision):
     images, targets = coloured_noise(16, SIZE)
     config = TrainConfig(data="/d", output="/o", architecture=architecture, image_size=SIZE, precision=precision)
     steps = Steps(config, 3)

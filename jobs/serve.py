@@ -1,4 +1,4 @@
-"""Answer over HTTP which class images are of: python jobs/serve.py --bundle DIR"""
+"""Classify images over HTTP: python jobs/serve.py --bundle DIR"""
 
 from cnnray import commandline
 from cnnray.serving.config import ServeConfig

@@ -1,1 +1,1 @@
-"""Bundles over HTTP: one ASGI application, and its deployment on Ray Serve."""
+"""Serves bundles over HTTP: an ASGI application, and its deployment on Ray Serve."""

@@ -1,4 +1,4 @@
-"""The ASGI application of a replica: middleware, health, metadata, the page, and `POST /predict`."""
+"""The ASGI application of a replica: middleware, health, metadata, the page, `POST /predict`, and other protocols."""
 
 import importlib.metadata
 from importlib.resources import files
@@ -14,11 +14,11 @@ from cnnray.images.decode import BadImage
 from cnnray.models.engines import Probabilities
 from cnnray.models.predictor import ranked
 from cnnray.serving import open_inference, tensorflow_serving
-from cnnray.serving.bodies import RequestError, images_of
+from cnnray.serving.bodies import RequestError, read_images
 from cnnray.serving.gate import Gate
-from cnnray.serving.models import Served
+from cnnray.serving.models import ServedModel
 from cnnray.serving.schema import Answer, Failure, ImageFailure, JsonImages, Metadata, Ready, VersionInfo
-from cnnray.serving.service import STATUS_OF, Service
+from cnnray.serving.service import STATUS_BY_REASON, Service
 
 _RETRY_AFTER = {"Retry-After": "1"}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -37,29 +37,29 @@ _REQUEST_BODY = {
         "application/json": {"schema": {"$ref": "#/components/schemas/JsonImages"}},
     },
 }
-_MEANINGS = {
-    400: "No image, or a body that cannot be read.",
-    401: "No API key, or a wrong one.",
-    404: "No such model or version.",
-    408: "The body did not come in time.",
+_DESCRIPTIONS = {
+    400: "There is no image, or the body cannot be read.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or version.",
+    408: "The body did not arrive in time.",
     413: "The body, the image or the number of images is too large.",
-    415: "Not an image of a type that is read.",
-    422: "An image that is damaged, or a parameter that is out of range.",
-    503: "Overloaded or too slow: try again.",
+    415: "The body is not an image of a supported type.",
+    422: "The image is damaged, or a parameter is out of range.",
+    503: "The service is overloaded, too slow or starting: try again.",
 }
 FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Failure, "description": meaning} for status, meaning in _MEANINGS.items()
+    status: {"model": Failure, "description": description} for status, description in _DESCRIPTIONS.items()
 }
 
 
 class _Application(FastAPI):
-    """FastAPI, whose description has also the models of bodies that are read by hand."""
+    """FastAPI with the schemas of bodies that routes parse themselves."""
 
     def openapi(self) -> dict[str, Any]:
         """See FastAPI."""
-        found = super().openapi()
-        found["components"]["schemas"] |= _BODIES
-        return found
+        description = super().openapi()
+        description["components"]["schemas"] |= _BODIES
+        return description
 
 
 _BODIES = models_json_schema(
@@ -68,13 +68,13 @@ _BODIES = models_json_schema(
 )[1]["$defs"]
 
 
-def application(service: Service, api_key: str | None = None, *, names_requests: bool = True) -> FastAPI:
-    """All routes over one service.
+def create_application(service: Service, api_key: str | None = None, *, adds_request_ids: bool = True) -> FastAPI:
+    """Create the application with all routes.
 
     Args:
-        service: whose models answer.
-        api_key: that requests must bring, but for health and the page; None: none.
-        names_requests: whether answers have the header X-Request-ID from here; Serve gives them one itself.
+        service: answers the requests.
+        api_key: key that requests must send, except for health and the page; None: no key.
+        adds_request_ids: add the header X-Request-ID to answers. Serve adds it itself.
     """
     app = _Application(
         title="cnnray",
@@ -84,14 +84,14 @@ def application(service: Service, api_key: str | None = None, *, names_requests:
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(Gate, service=service, api_key=api_key, names_requests=names_requests)
+    app.add_middleware(Gate, service=service, api_key=api_key, adds_request_ids=adds_request_ids)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
     app.add_api_route("/health/live", _live, methods=["GET"], tags=["health"])
     app.add_api_route("/health/ready", _ready, methods=["GET"], tags=["health"], responses={503: FAILURES[503]})
-    app.add_api_route("/metadata", _metadata, methods=["GET"], responses=_some(401, 503))
+    app.add_api_route("/metadata", _metadata, methods=["GET"], responses=_failures(401, 503))
     app.add_api_route(
         "/predict",
         _predict,
@@ -105,35 +105,35 @@ def application(service: Service, api_key: str | None = None, *, names_requests:
     return app
 
 
-def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: FAILURES[status] for status in statuses}
 
 
 # -- errors ---------------------------------------------------------------------------------------------------
 
 
-def failure(request: Request, status: int, sentence: str) -> JSONResponse:
-    """The answer to a request that has none."""
+def error_response(request: Request, status: int, sentence: str) -> JSONResponse:
+    """The response to a request that failed."""
     content = {"error": sentence, "request_id": request.state.request_id}
     return JSONResponse(content, status, _RETRY_AFTER if status == 503 else None)
 
 
 async def _request_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    return failure(request, error.status, str(error))
+    return error_response(request, error.status, str(error))
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return failure(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}.")
+    return error_response(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}.")
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    answer = failure(request, error.status_code, f"{error.detail}.")
-    answer.headers.update(error.headers or {})
-    return answer
+    response = error_response(request, error.status_code, f"{error.detail}.")
+    response.headers.update(error.headers or {})
+    return response
 
 
 # -- routes ---------------------------------------------------------------------------------------------------
@@ -152,27 +152,25 @@ async def _live() -> Ready:
 
 
 async def _ready(request: Request) -> Ready:
-    """Whether models are loaded, and have answered an image."""
-    request.app.state.service.served()
+    """Whether the models are loaded and warmed up."""
+    request.app.state.service.ready_models()
     return Ready(status="ready")
 
 
 async def _metadata(request: Request) -> Metadata:
-    """What is served, and how."""
+    """The models that are served, their versions and engines."""
     service: Service = request.app.state.service
-    service.served()
-    assert service.models is not None
+    models = service.ready_models()
     return Metadata(
         models={
-            name: [_version_info(one, share) for one, share in service.models.versions(name)]
-            for name in service.models.names
+            name: [_version_info(served, share) for served, share in models.versions(name)] for name in models.names
         },
-        default_model=service.models.names[0],
+        default_model=models.names[0],
         problem=service.problem,
     )
 
 
-def _version_info(served: Served, share: float) -> VersionInfo:
+def _version_info(served: ServedModel, share: float) -> VersionInfo:
     info = served.bundle.info
     return VersionInfo(
         version=served.version, share=share, engine=served.engine, class_names=info.class_names,
@@ -182,27 +180,31 @@ def _version_info(served: Served, share: float) -> VersionInfo:
 
 async def _predict(
     request: Request,
-    top_k: Annotated[int, Query(ge=1, le=1000, description="Classes in `all_predictions`.")] = 5,
-    threshold: Annotated[float, Query(ge=0, le=1, description="Classes below it are left out.")] = 0.0,
-    model: Annotated[str | None, Query(description="Name of the model.")] = None,
-    version: Annotated[str | None, Query(description="Of the model; else one by the versions' shares.")] = None,
+    top_k: Annotated[int, Query(ge=1, le=1000, description="Largest number of classes in `all_predictions`.")] = 5,
+    threshold: Annotated[
+        float, Query(ge=0, le=1, description="Smallest probability of a class in `prediction` and `all_predictions`.")
+    ] = 0.0,
+    model: Annotated[str | None, Query(description="Name of the model; by default the first one.")] = None,
+    version: Annotated[
+        str | None, Query(description="Version of the model; by default a random one according to the shares.")
+    ] = None,
 ) -> JSONResponse:
-    """Classify one image (an object) or several (a list, in order, each with an answer or an error)."""
+    """Classify one image (the response is an object) or several (a list, in order, of answers and errors)."""
     service: Service = request.app.state.service
-    served = service.served(model, version)
-    images, several = await service.read(images_of, request)
+    served = service.choose_model(model, version)
+    images, several = await service.read(read_images, request)
     rows = await service.classify(served, images)
     request_id = request.state.request_id
     if not several:
         (row,) = rows
         if isinstance(row, BadImage):
-            return failure(request, STATUS_OF.get(row.reason, 422), f"The image cannot be used: {row}.")
+            return error_response(request, STATUS_BY_REASON.get(row.reason, 422), f"The image cannot be used: {row}.")
         return JSONResponse(_answer(served, row, top_k, threshold, request_id))
     return JSONResponse(
         [
             {
                 "error": f"The image cannot be used: {row}.",
-                "status": STATUS_OF.get(row.reason, 422),
+                "status": STATUS_BY_REASON.get(row.reason, 422),
                 "request_id": request_id,
             }
             if isinstance(row, BadImage)
@@ -212,15 +214,15 @@ async def _predict(
     )
 
 
-def _answer(served: Served, row: Probabilities, top_k: int, threshold: float, request_id: str) -> dict[str, Any]:
+def _answer(served: ServedModel, row: Probabilities, top_k: int, threshold: float, request_id: str) -> dict[str, Any]:
     names = served.bundle.info.class_names
     (order,) = ranked(row[None], top_k)
-    found = [{"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= threshold]
+    scores = [{"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= threshold]
     best = float(row[order[0]])
     return {
         "prediction": names[order[0]] if best >= threshold else None,
         "confidence": best,
-        "all_predictions": found,
+        "all_predictions": scores,
         "model": served.version,
         "request_id": request_id,
     }

@@ -1,4 +1,4 @@
-"""Request bodies to encoded images, within limits."""
+"""Reads encoded images from request bodies, within limits."""
 
 import asyncio
 import base64
@@ -17,16 +17,17 @@ from cnnray.serving.settings import Settings
 
 Parsed = TypeVar("Parsed")
 
-_LONG = 2**18
+_LARGE_BODY = 2**18
+"""Size in bytes above which a body is parsed in a thread."""
 
 NO_IMAGE = "No image provided"
 
 
 class RequestError(BadInputError):
-    """A request that gets no answer; the message is one sentence for the client.
+    """A request that cannot be answered; the message is one sentence for the client.
 
     Attributes:
-        status: of HTTP.
+        status: HTTP status of the response.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -37,41 +38,41 @@ class RequestError(BadInputError):
         return type(self), (self.status, str(self))
 
 
-async def body_of(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The whole body.
 
     Raises:
-        RequestError: 413, it is longer than the settings allow.
+        RequestError: 413, it is larger than the settings allow.
     """
     return b"".join([chunk async for chunk in _limited(request, settings.max_bytes)])
 
 
-async def parsed(parse: Callable[[bytes], Parsed], body: bytes) -> Parsed:
-    """What is made of a body; in a thread where it is long, so that other requests need not wait for it."""
-    return await asyncio.to_thread(parse, body) if len(body) > _LONG else parse(body)
+async def parse_body(parse: Callable[[bytes], Parsed], body: bytes) -> Parsed:
+    """Parse a body; a large one in a thread, so that it does not delay other requests."""
+    return await asyncio.to_thread(parse, body) if len(body) > _LARGE_BODY else parse(body)
 
 
-async def images_of(request: Request, settings: Settings) -> tuple[list[bytes], bool]:
-    """The images of a request: of a form's field `image`, of JSON, or the body itself.
+async def read_images(request: Request, settings: Settings) -> tuple[list[bytes], bool]:
+    """Read the images from the field `image` of a form, from JSON, or from the body itself.
 
     Returns:
-        the images, and whether the client sent them as several.
+        The images, and whether the client expects a list of answers.
 
     Raises:
         RequestError: 400, 413 or 415.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        images, several = await _of_form(request, settings)
+        images, several = await _read_form(request, settings)
     elif kind == "application/json":
-        images, several = await parsed(_of_json, await body_of(request, settings))
+        images, several = await parse_body(_parse_json, await read_body(request, settings))
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        body = await body_of(request, settings)
+        body = await read_body(request, settings)
         images, several = [body] if body else [], False
-    elif await body_of(request, settings):
+    elif await read_body(request, settings):
         raise RequestError(
             415,
-            f"The content type {kind!r} is not read: send multipart/form-data with the field image, image/*, or "
+            f"The content type {kind!r} is not supported: send multipart/form-data with the field image, image/*, or "
             "application/json with base64.",
         )
     else:
@@ -85,20 +86,20 @@ async def images_of(request: Request, settings: Settings) -> tuple[list[bytes], 
     return images, several
 
 
-async def _limited(request: Request, most: int) -> AsyncGenerator[bytes, None]:
-    sentence = f"The body is larger than the {most} bytes that one request may have."
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    sentence = f"The body is larger than the {max_bytes} bytes that one request may have."
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > most:
+    if length.isdecimal() and int(length) > max_bytes:
         raise RequestError(413, sentence)
     read = 0
     async for chunk in request.stream():
         read += len(chunk)
-        if read > most:
+        if read > max_bytes:
             raise RequestError(413, sentence)
         yield chunk
 
 
-async def _of_form(request: Request, settings: Settings) -> tuple[list[bytes], bool]:
+async def _read_form(request: Request, settings: Settings) -> tuple[list[bytes], bool]:
     parser = MultiPartParser(
         request.headers, _limited(request, settings.max_bytes), max_files=1000, max_fields=1000,
         max_part_size=settings.max_bytes,
@@ -114,28 +115,28 @@ async def _of_form(request: Request, settings: Settings) -> tuple[list[bytes], b
         images = [await part.read() for part in parts if isinstance(part, UploadFile)]
     finally:
         await form.close()
-    # A browser sends a file input that was left empty as a file without a name and content.
+    # A browser sends an empty file input as a file without name and content.
     return [image for image in images if image], len(images) > 1
 
 
-def _of_json(body: bytes) -> tuple[list[bytes], bool]:
+def _parse_json(body: bytes) -> tuple[list[bytes], bool]:
     if not body:
         return [], False
     try:
-        found = JsonImages.model_validate_json(body)
+        parsed = JsonImages.model_validate_json(body)
     except pydantic.ValidationError as error:
-        raise RequestError(400, f"The JSON cannot be read: {sentence_of(error)}.") from None
-    if found.images is not None and found.image is not None:
+        raise RequestError(400, f"The JSON cannot be read: {describe_error(error)}.") from None
+    if parsed.images is not None and parsed.image is not None:
         raise RequestError(400, "The JSON has both image and images.")
-    texts = [found.image] if found.image is not None else found.images or []
-    return [base64_of(text) for text in texts if text], found.images is not None
+    texts = [parsed.image] if parsed.image is not None else parsed.images or []
+    return [decode_base64(text) for text in texts if text], parsed.images is not None
 
 
-def base64_of(text: str) -> bytes:
-    """The bytes of base64, or of a data URL of it.
+def decode_base64(text: str) -> bytes:
+    """Decode base64, or a data URL with base64.
 
     Raises:
-        RequestError: 400, it is none.
+        RequestError: 400, it is not valid base64.
     """
     if text.startswith("data:"):
         text = text.partition(",")[2]
@@ -145,8 +146,8 @@ def base64_of(text: str) -> bytes:
         raise RequestError(400, "An image is not valid base64.") from None
 
 
-def sentence_of(error: pydantic.ValidationError) -> str:
-    """What is wrong first."""
+def describe_error(error: pydantic.ValidationError) -> str:
+    """The first mistake, in one line."""
     first: Any = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}" if place else str(first["msg"])

@@ -1,69 +1,88 @@
-"""What a service is told: every field is a flag of jobs/serve.py and a key of its YAML."""
+"""The config of a service: every field is a flag of jobs/serve.py and a key of its YAML."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from cnnray import flags
 from cnnray.models import engines
 from cnnray.serving.settings import ModelSettings, Settings
 
 DEFAULT_NAME = "model"
+"""Name of the model that --bundle serves."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """Answer over HTTP which class images are of, with one bundle or several."""
+class ModelVersion:
+    """An entry of --models: one version of a model."""
 
-    bundle: str
-    """Folder or s3:// prefix of a bundle; or several, separated by commas, each NAME=URI. The same name again is a
-    newer version of the model, which answers instead, or answers the share that --canary says."""
+    name: str
+    """Name of the model in requests and URLs: letters, digits, _, . and -."""
+    uri: str
+    """Folder or s3:// prefix of the bundle."""
+    share: float | None = None
+    """Share, 0 to 1, of the model's requests that its newest version answers; null: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Classify images over HTTP with one bundle or several."""
+
+    bundle: str | None = None
+    """Folder or s3:// prefix of the bundle of a single model, which is served under the name "model". For several
+    models, or several versions of one, see --models."""
+    models: list[ModelVersion] | None = None
+    """Models, such as '[{name: cats, uri: OLD}, {name: cats, uri: NEW, share: 0.1}, {name: dogs, uri: URI}]'. Entries
+    of the same name are versions of a model, older ones first. The newest version answers its share of the requests
+    (by default all of them), the version before it the rest. Requests without a name go to the first model."""
     canary: str | None = None
-    """NAME=SHARE: of the requests for that model its newest version answers this share, the one before it the rest.
-    Several separated by commas."""
+    """NAME=SHARE,NAME=SHARE: earlier form of the shares in --models, for the earlier form of --bundle,
+    NAME=URI,NAME=URI."""
     engine: str = "auto"
-    """What runs the networks: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
-    openvino-int8; auto: on a GPU keras, else the fastest that export has proven."""
+    """Engine that runs the networks: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16
+    or openvino-int8; auto: keras on a GPU, otherwise the fastest that the export has verified."""
     batch_size: int = 32
-    """Images that a network is given at once, at most."""
+    """Largest number of images in a micro-batch."""
     host: str = "127.0.0.1"
-    """Address that is listened on; 0.0.0.0: all of the machine's."""
+    """Address to listen on; 0.0.0.0: all addresses of the machine."""
     port: int = 8000
-    """Port that is listened on."""
+    """Port to listen on."""
     min_replicas: int = 1
-    """Replicas that there are at least, 0 or more."""
+    """Smallest number of replicas; may be 0."""
     max_replicas: int | None = None
-    """Replicas that there are at most; null: what fits the cluster."""
+    """Largest number of replicas; null: as many as fit the cluster."""
     target_ongoing_requests: float = 8.0
-    """Requests being answered in a replica, on average, above which another replica is started."""
+    """Average number of ongoing requests per replica above which another replica is started."""
     downscale_delay_seconds: float = 120.0
-    """Time of less load after which a replica is ended."""
+    """Seconds of lower load after which a replica is stopped."""
     cpus_per_replica: float = 1.0
-    """CPUs, and so threads, of each replica."""
+    """CPUs of each replica, and therefore its threads."""
     gpus_per_replica: float = 0.0
     """GPUs of each replica."""
     wait_minutes: float = 0.0
-    """Minutes that the job waits for nodes where the cluster has no room for the replicas that there are at least."""
+    """Minutes that the job waits for nodes if the smallest number of replicas does not fit the cluster."""
     max_queued_requests: int = 128
-    """Requests that wait in a replica, at most; further ones are answered 503."""
+    """Largest number of requests that wait in a replica; further ones are answered with 503."""
     max_mebibytes: float = 32.0
-    """Of a request's body."""
+    """Largest request body in MiB."""
     max_megapixels: float = 50.0
-    """Of an image while it is decoded."""
+    """Largest image in megapixels."""
     max_images: int = 32
-    """Of a request."""
+    """Largest number of images in a request."""
     timeout_seconds: float = 30.0
-    """For a request's body, and for its answer; then 408 and 503."""
+    """Seconds within which a request's body must arrive (otherwise 408) and its answer be ready (otherwise 503)."""
     access_log: bool = True
-    """Whether each request is logged, as a line of JSON, in the replica's log."""
+    """Log each request, as a line of JSON, in the replica's log."""
     write_config: str | None = None
-    """Write the configuration for `serve deploy` into this file, and stop."""
+    """Write the configuration for `serve deploy` to this file and exit."""
 
     def __post_init__(self) -> None:
         """
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
+        self._normalize_models()
         if self.engine not in ("auto", *engines.ENGINES):
             raise ValueError(f"--engine {self.engine!r}: expected auto, {', '.join(engines.ENGINES)}.")
         flags.check_at_least_one(self, "batch_size", "max_replicas", "max_images", "max_queued_requests")
@@ -76,52 +95,48 @@ class ServeConfig:
             raise ValueError(f"--min-replicas {self.min_replicas} is not from 0 to --max-replicas.")
         if not 0 < self.port < 2**16:
             raise ValueError(f"--port {self.port} is no port.")
-        _ = self.models
         flags.make_absolute(self, "write_config")
 
-    @property
-    def models(self) -> tuple[ModelSettings, ...]:
-        """The models that `bundle` and `canary` say.
+    def _normalize_models(self) -> None:
+        """Bring `bundle`, `models` and `canary` into their present form with absolute URIs, and check them.
 
         Raises:
-            ValueError: they cannot be read, in one sentence.
+            ValueError: they cannot be served, in one sentence.
         """
-        uris: dict[str, list[str]] = {}
-        for one in filter(None, (part.strip() for part in self.bundle.split(","))):
-            name, named, uri = one.partition("=")
-            if not named or not _NAME.fullmatch(name):
-                name, uri = DEFAULT_NAME, one
-            uris.setdefault(name, []).append(flags.absolute("bundle", uri))
-        if not uris:
-            raise ValueError("--bundle names no bundle.")
-        shares = self._canaries()
-        if unknown := shares.keys() - {name for name, versions in uris.items() if len(versions) > 1}:
-            raise ValueError(f"--canary {sorted(unknown)[0]}: --bundle has not two versions of it.")
-        found = []
-        for name, versions in uris.items():
-            newest = shares.get(name, 1.0)
-            before = [0.0] * (len(versions) - 2) + [1.0 - newest] if len(versions) > 1 else []
-            for uri, share in zip(versions, [*before, newest], strict=True):
-                found.append(ModelSettings(name=name, uri=uri, share=share))
-        return tuple(found)
+        if self.bundle is not None and self.models is not None:
+            raise ValueError("--bundle and --models exclude each other: give one of them.")
+        if self.models is not None and self.canary is not None:
+            raise ValueError(
+                "--canary is for --bundle NAME=URI,NAME=URI: in --models, give the newest version a share."
+            )
+        if self.bundle is not None:
+            models = _read_earlier_form(self.bundle, self.canary)
+            single = [model.name for model in models] == [DEFAULT_NAME]
+            object.__setattr__(self, "bundle", models[0].uri if single else None)
+            object.__setattr__(self, "models", None if single else models)
+            object.__setattr__(self, "canary", None)
+        elif self.models:
+            # YAML and JSON give dicts.
+            models = [ModelVersion(**model) if isinstance(model, dict) else model for model in self.models]
+            if without_uri := [model.name for model in models if not model.uri]:
+                raise ValueError(f"--models: {without_uri[0]} has an empty uri.")
+            models = [replace(model, uri=flags.absolute("models", model.uri)) for model in models]
+            object.__setattr__(self, "models", models)
+        else:
+            raise ValueError("--bundle or --models is needed." if self.models is None else "--models is empty.")
+        _resolve_shares(self._versions)
 
-    def _canaries(self) -> dict[str, float]:
-        found = {}
-        for one in filter(None, (part.strip() for part in (self.canary or "").split(","))):
-            name, _, share = one.partition("=")
-            try:
-                found[name] = float(share)
-            except ValueError:
-                found[name] = -1.0
-            if not 0 <= found[name] <= 1:
-                raise ValueError(f"--canary {one!r}: expected NAME=SHARE, with a share from 0 to 1.")
-        return found
+    @property
+    def _versions(self) -> list[ModelVersion]:
+        if self.bundle is not None:
+            return [ModelVersion(name=DEFAULT_NAME, uri=self.bundle)]
+        return self.models or []
 
     @property
     def settings(self) -> Settings:
-        """What replicas are told."""
+        """The settings of the replicas."""
         return Settings(
-            models=self.models,
+            models=_resolve_shares(self._versions),
             engine=self.engine,
             batch_size=self.batch_size,
             max_bytes=int(self.max_mebibytes * 2**20),
@@ -130,3 +145,75 @@ class ServeConfig:
             timeout_seconds=self.timeout_seconds,
             access_log=self.access_log,
         )
+
+
+def _resolve_shares(models: Iterable[ModelVersion]) -> tuple[ModelSettings, ...]:
+    """The versions, grouped by model, each with its share of the requests. The shares of a model sum to 1.
+
+    Raises:
+        ValueError: a name or share that cannot work, or a bundle that is listed twice for a model, in one sentence.
+    """
+    by_name: dict[str, list[ModelVersion]] = {}
+    for model in models:
+        if not _NAME.fullmatch(model.name):
+            raise ValueError(
+                f"--models: {model.name!r} cannot be a name: expected letters, digits, _, . and -, the first a "
+                "letter or digit."
+            )
+        if model.share is not None and not 0 <= model.share <= 1:
+            raise ValueError(f"--models: share of {model.name} must be 0 to 1, not {model.share}.")
+        by_name.setdefault(model.name, []).append(model)
+    settings = []
+    for name, versions in by_name.items():
+        uris = [version.uri for version in versions]
+        if twice := [uri for uri in uris if uris.count(uri) > 1]:
+            raise ValueError(f"--models lists {twice[0]} twice for {name}.")
+        *older, newest = versions
+        if newest.share is not None and not older:
+            raise ValueError(f"--models: {name} has one version, which answers all requests: leave its share out.")
+        if misplaced := [version.uri for version in older if version.share is not None]:
+            raise ValueError(
+                f"--models: {misplaced[0]} is not the newest version of {name}: give the share to its last entry."
+            )
+        share = 1.0 if newest.share is None else newest.share
+        shares = [*[0.0] * (len(older) - 1), 1.0 - share, share] if older else [share]
+        settings += [ModelSettings(name=name, uri=uri, share=share) for uri, share in zip(uris, shares, strict=True)]
+    return tuple(settings)
+
+
+def _read_earlier_form(bundle: str, canary: str | None) -> list[ModelVersion]:
+    """The entries of --models for the values that --bundle and --canary had in earlier versions.
+
+    Args:
+        bundle: a URI, or several, separated by commas. Each is preceded by NAME= or is a version of `DEFAULT_NAME`.
+        canary: NAME=SHARE for models with several versions, separated by commas.
+
+    Raises:
+        ValueError: they cannot be read, in one sentence.
+    """
+    models: list[ModelVersion] = []
+    for text in _split(bundle):
+        name, equals, uri = text.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            name, uri = DEFAULT_NAME, text
+        models.append(ModelVersion(name=name, uri=flags.absolute("bundle", uri)))
+    if not models:
+        raise ValueError("--bundle names no bundle.")
+    for text in _split(canary or ""):
+        name, _, number = text.partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise ValueError(f"--canary {text!r}: expected NAME=SHARE, with a share from 0 to 1.")
+        versions = [index for index, model in enumerate(models) if model.name == name]
+        if len(versions) < 2:
+            raise ValueError(f"--canary {name}: --bundle has not two versions of it.")
+        newest = versions[-1]
+        models[newest] = replace(models[newest], share=share)
+    return models
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

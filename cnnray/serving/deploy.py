@@ -1,4 +1,4 @@
-"""A service on a Ray cluster: its configuration, as `serve deploy` takes it, and a Serve that is started here."""
+"""Deploys the service: on a Ray that this process starts, on a running cluster, or as a file for `serve deploy`."""
 
 import errno
 import functools
@@ -33,50 +33,53 @@ ON_NODES = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
 }
-"""What Ray's nodes are started with: HAProxy sends requests straight to the replicas, these run them in one event
-loop, and no header makes Ray answer 500."""
+"""Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
+one event loop, and headers that are not UTF-8 do not make Ray answer 500."""
 
-
-_KEPT_SECONDS = 10 * 365 * 24 * 3600
-"""That a submitted job's code is kept for replicas."""
+_PIN_SECONDS = 10 * 365 * 24 * 3600
+"""How long Ray keeps a submitted job's code, so that replicas can start."""
 
 Versions = dict[str, list[tuple[str, float]]]
+"""By name of a model: its versions, older ones first, and their shares."""
 
 
 class ServingError(PermanentError, RuntimeError):
-    """A service that cannot be started; the message is one sentence for the user."""
+    """The service cannot be started; the message is one sentence for the user."""
 
 
-def check(config: ServeConfig) -> Versions:
-    """What the service will serve: by name, versions and their shares.
+def check_bundles(config: ServeConfig) -> Versions:
+    """Check that replicas can load the bundles.
+
+    Returns:
+        The versions that the service will serve.
 
     Raises:
-        BundleError, OSError: a bundle that replicas could not load.
+        BundleError, OSError: a bundle, or the file of its engine, cannot be read.
     """
-    found: Versions = {}
-    for model in config.models:
+    versions: Versions = {}
+    for model in config.settings.models:
         bundle, engine = Bundle.load(model.uri), config.engine
         log.info("%s: %s, %d classes", model.name, bundle.version, len(bundle.info.class_names))
         if engine == "auto":
             engine = engines.choose(bundle, gpus=config.gpus_per_replica > 0, batch_size=config.batch_size)
-        engines.digest(bundle, engine)  # its file is there
-        found.setdefault(model.name, []).append((bundle.version, model.share))
-    return found
+        engines.digest(bundle, engine)  # fails if the engine's file is missing
+        versions.setdefault(model.name, []).append((bundle.version, model.share))
+    return versions
 
 
-def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
-    """What `serve deploy` takes.
+def build_configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
+    """The configuration for `serve deploy`.
 
     Args:
-        config: of the service.
-        max_replicas: where the config does not say.
+        config: the service's config.
+        max_replicas: used if `config.max_replicas` is None.
     """
     drain = config.timeout_seconds + 5
     deployment = {
         "name": DEPLOYMENT,
         "user_config": config.settings.as_dict(),
-        # A batch in the engine and the next being decoded: more would only wait in the replica's memory, where
-        # another replica cannot take them.
+        # One micro-batch in the engine, and the next one being decoded. More requests would only wait in this
+        # replica's memory, where other replicas cannot take them.
         "max_ongoing_requests": 2 * config.batch_size,
         "max_queued_requests": config.max_queued_requests,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
@@ -88,7 +91,7 @@ def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
             "downscale_delay_s": config.downscale_delay_seconds,
             "look_back_period_s": 20.0,
         },
-        # Requests that have begun may use all of their time.
+        # Ongoing requests may use their full timeout.
         "graceful_shutdown_timeout_s": drain,
         "graceful_shutdown_wait_loop_s": 1.0,
         "health_check_period_s": 10.0,
@@ -98,7 +101,7 @@ def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
-        # Requests are in the access log of the application.
+        # The application has an access log of its own.
         "logging_config": {"enable_access_log": False, "encoding": "JSON"},
         "applications": [
             {
@@ -112,86 +115,96 @@ def configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
 
 
 def write_configuration(config: ServeConfig) -> dict[str, Any]:
-    """Write `config.write_config`.
+    """Write the configuration for `serve deploy` to `config.write_config`.
 
     Returns:
-        `config` and `models`.
+        `config`, the path, and `models`, the URIs by name.
 
     Raises:
-        BundleError, OSError: with a sentence.
+        BundleError, OSError: a bundle cannot be read, or the file cannot be written.
     """
-    check(config)
+    check_bundles(config)
     assert config.write_config is not None
-    text = yaml.safe_dump(configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
+    text = yaml.safe_dump(build_configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
     storage.write_bytes(config.write_config, text.encode())
-    return {"config": config.write_config, "models": _names(config)}
+    return {"config": config.write_config, "models": _uris_by_name(config)}
 
 
 def serve(config: ServeConfig) -> dict[str, Any]:
-    """Serve until Ctrl-C on a Ray of this machine's own; or, on the cluster that RAY_ADDRESS names, start the service
-    or change the one that is there, and return.
+    """Deploy the service.
+
+    On the cluster that RAY_ADDRESS names, start the service or change the running one, and return. Without
+    RAY_ADDRESS, start a Ray on this machine and serve until Ctrl-C.
 
     Returns:
-        `address`, `models`, `replicas` and `seconds` (until it answered).
+        `address`, `models` (URIs by name), `replicas`, and `seconds` until the service answered.
 
     Raises:
-        BundleError, OSError, ClusterError, ServingError: with a sentence.
+        BundleError, OSError: a bundle cannot be read.
+        ClusterError: the cluster cannot be reached, or has no room for the replicas.
+        ServingError: the service does not start.
     """
     import ray
 
-    versions = check(config)
+    versions = check_bundles(config)
     started = time.monotonic()
     stop = threading.Event()
-    own = cluster.starts_own()
-    if own:
+    own_ray = cluster.starts_own()
+    if own_ray:
         _check_port(config)
     with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
-        if own:
+        if own_ray:
             _prepare_environment(Path(folder))
-        with cluster.connected() as found:
-            paths.check_shared(found, [model.uri for model in config.models])
-            if own:
+        with cluster.connected() as resources:
+            paths.check_shared(resources, [model.uri for model in config.settings.models])
+            if own_ray:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
             replica = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
-            room = cluster.when_it_fits(
-                functools.partial(_room, config), [replica] * max(1, config.min_replicas), config.wait_minutes
+            max_replicas = cluster.when_it_fits(
+                functools.partial(_count_replicas, config),
+                [replica] * max(1, config.min_replicas),
+                config.wait_minutes,
             )
-            line = _deploy(config, versions, room, stop) | {"seconds": round(time.monotonic() - started, 2)}
-            if own and not stop.is_set():
-                _tell(line["address"], ray.get_runtime_context().gcs_address, _dashboard())
+            line = _deploy(config, versions, max_replicas, stop)
+            line["seconds"] = round(time.monotonic() - started, 2)
+            if own_ray and not stop.is_set():
+                _log_usage(line["address"], ray.get_runtime_context().gcs_address, _dashboard_address())
                 stop.wait()
             return line
 
 
-def _room(config: ServeConfig, found: cluster.Resources) -> int:
-    """How many replicas fit.
+def _count_replicas(config: ServeConfig, resources: cluster.Resources) -> int:
+    """How many replicas fit the cluster.
 
     Raises:
-        ClusterError: fewer than there are at least.
+        ClusterError: fewer than `config.min_replicas`.
     """
-    room = found.room_for(config.cpus_per_replica, config.gpus_per_replica)
-    if room < max(1, config.min_replicas):
+    count = resources.room_for(config.cpus_per_replica, config.gpus_per_replica)
+    if count < max(1, config.min_replicas):
         raise cluster.ClusterError(
             f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
-            f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {room}."
+            f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {count}."
         )
-    return room
+    return count
 
 
-def _names(config: ServeConfig) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for model in config.models:
-        found.setdefault(model.name, []).append(model.uri)
-    return found
+def _uris_by_name(config: ServeConfig) -> dict[str, list[str]]:
+    uris: dict[str, list[str]] = {}
+    for model in config.settings.models:
+        uris.setdefault(model.name, []).append(model.uri)
+    return uris
 
 
 def _prepare_environment(folder: Path) -> None:
-    """What Ray's processes on this machine are started with: the fast path, and files and ports that a second service
-    does not share."""
+    """Set environment variables for the Ray that this process starts.
+
+    They enable HAProxy, and give it files in `folder` and free ports, which a second service on this machine does not
+    share.
+    """
     for name, value in ON_NODES.items():
         os.environ.setdefault(name, value)
-    # On one machine HAProxy hears of a replica's end at once.
+    # On a single machine HAProxy learns immediately that a replica has stopped.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
     prefix = "RAY_SERVE_HAPROXY_"
     os.environ |= {
@@ -203,7 +216,7 @@ def _prepare_environment(folder: Path) -> None:
         f"{prefix}METRICS_PORT": str(_free_port()),
         f"{prefix}STATS_PORT": str(_free_port()),
     }
-    # Serve imports the application in a process of its own.
+    # Serve imports the application in another process.
     home = str(Path(cnnray.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
 
@@ -211,12 +224,12 @@ def _prepare_environment(folder: Path) -> None:
 def _check_port(config: ServeConfig) -> None:
     """
     Raises:
-        ServingError: something else listens there, or the address is not this machine's.
+        ServingError: the port is in use, or the address does not belong to this machine.
     """
-    with closing(socket.socket()) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with closing(socket.socket()) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind((config.host, config.port))
+            listener.bind((config.host, config.port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ServingError(f"{config.host}:{config.port} is in use: give another --port.") from None
@@ -224,122 +237,127 @@ def _check_port(config: ServeConfig) -> None:
 
 
 def _free_port() -> int:
-    with closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def _dashboard() -> str:
+def _dashboard_address() -> str:
     import ray
 
     return f"http://{ray.init(ignore_reinit_error=True, logging_level='ERROR').dashboard_url}"
 
 
-def _deploy(config: ServeConfig, versions: Versions, room: int, stop: threading.Event) -> dict[str, Any]:
-    """Deploy, and wait until the replicas answer with these versions.
+def _deploy(config: ServeConfig, versions: Versions, max_replicas: int, stop: threading.Event) -> dict[str, Any]:
+    """Deploy, and wait until the replicas serve these versions.
 
     Raises:
-        ServingError: they do not come to that; a service that was there before is as it was.
+        ServingError: they do not. A service that was running before is restored.
     """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    client = ServeSubmissionClient(_dashboard())
-    before = client.get_serve_details().get("applications", {})
-    wanted = configuration(config, max_replicas=room)
-    if environment := _environment():
-        wanted["applications"][0]["runtime_env"] = environment
-    # Serve ends those applications that a configuration does not name.
-    wanted["applications"] += [
-        one["deployed_app_config"]
-        for name, one in before.items()
-        if name != APPLICATION and one.get("deployed_app_config")
+    client = ServeSubmissionClient(_dashboard_address())
+    earlier = client.get_serve_details().get("applications", {})
+    configuration = build_configuration(config, max_replicas)
+    if environment := _runtime_environment():
+        configuration["applications"][0]["runtime_env"] = environment
+    # Serve deletes the applications that a configuration does not list.
+    configuration["applications"] += [
+        application["deployed_app_config"]
+        for name, application in earlier.items()
+        if name != APPLICATION and application.get("deployed_app_config")
     ]
     host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
     address = f"http://{host}:{config.port}"
-    client.deploy_applications(wanted)
+    client.deploy_applications(configuration)
     try:
-        replicas = _wait(client, address, versions, stop)
+        replicas = _wait_until_served(client, address, versions, stop)
     except ServingError:
-        earlier = before.get(APPLICATION, {}).get("deployed_app_config")
-        if earlier:
-            # Replicas keep what they had, but a new one would be started with what does not work.
-            client.deploy_applications(wanted | {"applications": [earlier, *wanted["applications"][1:]]})
+        if restored := earlier.get(APPLICATION, {}).get("deployed_app_config"):
+            # Running replicas keep their models, but a new replica would start with the settings that fail.
+            others = configuration["applications"][1:]
+            client.deploy_applications(configuration | {"applications": [restored, *others]})
         raise
-    return {"address": address, "models": _names(config), "replicas": replicas}
+    return {"address": address, "models": _uris_by_name(config), "replicas": replicas}
 
 
-def _environment() -> dict[str, Any]:
-    """Ray's runtime environment of the replicas, which Serve starts outside of this job: code, packages and variables
-    that the job was submitted with, and what else it takes to reach the same S3."""
+def _runtime_environment() -> dict[str, Any]:
+    """Ray's runtime environment for the replicas, which Serve starts outside of this job.
+
+    It has the code, packages and variables that the job was submitted with, and the variables that reach the same S3.
+    """
     from ray._private.runtime_env.packaging import pin_runtime_env_uri
 
     environment = cluster.submitted_environment()
     if environment.get("working_dir", "").startswith("gcs://"):
-        # Else Ray deletes the job's code with the last process that uses it, and then no replica could be started.
-        pin_runtime_env_uri(environment["working_dir"], expiration_s=_KEPT_SECONDS)
+        # Otherwise Ray deletes the job's code after the last process that uses it, and no replica could start.
+        pin_runtime_env_uri(environment["working_dir"], expiration_s=_PIN_SECONDS)
     variables = storage.cluster_environment() | environment.get("env_vars", {})
     return environment | ({"env_vars": variables} if variables else {})
 
 
-def _wait(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:
-    """Until the service runs, and says itself that it serves these versions.
+def _wait_until_served(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:
+    """Wait until the service runs and its replicas report these versions, or until `stop` is set.
 
     Returns:
-        the number of replicas.
+        The number of replicas.
 
     Raises:
-        ServingError: it does not come to that.
+        ServingError: the service cannot start or cannot load the models.
     """
     agreed, replicas = 0, 0
     while not stop.wait(0.3):
-        found = client.get_serve_details()["applications"].get(APPLICATION, {})
-        if found.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServingError(f"The service does not start: {_reason(found)}")
-        if found.get("status") != "RUNNING":
+        application = client.get_serve_details()["applications"].get(APPLICATION, {})
+        if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServingError(f"The service does not start: {_failure_reason(application)}")
+        if application.get("status") != "RUNNING":
             continue
-        replicas = len(found["deployments"][DEPLOYMENT]["replicas"])
-        served, problem = _served(address)
+        replicas = len(application["deployments"][DEPLOYMENT]["replicas"])
+        served, problem = _fetch_versions(address)
         if problem:
             raise ServingError(f"The models cannot be served: {problem}")
-        # Each request may meet another replica.
+        # Each request may reach another replica.
         agreed = agreed + 1 if served == versions else 0
         if agreed > 2 * replicas:
             break
     return replicas
 
 
-def _served(address: str) -> tuple[Versions | None, str | None]:
-    """What a replica says that it serves, and why it does not serve what it should."""
+def _fetch_versions(address: str) -> tuple[Versions | None, str | None]:
+    """The versions that a replica reports, and why its last change failed; None, None if it does not answer."""
     key = os.environ.get("CNNRAY_API_KEY")
     request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
-            found = json.loads(answer.read())
-    except (OSError, ValueError):  # not yet, or not any more
+            metadata = json.loads(answer.read())
+    except (OSError, ValueError):  # the replica is starting or stopping
         return None, None
-    models = found["models"].items()
-    return {name: [(one["version"], one["share"]) for one in versions] for name, versions in models}, found["problem"]
+    served = {
+        name: [(version["version"], version["share"]) for version in versions]
+        for name, versions in metadata["models"].items()
+    }
+    return served, metadata["problem"]
 
 
-def _reason(found: dict[str, Any]) -> str:
-    """What is wrong, in one line."""
-    said: list[str] = [
-        found.get("message", ""),
-        *(one.get("message", "") for one in found.get("deployments", {}).values()),
+def _failure_reason(application: dict[str, Any]) -> str:
+    """Why Serve could not start the application, in one line."""
+    messages: list[str] = [
+        application.get("message", ""),
+        *(deployment.get("message", "") for deployment in application.get("deployments", {}).values()),
     ]
-    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
-    # The last line of a traceback, where there is one.
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    # If there is a traceback, its last line.
     errors = [line for line in lines if "Error" in line and not line.startswith(("File", "Traceback"))]
     return (errors or lines or ["no reason is given"])[-1]
 
 
-def _tell(address: str, gcs_address: str, dashboard: str) -> None:
+def _log_usage(address: str, gcs_address: str, dashboard_address: str) -> None:
     log.info("serving at %s (Ctrl-C stops it): a page to try it, and %s/docs", address, address)
     log.info("  curl -s %s/predict -H 'Content-Type: application/json' -d '{\"image\": \"%s\"}'", address, _PIXEL)
     log.info("  curl -s %s/predict -F image=@photo.jpg", address)
-    # Ray asks for a token, which it keeps in the home folder, but only in this mode gives it.
+    # Ray's commands send the token, which Ray keeps in the home folder, only if this mode is set.
     mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    log.info("To see its replicas: RAY_AUTH_MODE=%s serve status --address %s", mode, dashboard)
+    log.info("To see its replicas: RAY_AUTH_MODE=%s serve status --address %s", mode, dashboard_address)
     log.info("To change what is served: RAY_AUTH_MODE=%s RAY_ADDRESS=%s python jobs/serve.py ...", mode, gcs_address)
 
 

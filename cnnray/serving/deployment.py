@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: what `import_path` in a configuration of Serve names."""
+"""The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
 import logging
 import math
@@ -9,18 +9,18 @@ import ray
 from ray import serve
 from starlette.types import ASGIApp
 
-from cnnray.serving.application import application
+from cnnray.serving.application import create_application
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
 API_KEY = "CNNRAY_API_KEY"
-"""Environment variable; where it is set, requests must bring the key."""
+"""Environment variable with the API key. If it is set, requests must send the key."""
 
 
 @serve.deployment
 @serve.ingress()
 class Classifier:
-    """A replica: decodes and predicts in its own process, and changes its models while it answers."""
+    """A replica: decodes and predicts in its own process, and can replace its models while it answers requests."""
 
     def __init__(self) -> None:
         for name in ("cnnray", "cnnray.access"):
@@ -32,15 +32,15 @@ class Classifier:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once, after the constructor."""
-        return application(self._service, os.environ.get(API_KEY) or None, names_requests=False)
+        return create_application(self._service, os.environ.get(API_KEY) or None, adds_request_ids=False)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request, and whenever `user_config` has changed."""
-        await self._service.change(Settings.of(user_config))
+        await self._service.change_settings(Settings.from_dict(user_config))
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds: an engine that does not answer has its replica replaced."""
-        await self._service.check()
+        """Called by Serve every few seconds. Serve replaces a replica whose engine does not answer."""
+        await self._service.check_health()
 
 
 app = Classifier.bind()  # type: ignore[attr-defined] # Serve's decorators have no types here

@@ -1,14 +1,14 @@
-"""What Ray's own ASGI servers put in front of an application, by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+"""Middleware that Ray's ASGI servers add; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this module's function."""
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class ReadableHeaders:
-    """ASGI middleware: header values that are not UTF-8 are taken for Latin-1, as HTTP once had it, and encoded anew.
+    """ASGI middleware: re-encodes header values that are not UTF-8, from Latin-1, which was HTTP's encoding once.
 
-    Ray reads some headers as UTF-8 before an application sees the request (X-Request-ID, X-Session-ID, ...), and
-    answers 500 where they are not.
+    Ray decodes some headers (X-Request-ID, X-Session-ID, ...) as UTF-8 before an application sees the request, and
+    answers 500 if that fails.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -17,16 +17,16 @@ class ReadableHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if "headers" in scope:
-            scope["headers"] = [(name, _readable(value)) for name, value in scope["headers"]]
+            scope["headers"] = [(name, _as_utf8(value)) for name, value in scope["headers"]]
         await self._app(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Ray."""
+    """Called by Ray when it starts its servers."""
     return [Middleware(ReadableHeaders)]
 
 
-def _readable(value: bytes) -> bytes:
+def _as_utf8(value: bytes) -> bytes:
     try:
         value.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The bundles that a replica holds, by name and version."""
+"""The models that a replica has loaded, by name and version."""
 
 import logging
 import random
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class NoSuchModelError(BadInputError, LookupError):
-    """A name or version that is not served; the message is one sentence for the client."""
+    """The name or version is not served; the message is one sentence for the client."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedModel:
     """One version of a model, loaded and warmed up."""
 
     name: str
@@ -32,27 +32,27 @@ class Served:
     bundle: Bundle
     engine: str
     batcher: Batcher
-    """Runs the engine on images of all requests together."""
+    """Runs the engine on micro-batches of images of all requests."""
 
 
 class Models:
-    """All that is served, and which share of the requests each version has."""
+    """All models that are served, and the share of the requests that each version answers."""
 
-    def __init__(self, served: Iterable[tuple[Served, float]]) -> None:
+    def __init__(self, models: Iterable[tuple[ServedModel, float]]) -> None:
         """
         Args:
-            served: each with its share, older versions of a name before newer ones.
+            models: each with its share, older versions of a name before newer ones.
         """
-        self._by_name: dict[str, list[tuple[Served, float]]] = {}
-        for one, share in served:
-            self._by_name.setdefault(one.name, []).append((one, share))
+        self._by_name: dict[str, list[tuple[ServedModel, float]]] = {}
+        for model, share in models:
+            self._by_name.setdefault(model.name, []).append((model, share))
 
     @property
     def names(self) -> list[str]:
-        """The first is the default."""
+        """The names of the models; the first is the default."""
         return list(self._by_name)
 
-    def versions(self, name: str) -> list[tuple[Served, float]]:
+    def versions(self, name: str) -> list[tuple[ServedModel, float]]:
         """The versions of a model with their shares, older ones first.
 
         Raises:
@@ -62,8 +62,8 @@ class Models:
             raise NoSuchModelError(f"There is no model {name!r}; there are {', '.join(self.names)}.")
         return self._by_name[name]
 
-    def choose(self, name: str | None = None, version: str | None = None) -> Served:
-        """The version that answers a request: that which is asked for, or one by chance, by their shares.
+    def choose(self, name: str | None = None, version: str | None = None) -> ServedModel:
+        """The version that answers a request: the requested one, or a random one according to the shares.
 
         Raises:
             NoSuchModelError: it is not served.
@@ -73,56 +73,56 @@ class Models:
         if version is None:
             if len(versions) == 1:
                 return versions[0][0]
-            return random.choices([one for one, _ in versions], [share for _, share in versions])[0]
-        for one, _ in versions:
-            if one.version == version:
-                return one
-        there = ", ".join(one.version for one, _ in versions)
-        raise NoSuchModelError(f"The model {name} has no version {version!r}; it has {there}.")
+            return random.choices([model for model, _ in versions], [share for _, share in versions])[0]
+        for model, _ in versions:
+            if model.version == version:
+                return model
+        known = ", ".join(model.version for model, _ in versions)
+        raise NoSuchModelError(f"The model {name} has no version {version!r}; it has {known}.")
 
 
 class Loader:
-    """Loads bundles, beside those that are loaded."""
+    """Loads the models of new settings while the present ones answer requests."""
 
     def __init__(self, executor: Executor, *, threads: int, gpus: bool, observe: Callable[[int], None]) -> None:
         """
         Args:
-            executor: in which engines run.
+            executor: runs the engines.
             threads: CPU threads of an engine.
             gpus: whether this process has a GPU.
-            observe: is told the size of each batch.
+            observe: called with the size of each micro-batch.
         """
         self._executor, self._threads, self._gpus, self._observe = executor, threads, gpus, observe
-        self._loaded: dict[tuple[str, ...], Served] = {}
+        self._loaded: dict[tuple[str, ...], ServedModel] = {}
 
     def __call__(self, settings: Settings) -> Models:
-        """All that the settings name; what was loaded for the settings before is used again where it is the same.
+        """Load the models of these settings; models that the last call loaded are reused if they are the same.
 
         Raises:
-            BundleError, OSError: a bundle that cannot be loaded; what was loaded before is as it was.
+            BundleError, OSError: a bundle cannot be loaded. The models of the last call are not affected.
         """
-        loaded: dict[tuple[str, ...], Served] = {}
-        found = []
+        loaded: dict[tuple[str, ...], ServedModel] = {}
+        models = []
         for model in settings.models:
             bundle, engine = Bundle.load(model.uri), settings.engine
             if engine == "auto":
                 engine = engines.choose(bundle, gpus=self._gpus, batch_size=settings.batch_size)
-            digest = engines.digest(bundle, engine)  # of another export of the same model it is another
+            digest = engines.digest(bundle, engine)  # another export of the same model has another digest
             key = (model.name, bundle.version, engine, digest, str(settings.batch_size))
-            loaded[key] = self._loaded.get(key) or self._served(model.name, bundle, engine, settings.batch_size)
-            found.append((loaded[key], model.share))
+            loaded[key] = self._loaded.get(key) or self._load(model.name, bundle, engine, settings.batch_size)
+            models.append((loaded[key], model.share))
         self._loaded = loaded
-        return Models(found)
+        return Models(models)
 
-    def _served(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> Served:
+    def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
         if engine == engines.KERAS:
             startup.load_tensorflow(gpus=self._gpus)
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
         size = bundle.info.image_size
-        for count in _sizes(batch_size):
+        for count in _warm_up_sizes(batch_size):
             predictor.probabilities(np.zeros((count, size, size, 3), np.uint8))
-        log.info("serving %s %s of %s with %s", name, bundle.version, bundle.uri, engine)
-        return Served(
+        log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)
+        return ServedModel(
             name=name,
             version=bundle.version,
             bundle=bundle,
@@ -131,6 +131,6 @@ class Loader:
         )
 
 
-def _sizes(largest: int) -> list[int]:
-    """Sizes of batches that an engine is warmed up with: the powers of two, and the largest."""
+def _warm_up_sizes(largest: int) -> list[int]:
+    """The micro-batch sizes that an engine is warmed up with: the powers of two, and the largest."""
     return sorted({1 << power for power in range(largest.bit_length()) if 1 << power <= largest} | {largest})

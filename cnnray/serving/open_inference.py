@@ -1,8 +1,8 @@
-"""The Open Inference Protocol v2 over REST, with binary tensors, as KServe and Triton speak it.
+"""The Open Inference Protocol v2 over REST, with the binary tensors of KServe and Triton.
 
-A model takes either `image`, UINT8 [N, size, size, 3], or `image_bytes`, BYTES [N]: encoded images (base64 in JSON).
-It gives `probabilities`, FP32 [N, classes] (with the parameter `classification`: k, BYTES [N, k] of
-`probability:index:name`), and `label`, BYTES [N].
+The input is either `image`, UINT8 [N, size, size, 3], or `image_bytes`, BYTES [N]: encoded images (base64 in JSON).
+The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With the parameter `classification`: k,
+`probabilities` is BYTES [N, k] of `probability:index:name`.
 """
 
 import importlib.metadata
@@ -17,8 +17,8 @@ from fastapi.responses import JSONResponse
 
 from cnnray.models.engines import Images, Probabilities
 from cnnray.models.predictor import ranked
-from cnnray.serving.bodies import RequestError, base64_of, body_of, parsed, sentence_of
-from cnnray.serving.models import Served
+from cnnray.serving.bodies import RequestError, decode_base64, describe_error, parse_body, read_body
+from cnnray.serving.models import ServedModel
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
@@ -28,7 +28,7 @@ _HEADER_LENGTH = "inference-header-content-length"
 
 
 class InferInput(pydantic.BaseModel):
-    """A tensor that is given; its content is in `data`, or behind the JSON where `binary_data_size` says so."""
+    """An input tensor. Its content is in `data` or, with the parameter `binary_data_size`, behind the JSON."""
 
     name: str
     shape: list[int]
@@ -38,14 +38,14 @@ class InferInput(pydantic.BaseModel):
 
 
 class InferOutput(pydantic.BaseModel):
-    """A tensor that is asked for."""
+    """A requested output tensor."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
 class InferRequest(pydantic.BaseModel):
-    """One of the two inputs; no outputs are all outputs."""
+    """A request with one of the two inputs. Without `outputs`, the response has all outputs."""
 
     id: str | None = None
     parameters: dict[str, Any] = {}
@@ -79,8 +79,8 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
-    """Whether models are loaded, and have answered an image."""
-    request.app.state.service.served()
+    """Whether the models are loaded and warmed up."""
+    request.app.state.service.ready_models()
     return {"ready": True}
 
 
@@ -89,12 +89,11 @@ async def ready(request: Request) -> dict[str, bool]:
 async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
     """Inputs and outputs of a model."""
     service: Service = request.app.state.service
-    served = service.served(model, version)
+    served = service.choose_model(model, version)
     size, classes = served.bundle.info.image_size, len(served.bundle.info.class_names)
-    assert service.models is not None
     return {
         "name": model,
-        "versions": [one.version for one, _ in service.models.versions(model)],
+        "versions": [other.version for other, _ in service.ready_models().versions(model)],
         "platform": served.engine,
         "inputs": [
             {"name": "image", "datatype": "UINT8", "shape": [-1, size, size, 3]},
@@ -111,7 +110,7 @@ async def model_metadata(request: Request, model: str, version: str | None = Non
 @router.get("/models/{model}/versions/{version}/ready")
 async def model_ready(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
     """Whether a model is loaded."""
-    request.app.state.service.served(model, version)
+    request.app.state.service.choose_model(model, version)
     return {"name": model, "ready": True}
 
 
@@ -120,129 +119,134 @@ async def model_ready(request: Request, model: str, version: str | None = None) 
 async def infer(request: Request, model: str, version: str | None = None) -> Response:
     """Classify a batch."""
     service: Service = request.app.state.service
-    served = service.served(model, version)
-    asked, tensor = await service.read(_read, request)
+    served = service.choose_model(model, version)
+    infer_request, images = await service.read(_read, request)
     size = served.bundle.info.image_size
-    if isinstance(tensor, list):
-        rows = await service.classify_all(served, tensor)
+    if isinstance(images, list):
+        rows = await service.classify_all(served, images)
     else:
-        if tensor.shape[1:] != (size, size, 3):
-            raise RequestError(400, f"image is {list(tensor.shape)}; expected [N, {size}, {size}, 3].")
-        rows = await service.classify_pixels(served, tensor)
-    return _answer(asked, served, rows)
+        if images.shape[1:] != (size, size, 3):
+            raise RequestError(400, f"image is {list(images.shape)}; expected [N, {size}, {size}, 3].")
+        rows = await service.classify_pixels(served, images)
+    return _create_response(infer_request, served, rows)
 
 
-# -- what comes in --------------------------------------------------------------------------------------------
+# -- requests -------------------------------------------------------------------------------------------------
 
 
 async def _read(request: Request, settings: Settings) -> tuple[InferRequest, list[bytes] | Images]:
-    body, length = await body_of(request, settings), request.headers.get(_HEADER_LENGTH)
-    return await parsed(lambda found: _parsed(found, length, settings), body)
+    """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
+    body, length = await read_body(request, settings), request.headers.get(_HEADER_LENGTH)
+    return await parse_body(lambda content: _parse(content, length, settings), body)
 
 
-def _parsed(body: bytes, length: str | None, settings: Settings) -> tuple[InferRequest, list[bytes] | Images]:
+def _parse(body: bytes, length: str | None, settings: Settings) -> tuple[InferRequest, list[bytes] | Images]:
     if length is not None and not (length.isdecimal() and int(length) <= len(body)):
         raise RequestError(400, f"{_HEADER_LENGTH} is {length!r}, and the body has {len(body)} bytes.")
     end = len(body) if length is None else int(length)
     try:
-        asked = InferRequest.model_validate_json(body[:end])
+        infer_request = InferRequest.model_validate_json(body[:end])
     except pydantic.ValidationError as error:
-        raise RequestError(400, f"The JSON cannot be read: {sentence_of(error)}.") from None
-    for output in asked.outputs or []:
+        raise RequestError(400, f"The JSON cannot be read: {describe_error(error)}.") from None
+    for output in infer_request.outputs or []:
         if output.name not in ("probabilities", "label"):
             raise RequestError(400, f"There is no output {output.name!r}; there are probabilities and label.")
-    (given,) = asked.inputs
-    count = given.shape[0] if given.shape else 0
+    (tensor,) = infer_request.inputs
+    count = tensor.shape[0] if tensor.shape else 0
     if not 1 <= count <= settings.max_images:
         raise RequestError(413 if count > 0 else 400, f"A request may have 1 to {settings.max_images} images.")
-    if (given.name, given.datatype) == ("image_bytes", "BYTES") and given.shape in ([count], [count, 1]):
-        return asked, _strings(given, body[end:], count)
-    if (given.name, given.datatype) == ("image", "UINT8") and len(given.shape) == 4:
-        return asked, _pixels(given, body[end:])
+    if (tensor.name, tensor.datatype) == ("image_bytes", "BYTES") and tensor.shape in ([count], [count, 1]):
+        return infer_request, _parse_strings(tensor, body[end:], count)
+    if (tensor.name, tensor.datatype) == ("image", "UINT8") and len(tensor.shape) == 4:
+        return infer_request, _parse_pixels(tensor, body[end:])
     raise RequestError(
         400,
-        f"The input is {given.name!r}, {given.datatype} {given.shape}; expected 'image', UINT8 [N, size, size, 3], "
-        "or 'image_bytes', BYTES [N].",
+        f"The input is {tensor.name!r}, {tensor.datatype} {tensor.shape}; expected 'image', UINT8 "
+        "[N, size, size, 3], or 'image_bytes', BYTES [N].",
     )
 
 
-def _is_binary(given: InferInput, binary: bytes) -> bool:
-    size = given.parameters.get("binary_data_size")
+def _is_binary(tensor: InferInput, binary: bytes) -> bool:
+    """Whether the tensor's content is behind the JSON.
+
+    Raises:
+        RequestError: 400, there is no content, or its size is wrong.
+    """
+    size = tensor.parameters.get("binary_data_size")
     if size is not None and size != len(binary):
-        raise RequestError(400, f"binary_data_size is {size!r}, and {len(binary)} bytes came.")
-    if size is None and given.data is None:
-        raise RequestError(400, f"The input {given.name!r} has no data.")
+        raise RequestError(400, f"binary_data_size is {size!r}, and {len(binary)} bytes follow the JSON.")
+    if size is None and tensor.data is None:
+        raise RequestError(400, f"The input {tensor.name!r} has no data.")
     return size is not None
 
 
-def _strings(given: InferInput, binary: bytes, count: int) -> list[bytes]:
-    found: list[bytes] = []
-    if _is_binary(given, binary):
-        place = 0
-        while place + 4 <= len(binary):
-            (length,) = struct.unpack_from("<I", binary, place)
-            found.append(binary[place + 4 : place + 4 + length])
-            place += 4 + length
-        if place != len(binary):
+def _parse_strings(tensor: InferInput, binary: bytes, count: int) -> list[bytes]:
+    elements: list[bytes] = []
+    if _is_binary(tensor, binary):
+        offset = 0
+        while offset + 4 <= len(binary):
+            (length,) = struct.unpack_from("<I", binary, offset)
+            elements.append(binary[offset + 4 : offset + 4 + length])
+            offset += 4 + length
+        if offset != len(binary):
             raise RequestError(400, "The elements of image_bytes do not fill its binary data.")
     else:
-        texts = [text for item in given.data or [] for text in (item if isinstance(item, list) else [item])]
+        texts = [text for item in tensor.data or [] for text in (item if isinstance(item, list) else [item])]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(400, "The elements of image_bytes are not strings (of base64).")
-        found = [base64_of(text) for text in texts]
-    if len(found) != count:
-        raise RequestError(400, f"image_bytes has {len(found)} elements, and its shape says {count}.")
-    return found
+        elements = [decode_base64(text) for text in texts]
+    if len(elements) != count:
+        raise RequestError(400, f"image_bytes has {len(elements)} elements, and its shape says {count}.")
+    return elements
 
 
-def _pixels(given: InferInput, binary: bytes) -> Images:
-    if _is_binary(given, binary):
+def _parse_pixels(tensor: InferInput, binary: bytes) -> Images:
+    if _is_binary(tensor, binary):
         values: Any = np.frombuffer(binary, np.uint8)
     else:
-        values = pixels_of(given.data)
-    if min(given.shape) < 1 or values.size != int(np.prod([*map(int, given.shape)], dtype=object)):
-        raise RequestError(400, f"image has {values.size} values, and its shape is {given.shape}.")
-    return np.asarray(values.reshape(given.shape))
+        values = pixels_from_lists(tensor.data)
+    if min(tensor.shape) < 1 or values.size != int(np.prod([*map(int, tensor.shape)], dtype=object)):
+        raise RequestError(400, f"image has {values.size} values, and its shape is {tensor.shape}.")
+    return np.asarray(values.reshape(tensor.shape))
 
 
-def pixels_of(values: Any) -> Images:
-    """Nested lists of integers from 0 to 255 as uint8.
+def pixels_from_lists(values: Any) -> Images:
+    """Nested lists of integers from 0 to 255 as a uint8 array.
 
     Raises:
-        RequestError: 400, they are something else.
+        RequestError: 400, the values are something else.
     """
     try:
-        found = np.asarray(values)
+        pixels = np.asarray(values)
     except ValueError:
         raise RequestError(400, "The lists of pixels are not all of the same length.") from None
-    if found.dtype.kind not in "iu" or found.size == 0 or found.min() < 0 or found.max() > 255:
+    if pixels.dtype.kind not in "iu" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
         raise RequestError(400, "The pixels are not integers from 0 to 255.")
-    return found.astype(np.uint8)
+    return pixels.astype(np.uint8)
 
 
-# -- what goes out --------------------------------------------------------------------------------------------
+# -- responses ------------------------------------------------------------------------------------------------
 
 
-def _answer(asked: InferRequest, served: Served, rows: Probabilities) -> Response:
-    wanted = asked.outputs or [InferOutput(name="probabilities"), InferOutput(name="label")]
+def _create_response(request: InferRequest, served: ServedModel, rows: Probabilities) -> Response:
     outputs, binary = [], b""
-    for output in wanted:
-        values = _values(output, served, rows)
-        stated: dict[str, Any] = {
+    for output in request.outputs or [InferOutput(name="probabilities"), InferOutput(name="label")]:
+        values = _output_values(output, served, rows)
+        tensor: dict[str, Any] = {
             "name": output.name,
             "datatype": "FP32" if values.dtype == np.float32 else "BYTES",
             "shape": list(values.shape),
         }
-        if output.parameters.get("binary_data", asked.parameters.get("binary_data_output", False)):
-            data = _binary(values)
-            stated["parameters"] = {"binary_data_size": len(data)}
+        if output.parameters.get("binary_data", request.parameters.get("binary_data_output", False)):
+            data = _to_binary(values)
+            tensor["parameters"] = {"binary_data_size": len(data)}
             binary += data
         else:
-            stated["data"] = values.ravel().tolist()
-        outputs.append(stated)
+            tensor["data"] = values.ravel().tolist()
+        outputs.append(tensor)
     content = {"model_name": served.name, "model_version": served.version, "outputs": outputs}
-    if asked.id is not None:
-        content["id"] = asked.id
+    if request.id is not None:
+        content["id"] = request.id
     if not binary:
         return JSONResponse(content)
     header = json.dumps(content).encode()
@@ -253,7 +257,8 @@ def _answer(asked: InferRequest, served: Served, rows: Probabilities) -> Respons
     )
 
 
-def _values(output: InferOutput, served: Served, rows: Probabilities) -> Any:
+def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities) -> Any:
+    """A float32 array, or an object array of str."""
     names = served.bundle.info.class_names
     if output.name == "label":
         return np.asarray([names[index] for index in rows.argmax(1)], object)
@@ -263,14 +268,14 @@ def _values(output: InferOutput, served: Served, rows: Probabilities) -> Any:
     if not isinstance(count, int) or count < 1:
         raise RequestError(400, f"classification is {count!r}; expected a number of classes.")
     order = ranked(rows, count)
-    found = [
+    texts = [
         [f"{row[index]:f}:{index}:{names[index]}" for index in best] for row, best in zip(rows, order, strict=True)
     ]
-    return np.asarray(found, object)
+    return np.asarray(texts, object)
 
 
-def _binary(values: Any) -> bytes:
+def _to_binary(values: Any) -> bytes:
     if values.dtype == np.float32:
         return bytes(values.astype("<f4").tobytes())
-    texts = [text.encode() for text in values.ravel()]
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    elements = [text.encode() for text in values.ravel()]
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)

@@ -1,4 +1,4 @@
-"""What clients send and get, as OpenAPI tells it."""
+"""Request and response models of the service's own API, as OpenAPI describes them."""
 
 from typing import Annotated
 
@@ -17,9 +17,9 @@ class ClassScore(BaseModel):
 
 
 class Answer(BaseModel):
-    """The answer for one image."""
+    """The prediction for one image."""
 
-    prediction: str | None = Field(description="The most probable class; null where none reaches `threshold`.")
+    prediction: str | None = Field(description="The most probable class; null if none reaches `threshold`.")
     confidence: Share = Field(description="Probability of the most probable class.")
     all_predictions: list[ClassScore] = Field(description="The `top_k` classes, highest first.")
     model: str = Field(description="Version of the model that answered.")
@@ -27,16 +27,16 @@ class Answer(BaseModel):
 
 
 class Failure(BaseModel):
-    """Why there is no answer."""
+    """Why a request has no prediction."""
 
     error: str
     request_id: str
 
 
 class ImageFailure(Failure):
-    """Why one of several images has no answer."""
+    """Why one of several images has no prediction."""
 
-    status: int = Field(description="The HTTP status that the image alone would have had.")
+    status: int = Field(description="HTTP status that a request with only this image would have.")
 
 
 class JsonImages(BaseModel):
@@ -44,29 +44,29 @@ class JsonImages(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: str | None = Field(None, description="A file in base64, or a data URL of one.")
-    images: list[str] | None = Field(None, description="Several, for a list of answers.")
+    image: str | None = Field(None, description="An image file in base64, or a data URL with base64.")
+    images: list[str] | None = Field(None, description="Several such images. The response is a list.")
 
 
 class VersionInfo(BaseModel):
     """A version of a model."""
 
     version: str
-    share: Share = Field(description="Of the requests that name no version.")
+    share: Share = Field(description="Share of the requests without `version` that it answers.")
     engine: str
     class_names: list[str]
-    image_size: int = Field(description="Height and width in pixels that images are brought to.")
-    resize: str = Field(description="How.")
+    image_size: int = Field(description="Height and width in pixels to which images are resized.")
+    resize: str = Field(description="How images are resized to a square.")
     architecture: str
-    metrics: dict[str, float] = Field(description="On the validation images of its training.")
+    metrics: dict[str, float] = Field(description="Metrics on the validation images of its training.")
 
 
 class Metadata(BaseModel):
-    """What is served."""
+    """The models that are served."""
 
     models: dict[str, list[VersionInfo]]
     default_model: str
-    problem: str | None = Field(description="Why the last change of the models was not made, if it was not.")
+    problem: str | None = Field(description="Why the last change of the models failed; null if it did not.")
 
 
 class Ready(BaseModel):

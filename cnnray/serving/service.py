@@ -1,4 +1,4 @@
-"""What a replica does with images, whatever protocol they come by."""
+"""Decodes and classifies images in a replica, for all protocols."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from fastapi import Request
 from cnnray.images.decode import BadImage, decode
 from cnnray.models.engines import Images, Probabilities
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.models import Loader, Models, NoSuchModelError, Served
+from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
@@ -22,144 +22,152 @@ log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
-STATUS_OF = {"empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415}
-"""HTTP's status of an image that cannot be used, by its reason; else 422."""
+STATUS_BY_REASON = {"empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415}
+"""HTTP status for an image that cannot be used, by `BadImage.reason`; 422 for other reasons."""
 
 
 class Service:
-    """Models, and the threads that images are decoded in and engines run in.
+    """The models of a replica, and the threads that decode images and run engines.
 
     Attributes:
-        settings: those that hold.
-        models: what is served; None before the first.
-        problem: why the last change of the settings was not made, if it was not.
-        meter: is told what happens.
+        settings: the present settings; None before the first.
+        models: the models that are served; None before the first settings.
+        problem: why the last change of the settings failed; None if it did not.
+        metrics: counts requests, images and predictions.
     """
 
     def __init__(self, *, threads: int, gpus: bool = False) -> None:
         """
         Args:
-            threads: CPU threads of the engine, and images decoded side by side.
+            threads: CPU threads of the engine, and number of images decoded in parallel.
             gpus: whether this process has a GPU.
         """
         self.settings: Settings | None = None
         self.models: Models | None = None
         self.problem: str | None = None
-        self.meter = ServingMetrics()
+        self.metrics = ServingMetrics()
         self._decoding = ThreadPoolExecutor(threads, "decode")
         engine = ThreadPoolExecutor(1, "engine")
-        self._load = Loader(engine, threads=threads, gpus=gpus, observe=self.meter.batch)
+        self._load = Loader(engine, threads=threads, gpus=gpus, observe=self.metrics.record_batch)
         self._changing = asyncio.Lock()
 
-    async def change(self, settings: Settings) -> None:
-        """Load what is new beside what answers requests meanwhile, warm it up, and let it answer from then on.
+    async def change_settings(self, settings: Settings) -> None:
+        """Load and warm up the models of new settings, then switch to them.
 
-        Where that fails, what was there goes on to answer, and `problem` says why: an exception would make Serve
-        end the replica.
+        The present models answer requests meanwhile. If loading fails, they go on to do so, and `problem` says why:
+        an exception would make Serve stop the replica.
 
         Raises:
-            BundleError, OSError: nothing was there before.
+            BundleError, OSError: loading failed, and there are no present models.
         """
         async with self._changing:
             try:
                 models = await asyncio.to_thread(self._load, settings)
-            except Exception as error:  # an engine's library raises what it likes
+            except Exception as error:  # an engine's library may raise anything
                 if self.models is None:
                     raise
                 self.problem = str(error)
-                log.exception("the models stay as they were")
+                log.exception("the new settings cannot be loaded; the present models stay")
                 return
             self.settings, self.models, self.problem = settings, models, None
 
-    async def check(self) -> None:
-        """Have the default model answer an image.
+    async def check_health(self) -> None:
+        """Classify a black image with the default model.
 
         Raises:
-            RequestError: it does not in time, or nothing is served.
+            RequestError: 503, it takes too long, or no model is loaded.
         """
-        served = self.served()
+        served = self.choose_model()
         size = served.bundle.info.image_size
-        async with self._in_time():
+        async with self._answer_timeout():
             await served.batcher(np.zeros((size, size, 3), np.uint8))
 
-    def served(self, name: str | None = None, version: str | None = None) -> Served:
-        """The version of a model that answers a request.
+    def ready_models(self) -> Models:
+        """The models that are served.
 
         Raises:
-            RequestError: 404, it is not served; 503, nothing is yet.
+            RequestError: 503, they are being loaded.
         """
         if self.models is None:
             raise RequestError(503, "The models are being loaded.")
+        return self.models
+
+    def choose_model(self, name: str | None = None, version: str | None = None) -> ServedModel:
+        """The version of a model that answers a request; see `Models.choose`.
+
+        Raises:
+            RequestError: 404, it is not served; 503, the models are being loaded.
+        """
         try:
-            return self.models.choose(name, version)
+            return self.ready_models().choose(name, version)
         except NoSuchModelError as error:
             raise RequestError(404, str(error)) from None
 
     async def read(self, reader: Callable[[Request, Settings], Awaitable[Read]], request: Request) -> Read:
-        """What a reader of `bodies` makes of a request.
+        """Read a request's body with a reader such as `bodies.read_images`.
 
         Raises:
-            RequestError: as it; 408, the body does not come in time.
+            RequestError: the reader raised it; 408, the body did not arrive in time.
         """
         assert self.settings is not None
         start = time.perf_counter()
-        async with _within(self.settings.timeout_seconds, 408, "The body did not come in time."):
-            found = await reader(request, self.settings)
-        self.meter.stage("read", time.perf_counter() - start)
-        return found
+        async with _timeout(self.settings.timeout_seconds, 408, "The body did not arrive in time."):
+            content = await reader(request, self.settings)
+        self.metrics.record_stage("read", time.perf_counter() - start)
+        return content
 
-    async def classify(self, served: Served, images: Sequence[bytes]) -> list[Probabilities | BadImage]:
-        """For each encoded image, in order, its probabilities, float32 (classes,), or why it has none.
+    async def classify(self, served: ServedModel, images: Sequence[bytes]) -> list[Probabilities | BadImage]:
+        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image cannot be used.
 
         Raises:
             RequestError: 503, it takes longer than the settings allow.
         """
-        async with self._in_time():
+        async with self._answer_timeout():
             return await asyncio.gather(*(self._classify(served, image) for image in images))
 
-    async def classify_all(self, served: Served, images: Sequence[bytes]) -> Probabilities:
-        """Probabilities, float32 (N, classes), of encoded images that must all be usable.
+    async def classify_all(self, served: ServedModel, images: Sequence[bytes]) -> Probabilities:
+        """Classify encoded images, all of which must be usable: probabilities, float32 (N, classes).
 
         Raises:
-            RequestError: one is not; 503, it takes longer than the settings allow.
+            RequestError: an image cannot be used; 503, it takes longer than the settings allow.
         """
         rows = await self.classify(served, images)
         for number, row in enumerate(rows):
             if isinstance(row, BadImage):
-                raise RequestError(STATUS_OF.get(row.reason, 422), f"Image {number} cannot be used: {row}.")
+                raise RequestError(STATUS_BY_REASON.get(row.reason, 422), f"Image {number} cannot be used: {row}.")
         return np.stack([row for row in rows if not isinstance(row, BadImage)])
 
-    async def classify_pixels(self, served: Served, images: Images) -> Probabilities:
-        """Probabilities, float32 (N, classes), of decoded images, uint8 (N, size, size, 3).
+    async def classify_pixels(self, served: ServedModel, images: Images) -> Probabilities:
+        """Classify decoded images, uint8 (N, size, size, 3): probabilities, float32 (N, classes).
 
         Raises:
             RequestError: 503, it takes longer than the settings allow.
         """
         start = time.perf_counter()
-        async with self._in_time():
+        async with self._answer_timeout():
             rows = await asyncio.gather(*(served.batcher(image) for image in images))
-        self.meter.stage("predict", time.perf_counter() - start)
-        self._count(served, rows)
+        self.metrics.record_stage("predict", time.perf_counter() - start)
+        self._record_predictions(served, rows)
         return np.stack(rows)
 
-    def _in_time(self) -> contextlib.AbstractAsyncContextManager[None]:
+    def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
         assert self.settings is not None
         seconds = self.settings.timeout_seconds
-        return _within(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
+        return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
 
-    async def _classify(self, served: Served, image: bytes) -> Probabilities | BadImage:
+    async def _classify(self, served: ServedModel, image: bytes) -> Probabilities | BadImage:
         start = time.perf_counter()
-        pixels = await asyncio.get_running_loop().run_in_executor(self._decoding, self._decoded, served, image)
+        pixels = await asyncio.get_running_loop().run_in_executor(self._decoding, self._decode, served, image)
         decoded = time.perf_counter()
-        self.meter.stage("decode", decoded - start)
+        self.metrics.record_stage("decode", decoded - start)
         if isinstance(pixels, BadImage):
             return pixels
         row = await served.batcher(pixels)
-        self.meter.stage("predict", time.perf_counter() - decoded)
-        self._count(served, [row])
+        self.metrics.record_stage("predict", time.perf_counter() - decoded)
+        self._record_predictions(served, [row])
         return row
 
-    def _decoded(self, served: Served, image: bytes) -> Images | BadImage:
+    def _decode(self, served: ServedModel, image: bytes) -> Images | BadImage:
         info, settings = served.bundle.info, self.settings
         assert settings is not None
         try:
@@ -167,14 +175,15 @@ class Service:
         except BadImage as error:
             return error
 
-    def _count(self, served: Served, rows: Sequence[Probabilities]) -> None:
+    def _record_predictions(self, served: ServedModel, rows: Sequence[Probabilities]) -> None:
         for row in rows:
             best = int(row.argmax())
-            self.meter.answer(served.name, served.version, served.bundle.info.class_names[best], float(row[best]))
+            label = served.bundle.info.class_names[best]
+            self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
 
 
 @contextlib.asynccontextmanager
-async def _within(seconds: float, status: int, sentence: str) -> AsyncIterator[None]:
+async def _timeout(seconds: float, status: int, sentence: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield

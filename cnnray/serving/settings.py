@@ -1,4 +1,4 @@
-"""What a replica is told, as Serve's `user_config`: it can change while replicas run."""
+"""Settings of a replica, sent as Serve's `user_config`. They can change while replicas run."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,39 +10,40 @@ class ModelSettings:
     """One version of a model."""
 
     name: str
-    """By which clients ask for it."""
+    """Name of the model in requests."""
     uri: str
-    """Of its bundle."""
+    """Folder or s3:// prefix of the bundle."""
     share: float = 1.0
-    """Of the requests for this name that do not name a version; of a name's versions the shares sum to 1."""
+    """Share of the model's requests that this version answers; requests that name a version do not count. The shares
+    of a model's versions sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a replica serves, and how much it takes."""
+    """What a replica serves, and the limits of a request."""
 
     models: tuple[ModelSettings, ...]
-    """Older versions of a name before newer ones. The first name answers requests that name none."""
+    """Older versions of a name before newer ones. The first name answers requests that name no model."""
     engine: str
-    """See `engines.choose`."""
+    """Name of an engine, or auto; see `engines.choose`."""
     batch_size: int
-    """Images that a network is given at once, at most."""
+    """Largest number of images in a micro-batch."""
     max_bytes: int
-    """Of a request's body."""
+    """Largest request body."""
     max_pixels: int
-    """Of an image while it is decoded."""
+    """Largest image."""
     max_images: int
-    """Of a request."""
+    """Largest number of images in a request."""
     timeout_seconds: float
-    """For a request's body, and for its answer."""
+    """For receiving a request's body, and for answering it."""
     access_log: bool
-    """Whether each request is logged, as a line of JSON."""
+    """Log each request, as a line of JSON."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON and YAML."""
         return dataclasses.asdict(self) | {"models": [dataclasses.asdict(model) for model in self.models]}
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> "Settings":
-        """Of what `as_dict` gave."""
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """The settings that `as_dict` was called on."""
         return cls(**values | {"models": tuple(ModelSettings(**model) for model in values["models"])})

@@ -1,7 +1,8 @@
-"""TensorFlow Serving's REST API, with the signatures of the SavedModel that export writes.
+"""TensorFlow Serving's REST API, with the signatures of the exported SavedModel.
 
-`serving_default` takes `image`, pixels [N, size, size, 3]; `encoded` takes `image_bytes`, `{"b64": ...}`. Which of
-the two is meant is seen by what comes. Both give `probabilities` and `class_names`, each [N, classes].
+The signature `serving_default` takes `image`, pixels [N, size, size, 3]; `encoded` takes `image_bytes`,
+`{"b64": ...}`. The content of the request selects the signature. The outputs of both are `probabilities` and
+`class_names`, each [N, classes].
 """
 
 import json
@@ -9,8 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from cnnray.serving.bodies import RequestError, base64_of, body_of, parsed
-from cnnray.serving.open_inference import pixels_of
+from cnnray.serving.bodies import RequestError, decode_base64, parse_body, read_body
+from cnnray.serving.open_inference import pixels_from_lists
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
@@ -37,19 +38,19 @@ _BODY = {
 }
 
 
-# Before the routes that `NAME:predict` fits as well.
+# These come before the routes whose pattern `NAME:predict` matches, too.
 @router.post("/models/{model}:predict", openapi_extra=_BODY)
 @router.post("/models/{model}/versions/{version}:predict", openapi_extra=_BODY)
 async def predict(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
-    """Classify a batch, in rows (`instances`) or columns (`inputs`)."""
+    """Classify a batch in row format (`instances`) or column format (`inputs`)."""
     service: Service = request.app.state.service
-    served = service.served(model, version)
-    found, by_row = await service.read(_read, request)
+    served = service.choose_model(model, version)
+    images, by_row = await service.read(_read, request)
     names, size = served.bundle.info.class_names, served.bundle.info.image_size
-    if all(isinstance(one, bytes) for one in found):
-        rows = await service.classify_all(served, found)
+    if all(isinstance(image, bytes) for image in images):
+        rows = await service.classify_all(served, images)
     else:
-        pixels = pixels_of(found)
+        pixels = pixels_from_lists(images)
         if pixels.shape[1:] != (size, size, 3):
             raise RequestError(400, f"image is {list(pixels.shape)}; expected [N, {size}, {size}, 3].")
         rows = await service.classify_pixels(served, pixels)
@@ -64,18 +65,19 @@ async def predict(request: Request, model: str, version: str | None = None) -> d
 async def status(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
     """The versions that are loaded."""
     service: Service = request.app.state.service
-    asked = service.served(model, version)
-    assert service.models is not None
-    there = [asked.version] if version else [one.version for one, _ in service.models.versions(model)]
-    fine = {"error_code": "OK", "error_message": ""}
-    return {"model_version_status": [{"version": one, "state": "AVAILABLE", "status": fine} for one in there]}
+    chosen = service.choose_model(model, version)
+    loaded = [chosen] if version else [served for served, _ in service.ready_models().versions(model)]
+    ok = {"error_code": "OK", "error_message": ""}
+    return {
+        "model_version_status": [{"version": served.version, "state": "AVAILABLE", "status": ok} for served in loaded]
+    }
 
 
 @router.get("/models/{model}/metadata")
 @router.get("/models/{model}/versions/{version}/metadata")
 async def metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
-    """The signatures."""
-    served = request.app.state.service.served(model, version)
+    """The signatures of a model."""
+    served = request.app.state.service.choose_model(model, version)
     size, classes = served.bundle.info.image_size, len(served.bundle.info.class_names)
 
     def tensor(name: str, kind: str, *shape: int) -> dict[str, Any]:
@@ -98,42 +100,43 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Any], bool]:
-    """The images, each as bytes or as lists of pixels, and whether they came in rows."""
-    return await parsed(lambda body: _parsed(body, settings), await body_of(request, settings))
+    """The images, each as bytes or as lists of pixels, and whether they came in row format."""
+    return await parse_body(lambda body: _parse(body, settings), await read_body(request, settings))
 
 
-def _parsed(body: bytes, settings: Settings) -> tuple[list[Any], bool]:
+def _parse(body: bytes, settings: Settings) -> tuple[list[Any], bool]:
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except ValueError as error:
         raise RequestError(400, f"The JSON cannot be read: {error}.") from None
-    if not isinstance(found, dict) or ("instances" in found) == ("inputs" in found):
-        raise RequestError(400, "The JSON has not just one of instances and inputs.")
-    signature, by_row = found.get("signature_name", "serving_default"), "instances" in found
+    if not isinstance(content, dict) or ("instances" in content) == ("inputs" in content):
+        raise RequestError(400, "The JSON must have either instances or inputs.")
+    signature, by_row = content.get("signature_name", "serving_default"), "instances" in content
     if signature not in ("serving_default", "encoded", ""):
         raise RequestError(400, f"There is no signature {signature!r}; there are serving_default and encoded.")
-    given = found["instances" if by_row else "inputs"]
-    if not by_row and isinstance(given, dict) and "b64" not in given:
-        given = _only(given)
-    if not isinstance(given, list):
-        given = [given]
-    if not 1 <= len(given) <= settings.max_images:
-        raise RequestError(413 if given else 400, f"A request may have 1 to {settings.max_images} images.")
-    return [_image(one) for one in given], by_row
+    images = content["instances" if by_row else "inputs"]
+    if not by_row and isinstance(images, dict) and "b64" not in images:
+        images = _only_input(images)
+    if not isinstance(images, list):
+        images = [images]
+    if not 1 <= len(images) <= settings.max_images:
+        raise RequestError(413 if images else 400, f"A request may have 1 to {settings.max_images} images.")
+    return [_parse_image(image) for image in images], by_row
 
 
-def _image(given: Any) -> Any:
-    if isinstance(given, dict) and "b64" not in given:
-        given = _only(given)
-    if isinstance(given, dict):
-        if not isinstance(given.get("b64"), str):
-            raise RequestError(400, 'An image is not {"b64": ...} of a string.')
-        return base64_of(given["b64"])
-    return given
+def _parse_image(image: Any) -> Any:
+    """An image as bytes, or as lists of pixels."""
+    if isinstance(image, dict) and "b64" not in image:
+        image = _only_input(image)
+    if isinstance(image, dict):
+        if not isinstance(image.get("b64"), str):
+            raise RequestError(400, 'An image is not {"b64": ...} with a string.')
+        return decode_base64(image["b64"])
+    return image
 
 
-def _only(given: dict[str, Any]) -> Any:
-    """The one input of a signature."""
-    if len(given) != 1 or next(iter(given)) not in ("image", "image_bytes"):
-        raise RequestError(400, f"The inputs are {sorted(given)}; expected 'image' or 'image_bytes'.")
-    return next(iter(given.values()))
+def _only_input(inputs: dict[str, Any]) -> Any:
+    """The value of a signature's single input."""
+    if len(inputs) != 1 or next(iter(inputs)) not in ("image", "image_bytes"):
+        raise RequestError(400, f"The inputs are {sorted(inputs)}; expected 'image' or 'image_bytes'.")
+    return next(iter(inputs.values()))

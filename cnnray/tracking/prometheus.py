@@ -114,10 +114,10 @@ _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class ServingMetrics:
-    """The metrics `cnnray_*` of Ray, with Serve's tags of deployment and replica."""
+    """The metrics `cnnray_*` in Ray, with Serve's tags for deployment and replica. Each replica has one instance."""
 
     def __init__(self) -> None:
-        from ray.serve import metrics  # slow to import; adds the replica's tags
+        from ray.serve import metrics  # slow to import; adds the tags of the replica
 
         self._requests = metrics.Counter(
             "cnnray_requests", description="Requests answered.", tag_keys=("route", "status")
@@ -130,13 +130,13 @@ class ServingMetrics:
         )
         self._stages = metrics.Histogram(
             "cnnray_stage_seconds",
-            description="Time of a request's stages: read, decode, predict (with the wait for the engine).",
+            description="Time of a request's stages: read, decode, predict (including the wait for the engine).",
             boundaries=_SECONDS,
             tag_keys=("stage",),
         )
         self._batches = metrics.Histogram(
             "cnnray_batch_images",
-            description="Images that an engine was given at once.",
+            description="Images in a micro-batch.",
             boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
         )
         self._predictions = metrics.Counter(
@@ -151,20 +151,26 @@ class ServingMetrics:
             tag_keys=("model", "version"),
         )
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+    def record_request(self, route: str, status: int, seconds: float) -> None:
+        """Record an answered request.
+
+        Args:
+            route: path template of the route, such as /v1/models/{model}.
+            status: HTTP status.
+            seconds: time to answer.
+        """
         self._requests.inc(tags={"route": route, "status": str(status)})
         self._latency.observe(seconds, tags={"route": route})
 
-    def stage(self, name: str, seconds: float) -> None:
-        """One of `read`, `decode` and `predict` of a request took so long."""
+    def record_stage(self, name: str, seconds: float) -> None:
+        """Record the time of a request's stage: `read`, `decode` or `predict`."""
         self._stages.observe(seconds, tags={"stage": name})
 
-    def batch(self, size: int) -> None:
-        """An engine was called with so many images."""
+    def record_batch(self, size: int) -> None:
+        """Record the number of images in a micro-batch."""
         self._batches.observe(size)
 
-    def answer(self, model: str, version: str, label: str, confidence: float) -> None:
-        """An image was classified."""
+    def record_prediction(self, model: str, version: str, label: str, confidence: float) -> None:
+        """Record the most probable class of an image, and its probability."""
         self._predictions.inc(tags={"model": model, "version": version, "prediction": label})
         self._confidences.observe(confidence, tags={"model": model, "version": version})

@@ -1,4 +1,4 @@
-"""`jobs/serve.py` in a process of its own, and how it is asked."""
+"""`jobs/serve.py` in a process of its own, and its clients."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from tests.e2e.conftest import free_port, until
 
 
 def ask(address, data=None, kind="image/png"):
-    """Status, and what came as JSON; POST where there are data."""
+    """Send a request, POST if there are data. Returns the status and the parsed JSON."""
     request = urllib.request.Request(address, data, {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -31,38 +31,38 @@ def ask(address, data=None, kind="image/png"):
 
 
 class Service:
-    """A service with a Ray of its own."""
+    """A running service with a Ray of its own."""
 
     def __init__(self, start, *arguments):
         self._start, self.address = start, f"http://127.0.0.1:{free_port()}"
         self.job = start("serve", "--port", self.address.rpartition(":")[2], *arguments)
-        until(lambda: self.job.process.poll() is not None or "To change" in self.said(), 120, "the service")
-        assert self.job.process.poll() is None, self.said()
-        self.ray = dict(re.findall(r"(RAY_\w+)=(\S+)", self.said()))
-        (self._dashboard,) = re.findall(r"serve status --address (\S+)", self.said())
+        until(lambda: self.job.process.poll() is not None or "To change" in self.log(), 120, "the service")
+        assert self.job.process.poll() is None, self.log()
+        self.ray = dict(re.findall(r"(RAY_\w+)=(\S+)", self.log()))
+        (self._dashboard,) = re.findall(r"serve status --address (\S+)", self.log())
 
-    def said(self):
+    def log(self):
         return self.job.err.read_text()
 
     def change(self, *arguments):
-        """What a second `jobs/serve.py` does to it, once it is done."""
+        """Run a second `jobs/serve.py`, which changes this service, and wait until it has ended."""
         job = self._start("serve", "--port", self.address.rpartition(":")[2], *arguments, environment=self.ray)
         job.wait(120)
         return job
 
     def status(self):
-        """How many replicas are in which state, as `serve status` tells."""
+        """The number of replicas by state, from `serve status`."""
         command = [str(Path(sys.executable).with_name("serve")), "status", "--address", self._dashboard]
         done = subprocess.run(command, env=os.environ | self.ray, capture_output=True, text=True, check=True)
         return yaml.safe_load(done.stdout)["applications"]["cnnray"]["deployments"]["Classifier"]["replica_states"]
 
     def replicas(self):
-        """The processes."""
+        """The processes of the replicas."""
         return [child for child, name in self.job.named_children() if "ServeReplica" in name]
 
 
-def another_version(bundle, folder):
-    """A copy of a bundle that answers a little otherwise."""
+def copy_as_new_version(bundle, folder):
+    """Copy a bundle, with another temperature and therefore other probabilities. Returns the folder."""
     shutil.copytree(bundle, folder)
     bundles.write_info(str(folder), dataclasses.replace(Bundle.load(bundle).info, temperature=2.0))
     return str(folder)
@@ -72,7 +72,7 @@ FORMS = ("raw", "typed", "form", "json", "open inference", "tensorflow")
 
 
 def send(address, image, form):
-    """Ask about an image by one of these ways: status and text of the answer."""
+    """Send an image in one of these forms. Returns the status and the text of the response."""
     text = base64.b64encode(image).decode()
     path, options = {
         "raw": ("/predict", {"data": image, "headers": {"Content-Type": "application/octet-stream"}}),
@@ -89,14 +89,19 @@ def send(address, image, form):
     return answer.status_code, answer.text
 
 
-def described(address, examples, folder):
-    """Have schemathesis ask what the service's own description allows and forbids, so often for each operation.
+def run_schemathesis(address, examples, folder):
+    """Let schemathesis send requests that the service's OpenAPI description allows and forbids.
+
+    Args:
+        address: of the service.
+        examples: number of requests for each operation.
+        folder: for schemathesis' config.
 
     Returns:
-        the number of requests, and what schemathesis said in the end.
+        The number of requests, and the summary that schemathesis printed.
     """
     ((name, (version, *_)), *_) = ask(f"{address}/metadata")[1]["models"].items()
-    config = folder / "schemathesis.toml"  # names that there are, or else nearly all that is asked is 404
+    config = folder / "schemathesis.toml"  # names that exist; otherwise nearly all answers are 404
     names = {"model": name, "version": version["version"]}
     lines = [f'"{place}.{key}" = "{value}"' for key, value in names.items() for place in ("path", "query")]
     config.write_text("\n".join(["[parameters]", *lines]))
@@ -104,7 +109,7 @@ def described(address, examples, folder):
         str(Path(sys.executable).with_name("schemathesis")), "--no-color", "--config-file", str(config), "run",
         f"{address}/openapi.json",
         "--max-examples", str(examples), "--seed", "1", "--exclude-checks",
-        # Random bytes that are allowed by the description need not be an image.
+        # The description allows random bytes, which are no image.
         "positive_data_acceptance",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

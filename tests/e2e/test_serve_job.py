@@ -1,4 +1,4 @@
-"""jobs/serve.py as its users run it: a real Serve behind HAProxy, asked over real HTTP."""
+"""jobs/serve.py as users run it: a real Serve behind HAProxy, with clients over real HTTP."""
 
 import json
 import shutil
@@ -21,14 +21,14 @@ from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
 from tests.e2e.conftest import left_of, started_jobs, until
-from tests.e2e.service import Service, another_version, ask
+from tests.e2e.service import Service, ask, copy_as_new_version
 
 GOOD = awkward_images()["rgb.png"]
 FLAGS = ("--engine", "onnx", "--cpus-per-replica", "0.5")
 
 
 class Load(threading.Thread):
-    """Asks without pause, and counts what comes."""
+    """Sends requests without pause, and counts the answers."""
 
     def __init__(self, address):
         super().__init__(daemon=True)
@@ -55,17 +55,25 @@ start = pytest.fixture(started_jobs, scope="module")
 
 @pytest.fixture(scope="module")
 def service(start, onnx_bundle):
-    return Service(start, "--bundle", f"colours={onnx_bundle}", *FLAGS)
+    return Service(start, *_models(onnx_bundle), *FLAGS)
+
+
+def _models(*uris, share=None):
+    """The flag for versions of the model "colours", and the share of the newest."""
+    models = [{"name": "colours", "uri": str(uri)} for uri in uris]
+    if share is not None:
+        models[-1]["share"] = share
+    return ["--models", json.dumps(models)]
 
 
 @pytest.fixture(scope="module")
 def newer(onnx_bundle, tmp_path_factory):
-    """Another version of the bundle."""
-    return another_version(onnx_bundle, tmp_path_factory.mktemp("newer") / "bundle")
+    """A newer version of the bundle."""
+    return copy_as_new_version(onnx_bundle, tmp_path_factory.mktemp("newer") / "bundle")
 
 
-def test_it_says_where_it_is_and_its_command_works(service):
-    commands = [line.strip() for line in service.said().splitlines() if line.strip().startswith("curl")]
+def test_it_logs_its_address_and_a_command_that_works(service):
+    commands = [line.strip() for line in service.log().splitlines() if line.strip().startswith("curl")]
     done = subprocess.run(commands[0], shell=True, capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(done.stdout)["prediction"] in ("red", "green", "blue")
     assert ask(f"{service.address}/health/ready") == (200, {"status": "ready"})
@@ -84,8 +92,8 @@ def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):
             continue
         assert status == 200, name
         assert answer["prediction"] == expected.label
-        found = {one["class"]: one["confidence"] for one in answer["all_predictions"]}
-        assert found == pytest.approx(dict(expected.top_k), abs=1e-5)
+        scores = {score["class"]: score["confidence"] for score in answer["all_predictions"]}
+        assert scores == pytest.approx(dict(expected.top_k), abs=1e-5)
 
 
 def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundle):
@@ -95,21 +103,21 @@ def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundl
     assert client.is_model_ready("colours")
     assert client.get_model_metadata("colours")["inputs"][0]["shape"] == [-1, 32, 32, 3]
     pixels = decode(GOOD, 32)[None]
-    (wanted,) = Predictor(Bundle.load(onnx_bundle), engine="onnx").probabilities(pixels)
+    (expected,) = Predictor(Bundle.load(onnx_bundle), engine="onnx").probabilities(pixels)
     for binary in (True, False):
-        given = tritonclient.http.InferInput("image", pixels.shape, "UINT8")
-        given.set_data_from_numpy(pixels, binary_data=binary)
-        found = client.infer("colours", [given])
-        np.testing.assert_allclose(found.as_numpy("probabilities")[0], wanted, atol=1e-5)
+        tensor = tritonclient.http.InferInput("image", pixels.shape, "UINT8")
+        tensor.set_data_from_numpy(pixels, binary_data=binary)
+        result = client.infer("colours", [tensor])
+        np.testing.assert_allclose(result.as_numpy("probabilities")[0], expected, atol=1e-5)
     encoded = tritonclient.http.InferInput("image_bytes", [1], "BYTES")
     encoded.set_data_from_numpy(np.asarray([GOOD], object))
     ranked = tritonclient.http.InferRequestedOutput("probabilities", class_count=2)
     (best, _) = client.infer("colours", [encoded], outputs=[ranked]).as_numpy("probabilities")[0]
-    assert best.decode().split(":")[1] == str(wanted.argmax())
+    assert best.decode().split(":")[1] == str(expected.argmax())
 
 
-def test_headers_that_are_no_utf_8(service):
-    # As bytes, which Python's clients do not send.
+def test_headers_that_are_not_utf_8(service):
+    # Over a socket: Python's HTTP clients do not send such bytes.
     host, _, port = service.address.removeprefix("http://").partition(":")
     for name in ("x-request-id", "x-session-id", "serve_multiplexed_model_id", "x-other"):
         with socket.create_connection((host, int(port)), 10) as connection:
@@ -128,24 +136,24 @@ def test_the_page(service, browser, tmp_path):
         (tmp_path / name).write_bytes(data)
     browser.get(service.address)
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
-    files = browser.switch_to.active_element  # by keyboard the first thing that is reached
+    files = browser.switch_to.active_element  # the first element that the keyboard reaches
     assert files.get_attribute("id") == "files"
     files.send_keys("\n".join(str(tmp_path / name) for name in names))
     until(lambda: browser.find_element(By.ID, "status").text == "3 images done", 30, "the answers")
-    found = {
+    articles = {
         article.find_element(By.TAG_NAME, "h2").text: article
         for article in browser.find_elements(By.TAG_NAME, "article")
     }
-    assert found.keys() == names.keys()
+    assert articles.keys() == names.keys()
     for name in ("one.png", "two.jpg"):
-        rows = [row.text.split("\n") for row in found[name].find_elements(By.TAG_NAME, "tr")]
+        rows = [row.text.split("\n") for row in articles[name].find_elements(By.TAG_NAME, "tr")]
         assert {row[0].split()[0] for row in rows} == {"red", "green", "blue"}
-        assert len(found[name].find_elements(By.TAG_NAME, "meter")) == 3
-    assert "not an image" in found["bad.png"].find_element(By.CLASS_NAME, "error").text
-    wide = browser.execute_script(
+        assert len(articles[name].find_elements(By.TAG_NAME, "meter")) == 3
+    assert "not an image" in articles["bad.png"].find_element(By.CLASS_NAME, "error").text
+    overflow = browser.execute_script(
         "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     )
-    assert wide <= 0
+    assert overflow <= 0
     logged = [entry["message"] for entry in browser.get_log("browser")]
     assert all("status of 415" in message for message in logged), logged
     browser.save_screenshot(str(tmp_path / "page.png"))
@@ -155,21 +163,22 @@ def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bu
     versions = [Bundle.load(uri).version for uri in (onnx_bundle, newer)]
     load = [Load(service.address) for _ in range(2)]
     replicas = {process.pid for process in service.replicas()}
-    both = ["--bundle", f"colours={onnx_bundle},colours={newer}"]
-    job = service.change(*FLAGS, *both, "--canary", "colours=0.3")
+    job = service.change(*FLAGS, *_models(onnx_bundle, newer, share=0.3))
     assert json.loads(job.out.read_text())["replicas"] == 1, job.err.read_text()
     models = ask(f"{service.address}/metadata")[1]["models"]["colours"]
-    assert [(one["version"], one["share"]) for one in models] == list(zip(versions, (0.7, 0.3), strict=True))
-    until(lambda: sum(one.models[versions[1]] for one in load) > 20, 60, "answers of the new version")
-    service.change(*FLAGS, *both)
-    back = service.change(*FLAGS, "--bundle", f"colours={onnx_bundle}")
+    assert [(version["version"], version["share"]) for version in models] == list(
+        zip(versions, (0.7, 0.3), strict=True)
+    )
+    until(lambda: sum(client.models[versions[1]] for client in load) > 20, 60, "answers of the new version")
+    service.change(*FLAGS, *_models(onnx_bundle, newer))
+    back = service.change(*FLAGS, *_models(onnx_bundle))
     assert back.process.returncode == 0, back.err.read_text()
     assert ask(f"{service.address}/predict", GOOD)[1]["model"] == versions[0]
-    for one in load:
-        one.stop()
-    statuses = sum((one.statuses for one in load), Counter())
+    for client in load:
+        client.stop()
+    statuses = sum((client.statuses for client in load), Counter())
     assert statuses.keys() == {200}, statuses
-    # Models were changed in the processes that were there.
+    # The models changed within the running processes.
     assert {process.pid for process in service.replicas()} == replicas
 
 
@@ -180,10 +189,10 @@ def test_a_bundle_that_cannot_be_served_changes_nothing(service, onnx_bundle, tm
     empty = tmp_path / "empty"
     empty.mkdir()
     for uri, sentence in ((empty, "is not a bundle"), (broken, "model.onnx cannot be loaded")):
-        job = service.change(*FLAGS, "--bundle", f"colours={uri}")
+        job = service.change(*FLAGS, *_models(uri))
         assert job.process.returncode == 1
         assert sentence in job.err.read_text().splitlines()[-1]
-    until(lambda: ask(f"{service.address}/metadata") == before, 20, "what was there before")
+    until(lambda: ask(f"{service.address}/metadata") == before, 20, "the models of before")
 
 
 def test_a_replica_that_is_killed_is_replaced(service):
@@ -204,31 +213,31 @@ def _status(address):
 def test_ctrl_c_ends_it_and_leaves_nothing(service):
     children = service.job.named_children()
     service.job.process.send_signal(signal.SIGINT)
-    assert service.job.wait(60) == 0, service.said()
+    assert service.job.wait(60) == 0, service.log()
     line = json.loads(service.job.out.read_text())
     assert (line["address"], line["replicas"]) == (service.address, 1)
     assert not left_of(children, 15)
-    assert "Traceback" not in service.said()
+    assert "Traceback" not in service.log()
 
 
 def test_the_configuration_for_serve_deploy(start, onnx_bundle, tmp_path):
     job = start("serve", "--bundle", onnx_bundle, "--max-replicas", "4", "--write-config", tmp_path / "serve.yaml")
     assert job.wait(60) == 0, job.err.read_text()
-    found = yaml.safe_load((tmp_path / "serve.yaml").read_text())
-    (application,) = found["applications"]
+    configuration = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    (application,) = configuration["applications"]
     assert application["import_path"] == "cnnray.serving.deployment:app"
     assert application["deployments"][0]["autoscaling_config"]["max_replicas"] == 4
     assert application["deployments"][0]["user_config"]["models"][0]["uri"] == onnx_bundle
     from ray.serve.schema import ServeDeploySchema
 
-    ServeDeploySchema.model_validate(found)
+    ServeDeploySchema.model_validate(configuration)
 
 
 def test_a_port_in_use_gets_a_sentence(start, onnx_bundle):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         started = time.monotonic()
         job = start("serve", "--bundle", onnx_bundle, "--port", port)
         assert job.wait(60) == 1

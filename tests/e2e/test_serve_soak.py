@@ -1,4 +1,4 @@
-"""A service for minutes under load, with faults, scaling and nonsense (make soak)."""
+"""A service under minutes of load, with faults, scaling and malformed requests (make soak)."""
 
 import random
 import time
@@ -10,7 +10,7 @@ from benchmarks.predict import random_bundle
 from benchmarks.serve import photo_of_68_kb
 from cnnray.models.bundle import Bundle
 from tests.e2e.conftest import started_jobs, until
-from tests.e2e.service import FORMS, Service, another_version, ask, described, send
+from tests.e2e.service import FORMS, Service, ask, copy_as_new_version, run_schemathesis, send
 from tests.malformed import fuzzed
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
@@ -28,28 +28,28 @@ def photo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """`vgg_bn` at 64x64 with int8 engines, as the benchmark has it."""
+    """`vgg_bn` at 64x64 with int8 engines, as in the benchmark."""
     folder = tmp_path_factory.mktemp("bundle")
     return random_bundle(folder)
 
 
-def _said(capsys, sentence):
+def _print(capsys, sentence):
     with capsys.disabled():
         print(f"\n{sentence}")
 
 
 def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
-    newer = another_version(bundle, tmp_path / "newer")
+    newer = copy_as_new_version(bundle, tmp_path / "newer")
     flags = ["--cpus-per-replica", "0.5", "--min-replicas", "2", "--max-replicas", "2"]
     service = Service(start, "--bundle", bundle, *flags)
     address = f"{service.address}/predict"
-    most = load.peak(address, photo, tmp_path, connections=16, seconds=10).rate
-    process = load.start_steady(address, photo, most / 2, SECONDS)
-    begun, moments = time.monotonic(), {}
+    peak = load.peak(address, photo, tmp_path, connections=16, seconds=10).rate
+    process = load.start_steady(address, photo, peak / 2, SECONDS)
+    started, moments = time.monotonic(), {}
 
     def at(seconds, name):
-        time.sleep(max(0.0, begun + seconds - time.monotonic()))
-        moments[name] = time.monotonic() - begun
+        time.sleep(max(0.0, started + seconds - time.monotonic()))
+        moments[name] = time.monotonic() - started
 
     at(0.1 * SECONDS, "kill")
     service.replicas()[0].kill()
@@ -65,18 +65,18 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
     assert service.change("--bundle", newer, *flags).process.returncode == 0
     until(lambda: len(service.replicas()) == 2, 60, "the end of a replica")
     moments["end"] = SECONDS
-    found = load.finished(process)
-    _said(capsys, f"peak {most:.0f} requests/s, held at {most / 2:.0f} for {SECONDS} s: {found.statuses}")
+    result = load.finished(process)
+    _print(capsys, f"peak {peak:.0f} requests/s, load of {peak / 2:.0f} for {SECONDS} s: {result.statuses}")
     failed = {}
     for name, following in zip(moments, [*moments][1:], strict=False):
-        failed[name] = [due for due in found.failed_at if moments[name] - 1 <= due < moments[following] - 1]
-        _said(capsys, f"from {moments[name]:.1f} s on ({name}): {len(failed[name])} failed {failed[name][:20]}")
-    _said(capsys, f"p50 {found.percentile(0.5):.1f} ms, p99 {found.percentile(0.99):.1f} ms")
-    assert set().union(*failed.values()) == set(found.failed_at)
+        failed[name] = [due for due in result.failed_at if moments[name] - 1 <= due < moments[following] - 1]
+        _print(capsys, f"from {moments[name]:.1f} s on ({name}): {len(failed[name])} failed {failed[name][:20]}")
+    _print(capsys, f"p50 {result.percentile(0.5):.1f} ms, p99 {result.percentile(0.99):.1f} ms")
+    assert set().union(*failed.values()) == set(result.failed_at)
     assert not failed["update"]
     assert not failed["up"]
     assert not failed["down"]
-    # Those that were in flight on one of two replicas, and what came until HAProxy noticed.
+    # Requests in flight on one of the two replicas, and those that came until HAProxy noticed.
     assert len(failed["kill"]) <= 64
     assert all(due < moments["kill"] + 3 for due in failed["kill"])
     service.job.end()
@@ -90,30 +90,30 @@ def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
 
     assert service.status() == {"RUNNING": 1}
     process = load.start_steady(f"{service.address}/predict", photo, 80, 60)
-    begun = time.monotonic()
+    started = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
-    _said(capsys, f"2 replicas after {time.monotonic() - begun:.0f} s of load")
-    found = load.finished(process)
-    begun = time.monotonic()
+    _print(capsys, f"2 replicas after {time.monotonic() - started:.0f} s of load")
+    result = load.finished(process)
+    started = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
-    _said(capsys, f"1 replica {time.monotonic() - begun:.0f} s after its end; answers: {found.statuses}")
-    assert found.statuses == {"200": 60 * 80}
+    _print(capsys, f"1 replica {time.monotonic() - started:.0f} s after its end; answers: {result.statuses}")
+    assert result.statuses == {"200": 60 * 80}
     service.job.end()
 
 
 @pytest.fixture(scope="module")
 def small(start, bundle):
-    """A service that takes small bodies only, with one replica."""
+    """A service with one replica and a small limit for bodies."""
     service = Service(start, "--bundle", bundle, "--max-replicas", "1", "--max-mebibytes", "1")
     yield service
     service.job.end()
 
 
-def test_requests_made_from_the_description(small, tmp_path, capsys):
-    cases, said = described(small.address, 500, tmp_path)
-    _said(capsys, f"schemathesis: {cases} cases; {said}")
+def test_requests_generated_from_the_description(small, tmp_path, capsys):
+    cases, summary = run_schemathesis(small.address, 500, tmp_path)
+    _print(capsys, f"schemathesis: {cases} cases; {summary}")
     assert cases >= 5000
-    assert "Traceback" not in small.said()
+    assert "Traceback" not in small.log()
 
 
 def test_fuzzed_images(small, capsys):
@@ -123,7 +123,7 @@ def test_fuzzed_images(small, capsys):
         statuses[status] = statuses.get(status, 0) + 1
         assert status in (200, 400, 413, 415, 422, 503), (number, text)
         assert "Traceback" not in text
-    _said(capsys, f"fuzzed images: {statuses}")
+    _print(capsys, f"fuzzed images: {statuses}")
 
 
 def test_memory_stays_flat(small, photo, capsys):
@@ -132,5 +132,5 @@ def test_memory_stays_flat(small, photo, capsys):
         process = load.start_steady(f"{small.address}/predict", photo, 100, requests / 100)
         assert load.finished(process).statuses == {"200": requests}
         sizes.append(replica.memory_full_info().uss / 2**20)
-    _said(capsys, f"MiB of the replica after each {requests} requests: {[round(size) for size in sizes]}")
+    _print(capsys, f"MiB of the replica after each {requests} requests: {[round(size) for size in sizes]}")
     assert sizes[-1] < 1.05 * sizes[0]

@@ -211,7 +211,7 @@ def test_the_service_is_configured_as_the_job_writes_it():
     found, config = manifest("rayservice.yaml"), _service()
     configured = yaml.load(found["spec"]["serveConfigV2"], _KubernetesLoader)
     assert config.write_config
-    assert configured == deploy.configuration(config, max_replicas=1)
+    assert configured == deploy.build_configuration(config, max_replicas=1)
     ServeDeploySchema.model_validate(configured)
     assert configured["http_options"]["host"] == "0.0.0.0"  # else no other pod reaches it
     ports = [port["containerPort"] for port in _container(_cluster(found)["workerGroupSpecs"][0])["ports"]]
@@ -229,7 +229,7 @@ def test_requests_that_have_begun_end_before_their_node_does():
     found, config = manifest("rayservice.yaml"), _service()
     (group,) = _cluster(found)["workerGroupSpecs"]
     (_, pause) = _container(group)["lifecycle"]["preStop"]["exec"]["command"]
-    drain = deploy.configuration(config, 1)["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    drain = deploy.build_configuration(config, 1)["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= float(pause) + drain
     assert found["spec"]["rayClusterDeletionDelaySeconds"] >= drain
 

@@ -1,4 +1,4 @@
-"""A service of this process, and its client."""
+"""A service in this process, and its client."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleInfo
-from cnnray.serving.application import application
+from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings
@@ -20,7 +20,7 @@ GOOD = awkward_images()["rgb.png"]
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
-    """A bundle of three classes."""
+    """A bundle with three classes."""
     folder = tmp_path_factory.mktemp("bundle")
     model = fitted("small_cnn", SIZE, *coloured_noise(48, SIZE))
     bundles.save(model, BundleInfo(class_names=["red", "green", "blue"], image_size=SIZE), folder)
@@ -29,7 +29,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def newer(bundle, tmp_path_factory):
-    """Another version of it."""
+    """Another version of the bundle."""
     folder = tmp_path_factory.mktemp("newer")
     old = Bundle.load(bundle)
     bundles.save(old.model, dataclasses.replace(old.info, temperature=2.0), folder)
@@ -37,35 +37,36 @@ def newer(bundle, tmp_path_factory):
 
 
 def settings(*models, **changes):
-    named = tuple(ModelSettings(name=name, uri=uri, share=share) for name, uri, share in models)
-    stated = ServeConfig(bundle="/nowhere", engine="keras", batch_size=8).settings
-    return dataclasses.replace(stated, models=named, **changes)
+    versions = tuple(ModelSettings(name=name, uri=uri, share=share) for name, uri, share in models)
+    defaults = ServeConfig(bundle="/nowhere", engine="keras", batch_size=8).settings
+    return dataclasses.replace(defaults, models=versions, **changes)
 
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    with _client(settings(("colours", bundle, 1.0))) as found:
-        yield found
+    with _start_client(settings(("colours", bundle, 1.0))) as client:
+        yield client
 
 
-def _client(chosen, **options):
+def _start_client(settings, **options):
     service = Service(threads=2)
-    client = TestClient(application(service, **options), raise_server_exceptions=False)
+    client = TestClient(create_application(service, **options), raise_server_exceptions=False)
     client.app.state.service = service
     client.__enter__()
-    client.portal.call(service.change, chosen)
+    client.portal.call(service.change_settings, settings)
     return client
 
 
 @pytest.fixture
-def another(bundle):
-    """A function that gives a client of other settings."""
-    opened = []
+def start_client(bundle):
+    """A function that starts a client of a service with other settings."""
+    clients = []
 
-    def open_one(*models, api_key=None, **changes):
-        opened.append(_client(settings(*models or [("colours", bundle, 1.0)], **changes), api_key=api_key))
-        return opened[-1]
+    def start(*models, api_key=None, **changes):
+        chosen = settings(*models or [("colours", bundle, 1.0)], **changes)
+        clients.append(_start_client(chosen, api_key=api_key))
+        return clients[-1]
 
-    yield open_one
-    for one in opened:
-        one.__exit__(None, None, None)
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)

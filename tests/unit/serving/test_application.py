@@ -1,4 +1,4 @@
-"""The application of a replica: what clients of its own API send and get."""
+"""The application of a replica: requests and responses of its own API."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ from cnnray.images.decode import BadImage
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.service import STATUS_OF
+from cnnray.serving.service import STATUS_BY_REASON
 from tests.awkward import awkward_images, bad_images
 from tests.unit.serving.conftest import GOOD
 
@@ -24,9 +24,9 @@ def _check(answer, expected):
         return
     assert answer["prediction"] == expected.label
     assert answer["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
-    found = {one["class"]: one["confidence"] for one in answer["all_predictions"]}
-    assert list(found) == [name for name, _ in expected.top_k]
-    assert found == pytest.approx(dict(expected.top_k), abs=1e-5)
+    scores = {score["class"]: score["confidence"] for score in answer["all_predictions"]}
+    assert list(scores) == [name for name, _ in expected.top_k]
+    assert scores == pytest.approx(dict(expected.top_k), abs=1e-5)
 
 
 # -- the same answers -----------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def _check(answer, expected):
 
 @pytest.fixture(scope="module")
 def expected(bundle):
-    """Bytes and `Predictor`'s answer by name, of the awkward and the bad images."""
+    """By name of the awkward and the bad images: the bytes, and the answer of `Predictor`."""
     contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
     return {name: (data, Predictor(Bundle.load(bundle))([data])[0]) for name, data in contents.items()}
 
@@ -45,27 +45,27 @@ def test_one_image_in_each_form_has_the_answer_of_predictor(client, expected):
         if data:
             forms.append({"content": data, "headers": {"content-type": "image/x"}})
         for form in forms:
-            got = client.post("/predict", **form)
+            response = client.post("/predict", **form)
             if isinstance(answer, BadImage) and data:
-                assert got.status_code == STATUS_OF.get(answer.reason, 422), name
+                assert response.status_code == STATUS_BY_REASON.get(answer.reason, 422), name
             else:
-                assert got.status_code == (200 if data else 400), name
+                assert response.status_code == (200 if data else 400), name
             if data:
-                _check(got.json(), answer)
+                _check(response.json(), answer)
             else:
-                assert got.json()["error"] == "No image provided"
+                assert response.json()["error"] == "No image provided"
 
 
 def test_several_images_each_have_their_own_answer_or_error(client, expected):
     chosen = [(name, data, answer) for name, (data, answer) in expected.items() if data]
     for start in range(0, len(chosen), 20):
-        some = chosen[start : start + 20]
-        got = client.post("/predict", files=[("image", (name, data)) for name, data, _ in some])
-        assert got.status_code == 200
-        for one, (_, _, answer) in zip(got.json(), some, strict=True):
-            _check(one, answer)
+        images = chosen[start : start + 20]
+        response = client.post("/predict", files=[("image", (name, data)) for name, data, _ in images])
+        assert response.status_code == 200
+        for entry, (_, _, answer) in zip(response.json(), images, strict=True):
+            _check(entry, answer)
             if isinstance(answer, BadImage):
-                assert one["status"] == STATUS_OF.get(answer.reason, 422)
+                assert entry["status"] == STATUS_BY_REASON.get(answer.reason, 422)
 
 
 def test_one_image_of_a_list_has_a_list(client):
@@ -79,7 +79,7 @@ def test_top_k_and_threshold(client):
         return client.post("/predict", content=GOOD, headers={"content-type": "image/png"}, params=parameters).json()
 
     whole = ask()
-    assert len(whole["all_predictions"]) == 3  # of five that were asked for
+    assert len(whole["all_predictions"]) == 3  # five were requested
     assert ask(top_k=1)["all_predictions"] == whole["all_predictions"][:1]
     second = whole["all_predictions"][1]["confidence"]
     assert len(ask(threshold=second)["all_predictions"]) == 2
@@ -87,14 +87,14 @@ def test_top_k_and_threshold(client):
     assert (none["prediction"], none["all_predictions"], none["confidence"]) == (None, [], whole["confidence"])
 
 
-# -- what is refused ------------------------------------------------------------------------------------------
+# -- refused requests -----------------------------------------------------------------------------------------
 
 REFUSED = {
     "nothing": ({}, 400, "No image provided"),
     "an empty file": ({"files": {"image": ("a.png", b"")}}, 400, "No image provided"),
     "another field": ({"files": {"photo": ("a.png", GOOD)}}, 400, "No image provided"),
     "text for a file": ({"files": {"image": (None, "x")}}, 400, "image is text"),
-    "text": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "'text/plain' is not read"),
+    "text": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "'text/plain' is not supported"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "cannot be read"),
     "half a form": (
         {"content": b"--x\r\nContent-Disp", "headers": {"content-type": "multipart/form-data; boundary=x"}},
@@ -119,49 +119,49 @@ def test_requests_that_are_refused(case, client):
     options, status, sentence = REFUSED[case]
     if "content" in options:
         options = {"headers": {"content-type": "image/png"}} | options
-    got = client.post("/predict", **options)
-    assert got.status_code == status, got.text
-    assert sentence in got.json()["error"]
-    assert got.json()["request_id"] == got.headers["x-request-id"]
+    response = client.post("/predict", **options)
+    assert response.status_code == status, response.text
+    assert sentence in response.json()["error"]
+    assert response.json()["request_id"] == response.headers["x-request-id"]
 
 
-def test_limits(another):
-    client = another(max_bytes=5000, max_images=2, max_pixels=5000)
+def test_limits(start_client):
+    client = start_client(max_bytes=5000, max_images=2, max_pixels=5000)
     for content in (b"x" * 5001, iter([b"x" * 3000, b"x" * 3000])):
-        got = client.post("/predict", content=content, headers={"content-type": "image/png"})
-        assert (got.status_code, "larger than the 5000 bytes" in got.text) == (413, True)
+        response = client.post("/predict", content=content, headers={"content-type": "image/png"})
+        assert (response.status_code, "larger than the 5000 bytes" in response.text) == (413, True)
     small = awkward_images()["tiny.png"]
-    got = client.post("/predict", files=[("image", (str(number), small)) for number in range(3)])
-    assert (got.status_code, "3 images are more than the 2" in got.text) == (413, True)
-    got = client.post("/predict", content=awkward_images()["one_bit.png"], headers={"content-type": "image/png"})
-    assert (got.status_code, "90x60, at most 5000" in got.text) == (413, True)
+    response = client.post("/predict", files=[("image", (str(number), small)) for number in range(3)])
+    assert (response.status_code, "3 images are more than the 2" in response.text) == (413, True)
+    response = client.post("/predict", content=awkward_images()["one_bit.png"], headers={"content-type": "image/png"})
+    assert (response.status_code, "90x60, at most 5000" in response.text) == (413, True)
     assert client.post("/predict", files={"image": ("a", small)}).status_code == 200
 
 
-def test_an_answer_that_takes_too_long(another, monkeypatch):
-    client, free = another(timeout_seconds=0.2), threading.Event()
-    (served,) = [one for one, _ in client.app.state.service.models.versions("colours")]
+def test_an_answer_that_takes_too_long(start_client, monkeypatch):
+    client, free = start_client(timeout_seconds=0.2), threading.Event()
+    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
     monkeypatch.setattr(served.batcher, "_run", lambda images: free.wait(20))
-    got = client.post("/predict", files={"image": ("a", GOOD)})
+    response = client.post("/predict", files={"image": ("a", GOOD)})
     free.set()
-    assert (got.status_code, got.headers["retry-after"]) == (503, "1")
-    assert "takes longer than 0.2 seconds" in got.json()["error"]
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "takes longer than 0.2 seconds" in response.json()["error"]
 
 
-def test_an_error_of_ours_shows_no_trace(another, monkeypatch):
-    client = another()
-    (served,) = [one for one, _ in client.app.state.service.models.versions("colours")]
+def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
+    client = start_client()
+    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
     monkeypatch.setattr(served.batcher, "_run", lambda images: 1 / 0)
-    got = client.post("/predict", files={"image": ("a", GOOD)})
-    assert got.status_code == 500
-    assert got.json() == {"error": "Internal error.", "request_id": got.headers["x-request-id"]}
+    response = client.post("/predict", files={"image": ("a", GOOD)})
+    assert response.status_code == 500
+    assert response.json() == {"error": "Internal error.", "request_id": response.headers["x-request-id"]}
 
 
-def test_the_api_key(another):
-    client = another(api_key="geheim")
+def test_the_api_key(start_client):
+    client = start_client(api_key="geheim")
     for headers in ({}, {"x-api-key": "x"}, {"authorization": "Bearer x"}, {"authorization": "Basic geheim"}):
-        got = client.post("/predict", files={"image": ("a", GOOD)}, headers=headers)
-        assert (got.status_code, "API key" in got.json()["error"]) == (401, True)
+        response = client.post("/predict", files={"image": ("a", GOOD)}, headers=headers)
+        assert (response.status_code, "API key" in response.json()["error"]) == (401, True)
     for headers in ({"x-api-key": "geheim"}, {"authorization": "Bearer geheim"}):
         assert client.post("/predict", files={"image": ("a", GOOD)}, headers=headers).status_code == 200
     assert client.get("/metadata").status_code == 401
@@ -204,18 +204,18 @@ def test_every_answer_is_in_the_description_of_the_api(client):
             assert path.startswith("/health") or method["responses"]["401"]
 
 
-def test_a_slow_body_is_not_waited_for(another):
-    service = another(timeout_seconds=0.1).app.state.service
+def test_a_slow_body_is_refused(start_client):
+    service = start_client(timeout_seconds=0.1).app.state.service
 
     async def slowly(request, settings):
         await asyncio.sleep(20)
 
-    with pytest.raises(RequestError, match="did not come in time") as caught:
+    with pytest.raises(RequestError, match="did not arrive in time") as caught:
         asyncio.run(service.read(slowly, None))
     assert caught.value.status == 408
 
 
-def test_all_references_of_the_description_lead_somewhere(client):
+def test_all_references_in_the_description_are_defined(client):
     text = client.get("/openapi.json").text
-    named = set(re.findall(r'"#/components/schemas/(\w+)"', text))
-    assert {"JsonImages", "InferInput", "Answer"} <= named <= json.loads(text)["components"]["schemas"].keys()
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', text))
+    assert {"JsonImages", "InferInput", "Answer"} <= references <= json.loads(text)["components"]["schemas"].keys()

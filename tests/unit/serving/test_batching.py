@@ -1,4 +1,4 @@
-"""Images of many requests in one call of an engine."""
+"""Micro-batches of images of many requests."""
 
 import asyncio
 import threading
@@ -29,10 +29,10 @@ def test_batches_grow_while_the_engine_is_busy():
             busy.set()
             return [await first, *await asyncio.gather(*others, return_exceptions=True)]
 
-    found = asyncio.run(ask())
+    results = asyncio.run(ask())
     assert sizes == [1, 4, 4, 1]
-    assert isinstance(found.pop(3), asyncio.CancelledError)
-    assert [float(row[0]) for row in found] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert isinstance(results.pop(3), asyncio.CancelledError)
+    assert [float(row[0]) for row in results] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_an_engine_that_fails_fails_its_batch_and_no_other():

@@ -1,80 +1,133 @@
-"""Models and versions of a service: flags, canaries, changes."""
+"""Models and versions of a service: flags, shares, changes."""
 
+import dataclasses
 import json
 from collections import Counter
 
 import pytest
+import yaml
 from starlette.testclient import TestClient
 
+from cnnray import commandline
 from cnnray.models.bundle import Bundle, BundleError
-from cnnray.serving.application import application
+from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings, Settings
 from tests.unit.serving.conftest import GOOD, settings
 
 
-def test_a_canary_answers_its_share(another, bundle, newer):
-    client = another(("colours", bundle, 0.8), ("colours", newer, 0.2), ("others", newer, 1.0))
+def test_a_canary_answers_its_share(start_client, bundle, newer):
+    client = start_client(("colours", bundle, 0.8), ("colours", newer, 0.2), ("others", newer, 1.0))
     service = client.app.state.service
     old, new = Bundle.load(bundle).version, Bundle.load(newer).version
-    found = Counter(service.served("colours").version for _ in range(2000))
-    assert found.keys() == {old, new}
-    assert 0.15 < found[new] / 2000 < 0.25
+    answers = Counter(service.choose_model("colours").version for _ in range(2000))
+    assert answers.keys() == {old, new}
+    assert 0.15 < answers[new] / 2000 < 0.25
     for version in (old, new):
-        got = client.post("/predict", files={"image": ("a", GOOD)}, params={"version": version})
-        assert got.json()["model"] == version
-    assert service.served("others").version == new
-    stated = client.get("/metadata").json()
-    assert {name: [one["share"] for one in versions] for name, versions in stated["models"].items()} == {
+        response = client.post("/predict", files={"image": ("a", GOOD)}, params={"version": version})
+        assert response.json()["model"] == version
+    assert service.choose_model("others").version == new
+    metadata = client.get("/metadata").json()
+    assert {name: [version["share"] for version in versions] for name, versions in metadata["models"].items()} == {
         "colours": [0.8, 0.2], "others": [1.0],
     }  # fmt: skip
-    assert stated["default_model"] == "colours"
+    assert metadata["default_model"] == "colours"
 
 
-def test_models_are_changed_beside_those_that_answer(another, bundle, newer, tmp_path):
-    client = another()
+def test_models_change_while_the_present_ones_answer(start_client, bundle, newer, tmp_path):
+    client = start_client()
     service = client.app.state.service
-    (first,) = [one for one, _ in service.models.versions("colours")]
-    client.portal.call(service.change, settings(("colours", bundle, 0.5), ("colours", newer, 0.5)))
+    (first,) = [served for served, _ in service.models.versions("colours")]
+    client.portal.call(service.change_settings, settings(("colours", bundle, 0.5), ("colours", newer, 0.5)))
     assert service.models.versions("colours")[0][0] is first
-    client.portal.call(service.change, settings(("colours", str(tmp_path), 1.0)))
+    client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
     assert "is not a bundle" in client.get("/metadata").json()["problem"]
     assert len(service.models.versions("colours")) == 2
-    client.portal.call(service.change, settings(("colours", newer, 1.0)))
+    client.portal.call(service.change_settings, settings(("colours", newer, 1.0)))
     assert client.get("/metadata").json()["problem"] is None
     assert client.post("/predict", files={"image": ("a", GOOD)}).json()["model"] == Bundle.load(newer).version
 
 
 def test_nothing_is_ready_before_there_are_models(bundle, tmp_path):
     service = Service(threads=1)
-    with TestClient(application(service)) as client:
+    with TestClient(create_application(service)) as client:
         for path in ("/health/ready", "/v2/health/ready", "/metadata"):
             assert client.get(path).status_code == 503
         assert client.get("/health/live").status_code == 200
         assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 503
         with pytest.raises(BundleError, match="is not a bundle"):
-            client.portal.call(service.change, settings(("colours", str(tmp_path), 1.0)))
+            client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
 
 
-def test_bundles_and_canaries_of_the_command_line(tmp_path):
-    one = ServeConfig(bundle=f"{tmp_path}/a").models
-    assert one == (ModelSettings(name="model", uri=f"{tmp_path}/a"),)
-    found = ServeConfig(bundle="cats=/1,dogs=s3://b/d=1,cats=/2,cats=/3", canary="cats=0.25").models
-    assert [(model.name, model.uri, model.share) for model in found] == [
-        ("cats", "/1", 0.0), ("cats", "/2", 0.75), ("cats", "/3", 0.25), ("dogs", "s3://b/d=1", 1.0),
-    ]  # fmt: skip
-    assert [model.share for model in ServeConfig(bundle="cats=/1,cats=/2").models] == [0.0, 1.0]
-    chosen = ServeConfig(bundle="cats=/1").settings
-    assert Settings.of(json.loads(json.dumps(chosen.as_dict()))) == chosen
+def _shares(config):
+    return [(model.name, model.uri, model.share) for model in config.settings.models]
+
+
+def test_one_bundle(tmp_path):
+    assert ServeConfig(bundle=f"{tmp_path}/a").settings.models == (ModelSettings(name="model", uri=f"{tmp_path}/a"),)
+    chosen = ServeConfig(bundle="/1").settings
+    assert Settings.from_dict(json.loads(json.dumps(chosen.as_dict()))) == chosen
+
+
+CATS_AND_DOGS = [
+    {"name": "cats", "uri": "/1"}, {"name": "dogs", "uri": "s3://b/d=1"}, {"name": "cats", "uri": "/2"},
+    {"name": "cats", "uri": "/3", "share": 0.25},
+]  # fmt: skip
+SHARES = [("cats", "/1", 0.0), ("cats", "/2", 0.75), ("cats", "/3", 0.25), ("dogs", "s3://b/d=1", 1.0)]
+EARLIER_FORM = ("cats=/1,dogs=s3://b/d=1,cats=/2,cats=/3", "cats=0.25")
+
+
+def test_several_models_from_python_json_and_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"models": CATS_AND_DOGS}))
+    config = ServeConfig(models=CATS_AND_DOGS)
+    assert _shares(config) == SHARES
+    for arguments in (["--models", json.dumps(CATS_AND_DOGS)], ["--config", str(tmp_path / "c.yaml")]):
+        assert commandline.parse(ServeConfig, "jobs/serve.py", arguments) == config
+    assert [share for _, _, share in _shares(ServeConfig(models=CATS_AND_DOGS[:3]))] == [0.0, 1.0, 1.0]
+
+
+def test_the_earlier_form_of_bundle_and_canary_is_read(tmp_path):
+    bundle, canary = EARLIER_FORM
+    config = ServeConfig(models=CATS_AND_DOGS)
+    assert ServeConfig(bundle=bundle, canary=canary) == config
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"bundle": bundle, "canary": canary}))
+    (tmp_path / "bundle.yaml").write_text(yaml.safe_dump({"bundle": bundle}))
+    for arguments in (
+        ["--bundle", bundle, "--canary", canary],
+        [f"--bundle={bundle}", f"--canary={canary}"],
+        ["--config", str(tmp_path / "c.yaml")],
+        ["--config", str(tmp_path / "bundle.yaml"), "--canary", canary],
+    ):
+        assert commandline.parse(ServeConfig, "jobs/serve.py", arguments) == config
+    assert [share for _, _, share in _shares(ServeConfig(bundle="cats=/1,cats=/2"))] == [0.0, 1.0]
+    assert _shares(ServeConfig(bundle="/1,/2", canary="model=0.5")) == [("model", "/1", 0.5), ("model", "/2", 0.5)]
+    assert ServeConfig(bundle="model=/1") == ServeConfig(bundle="/1")
+    # A config that was read from the earlier form can be changed.
+    assert dataclasses.replace(ServeConfig(bundle=bundle, canary=canary), port=1).models == config.models
+
+
+def _models(*versions):
+    """`models` for versions (NAME, URI) or (NAME, URI, SHARE); no bundle."""
+    return {"bundle": None, "models": [dict(zip(("name", "uri", "share"), v, strict=False)) for v in versions]}
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"bundle": " ,"}, "--bundle names no bundle"),
+        ({"bundle": None}, "--bundle or --models is needed"),
+        ({"models": [{"name": "cats", "uri": "/1"}]}, "--bundle and --models exclude each other"),
         ({"canary": "model=0.5"}, "--canary model: --bundle has not two versions"),
         ({"canary": "model=2"}, "expected NAME=SHARE"),
+        (_models(), "--models is empty"),
+        (_models(("cats", "/1"), ("cats", "/2")) | {"canary": "cats=0.5"}, "--canary is for --bundle NAME=URI"),
+        (_models(("cats", "/1"), ("dogs", "/1"), ("cats", "/1")), "--models lists /1 twice for cats"),
+        (_models(("cats", "/1"), ("cats", "/2", 1.1)), "--models: share of cats must be 0 to 1, not 1.1"),
+        (_models(("cats", "/1", 0.5)), "--models: cats has one version, which answers all requests"),
+        (_models(("cats", "/1", 0.5), ("cats", "/2")), "--models: /1 is not the newest version of cats"),
+        (_models(("a/b", "/1")), "--models: 'a/b' cannot be a name"),
+        (_models(("cats", "")), "--models: cats has an empty uri"),
         ({"engine": "x"}, "--engine 'x'"),
         ({"port": 70_000}, "--port 70000 is no port"),
         ({"min_replicas": 3, "max_replicas": 2}, "--min-replicas 3 is not from 0 to --max-replicas"),
@@ -84,3 +137,20 @@ def test_bundles_and_canaries_of_the_command_line(tmp_path):
 def test_impossible_flags_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         ServeConfig(**{"bundle": "/b"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[{name: cats, uris: /1}]", "'uris' is not accepted"),
+        ("[{name: cats}]", "required: uri"),
+        ("cats=/1", "models"),
+        ("[{name: cats, uri: /1}, {name: cats, uri: /2, share: 2}]", "share of cats must be 0 to 1, not 2.0"),
+    ],
+)
+def test_mistakes_in_models_get_one_line(text, sentence, capsys):
+    with pytest.raises(SystemExit):
+        commandline.parse(ServeConfig, "jobs/serve.py", ["--models", text])
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert len(message.strip().splitlines()) == 1

@@ -306,9 +306,6 @@ def _range_of_workers(value: Any) -> dict[str, Any]:
         raise ValueError(f"--workers {value!r}: expected a number, or MIN:MAX such as 1:4.") from None
 
 
-_GROUPS = (DataConfig, ModelConfig, RecipeConfig, ClusterConfig, TrackingConfig)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, DataConfig):
     """Train a classifier on labelled images and leave a bundle."""
@@ -320,7 +317,7 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
-        for group in _GROUPS:
+        for group in (DataConfig, ModelConfig, RecipeConfig, ClusterConfig, TrackingConfig):
             group.__post_init__(self)
         if self.batch_size < self.max_workers:
             raise ValueError(

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cnnray.images import containers
-from cnnray.images.manifest import ManifestError, manifest_of
+from cnnray.images.manifest import ManifestError, build_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Photos:
         """
         count = self.images or count
         source = self.data or str(write(self.folder / "photos", count))
-        manifest = manifest_of(source, labelled=False)
+        manifest = build_manifest(source, labelled=False)
         if containers.is_inside(manifest["uri"][0].as_py()):
             raise ManifestError(
                 f"{source} holds images in containers, but the benchmark's peers read only image files."

@@ -80,7 +80,7 @@ def load_user_images(source: str) -> Labelled:
     Raises:
         ManifestError, OSError: there are no images, there is only one class, or an image cannot be decoded.
     """
-    manifest = manifests.with_targets(manifests.manifest_of(source, labelled=True))
+    manifest = manifests.with_targets(manifests.build_manifest(source, labelled=True))
     blocks = list(decoded_blocks(manifest, SIZE, "stretch", 1024))
     errors = np.concatenate([block["error"] for block in blocks])
     for uri, error in zip(manifest["uri"].to_pylist(), errors, strict=True):

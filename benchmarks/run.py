@@ -56,7 +56,7 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
         with cluster.connected() as resources:
             if len(resources.nodes) > 1 and not shared:
                 raise BenchmarkError("The cluster has several nodes: give a --folder that all of them share.")
-            stream.be_quiet()
+            stream.silence_progress()
             result.cluster = report.describe_cluster(resources)
             _measure_on_cluster(result, measure, photos, resources)
     if measure in ("export", "all"):

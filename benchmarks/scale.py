@@ -97,7 +97,7 @@ def measure_prediction(photos: Photos, resources: Resources, images: int = 1000)
             decoding="workers",
         )  # fmt: skip
         planned = pipeline.plan(bundle, options, resources)
-        dataset = pipeline.predict(manifest, planned, stream.pieces(manifest["uri"].to_pylist(), 128))
+        dataset = pipeline.predict(manifest, planned, stream.split_rows(manifest["uri"].to_pylist(), 128))
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         rates.append((str(workers), workers, steady_rate(map(len, batches), len(manifest))))
         log.info("prediction, %s workers: %.0f images/s", *rates[-1][::2])
@@ -174,9 +174,9 @@ def _measure_manifest(folder: str) -> tuple[float, float]:
     before = _peak_memory()
     uris = [f"s3://a-bucket-of-photos/some/prefix/class-{i % 1000:04d}/image-{i:012d}.jpg" for i in range(_ROWS)]
     start = time.process_time()
-    manifest = manifests.manifest_of_uris(uris)
+    manifest = manifests.manifest_from_uris(uris)
     del uris
-    stream.pieces(manifest["uri"].to_pylist(), _ROWS_PER_TASK)
+    stream.split_rows(manifest["uri"].to_pylist(), _ROWS_PER_TASK)
     manifests.write(manifest, storage.join(folder, _MANIFEST))
     return time.process_time() - start, _peak_memory() - before
 
@@ -235,7 +235,7 @@ def _reconcile(parts: Parts, rows: pa.Table) -> None:
 def _run_empty_tasks(manifest: pa.Table) -> None:
     """Pass rows through Ray Data tasks that do nothing, and back to the driver."""
     ranges = [(i * _ROWS_PER_TASK, (i + 1) * _ROWS_PER_TASK) for i in range(_TASKS)]
-    dataset = stream.tasks(manifest, ranges).map_batches(
+    dataset = stream.from_ranges(manifest, ranges).map_batches(
         _identity, batch_size=None, batch_format="pyarrow", num_cpus=0.5
     )
     assert sum(map(len, dataset.iter_batches(batch_size=None, batch_format="pyarrow"))) == _TASKS * _ROWS_PER_TASK

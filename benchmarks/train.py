@@ -163,7 +163,7 @@ def _measure_on_worker(
     from cnnray.training.step import Steps
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    stream.be_quiet()
+    stream.silence_progress()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()

@@ -259,7 +259,7 @@ class Shortage:
             log.info("waiting for nodes, at most %s: %s", duration(left), error)
 
 
-def when_it_fits(
+def wait_for_resources(
     plan: Callable[[Resources], Planned], bundles: list[dict[str, float]], minutes: float | None
 ) -> Planned:
     """Plan a job on what the cluster has; where that is too little, wait for more, and ask the autoscaler for it.
@@ -290,7 +290,7 @@ def when_it_fits(
 
 
 @contextlib.contextmanager
-def watched(check: Callable[[Resources], object], minutes: float | None) -> Iterator[None]:
+def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterator[None]:
     """Watch the cluster while something runs in the main thread, which Ray may let wait for ever for lost nodes.
 
     Args:

@@ -85,7 +85,7 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
         ValueError: the value of a flag that was renamed cannot be read.
     """
     known = {field.name for field in dataclasses.fields(config_class)}
-    renamed = {flags.spelt(name): name for name in getattr(config_class, "RENAMED", {}) if name not in known}
+    renamed = {flags.flag_name(name): name for name in getattr(config_class, "RENAMED", {}) if name not in known}
     found: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -95,7 +95,7 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
             continue
         given = {renamed[flag]: value if equals else next(rest, "")}
         for name, new in configs.upgraded(config_class, given).items():
-            found += [flags.spelt(name), "null" if new is None else str(new)]
+            found += [flags.flag_name(name), "null" if new is None else str(new)]
     return found
 
 

@@ -15,7 +15,7 @@ from jsonargparse import get_loader
 
 import cnnray
 from cnnray.errors import BadInputError
-from cnnray.flags import spelt
+from cnnray.flags import flag_name
 
 CONFIG_FORMAT = 2
 """Of `config.yaml`. 1 had no number, and MIN:MAX in the field `workers` of a training."""
@@ -170,7 +170,7 @@ def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = fr
             now = asdict(now)  # type: ignore[arg-type]  # an instance
             before = (asdict(default) if is_dataclass(default) else {}) | _plain(before)  # type: ignore[arg-type]
         if field.name not in free and _plain(now) != _plain(before):
-            found.append(f"{spelt(field.name)} {_plain(before)} (now {_plain(now)})")
+            found.append(f"{flag_name(field.name)} {_plain(before)} (now {_plain(now)})")
     return found
 
 

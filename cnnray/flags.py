@@ -8,8 +8,8 @@ from typing import Any, get_args
 from cnnray.images import storage
 
 
-def spelt(field: str) -> str:
-    """A config's field as it is spelt on the command line."""
+def flag_name(field: str) -> str:
+    """A config's field as it is flag_name on the command line."""
     return "--" + field.replace("_", "-")
 
 
@@ -57,7 +57,7 @@ def _check(config: Any, fields: Iterable[str], valid: Callable[[Any], bool], exp
     for field in fields:
         value = getattr(config, field)
         if value is not None and not valid(value):
-            raise ValueError(f"{spelt(field)} must be {expected}, not {value}.")
+            raise ValueError(f"{flag_name(field)} must be {expected}, not {value}.")
 
 
 def check_choices(config: Any, **choices: Any) -> None:
@@ -68,7 +68,7 @@ def check_choices(config: Any, **choices: Any) -> None:
     for field, literal in choices.items():
         value = getattr(config, field)
         if value not in get_args(literal):
-            raise ValueError(f"{spelt(field)} {value!r} is not known; there are {', '.join(get_args(literal))}.")
+            raise ValueError(f"{flag_name(field)} {value!r} is not known; there are {', '.join(get_args(literal))}.")
 
 
 def absolute(field: str, value: str) -> str:
@@ -79,14 +79,14 @@ def absolute(field: str, value: str) -> str:
         OSError: it is an address of another kind.
     """
     if not value:
-        raise ValueError(f"{spelt(field)} is empty.")
+        raise ValueError(f"{flag_name(field)} is empty.")
     found = storage.absolute(value)
     # Ray tells the driver of such a job in this variable what it was submitted with.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
         not storage.is_local(found) or Path(value).expanduser().is_absolute()
     ):
         raise ValueError(
-            f"{spelt(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "
+            f"{flag_name(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "
             "directory, which Ray deletes: give an absolute path that all nodes see, or s3://BUCKET/PREFIX."
         )
     return found

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 10.0
 
 
-class Progress:
+class ProgressBar:
     """Images done of all, images/s and the time left."""
 
     def __init__(self, total: int, done: int = 0) -> None:

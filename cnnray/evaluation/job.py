@@ -23,7 +23,7 @@ from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
 from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
-from cnnray.images.checks import Checked
+from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         other = comparison.read_evaluation(config.compare) if config.compare else None
-        everything = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
+        everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
         manifest = _select_split(everything, config)
         _check_classes(manifest, bundle, config)
         _warn_about_training_images(manifest, bundle)
@@ -95,9 +95,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
 
 
-def _check_images(manifest: pa.Table, resources: Resources) -> Checked | None:
-    stream.be_quiet()
-    return stream.checked_in_passing(manifest, _cpus_per_task(resources))
+def _check_images(manifest: pa.Table, resources: Resources) -> CheckResult | None:
+    stream.silence_progress()
+    return stream.check_if_small(manifest, _cpus_per_task(resources))
 
 
 def _cpus_per_task(resources: Resources) -> float:
@@ -108,21 +108,21 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     """Check the images and log the findings. Nothing is written.
 
     Returns:
-        `images`, `unreadable`, `copies`, `nearly` (see `Checked`) and `findings`, the number of findings by kind.
+        `images`, `unreadable`, `copies`, `nearly` (see `CheckResult`) and `findings`, the number of findings by kind.
 
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
     """
     try:
-        manifest = manifests.manifest_of(config.data, labelled=True)
+        manifest = manifests.build_manifest(config.data, labelled=True)
     except manifests.ManifestError as error:
         log.info("checking without labels: %s", error)
-        manifest = manifests.manifest_of(config.data, labelled=False)
+        manifest = manifests.build_manifest(config.data, labelled=False)
     log.info("%d images", len(manifest))
     with cluster.connected() as resources:
-        paths.check_shared(resources, [containers.file_of(manifest["uri"][0].as_py())])
-        stream.be_quiet()
-        checked = stream.checked(manifest, _cpus_per_task(resources))
+        paths.check_shared(resources, [containers.containing_file(manifest["uri"][0].as_py())])
+        stream.silence_progress()
+        checked = stream.check(manifest, _cpus_per_task(resources))
     checked.warn()
     log.info(
         "%d images with sides of %d to %d pixels, median %d; %d copies",
@@ -158,7 +158,7 @@ def _select_split(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
         existing = ", ".join(sorted(filter(None, splits))) or "none"
         raise EvaluationError(f"{config.data} has no images of the split {selected} (it has {existing}).")
     log.info("evaluating the split %s", selected)
-    return manifests.rows_of(manifest, selected)
+    return manifests.select_split(manifest, selected)
 
 
 def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -> None:
@@ -175,7 +175,7 @@ def _training_file(bundle: Bundle, name: str) -> str:
 def _warn_about_training_images(manifest: pa.Table, bundle: Bundle) -> None:
     """Warn if the network was trained on some of these images."""
     try:
-        trained = manifests.rows_of(manifests.read(_training_file(bundle, MANIFEST)), "train")
+        trained = manifests.select_split(manifests.read(_training_file(bundle, MANIFEST)), "train")
     except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
         return
     count = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
@@ -273,7 +273,7 @@ def _measure(
     engine: str,
     rows: pa.Table,
     predictions: Predictions,
-    checked: Checked | None,
+    checked: CheckResult | None,
 ) -> dict[str, Any]:
     """The content of `metrics.json`."""
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())

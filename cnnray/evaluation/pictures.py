@@ -13,7 +13,7 @@ from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.plots import Tile
 from cnnray.images import containers
 from cnnray.images.decode import BadImage, decode
-from cnnray.images.reading import bytes_of
+from cnnray.images.reading import load_bytes
 from cnnray.models import grad_cam, startup
 from cnnray.models.bundle import Bundle, BundleError
 
@@ -75,7 +75,7 @@ def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
     tiles, inputs = {}, {}
     for index, source in zip(order.tolist(), containers.encoded([uris[index] for index in order]), strict=True):
         with contextlib.suppress(BadImage):  # prediction could read it; it was deleted or changed since
-            data = bytes_of(source)
+            data = load_bytes(source)
             tiles[index] = decode(data, _TILE_SIZE, info.resize)
             inputs[index] = decode(data, info.image_size, info.resize)
     images = [row | {"index": index} for index, row in enumerate(rows.to_pylist()) if index in inputs]

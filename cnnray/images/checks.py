@@ -24,7 +24,7 @@ from PIL import Image
 from cnnray.images import containers
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
-from cnnray.images.reading import bytes_of, threads_for
+from cnnray.images.reading import load_bytes, threads_for
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
         ("digest", pa.binary(16)), ("hash", pa.uint64()), ("picture", pa.binary(_PICTURE**2)),
     ]
 )  # fmt: skip
-"""What `examined` tells of each image; all but the id and the error are null where it cannot be used."""
+"""What `examine` tells of each image; all but the id and the error are null where it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What was looked at, and what was found."""
 
     images: int
@@ -94,7 +94,7 @@ class Checked:
 # -- one image ------------------------------------------------------------------------------------------------
 
 
-def examined(table: pa.Table) -> Iterator[pa.Table]:
+def examine(table: pa.Table) -> Iterator[pa.Table]:
     """Read images and tell what the checks need of each, in order.
 
     Args:
@@ -110,13 +110,13 @@ def examined(table: pa.Table) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(threads_for(table["uri"][0].as_py())) as pool:
         for start in range(0, len(ids), _AT_ONCE):
             some = ids[start : start + _AT_ONCE]
-            rows = pool.map(_examined, itertools.islice(sources, len(some)))
+            rows = pool.map(_examine_image, itertools.islice(sources, len(some)))
             yield pa.Table.from_pylist([{"id": one} | row for one, row in zip(some, rows, strict=True)], SCHEMA)
 
 
-def _examined(source: Source) -> dict[str, Any]:
+def _examine_image(source: Source) -> dict[str, Any]:
     try:
-        data = bytes_of(source)
+        data = load_bytes(source)
         pixels = decode(data, _LOOKED_AT)
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -136,12 +136,12 @@ def _examined(source: Source) -> dict[str, Any]:
 # -- all of them ----------------------------------------------------------------------------------------------
 
 
-def checked(manifest: pa.Table, told: pa.Table) -> Checked:
+def check(manifest: pa.Table, told: pa.Table) -> CheckResult:
     """What is wrong with the images of a manifest.
 
     Args:
         manifest: rows with `id`, `uri`, `label` and `split`.
-        told: what `examined` told of them, in any order.
+        told: what `examine` told of them, in any order.
     """
     told = told.sort_by("id")
     assert told["id"].equals(manifest["id"])
@@ -178,7 +178,7 @@ def checked(manifest: pa.Table, told: pa.Table) -> Checked:
     counts = _counts(labels, splits)
     find(f"fewer than {FEW} {'training ' if 'train' in counts else ''}images", _small_classes(counts))
     sides = np.concatenate([widths, heights]) if good else np.zeros(1, np.int64)
-    return Checked(
+    return CheckResult(
         images=len(manifest),
         unreadable=len(errors) - len(good),
         copies=sum(len(group) - 1 for group in copies),
@@ -220,8 +220,8 @@ def _near(
     one, other = np.concatenate(links).T
     size = max(len(places), 1)
     graph = scipy.sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), (size, size))
-    _, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    groups = _groups(list(range(size)), group_of.tolist())
+    _, groups_by_row = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    groups = _groups(list(range(size)), groups_by_row.tolist())
     return [places[group].tolist() for group in groups if len(group) > 1]
 
 

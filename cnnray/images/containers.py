@@ -40,13 +40,13 @@ Source = str | bytes | BadImage
 """What there is to decode: the uri of a file, an image's bytes, or why there are none."""
 
 
-def group_of(uri: str) -> tuple[str, int] | None:
+def row_group(uri: str) -> tuple[str, int] | None:
     """The Parquet file and row group that hold an image; None for an image that is a file of its own."""
     found = _ADDRESS.fullmatch(uri)
     return (found[1], int(found[2])) if found else None
 
 
-def file_of(uri: str) -> str:
+def containing_file(uri: str) -> str:
     """The file that is opened for an image: its own, or that of many which holds it."""
     return _holder(uri)[0] or uri
 
@@ -68,7 +68,7 @@ def image_column(schema: pa.Schema) -> str | None:
     return found[0] if len(found) == 1 and "uri" not in schema.names else None
 
 
-def rows_of(file: str) -> pa.Table | None:
+def list_rows(file: str) -> pa.Table | None:
     """One row for each image that a file holds, without reading Parquet's images.
 
     Returns:
@@ -116,7 +116,7 @@ def encoded(uris: Sequence[str]) -> Iterator[Source]:
 
 def _holder(uri: str) -> tuple[str | None, int | None]:
     """The file that holds an image, and of Parquet the row group."""
-    group = group_of(uri)
+    group = row_group(uri)
     if group is not None:
         return group
     found = _TAR_ADDRESS.fullmatch(uri)

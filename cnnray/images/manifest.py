@@ -47,7 +47,7 @@ class ManifestError(BadInputError, ValueError):
     """An input that gives no usable manifest; the message is one sentence for the user."""
 
 
-def manifest_of(source: str, *, labelled: bool) -> pa.Table:
+def build_manifest(source: str, *, labelled: bool) -> pa.Table:
     """The manifest of any accepted input.
 
     Args:
@@ -91,7 +91,7 @@ def manifest_of(source: str, *, labelled: bool) -> pa.Table:
     return _with_ids(table)
 
 
-def manifest_of_uris(uris: Sequence[str]) -> pa.Table:
+def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
     """The manifest of a list of paths and s3:// addresses, which may lie in containers.
 
     Raises:
@@ -149,7 +149,7 @@ def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
     """
     unknown = sorted(set(class_names(validation)) - set(class_names(train)))
     if unknown:
-        raise ManifestError(f"The validation images have labels that no training image has: {_some(unknown)}.")
+        raise ManifestError(f"The validation images have labels that no training image has: {_shorten(unknown)}.")
     columns = ["uri", "label"]
     parts = [
         _with_split(part.select(columns), pa.array([split] * len(part), pa.string()))
@@ -166,7 +166,7 @@ def with_targets(manifest: pa.Table) -> pa.Table:
     return manifest.append_column("target", pc.index_in(manifest["label"], order).cast(pa.int64()))
 
 
-def rows_of(manifest: pa.Table, split: str) -> pa.Table:
+def select_split(manifest: pa.Table, split: str) -> pa.Table:
     """The rows of one split."""
     return manifest.filter(pc.equal(manifest["split"], split))
 
@@ -207,7 +207,9 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
         if not labelled and images:
             if shards := [uri for uri in found if _is_shard(uri)]:
                 log.warning(
-                    "%s holds images, and Parquet or tar files too, which are not read: %s", root, _some(shards)
+                    "%s holds images, and Parquet or tar files too, which are not read: %s",
+                    root,
+                    _shorten(shards),
                 )
             return _from_uris(images)
         if not images and any(map(_is_shard, found)):
@@ -218,8 +220,8 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
     others = names - set(SPLITS)
     if "train" in names and (names & {"validation", "test"} or others & {"val", "valid"}) and others:
         raise ManifestError(
-            f"{root} has the folders {_some(sorted(names))}; expected class folders, or only train, validation and "
-            "test with class folders in each."
+            f"{root} has the folders {_shorten(sorted(names))}; expected class folders, or only train, validation "
+            "and test with class folders in each."
         )
     if "train" not in names or others:
         return _from_class_folders(root, None)
@@ -235,9 +237,9 @@ def _from_class_folders(root: str, split: str | None) -> pa.Table:
         uris = dict(zip(map(storage.name, folders), found, strict=True))
     empty = [label for label, images in uris.items() if not images]
     if len(empty) == len(uris):
-        raise ManifestError(f"{root} holds no images in its sub-folders ({_some(list(uris))}).")
+        raise ManifestError(f"{root} holds no images in its sub-folders ({_shorten(list(uris))}).")
     if empty:
-        raise ManifestError(f"These class folders of {root} hold no images: {_some(empty)}.")
+        raise ManifestError(f"These class folders of {root} hold no images: {_shorten(empty)}.")
     labels = [label for label, images in uris.items() for _ in images]
     return _from_uris([uri for images in uris.values() for uri in images], labels, split)
 
@@ -287,7 +289,7 @@ def _from_shard(uri: str) -> pa.Table:
 
 def _from_table(source: str) -> pa.Table:
     try:
-        table = containers.rows_of(source) if _is_shard(source) else None
+        table = containers.list_rows(source) if _is_shard(source) else None
         if table is None:
             table = _of_addresses(source)
         for column in ("uri", "label", "split"):
@@ -298,7 +300,7 @@ def _from_table(source: str) -> pa.Table:
         raise ManifestError(f"{source} cannot be read as a table: {str(error).splitlines()[0]}") from None
     wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
     if wrong:
-        raise ManifestError(f"{source} names the splits {_some(wrong)}; expected {', '.join(SPLITS)}.")
+        raise ManifestError(f"{source} names the splits {_shorten(wrong)}; expected {', '.join(SPLITS)}.")
     return table.rename_columns({"id": "original_id"}) if "id" in table.column_names else table
 
 
@@ -320,7 +322,7 @@ def _of_addresses(source: str) -> pa.Table:
         table = pyarrow.json.read_json(data)
     if "uri" not in table.column_names:
         wanted = "'uri', or one of images" if source.lower().endswith(".parquet") else "'uri'"
-        raise ManifestError(f"{source} has no column {wanted} (it has {_some(table.column_names)}).")
+        raise ManifestError(f"{source} has no column {wanted} (it has {_shorten(table.column_names)}).")
     if table["uri"].null_count:
         raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
     folder = source.rpartition("/")[0]
@@ -339,7 +341,7 @@ def _check_unique(table: pa.Table, source: str) -> None:
     counts = pc.value_counts(table["uri"])
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:
-        raise ManifestError(f"{source}: the same image is listed more than once: {_some(twice)}.")
+        raise ManifestError(f"{source}: the same image is listed more than once: {_shorten(twice)}.")
 
 
 def _check_labels(table: pa.Table, source: str) -> None:
@@ -361,7 +363,7 @@ def _with_split(table: pa.Table, split: pa.Array) -> pa.Table:
     return table.set_column(position, "split", split)
 
 
-def _some(values: Sequence[str], most: int = 5) -> str:
+def _shorten(values: Sequence[str], most: int = 5) -> str:
     """A few of `values`, for a message."""
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(repr(value) for value in values[:most]) + more

@@ -69,7 +69,7 @@ def threads_for(uri: str) -> int:
     return _THREADS["local" if storage.is_local(uri) else "remote"]
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def prefetched(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in a thread while the one before is being used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)
@@ -80,13 +80,13 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule) -> str:
     try:
-        pixels[:] = decode(bytes_of(source), size, resize)
+        pixels[:] = decode(load_bytes(source), size, resize)
     except BadImage as error:
         return str(error)
     return ""
 
 
-def bytes_of(source: Source) -> bytes:
+def load_bytes(source: Source) -> bytes:
     """The encoded image, read where `source` is a uri.
 
     Raises:

@@ -43,7 +43,7 @@ def decoded(
         decoded, and `error`, a string, empty where it could.
     """
     rows = rows_per_block(size)
-    return tasks(manifest, pieces(manifest["uri"].to_pylist(), rows)).map_batches(
+    return from_ranges(manifest, split_rows(manifest["uri"].to_pylist(), rows)).map_batches(
         reading.decoded_blocks,
         fn_kwargs={"size": size, "resize": resize, "rows_per_block": rows},
         batch_size=None,
@@ -53,21 +53,21 @@ def decoded(
     )
 
 
-def checked(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Checked:
+def check(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult:
     """Read all images of a manifest and say what is wrong with them.
 
     Args:
         manifest: rows with `id`, `uri`, `label` and `split`.
         cpus_per_task: see `decoded`.
     """
-    told = tasks(manifest.select(["id", "uri"]), pieces(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)).map_batches(
-        checks.examined, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task
-    )
+    told = from_ranges(
+        manifest.select(["id", "uri"]), split_rows(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)
+    ).map_batches(checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
     batches = list(told.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return checks.checked(manifest, pa.concat_tables(batches))
+    return checks.check(manifest, pa.concat_tables(batches))
 
 
-def checked_in_passing(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Checked | None:
+def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult | None:
     """`checked`, for a job that has something else to do: None, and a line in the log, where there are too many
     images, or one of them ends its worker."""
     if len(manifest) > checks.MOST_IN_PASSING:
@@ -75,7 +75,7 @@ def checked_in_passing(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks
         return None
     log.info("checking %d images", len(manifest))
     try:
-        return checked(manifest, cpus_per_task)
+        return check(manifest, cpus_per_task)
     except ray.exceptions.RayError as error:
         log.warning("the images could not be checked: %s", str(error).strip().splitlines()[-1])
         return None
@@ -86,7 +86,7 @@ def rows_per_block(size: int) -> int:
     return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
 
 
-def pieces(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
+def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
     """Cut a manifest every `rows` rows, but not within a row group, which is read from its start.
 
     Args:
@@ -99,7 +99,7 @@ def pieces(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tupl
         the first row of each piece, and that after its last.
     """
     cuts, start = [0], 0
-    for group, run in itertools.groupby(uris, containers.group_of):
+    for group, run in itertools.groupby(uris, containers.row_group):
         stop = start + sum(1 for _ in run)
         if group is None:
             cuts += range(max(cuts[-1] + rows, start), stop, rows)
@@ -114,7 +114,7 @@ def pieces(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tupl
     return list(itertools.pairwise([*cuts, len(uris)])) if uris else []
 
 
-def shares(uris: list[str], count: int) -> list[tuple[int, int]]:
+def divide_rows(uris: list[str], count: int) -> list[tuple[int, int]]:
     """Cut a manifest into shares of about the same size, but not within a row group.
 
     Returns:
@@ -130,17 +130,17 @@ def shares(uris: list[str], count: int) -> list[tuple[int, int]]:
 
 
 def _in_one_group(one: str, other: str) -> bool:
-    group = containers.group_of(one)
-    return group is not None and group == containers.group_of(other)
+    group = containers.row_group(one)
+    return group is not None and group == containers.row_group(other)
 
 
-def tasks(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:
+def from_ranges(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:
     """The given rows of a manifest as a dataset whose blocks, one a task, are these ranges."""
     # Not from_arrow, which runs a task of one CPU for its metadata, and so may wait for ever.
     return ray.data.from_blocks([manifest.slice(start, stop - start).combine_chunks() for start, stop in ranges])
 
 
-def be_quiet() -> None:
+def silence_progress() -> None:
     """Keep Ray Data in this process from announcing each execution; the jobs show progress of their own."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -152,7 +152,7 @@ def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Ba
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
 
 
-def batches_of(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
+def rebatch(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
     """Cut a stream of blocks into batches of the given sizes.
 
     Raises:

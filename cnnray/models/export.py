@@ -252,8 +252,8 @@ def _load_images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, 
         held_out = _read_manifest(config.verification, bundle)
         held_out = held_out.take(np.random.default_rng(config.seed).permutation(len(held_out)))
         calibration_rows = rows
-    elif len(held_out := manifests.rows_of(rows, "validation")):
-        training_rows = manifests.rows_of(rows, "train")
+    elif len(held_out := manifests.select_split(rows, "validation")):
+        training_rows = manifests.select_split(rows, "train")
         calibration_rows = training_rows if len(training_rows) else held_out
     else:
         # With few images, all serve for comparison, including those that the ranges come from.
@@ -277,7 +277,7 @@ def _read_manifest(source: str, bundle: Bundle) -> pa.Table:
     """
     # In a folder of folders, each folder is a class. Otherwise only a table can give labels.
     in_class_folders = storage.exists(source) and not storage.is_file(source) and bool(storage.folders(source))
-    rows = manifests.manifest_of(source, labelled=in_class_folders)
+    rows = manifests.build_manifest(source, labelled=in_class_folders)
     if rows["label"].null_count:
         log.info("%d of %d images of %s have no label", rows["label"].null_count, len(rows), source)
     unknown = sorted(set(manifests.class_names(rows)) - set(bundle.info.class_names))

@@ -33,8 +33,8 @@ def predict(
     from cnnray.prediction.config import PredictOptions
 
     if isinstance(images, str):
-        manifest = manifests.manifest_of(images, labelled=False)
+        manifest = manifests.build_manifest(images, labelled=False)
     else:
-        manifest = manifests.manifest_of_uris(images) if isinstance(images, Sequence) else images
-    plan = pipeline.plan_when_it_fits(Bundle.load(bundle), options or PredictOptions())
+        manifest = manifests.manifest_from_uris(images) if isinstance(images, Sequence) else images
+    plan = pipeline.plan_when_resources_allow(Bundle.load(bundle), options or PredictOptions())
     return pipeline.predict(pipeline.select_columns(manifest), plan)

@@ -23,7 +23,7 @@ from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.parts import Parts
 from cnnray.prediction.pool import check_room
 from cnnray.prediction.resume import PredictionError
-from cnnray.progress import Progress, duration
+from cnnray.progress import ProgressBar, duration
 from cnnray.tracking.prometheus import PredictionMetrics
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ def run(config: PredictConfig) -> dict[str, Any]:
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
             with cluster.connected():
-                plan = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
+                plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
                 paths.check_shared(
-                    cluster.resources(), [config.bundle, containers.file_of(manifest["uri"][0].as_py())]
+                    cluster.resources(), [config.bundle, containers.containing_file(manifest["uri"][0].as_py())]
                 )
                 engine = plan.engine
                 # All checks have passed: only now is anything written or deleted.
@@ -113,7 +113,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     parts = resume.plan_parts(config, manifest)
     resumed = parts.row_count(parts.written() if earlier else set())
     with cluster.connected():
-        plan = pipeline.plan_when_it_fits(bundle, config, earlier["engine"] if earlier else None)
+        plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
     sample = _sample(manifest)
     worker = pipeline.Worker(plan, bundle.version)
     list(worker(sample.slice(0, 1)))  # the first call is slow
@@ -152,11 +152,11 @@ def build_manifest(config: PredictConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: with a sentence for the user.
     """
-    manifest = manifests.manifest_of(config.input, labelled=False).slice(0, config.limit)
+    manifest = manifests.build_manifest(config.input, labelled=False).slice(0, config.limit)
     metadata = {resume.INPUT: manifests.fingerprint(manifest)}
     manifest = pipeline.select_columns(manifest)
     if config.shards > 1:
-        ranges = stream.shares(manifest["uri"].to_pylist(), config.shards)
+        ranges = stream.divide_rows(manifest["uri"].to_pylist(), config.shards)
         if len(ranges) < config.shards:
             raise ManifestError(
                 f"{config.input} can be split into {len(ranges)} shards only (images in one row group stay together)."
@@ -183,7 +183,7 @@ def _predict_missing_parts(
     """
     import ray
 
-    stream.be_quiet()
+    stream.silence_progress()
     missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
     missing_rows = sum(stop - start for start, stop in missing)
     pool = plan.pool
@@ -193,19 +193,19 @@ def _predict_missing_parts(
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy())
-    progress = Progress(len(manifest), len(manifest) - missing_rows)
+    progress = ProgressBar(len(manifest), len(manifest) - missing_rows)
     errors, metrics = _ErrorLimit(config, missing_rows), PredictionMetrics(config.folder)
     per_task = pipeline.rows_per_task(missing_rows, pool)
     uris = manifest["uri"].to_pylist()
     tasks = [
         (first + start, first + stop)
         for first, last in missing
-        for start, stop in stream.pieces(uris[first:last], per_task)
+        for start, stop in stream.split_rows(uris[first:last], per_task)
     ]
     del uris  # large for millions of images
     dataset = pipeline.predict(manifest.replace_schema_metadata(None), plan, tasks)
     try:
-        with cluster.watched(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+        with cluster.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
             for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
                 collector.add(rows)
                 metrics.add_rows(rows)

@@ -80,14 +80,14 @@ def plan(bundle: Bundle, options: PredictOptions, resources: Resources, engine: 
     )
 
 
-def plan_when_it_fits(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
+def plan_when_resources_allow(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
     """`plan` for the cluster that this process is connected to; waits `options.wait_minutes` for missing nodes.
 
     Raises:
         BundleError, ClusterError: see `plan`.
     """
     worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
-    return cluster.when_it_fits(
+    return cluster.wait_for_resources(
         lambda resources: plan(bundle, options, resources, engine),
         [worker] * (options.max_workers or options.min_workers or 1),
         options.wait_minutes,
@@ -137,8 +137,8 @@ def predict(manifest: pa.Table, plan: Plan, ranges: list[tuple[int, int]] | None
     """
     size, resize, pool = plan.bundle.info.image_size, plan.bundle.info.resize, plan.pool
     if ranges is None:
-        ranges = stream.pieces(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
-    dataset, ledger = stream.tasks(manifest, ranges), create_ledger()
+        ranges = stream.split_rows(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
+    dataset, ledger = stream.from_ranges(manifest, ranges), create_ledger()
     if pool.decode_cpus:
         dataset = dataset.map_batches(
             _decoded,
@@ -310,7 +310,7 @@ class Worker:
         blocks = reading.decoded_blocks(
             table.select(["id", "uri"]), size, self._info.resize, stream.rows_per_block(size), sources=sources
         )
-        for block in reading.ahead(blocks):
+        for block in reading.prefetched(blocks):
             yield block["image"], block["error"].tolist()
 
     def _with_predictions(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:

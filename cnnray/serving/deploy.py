@@ -161,7 +161,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
             replica = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
-            max_replicas = cluster.when_it_fits(
+            max_replicas = cluster.wait_for_resources(
                 functools.partial(_count_replicas, config),
                 [replica] * max(1, config.min_replicas),
                 config.wait_minutes,

@@ -223,10 +223,10 @@ class RecipeConfig:
         for part in ("warmup", "decay"):
             given = [name for name in (f"{part}_epochs", f"{part}_steps") if getattr(self, name) is not None]
             if given and self.schedule != "cosine":
-                raise ValueError(f"{flags.spelt(given[0])} is of --schedule cosine, not of {self.schedule}.")
+                raise ValueError(f"{flags.flag_name(given[0])} is of --schedule cosine, not of {self.schedule}.")
             if len(given) > 1:
                 raise ValueError(
-                    f"{flags.spelt(given[0])} and {flags.spelt(given[1])} say the same: give one of them."
+                    f"{flags.flag_name(given[0])} and {flags.flag_name(given[1])} say the same: give one of them."
                 )
 
 
@@ -278,7 +278,7 @@ class ClusterConfig:
             share = getattr(self, name)
             if share is not None and share * SIXTEENTHS % 1:
                 raise ValueError(
-                    f"{flags.spelt(name)} {share} with --min-workers: expected sixteenths, such as "
+                    f"{flags.flag_name(name)} {share} with --min-workers: expected sixteenths, such as "
                     f"{max(1, round(share * SIXTEENTHS)) / SIXTEENTHS:g}, in which Ray counts without rounding."
                 )
 

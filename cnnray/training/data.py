@@ -31,23 +31,23 @@ def manifest_of_run(config: TrainConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: with a sentence.
     """
-    manifest = manifests.manifest_of(config.data, labelled=True).select(["id", "uri", "label", "split"])
+    manifest = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
     if config.validation is not None:
         if config.validation == config.data:
             raise ManifestError("--validation is the same as --data.")
-        train_rows = manifests.rows_of(manifest, "train")
+        train_rows = manifests.select_split(manifest, "train")
         train_rows = train_rows if len(train_rows) else manifest
-        validation = manifests.manifest_of(config.validation, labelled=True)
+        validation = manifests.build_manifest(config.validation, labelled=True)
         manifest = manifests.with_validation(train_rows, validation)
     elif manifest["split"].null_count == len(manifest):
         manifest = manifests.split_off_validation(manifest, config.validation_fraction, config.seed)
     elif manifest["split"].null_count:
         raise ManifestError(f"{config.data}: some images have a split and some have none.")
-    elif not len(manifests.rows_of(manifest, "validation")):
-        train_rows = manifests.rows_of(manifest, "train").drop_columns(["id"])
+    elif not len(manifests.select_split(manifest, "validation")):
+        train_rows = manifests.select_split(manifest, "train").drop_columns(["id"])
         train_rows = train_rows.add_column(0, "id", pa.array(range(len(train_rows)), pa.int64()))
         manifest = manifests.split_off_validation(train_rows, config.validation_fraction, config.seed)
-    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+    train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
     missing = sorted(set(manifests.class_names(manifest)) - set(manifests.class_names(train)))
     if missing:
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
@@ -57,7 +57,7 @@ def manifest_of_run(config: TrainConfig) -> pa.Table:
 
 
 def describe(manifest: pa.Table) -> None:
-    train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+    train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
     classes = len(manifests.class_names(train))
     log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
 
@@ -71,8 +71,8 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> Non
     from cnnray.images import stream
 
     if config.data_checks:
-        stream.be_quiet()
-        if checked := stream.checked_in_passing(manifest, shares.decode_cpus):
+        stream.silence_progress()
+        if checked := stream.check_if_small(manifest, shares.decode_cpus):
             checked.warn()
             if checked.unreadable > config.max_bad_fraction * checked.images:
                 raise ManifestError(
@@ -95,7 +95,7 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
     )
     if config.cache == "memory" and not fits:
         raise ManifestError(f"--cache memory has to keep {sizes}: use --cache none.")
-    if not any(containers.group_of(uri) for uri in rows["uri"].to_pylist()):
+    if not any(containers.row_group(uri) for uri in rows["uri"].to_pylist()):
         return config.cache == "memory" or (config.cache == "auto" and needed <= shares.cache_bytes)
     if config.cache == "none" or not fits:
         raise ManifestError(
@@ -109,11 +109,11 @@ def decoded_into_memory(config: TrainConfig, manifest: pa.Table, shares: Shares)
     """References to the decoded blocks of each split in memory."""
     from cnnray.images import stream
 
-    stream.be_quiet()
+    stream.silence_progress()
     rows = manifests.with_targets(_used(manifest))
     cached = {
         split: decode_into_memory(
-            manifests.rows_of(rows, split), config.image_size, config.resize, shares.decode_cpus
+            manifests.select_split(rows, split), config.image_size, config.resize, shares.decode_cpus
         )
         for split in ("train", "validation")
     }
@@ -165,7 +165,7 @@ class StreamedSource:
         )
         options = dataset.context.execution_options
         options.resource_limits = options.resource_limits.copy(object_store_memory=self.memory_bytes)
-        yield from stream.batches_of(stream.in_order(dataset), iter(sizes))
+        yield from stream.rebatch(stream.in_order(dataset), iter(sizes))
 
 
 class CachedSource:

@@ -75,11 +75,11 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected():
-            shares = cluster.when_it_fits(
+            shares = cluster.wait_for_resources(
                 functools.partial(share_out, config), resource_requests(config), config.wait_minutes
             )
             weights_file = None if config.weights in ("none", "imagenet") else config.weights
-            first = containers.file_of(manifest["uri"][0].as_py())
+            first = containers.containing_file(manifest["uri"][0].as_py())
             opened = filter(None, [first, config.output, config.teacher, weights_file])
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
@@ -233,7 +233,7 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
 
 
 def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
-    counts = Counter(manifests.rows_of(manifest, "train")["label"].to_pylist())
+    counts = Counter(manifests.select_split(manifest, "train")["label"].to_pylist())
     return BundleInfo(
         class_names=manifests.class_names(manifest),
         image_size=config.image_size,

@@ -30,7 +30,7 @@ def check(config: TrainConfig, manifest: pa.Table) -> None:
     Raises:
         RecipeError, BundleError, OSError: with a sentence.
     """
-    images = len(manifests.rows_of(manifest, "train"))
+    images = len(manifests.select_split(manifest, "train"))
     per_epoch = epoch.steps(images, config.batch_size)
     for phase in config.resolved_phases:
         if config.schedule == "cosine":

@@ -58,7 +58,7 @@ def _set_up(assignment: Assignment) -> None:
     # Ray Train has given the root logger its handlers, and the level INFO.
     for name, level in (("", logging.WARNING), ("cnnray", logging.INFO)):
         logging.getLogger(name).setLevel(level)
-    stream.be_quiet()
+    stream.silence_progress()
     tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)
     tf.config.threading.set_inter_op_parallelism_threads(2)
 
@@ -71,7 +71,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         manifest = manifests.with_targets(manifests.read(assignment.manifest))
-        train, validation = (manifests.rows_of(manifest, split) for split in ("train", "validation"))
+        train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
         self.train_source = self._source("train", train)
         self.validation_source = self._source("validation", validation)
         self.images, self.validation_images = len(train), len(validation)

@@ -61,7 +61,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         recipe.check(config, data.manifest_of_run(config))
         _begin(config)
         with cluster.connected(), tracker.following() if tracker else contextlib.nullcontext():
-            available = cluster.when_it_fits(
+            available = cluster.wait_for_resources(
                 functools.partial(_fit, config), resource_requests(config), config.wait_minutes
             )
             results = _results(config, spaces, available)

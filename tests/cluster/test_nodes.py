@@ -54,7 +54,7 @@ def _history(output):
 
 def _training_images(output):
     """As the history has it."""
-    rows = manifests.rows_of(manifests.read(str(output / "manifest.parquet")), "train")
+    rows = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "train")
     return f"{len(rows)}.0"
 
 
@@ -167,7 +167,7 @@ import ray
 ray.init(logging_level="ERROR")
 from cnnray.images import manifest as manifests
 from cnnray.training.data import CachedSource, decode_into_memory
-rows = manifests.with_targets(manifests.manifest_of({str(all_digits)!r}, labelled=True))
+rows = manifests.with_targets(manifests.build_manifest({str(all_digits)!r}, labelled=True))
 blocks = decode_into_memory(rows, 64, "stretch", 0.25)
 nodes = {{node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}}
 places = ray.experimental.get_object_locations(blocks)

@@ -14,7 +14,7 @@ from cnnray.evaluation import comparison, job
 from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.job import check_data, evaluate
-from cnnray.images.manifest import ManifestError, manifest_of
+from cnnray.images.manifest import ManifestError, build_manifest
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
@@ -191,7 +191,7 @@ def test_splits_class_names_too_few_predictions_and_retried_images(onnx_bundle, 
     with pytest.raises(EvaluationError, match="no images of the split test"):
         evaluate(dataclasses.replace(config, split="test"))
     assert not (tmp_path / "out" / "config.yaml").exists()
-    manifest = manifest_of(str(table), labelled=True)
+    manifest = build_manifest(str(table), labelled=True)
     for split, count in (("auto", 10), ("all", 13), ("train", 3)):
         assert len(job._select_split(manifest, dataclasses.replace(config, split=split))) == count
     with pytest.raises(EvaluationError, match="9 predictions, 0 of them wrong, do not determine a temperature"):

@@ -24,7 +24,7 @@ from cnnray.evaluation.job import evaluate
 from cnnray.images import containers, lease, object_stores, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import decode
-from cnnray.images.manifest import ManifestError, manifest_of
+from cnnray.images.manifest import ManifestError, build_manifest
 from cnnray.models.bundle import Bundle
 from cnnray.models.export import ExportConfig, export
 from cnnray.models.predictor import Predictor
@@ -98,18 +98,18 @@ def test_errors_name_the_file(root):
 def test_more_objects_than_one_page(bucket):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{'ab'[i % 2]}/{i:04d}.png", b"x"), range(2100)))
-    manifest = manifest_of(bucket, labelled=True)
+    manifest = build_manifest(bucket, labelled=True)
     assert len(manifest) == 2100
     assert manifest["label"].to_pylist() == ["a"] * 1050 + ["b"] * 1050
-    assert len(manifest_of(f"{bucket}/*/00*.png", labelled=False)) == 100
+    assert len(build_manifest(f"{bucket}/*/00*.png", labelled=False)) == 100
     assert [file.uri for file in storage.files(f"{bucket}/a")] == manifest["uri"].to_pylist()[:1050]
 
 
 def test_missing_bucket_and_empty_prefix(bucket):
     with pytest.raises((ManifestError, OSError), match="does not exist"):
-        manifest_of("s3://cnnray-there-is-no-such-bucket", labelled=True)
+        build_manifest("s3://cnnray-there-is-no-such-bucket", labelled=True)
     with pytest.raises(ManifestError, match="does not exist"):
-        manifest_of(f"{bucket}/nothing", labelled=True)
+        build_manifest(f"{bucket}/nothing", labelled=True)
 
 
 def test_no_credentials_get_a_sentence(bucket, new_clients, monkeypatch, tmp_path):
@@ -261,7 +261,7 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
     object_stores._store.cache_clear()
     object_stores._arrow_filesystem.cache_clear()
     for _ in range(3):
-        uris = manifest_of(bucket, labelled=False)["uri"].to_pylist()
+        uris = build_manifest(bucket, labelled=False)["uri"].to_pylist()
         with ThreadPoolExecutor(8) as pool:
             read = list(pool.map(lambda uri: list(containers.encoded([uri])), uris))
         assert read == [[b"data"]] * 10
@@ -279,7 +279,7 @@ def test_parquet_with_images_on_s3(bucket, digits):
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, row_group_size=8)
     storage.write_bytes(f"{bucket}/data/train-0.parquet", buffer.getvalue())
-    manifest = manifest_of(f"{bucket}/data", labelled=True)
+    manifest = build_manifest(f"{bucket}/data", labelled=True)
     (block,) = stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25))
     assert not any(block["error"])
     expected = [decode(storage.read_bytes(uri), 8) for uri in files]
@@ -350,7 +350,7 @@ def test_images_of_a_container_that_s3_refuses_have_the_reason(
         pyarrow.parquet.write_table(pa.table({"bytes": list(contents.values())}), tmp_path / "0.parquet")
     uri = f"{bucket}/{fault}/0.{kind}"
     storage.write_bytes(uri, (tmp_path / f"0.{kind}").read_bytes())
-    uris = manifest_of(uri, labelled=False)["uri"].to_pylist()
+    uris = build_manifest(uri, labelled=False)["uri"].to_pylist()
     assert list(containers.encoded(uris)) == list(contents.values())
     monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: fault if f"/{fault}/0." in path else None)
     assert [error.reason for error in containers.encoded(uris)] == [reason] * 5

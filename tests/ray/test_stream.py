@@ -7,7 +7,7 @@ import pytest
 
 from cnnray.images import stream
 from cnnray.images.decode import decode
-from cnnray.images.manifest import manifest_of
+from cnnray.images.manifest import build_manifest
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
@@ -89,7 +89,7 @@ def test_images_inside_containers_are_the_same(files, sources, tmp_path, kind):
     else:
         column = [{"bytes": data, "path": None} for data in contents] if kind == "hugging_face" else contents
         pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "images.parquet", row_group_size=7)
-    held = manifest_of(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
+    held = build_manifest(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
     source = StreamedSource(manifest=held, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28)
     for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):
         (expected,), (found,) = (list(s.batches(rows, [len(rows)])) for s in (sources[0], source))
@@ -101,7 +101,7 @@ def test_parquet_that_breaks_off_gives_an_error_for_each_of_its_images(tmp_path)
     path = tmp_path / "images.parquet"
     images = [data * 50 for data in awkward_images().values() if len(data) < 10_000]
     pyarrow.parquet.write_table(pa.table({"bytes": images}), path, row_group_size=5, compression="none")
-    manifest = manifest_of(str(path), labelled=False)
+    manifest = build_manifest(str(path), labelled=False)
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
     path.write_bytes(data)
@@ -122,7 +122,7 @@ def test_blocks_are_small_and_in_order(tmp_path):
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
     # Row groups of Parquet are not cut.
     pyarrow.parquet.write_table(pa.table({"bytes": [b"x"] * 1000}), tmp_path / "x.parquet", row_group_size=300)
-    manifest = manifest_of(str(tmp_path / "x.parquet"), labelled=False)
+    manifest = build_manifest(str(tmp_path / "x.parquet"), labelled=False)
     blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
     assert [len(block["id"]) for block in blocks] == [300, 300, 300, 100]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
@@ -139,32 +139,32 @@ def test_parts_of_steps_may_be_empty(sources):
 
 def test_batches_of_refuses_too_few_and_too_many_rows():
     blocks = [{"id": np.arange(3)}, {"id": np.arange(3, 5)}]
-    assert [batch["id"].tolist() for batch in stream.batches_of(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]
+    assert [batch["id"].tolist() for batch in stream.rebatch(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]
     with pytest.raises(RuntimeError, match="2 rows early"):
-        list(stream.batches_of(iter(blocks), iter([7])))
+        list(stream.rebatch(iter(blocks), iter([7])))
     with pytest.raises(RuntimeError, match="more rows"):
-        list(stream.batches_of(iter(blocks), iter([4])))
+        list(stream.rebatch(iter(blocks), iter([4])))
 
 
 def test_pieces_do_not_cut_row_groups_unless_these_are_large():
     loose = [f"/{number}.png" for number in range(10)]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
     other = [f"/a.parquet#000001-{number:09d}" for number in range(2)]
-    assert stream.pieces([], 3) == []
-    assert stream.pieces(loose, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert stream.pieces(group + other, 3, cut_groups=True) == [(0, 7), (7, 9)]
-    assert stream.pieces(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
+    assert stream.split_rows([], 3) == []
+    assert stream.split_rows(loose, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert stream.split_rows(group + other, 3, cut_groups=True) == [(0, 7), (7, 9)]
+    assert stream.split_rows(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
     large = [f"/b.parquet#000000-{number:09d}" for number in range(50_000)]
-    assert stream.pieces(other + large, 3) == [(0, 50_002)]
-    found = stream.pieces(other + large, 3, cut_groups=True)
+    assert stream.split_rows(other + large, 3) == [(0, 50_002)]
+    found = stream.split_rows(other + large, 3, cut_groups=True)
     assert found == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
-    assert stream.pieces(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
+    assert stream.split_rows(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
 
 
 def test_shares_are_equal_and_do_not_cut_row_groups():
     loose = [f"/{number}.png" for number in range(9)]
-    assert [stop - start for start, stop in stream.shares(loose, 4)] == [2, 2, 2, 3]
+    assert [stop - start for start, stop in stream.divide_rows(loose, 4)] == [2, 2, 2, 3]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
-    assert stream.shares(group, 3) == [(0, 7)]
-    assert stream.shares(group + loose, 2) == [(0, 8), (8, 16)]
-    assert stream.shares(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]
+    assert stream.divide_rows(group, 3) == [(0, 7)]
+    assert stream.divide_rows(group + loose, 2) == [(0, 8), (8, 16)]
+    assert stream.divide_rows(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]

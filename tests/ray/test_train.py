@@ -164,7 +164,7 @@ def test_what_a_run_leaves(undisturbed, digits):
 def test_the_bundle_gives_the_metrics_that_it_states(undisturbed):
     summary, output, _ = undisturbed
     bundle = Bundle.load(summary["bundle"])
-    rows = manifests.rows_of(manifests.read(str(output / "manifest.parquet")), "validation").to_pylist()
+    rows = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "validation").to_pylist()
     answers = Predictor(bundle)([Path(row["uri"]).read_bytes() for row in rows])
     right = [answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)]
     assert np.mean(right) == pytest.approx(bundle.info.metrics["val_accuracy"], abs=1e-9)
@@ -177,7 +177,7 @@ def test_the_bundle_gives_the_metrics_that_it_states(undisturbed):
 
 def test_each_epoch_sees_each_image_once(undisturbed):
     _, output, steps = undisturbed
-    expected = manifests.rows_of(manifests.read(str(output / "manifest.parquet")), "train")["id"].to_pylist()
+    expected = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "train")["id"].to_pylist()
     assert _ids_by_epoch(steps) == [sorted(expected)] * EPOCHS
 
 

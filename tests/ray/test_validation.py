@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from cnnray.images import manifest as manifests
-from cnnray.images.manifest import manifest_of
+from cnnray.images.manifest import build_manifest
 from cnnray.models.bundle import BundleInfo
 from cnnray.training.config import TrainConfig
 from cnnray.training.plan import Assignment
@@ -29,7 +29,7 @@ def _validate(rank, world, assignments):
         with strategy.scope():
             worker = _Worker(assignment, strategy)
         sums = worker._validate()
-        rows = manifests.rows_of(manifests.read(assignment.manifest), "validation").to_pylist()
+        rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
         with_data = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
         probabilities = np.asarray(worker.steps.inference(np.stack(with_data), training=False))
         results[size] = sums.metrics(), sums.count, probabilities, [int(row["label"]) for row in rows]
@@ -39,7 +39,7 @@ def _validate(rank, world, assignments):
 @pytest.fixture(scope="module")
 def validated(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
-    everything = manifest_of(str(digits), labelled=True)
+    everything = build_manifest(str(digits), labelled=True)
     assignments = {}
     for size in SIZES:
         split = np.where(np.arange(len(everything)) % (len(everything) // size) == 0, "validation", "train")

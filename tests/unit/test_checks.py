@@ -32,7 +32,7 @@ def _checked(tmp_path, files):
         rows.append({"id": number, "uri": str(path), "label": label, "split": split})
     schema = pa.schema([("id", pa.int64()), ("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
     manifest = pa.Table.from_pylist(rows, schema)
-    return checks.checked(manifest, pa.concat_tables(checks.examined(manifest)))
+    return checks.check(manifest, pa.concat_tables(checks.examine(manifest)))
 
 
 @pytest.fixture

@@ -37,20 +37,20 @@ def _needing(cpus):
 
 
 def test_a_job_that_fits_asks_for_nothing(growing):
-    assert cluster.when_it_fits(_needing(2), [{"CPU": 1.0}], 10) == 2
+    assert cluster.wait_for_resources(_needing(2), [{"CPU": 1.0}], 10) == 2
     assert growing == []
 
 
 @pytest.mark.parametrize("minutes", [None, 0])
 def test_without_minutes_a_job_does_not_wait(growing, minutes):
     with pytest.raises(ClusterError, match=r"^2 CPUs are not 6\.$"):
-        cluster.when_it_fits(_needing(6), [{"CPU": 1.0}], minutes)
+        cluster.wait_for_resources(_needing(6), [{"CPU": 1.0}], minutes)
     assert growing == []
 
 
 def test_a_job_asks_again_and_again_until_it_fits_and_then_no_more(growing, caplog):
     caplog.set_level(logging.INFO)
-    assert cluster.when_it_fits(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
+    assert cluster.wait_for_resources(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
     assert growing == [[{"CPU": 2.0}] * 3, [{"CPU": 2.0}] * 3, []]
     said = [record.message for record in caplog.records]
     assert said[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
@@ -60,7 +60,7 @@ def test_a_job_asks_again_and_again_until_it_fits_and_then_no_more(growing, capl
 
 def test_waiting_ends_with_what_was_lacking(growing):
     with pytest.raises(ClusterError, match=r"^6 CPUs are not 8\. \(Waited 0\.002 minutes for nodes\.\)$"):
-        cluster.when_it_fits(_needing(8), [{"CPU": 1.0}], 0.002)
+        cluster.wait_for_resources(_needing(8), [{"CPU": 1.0}], 0.002)
     assert growing[-1] == []
 
 
@@ -86,11 +86,11 @@ def test_a_shortage_is_said_every_minute_and_each_one_anew(monkeypatch, caplog):
 
 
 def test_what_waits_for_lost_nodes_is_interrupted(growing):
-    with pytest.raises(ClusterError, match="Waited"), cluster.watched(_needing(8), 0.001):
+    with pytest.raises(ClusterError, match="Waited"), cluster.watch(_needing(8), 0.001):
         time.sleep(30)
-    with pytest.raises(KeyboardInterrupt), cluster.watched(_needing(2), None):
+    with pytest.raises(KeyboardInterrupt), cluster.watch(_needing(2), None):
         raise KeyboardInterrupt
-    with cluster.watched(_needing(2), 0):
+    with cluster.watch(_needing(2), 0):
         pass
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from cnnray.images import containers
 from cnnray.images import manifest as manifests
-from cnnray.images.manifest import ManifestError, manifest_of
+from cnnray.images.manifest import ManifestError, build_manifest
 from tests.conftest import write_tar
 
 
@@ -21,7 +21,7 @@ def _touch(root, *names):
 
 def test_class_folders(tmp_path):
     _touch(tmp_path, "b/2.JPG", "a/1.png", "a/deep/er/3.jpeg", "a/notes.txt", "a/.hidden.png", ".git/x.png")
-    manifest = manifest_of(str(tmp_path), labelled=True)
+    manifest = build_manifest(str(tmp_path), labelled=True)
     assert manifest["id"].to_pylist() == [0, 1, 2]
     assert [uri.removeprefix(str(tmp_path)) for uri in manifest["uri"].to_pylist()] == [
         "/a/1.png",
@@ -29,32 +29,32 @@ def test_class_folders(tmp_path):
         "/b/2.JPG",
     ]
     assert manifest["label"].to_pylist() == ["a", "a", "b"]
-    assert manifest.equals(manifest_of(str(tmp_path), labelled=True))
+    assert manifest.equals(build_manifest(str(tmp_path), labelled=True))
 
 
 def test_split_folders(tmp_path):
     _touch(tmp_path, "train/a/1.png", "train/b/1.png", "validation/a/2.png", "validation/b/2.png")
-    manifest = manifest_of(str(tmp_path), labelled=True)
+    manifest = build_manifest(str(tmp_path), labelled=True)
     assert manifest["split"].to_pylist() == ["train", "train", "validation", "validation"]
     assert manifests.class_names(manifest) == ["a", "b"]
 
 
 def test_a_flat_folder_and_a_glob_need_no_labels(tmp_path):
     _touch(tmp_path, "1.png", "sub/2.png", "sub/3.gif")
-    assert len(manifest_of(str(tmp_path), labelled=False)) == 3
-    assert len(manifest_of(f"{tmp_path}/**/*.png", labelled=False)) == 2
+    assert len(build_manifest(str(tmp_path), labelled=False)) == 3
+    assert len(build_manifest(f"{tmp_path}/**/*.png", labelled=False)) == 2
 
 
 def test_containers_beside_images_are_not_passed_over_in_silence(tmp_path, caplog):
     _touch(tmp_path, "1.png", "sub/0.tar")
-    assert len(manifest_of(str(tmp_path), labelled=False)) == 1
+    assert len(build_manifest(str(tmp_path), labelled=False)) == 1
     assert f"Parquet or tar files too, which are not read: '{tmp_path}/sub/0.tar'" in caplog.text
 
 
 def test_a_name_that_is_not_utf_8_gets_a_sentence(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
     with pytest.raises(OSError, match=r"caf\\xe9.png' is not UTF-8: rename it"):
-        manifest_of(str(tmp_path), labelled=False)
+        build_manifest(str(tmp_path), labelled=False)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -67,7 +67,7 @@ def test_tables(tmp_path, kind):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
-    manifest = manifest_of(str(path), labelled=True).to_pylist()
+    manifest = build_manifest(str(path), labelled=True).to_pylist()
     assert {row["uri"]: (row["label"], row["who"]) for row in manifest} == {
         f"{tmp_path}/x/2.png": ("007", "me"),
         "/y/1.png": ("NA", "you"),
@@ -83,7 +83,7 @@ def _write_images(path, labels, **columns):
 def test_parquet_with_the_images_in_it(tmp_path):
     path = tmp_path / "images.parquet"
     _write_images(path, ["b", "a", "b"], uri=["x", "x", "z"], who=[1, 2, 3])
-    manifest = manifest_of(str(path), labelled=True)
+    manifest = build_manifest(str(path), labelled=True)
     assert manifest["uri"].to_pylist() == [
         f"{path}#{place}" for place in ("000000-000000000", "000000-000000001", "000001-000000000")
     ]
@@ -102,11 +102,11 @@ def test_parquet_shards_name_their_split_and_labels_as_hugging_face_does(tmp_pat
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     for source in (tmp_path, tmp_path / "*.parquet"):
-        manifest = manifest_of(str(source), labelled=False)
+        manifest = build_manifest(str(source), labelled=False)
         assert manifest["split"].to_pylist() == ["test"] * 3 + ["train"] * 6
         assert manifest["label"].to_pylist() == ["dog", "cat", None] * 3
     with pytest.raises(ManifestError, match="3 images have no label"):
-        manifest_of(str(tmp_path), labelled=True)
+        build_manifest(str(tmp_path), labelled=True)
 
 
 def test_tar_shards_as_webdataset_writes_them(tmp_path):
@@ -114,11 +114,11 @@ def test_tar_shards_as_webdataset_writes_them(tmp_path):
     for name in ("train-000", "validation-000"):
         write_tar(tmp_path / f"{name}.tar", {**members, "b/.hidden.png": b"x", "a/long" * 40 + ".png": b"three"})
     for source in (tmp_path, tmp_path / "*.tar"):
-        manifest = manifest_of(str(source), labelled=False)
+        manifest = build_manifest(str(source), labelled=False)
         assert manifest["split"].to_pylist() == ["train"] * 3 + ["validation"] * 3
         assert manifest["key"].to_pylist() == ["b/1", "b/2", "a/long" * 40] * 2
         assert manifest["label"].to_pylist() == ["cat", "dog", None] * 2
-    manifest = manifest_of(str(tmp_path / "train-000.tar"), labelled=False)
+    manifest = build_manifest(str(tmp_path / "train-000.tar"), labelled=False)
     assert list(containers.encoded(manifest["uri"].to_pylist())) == [b"one", b"two", b"three"]
     assert list(containers.encoded(manifest["uri"].to_pylist()[::-1])) == [b"three", b"two", b"one"]
     assert manifest["uri"][0].as_py() == f"{tmp_path}/train-000.tar#000000000512-000000003-b/1.jpg"
@@ -131,13 +131,13 @@ def test_a_tar_that_is_not_whole_is_refused(case, tmp_path):
     data = path.read_bytes()
     path.write_bytes({"compressed": gzip.compress(data), "cut off": data[:5000], "not a tar": b"x" * 5000}[case])
     with pytest.raises(ManifestError, match=r"images.tar cannot be read as a table: .*only whole ones"):
-        manifest_of(str(path), labelled=False)
+        build_manifest(str(path), labelled=False)
 
 
 def test_images_of_a_tar_that_changed_are_errors(tmp_path):
     path = tmp_path / "images.tar"
     write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
-    uris = manifest_of(str(path), labelled=False)["uri"].to_pylist()
+    uris = build_manifest(str(path), labelled=False)["uri"].to_pylist()
     path.write_bytes(path.read_bytes()[:9000])
     found = list(containers.encoded(uris))
     assert found[:2] == [bytes(3000)] * 2
@@ -148,7 +148,7 @@ def test_images_of_a_tar_that_changed_are_errors(tmp_path):
 
 def test_an_id_of_the_tables_own_is_kept(tmp_path):
     (tmp_path / "x.csv").write_text("id,uri\nb17,x.png\na4,y.png\n")
-    manifest = manifest_of(str(tmp_path / "x.csv"), labelled=False)
+    manifest = build_manifest(str(tmp_path / "x.csv"), labelled=False)
     assert manifest["id"].to_pylist() == [0, 1]
     assert manifest["original_id"].to_pylist() == ["b17", "a4"]
 
@@ -157,9 +157,9 @@ def test_parquet_without_images_or_addresses_is_refused(tmp_path):
     pyarrow.parquet.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ManifestError, match="no column 'uri', or one of images"):
-        manifest_of(str(tmp_path / "x.parquet"), labelled=False)
+        build_manifest(str(tmp_path / "x.parquet"), labelled=False)
     with pytest.raises(ManifestError, match=r"y.parquet cannot be read as a table"):
-        manifest_of(str(tmp_path / "y.parquet"), labelled=False)
+        build_manifest(str(tmp_path / "y.parquet"), labelled=False)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_parquet_without_images_or_addresses_is_refused(tmp_path):
 def test_bad_folders_get_one_sentence(tmp_path, files, sentence):
     _touch(tmp_path, *files)
     with pytest.raises(ManifestError, match=sentence) as error:
-        manifest_of(str(tmp_path), labelled=True)
+        build_manifest(str(tmp_path), labelled=True)
     assert str(tmp_path) in str(error.value)
 
 
@@ -197,35 +197,35 @@ def test_bad_tables_get_one_sentence(tmp_path, text, sentence):
     path = tmp_path / "images.csv"
     path.write_text(text)
     with pytest.raises(ManifestError, match=sentence):
-        manifest_of(str(path), labelled=True)
+        build_manifest(str(path), labelled=True)
 
 
 def test_missing_folder_and_unknown_scheme(tmp_path):
     with pytest.raises(ManifestError, match="does not exist"):
-        manifest_of(str(tmp_path / "nowhere"), labelled=True)
+        build_manifest(str(tmp_path / "nowhere"), labelled=True)
     with pytest.raises(OSError, match="neither a local path nor"):
-        manifest_of("ftp://bucket/x", labelled=True)
+        build_manifest("ftp://bucket/x", labelled=True)
 
 
 def test_split_is_seeded_and_stratified(tmp_path):
     _touch(tmp_path, *(f"a/{i}.png" for i in range(10)), *(f"b/{i}.png" for i in range(5)), "c/0.png")
-    manifest = manifest_of(str(tmp_path), labelled=True)
+    manifest = build_manifest(str(tmp_path), labelled=True)
     first, again, other = (manifests.split_off_validation(manifest, 0.2, seed) for seed in (1, 1, 2))
     assert first.equals(again)
     assert not first.equals(other)
-    held = manifests.rows_of(first, "validation")["label"].to_pylist()
+    held = manifests.select_split(first, "validation")["label"].to_pylist()
     assert (held.count("a"), held.count("b"), held.count("c")) == (2, 1, 0)
 
 
 def test_a_fraction_that_leaves_nothing_is_refused(tmp_path):
     _touch(tmp_path, "a/0.png", "b/0.png")
     with pytest.raises(ManifestError, match="leaves none"):
-        manifests.split_off_validation(manifest_of(str(tmp_path), labelled=True), 0.2, 0)
+        manifests.split_off_validation(build_manifest(str(tmp_path), labelled=True), 0.2, 0)
 
 
 def test_validation_may_not_repeat_or_add_labels(tmp_path):
     _touch(tmp_path, "t/a/0.png", "t/b/0.png", "v/a/1.png", "v/z/1.png")
-    train, validation = (manifest_of(str(tmp_path / name), labelled=True) for name in ("t", "v"))
+    train, validation = (build_manifest(str(tmp_path / name), labelled=True) for name in ("t", "v"))
     with pytest.raises(ManifestError, match="no training image has: 'z'"):
         manifests.with_validation(train, validation)
     with pytest.raises(ManifestError, match="more than once"):
@@ -234,7 +234,7 @@ def test_validation_may_not_repeat_or_add_labels(tmp_path):
 
 def test_targets_are_places_among_the_class_names(tmp_path):
     _touch(tmp_path, "b/0.png", "a/1.png", "c/2.png")
-    manifest = manifests.with_targets(manifest_of(str(tmp_path), labelled=True))
+    manifest = manifests.with_targets(build_manifest(str(tmp_path), labelled=True))
     assert dict(zip(manifest["label"].to_pylist(), manifest["target"].to_pylist(), strict=True)) == {
         "a": 0, "b": 1, "c": 2,
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_targets_are_places_among_the_class_names(tmp_path):
 
 def test_written_and_read_back_whole(tmp_path):
     _touch(tmp_path, "a/0.png", "b/0.png")
-    manifest = manifest_of(str(tmp_path), labelled=True)
+    manifest = build_manifest(str(tmp_path), labelled=True)
     manifests.write(manifest, str(tmp_path / "manifest.parquet"))
     assert manifests.read(str(tmp_path / "manifest.parquet")).equals(manifest)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

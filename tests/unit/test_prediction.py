@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cnnray.cluster import ClusterError, Node, Resources
-from cnnray.images.manifest import manifest_of_uris
+from cnnray.images.manifest import manifest_from_uris
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
@@ -118,7 +118,7 @@ def files(tmp_path_factory):
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     files = {str(folder / name): data for name, data in contents.items()} | {str(folder / "zz.png"): None}
-    return files, manifest_of_uris(list(files))
+    return files, manifest_from_uris(list(files))
 
 
 @pytest.mark.parametrize("decoded_in_tasks", [False, True])
@@ -181,7 +181,7 @@ def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
 
 
 def test_manifest_columns_with_names_of_output_columns_are_renamed():
-    manifest = manifest_of_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
+    manifest = manifest_from_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
     assert pipeline.select_columns(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
     twice = manifest.append_column("original_prediction", [["dog"]])
     assert pipeline.select_columns(twice).column_names[-1] == "original_prediction"
@@ -286,7 +286,7 @@ def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_
         (tmp_path / f"again_{name}").hardlink_to(tmp_path / name)
     program = f"""
 import json, resource
-from cnnray.images.manifest import manifest_of_uris
+from cnnray.images.manifest import manifest_from_uris
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
@@ -298,7 +298,7 @@ digest = bundle.digest("model.keras")
 plan = pipeline.Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
 worker = pipeline.Worker(plan, "model")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-manifest = manifest_of_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
+manifest = manifest_from_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
 rows = [row for table in worker(manifest) for row in table.select(["uri", "status", "error"]).to_pylist()]
 growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(json.dumps([rows, growth / 1024]))

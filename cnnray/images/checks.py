@@ -1,7 +1,7 @@
 """What is wrong with a data set: images in two splits or under two labels, unreadable ones, odd sizes, small classes.
 
-Copies are found by a hash of their bytes. Nearly equal images (encoded anew, resized) are found by a perceptual hash
-(`imagehash.phash`: the signs of the lowest frequencies), and are held to be equal where small pictures of both are.
+Copies are found by a hash of their bytes. Near copies (encoded again, resized) are found by a perceptual hash
+(`imagehash.phash`: the signs of the lowest frequencies), and confirmed by comparing small grey pictures of both.
 """
 
 import hashlib
@@ -29,40 +29,40 @@ from cnnray.images.reading import load_bytes, threads_for
 log = logging.getLogger(__name__)
 
 FEW = 20
-"""A class with fewer training images is called small."""
-MOST_IN_PASSING = 50_000
-"""Images up to which training and evaluation check their data without being asked."""
+"""A class with fewer training images counts as small."""
+MAX_AUTOMATIC = 50_000
+"""Images up to which training and evaluation check their data by themselves."""
 
 _AT_ONCE = 64
-_LOOKED_AT, _PICTURE = 64, 16
+_DECODED_SIZE, _PICTURE_SIZE = 64, 16
 """Height and width in pixels that images are decoded to, and of the small grey pictures."""
-_MOST_BITS, _MOST_LEVELS = 4, 6.0
-"""Largest differences of nearly equal images: bits of the hash, of 64, and root mean square of grey levels."""
-_BANDS = _MOST_BITS + 1
-"""Of hashes that differ in fewer bits than there are bands, one band at least is the same."""
-_MOST_IN_BAND, _MOST_LINKS = 2000, 16
+_MAX_BITS, _MAX_LEVELS = 4, 6.0
+"""Largest differences of near copies: in bits of the hash, of 64, and root mean square in grey levels."""
+_BANDS = _MAX_BITS + 1
+"""Two hashes that differ in fewer bits than there are bands have at least one band in common."""
+_MAX_IN_BAND, _MAX_LINKS = 2000, 16
 _ODD_RATIO, _ODD_SIDE = 5.0, 4.0
 _EXAMPLES = 10
 
 SCHEMA = pa.schema(
     [
         ("id", pa.int64()), ("error", pa.string()), ("width", pa.int32()), ("height", pa.int32()),
-        ("digest", pa.binary(16)), ("hash", pa.uint64()), ("picture", pa.binary(_PICTURE**2)),
+        ("digest", pa.binary(16)), ("hash", pa.uint64()), ("picture", pa.binary(_PICTURE_SIZE**2)),
     ]
 )  # fmt: skip
-"""What `examine` tells of each image; all but the id and the error are null where it cannot be used."""
+"""The rows of `examine`; all but the id and the error are null for an image that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One kind of problem in a data set."""
 
     kind: str
-    """In a few words."""
+    """The problem in a few words."""
     count: int
-    """How often it was found."""
+    """How often it occurs."""
     examples: list[str]
-    """The first of them, each in words."""
+    """Descriptions of the first occurrences."""
 
     def __str__(self) -> str:
         more = f", and {self.count - 3} more" if self.count > 3 else ""
@@ -71,22 +71,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was looked at, and what was found."""
+    """The images that were checked, and the problems."""
 
     images: int
     unreadable: int
     copies: int
     """Images that are a copy of another one."""
     nearly: int
-    """Images that are nearly equal to another one, and no copies."""
+    """Images that are a near copy of another one, and not a copy."""
     sides: tuple[int, int, int]
     """Smallest, median and largest side of all images in pixels."""
     counts: dict[str, dict[str, int]]
-    """Images by split ("" where they have none) and label."""
+    """Number of images by split ("" for none) and label."""
     findings: list[Finding]
 
     def warn(self) -> None:
-        """Log what was found."""
+        """Log the problems."""
         for finding in self.findings:
             log.warning("data: %s", finding)
 
@@ -95,7 +95,7 @@ class CheckResult:
 
 
 def examine(table: pa.Table) -> Iterator[pa.Table]:
-    """Read images and tell what the checks need of each, in order.
+    """Read images, and extract what the checks need of each, in order.
 
     Args:
         table: rows of a manifest.
@@ -109,15 +109,15 @@ def examine(table: pa.Table) -> Iterator[pa.Table]:
     ids = table["id"].to_pylist()
     with ThreadPoolExecutor(threads_for(table["uri"][0].as_py())) as pool:
         for start in range(0, len(ids), _AT_ONCE):
-            some = ids[start : start + _AT_ONCE]
-            rows = pool.map(_examine_image, itertools.islice(sources, len(some)))
-            yield pa.Table.from_pylist([{"id": one} | row for one, row in zip(some, rows, strict=True)], SCHEMA)
+            chunk = ids[start : start + _AT_ONCE]
+            rows = pool.map(_examine_image, itertools.islice(sources, len(chunk)))
+            yield pa.Table.from_pylist([{"id": id_} | row for id_, row in zip(chunk, rows, strict=True)], SCHEMA)
 
 
 def _examine_image(source: Source) -> dict[str, Any]:
     try:
         data = load_bytes(source)
-        pixels = decode(data, _LOOKED_AT)
+        pixels = decode(data, _DECODED_SIZE)
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except BadImage as error:
@@ -129,54 +129,54 @@ def _examine_image(source: Source) -> dict[str, Any]:
         "height": height,
         "digest": hashlib.blake2b(data, digest_size=16).digest(),
         "hash": int(bits.view(">u8")[0]),
-        "picture": grey.resize((_PICTURE, _PICTURE), Image.Resampling.BOX).tobytes(),
+        "picture": grey.resize((_PICTURE_SIZE, _PICTURE_SIZE), Image.Resampling.BOX).tobytes(),
     }
 
 
-# -- all of them ----------------------------------------------------------------------------------------------
+# -- all images ----------------------------------------------------------------------------------------------
 
 
-def check(manifest: pa.Table, told: pa.Table) -> CheckResult:
-    """What is wrong with the images of a manifest.
+def check(manifest: pa.Table, examined: pa.Table) -> CheckResult:
+    """Find out what is wrong with the images of a manifest.
 
     Args:
         manifest: rows with `id`, `uri`, `label` and `split`.
-        told: what `examine` told of them, in any order.
+        examined: the rows that `examine` gave for them, in any order.
     """
-    told = told.sort_by("id")
-    assert told["id"].equals(manifest["id"])
+    examined = examined.sort_by("id")
+    assert examined["id"].equals(manifest["id"])
     uris, labels, splits = (manifest[name].to_pylist() for name in ("uri", "label", "split"))
-    errors = told["error"].to_pylist()
-    good = [place for place, error in enumerate(errors) if error is None]
-    digests, hashes = told["digest"].to_pylist(), told["hash"].to_pylist()
-    pictures = told["picture"].to_pylist()
+    errors = examined["error"].to_pylist()
+    good = [row for row, error in enumerate(errors) if error is None]
+    digests, hashes = examined["digest"].to_pylist(), examined["hash"].to_pylist()
+    pictures = examined["picture"].to_pylist()
     copies = [group for group in _groups(good, digests) if len(group) > 1]
     firsts = np.asarray([group[0] for group in _groups(good, digests)], np.int64)
-    near = _near(
+    near = _near_copies(
         firsts,
-        np.asarray([hashes[place] for place in firsts], np.uint64),
-        np.frombuffer(b"".join(pictures[place] for place in firsts), np.uint8).reshape(len(firsts), _PICTURE**2),
+        np.asarray([hashes[row] for row in firsts], np.uint64),
+        np.frombuffer(b"".join(pictures[row] for row in firsts), np.uint8).reshape(len(firsts), _PICTURE_SIZE**2),
     )
 
-    def words(group: list[int]) -> str:
-        shown = [f"{uris[place]} ({', '.join(filter(None, (splits[place], labels[place])))})" for place in group]
-        return " = ".join(shown[:_EXAMPLES] + (["..."] if len(shown) > _EXAMPLES else []))
+    def describe(group: list[int]) -> str:
+        images = [f"{uris[row]} ({', '.join(filter(None, (splits[row], labels[row])))})" for row in group]
+        return " = ".join(images[:_EXAMPLES] + (["..."] if len(images) > _EXAMPLES else []))
 
     findings = []
 
-    def find(kind: str, found: list[str], count: int | None = None) -> None:
-        if found:
-            findings.append(Finding(kind, count or len(found), found[:_EXAMPLES]))
+    def report(kind: str, examples: list[str], count: int | None = None) -> None:
+        if examples:
+            findings.append(Finding(kind, count or len(examples), examples[:_EXAMPLES]))
 
     for kind, groups in (("the same image", copies), ("nearly the same image", near)):
         for values, where in ((splits, "in two splits"), (labels, "under two labels")):
-            mixed = [group for group in groups if len({values[one] for one in group}) > 1]
-            find(f"{kind} {where}", [words(group) for group in mixed[:_EXAMPLES]], len(mixed))
-    find("unreadable", [f"{uris[place]}: {error}" for place, error in enumerate(errors) if error is not None])
-    widths, heights = (told[name].to_numpy()[good].astype(np.int64) for name in ("width", "height"))
-    find("an odd size", [f"{uris[good[place]]}: {why}" for place, why in _odd(widths, heights)])
+            mixed = [group for group in groups if len({values[row] for row in group}) > 1]
+            report(f"{kind} {where}", [describe(group) for group in mixed[:_EXAMPLES]], len(mixed))
+    report("unreadable", [f"{uris[row]}: {error}" for row, error in enumerate(errors) if error is not None])
+    widths, heights = (examined[name].to_numpy()[good].astype(np.int64) for name in ("width", "height"))
+    report("an odd size", [f"{uris[good[index]]}: {size}" for index, size in _odd_sizes(widths, heights)])
     counts = _counts(labels, splits)
-    find(f"fewer than {FEW} {'training ' if 'train' in counts else ''}images", _small_classes(counts))
+    report(f"fewer than {FEW} {'training ' if 'train' in counts else ''}images", _small_classes(counts))
     sides = np.concatenate([widths, heights]) if good else np.zeros(1, np.int64)
     return CheckResult(
         images=len(manifest),
@@ -189,18 +189,18 @@ def check(manifest: pa.Table, told: pa.Table) -> CheckResult:
     )
 
 
-def _groups(places: list[int], values: list[Any]) -> list[list[int]]:
-    """Places that have the same value, in order."""
+def _groups(rows: list[int], values: list[Any]) -> list[list[int]]:
+    """The rows that have the same value, in order."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for place in places:
-        groups[values[place]].append(place)
+    for row in rows:
+        groups[values[row]].append(row)
     return list(groups.values())
 
 
-def _near(
-    places: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]
+def _near_copies(
+    rows: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]
 ) -> list[list[int]]:
-    """Groups of places whose images are nearly equal, each to another one of its group."""
+    """Groups of rows whose images are near copies, each of another one of its group."""
     links = [np.empty((0, 2), np.int64)]
     for band in np.array_split(np.arange(64, dtype=np.uint64), _BANDS):
         mask = np.bitwise_or.reduce(np.uint64(1) << band)
@@ -208,44 +208,44 @@ def _near(
         order = np.argsort(keys, kind="stable")
         cuts = np.flatnonzero(np.diff(keys[order])) + 1
         for group in np.split(order, cuts):
-            # Flat and blank images share their hashes: of so many each is held against the next ones only.
-            for number, one in enumerate(group[:-1]):
-                others = group[number + 1 : number + 1 + _MOST_IN_BAND]
-                others = others[np.bitwise_count(hashes[others] ^ hashes[one]) <= _MOST_BITS]
+            # Flat and blank images share their hashes. In such large groups each is compared with the next ones only.
+            for number, row in enumerate(group[:-1]):
+                others = group[number + 1 : number + 1 + _MAX_IN_BAND]
+                others = others[np.bitwise_count(hashes[others] ^ hashes[row]) <= _MAX_BITS]
                 if len(others):
-                    apart = pictures[others].astype(np.float32) - pictures[one]
-                    # A few links of each tie a group of very many together.
-                    others = others[np.sqrt((apart**2).mean(1)) <= _MOST_LEVELS][:_MOST_LINKS]
-                    links.append(np.stack([np.full(len(others), one), others], 1))
-    one, other = np.concatenate(links).T
-    size = max(len(places), 1)
-    graph = scipy.sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), (size, size))
+                    difference = pictures[others].astype(np.float32) - pictures[row]
+                    # A few links of each image connect a group of very many.
+                    others = others[np.sqrt((difference**2).mean(1)) <= _MAX_LEVELS][:_MAX_LINKS]
+                    links.append(np.stack([np.full(len(others), row), others], 1))
+    first, second = np.concatenate(links).T
+    size = max(len(rows), 1)
+    graph = scipy.sparse.coo_array((np.ones(len(first), np.bool_), (first, second)), (size, size))
     _, groups_by_row = scipy.sparse.csgraph.connected_components(graph, directed=False)
     groups = _groups(list(range(size)), groups_by_row.tolist())
-    return [places[group].tolist() for group in groups if len(group) > 1]
+    return [rows[group].tolist() for group in groups if len(group) > 1]
 
 
-def _odd(widths: npt.NDArray[np.int64], heights: npt.NDArray[np.int64]) -> Iterator[tuple[int, str]]:
-    """Images whose size is far from that of most."""
+def _odd_sizes(widths: npt.NDArray[np.int64], heights: npt.NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+    """Index and description of the images whose size is far from the median."""
     if not len(widths):
         return
     longer, shorter = np.maximum(widths, heights), np.minimum(widths, heights)
     middle = float(np.median(np.concatenate([widths, heights])))
-    for place in np.flatnonzero(
+    for index in np.flatnonzero(
         (longer > _ODD_RATIO * shorter) | (longer > _ODD_SIDE * middle) | (shorter * _ODD_SIDE < middle)
     ).tolist():
-        yield place, f"{widths[place]}x{heights[place]}, where most sides have {middle:.0f} pixels"
+        yield index, f"{widths[index]}x{heights[index]}, where most sides have {middle:.0f} pixels"
 
 
 def _counts(labels: list[str | None], splits: list[str | None]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for label, split in zip(labels, splits, strict=True):
         counts[split or ""][label or ""] += 1
-    return {split: dict(sorted(some.items())) for split, some in sorted(counts.items())}
+    return {split: dict(sorted(by_label.items())) for split, by_label in sorted(counts.items())}
 
 
 def _small_classes(counts: dict[str, dict[str, int]]) -> list[str]:
-    """Of the training images, or where nothing is said of splits of all."""
+    """The small classes among the training images, or among all images if they have no splits."""
     counted = counts.get("train") or counts.get("", {})
-    names = sorted({label for some in counts.values() for label in some if label})
+    names = sorted({label for by_label in counts.values() for label in by_label if label})
     return [f"{name} ({counted.get(name, 0)})" for name in names if counted and counted.get(name, 0) < FEW]

@@ -184,9 +184,17 @@ class _ArrowS3(pyarrow.fs.S3FileSystem):
 # -- errors ------------------------------------------------------------------------------------------------
 
 
+_ARROW_ERRORS: tuple[tuple[type[StorageError | DeniedError | UnavailableError], str, str], ...] = (
+    (DeniedError, "ACCESS_DENIED|HTTP status 40[13]", "denies access to"),
+    (ThrottledError, "SLOW_DOWN|THROTTLING|HTTP status (429|503)", "asks for fewer requests, at"),
+    (UnavailableError, "NETWORK_CONNECTION|SERVICE_UNAVAILABLE|HTTP status 5[0-9][0-9]", "does not answer, at"),
+)
+"""The kind of an error of pyarrow's filesystems, which differ in their text only."""
+
+
 @contextlib.contextmanager
 def translated_errors(uri: str) -> Iterator[None]:
-    """Turn what the system and obstore raise into this module's errors."""
+    """Turn the errors of the system, of obstore and of pyarrow's filesystems into this module's."""
     try:
         yield
     except CnnrayError:
@@ -194,13 +202,23 @@ def translated_errors(uri: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"{uri} does not exist.") from None
     except OSError as error:
-        kind: Any = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
-        kind = DeniedError if isinstance(error, PermissionError) else kind
-        raise kind(f"{uri}: {error.strerror or error}.") from None
+        raise _system_error(uri, error) from None
     except Exception as error:
         if type(error).__module__ == "obstore.exceptions" or str(error).startswith("Could not parse path"):
             raise _remote_error(uri, str(error).partition("\n\nDebug")[0]) from None
         raise
+
+
+def _system_error(uri: str, error: OSError) -> CnnrayError:
+    text = " ".join(str(error).split())[:300]
+    if error.errno is None and not is_local(uri):
+        service = _SERVICES[split_address(uri)[0]]
+        for kind, pattern, sentence in _ARROW_ERRORS:
+            if found := re.search(pattern, text):
+                return kind(f"{service} {sentence} {uri} ({found[0]}).")
+    kind = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
+    kind = DeniedError if isinstance(error, PermissionError) else kind
+    return kind(f"{uri}: {error.strerror or text}.")
 
 
 def _remote_error(uri: str, text: str) -> CnnrayError:

@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
 _THREADS = {"local": 4, "remote": 16}
-"""Reads (and decodes, for which Pillow lets go of the interpreter's lock) side by side in one task."""
+"""Threads of one task that read, and decode: Pillow releases the interpreter's lock."""
 _SOURCES_AT_ONCE = 64
-"""Images of containers whose bytes are in memory, as `map` takes them all before the first is decoded."""
+"""Images of containers to hold in memory: `map` reads so many before the first is decoded."""
 
 Batch = dict[str, npt.NDArray[Any]]
 Item = TypeVar("Item")
@@ -35,12 +36,12 @@ def decoded_blocks(
     """Read and decode the images of a manifest in this process, a block at a time, with threads.
 
     Args:
-        table: rows with `uri`, which Parquet's images have in the file's order (see `containers`).
+        table: rows with `uri`; images in containers in the order of the file (see `containers`).
         size: height and width in pixels.
         resize: see `decode`.
         rows_per_block: rows of one block.
-        threads: reads and decodes side by side; None: 4 of local files, 16 of remote ones.
-        sources: of which each row takes one (see `containers.encoded`); None: those of the table's uris.
+        threads: that read and decode; None: 4 for local files, 16 for remote ones.
+        sources: one for each row (see `containers.encoded`); None: those of the table's uris.
 
     Yields:
         the table's columns as arrays, in order, and `image`, uint8 (n, size, size, 3), zeros where it could not be
@@ -58,23 +59,23 @@ def decoded_blocks(
             images = np.zeros((len(rows), size, size, 3), np.uint8)
             errors: list[str] = []
             for first in range(0, len(rows), at_once):
-                some = images[first : first + at_once]
-                errors += pool.map(decode_into, some, itertools.islice(sources, len(some)))
+                chunk = images[first : first + at_once]
+                errors += pool.map(decode_into, chunk, itertools.islice(sources, len(chunk)))
             columns = {name: rows[name].to_numpy() for name in rows.column_names}
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
 
 def threads_for(uri: str) -> int:
-    """Reads side by side in one task, of images as this one."""
+    """Threads to read images such as this one."""
     return _THREADS["local" if storage.is_local(uri) else "remote"]
 
 
 def prefetched(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made in a thread while the one before is being used."""
+    """The same items, each computed in a thread while the item before it is in use."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+        upcoming = pool.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = pool.submit(next, items, None)
             yield item
 
 
@@ -87,10 +88,10 @@ def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, size: int, resiz
 
 
 def load_bytes(source: Source) -> bytes:
-    """The encoded image, read where `source` is a uri.
+    """The encoded image of a source, read from storage if it is a uri.
 
     Raises:
-        BadImage: it cannot be read. Nothing else is raised, whatever storage does.
+        BadImage: it cannot be read, for whatever reason.
     """
     if isinstance(source, BadImage):
         raise source
@@ -98,13 +99,5 @@ def load_bytes(source: Source) -> bytes:
         return source
     try:
         return storage.read_bytes(source, MAX_BYTES)
-    except FileNotFoundError as error:
-        raise BadImage("missing", str(error)) from None
-    except PermissionError as error:
-        raise BadImage("access denied", str(error)) from None
-    except storage.ThrottledError as error:
-        raise BadImage("throttled", str(error)) from None
-    except OverflowError as error:
-        raise BadImage("too large", str(error)) from None
-    except (OSError, ValueError) as error:  # ValueError: a path that cannot be one
-        raise BadImage("unreadable", str(error)) from None
+    except (CnnrayError, ValueError) as error:  # ValueError: an impossible path
+        raise containers.unreadable(error) from None

@@ -34,7 +34,8 @@ from cnnray.images.object_stores import UnavailableError as UnavailableError
 from cnnray.images.object_stores import arrow_filesystem as arrow_filesystem
 from cnnray.images.object_stores import cluster_environment as cluster_environment
 from cnnray.images.object_stores import is_local as is_local
-from cnnray.images.object_stores import locate, split_address, translated_errors
+from cnnray.images.object_stores import locate, split_address
+from cnnray.images.object_stores import translated_errors as translated_errors
 
 _LISTING_THREADS = 16
 _PAGE = 1000

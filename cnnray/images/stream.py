@@ -1,4 +1,4 @@
-"""Manifest rows to decoded images: the only place that reads with Ray Data."""
+"""Manifest rows to a Ray Dataset of decoded images. The only module that reads with Ray Data."""
 
 import itertools
 import logging
@@ -16,10 +16,10 @@ from cnnray.images.reading import Batch
 log = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 256
-"""Rows that one task reads and decodes; a block of 224x224 images then holds 37 MiB."""
+"""Rows that a task reads and decodes; a block of 224x224 images then has 37 MiB."""
 
 _BLOCK_BYTES = 64 * 2**20
-_LARGE_GROUP, _MOST_READS_OF_A_GROUP = 4096, 8
+_LARGE_GROUP, _MAX_RANGES_OF_A_GROUP = 4096, 8
 
 
 def decoded(
@@ -27,20 +27,20 @@ def decoded(
 ) -> ray.data.Dataset:
     """Stream the images of a manifest, one row out for each row in, in the manifest's order.
 
-    Reading and decoding are fused in one task a block of `ROWS_PER_BLOCK` rows (fewer where images are
-    large), so that pixels are only ever produced where memory for them is budgeted. A row group of a Parquet file
-    that holds images is one task; Ray cuts its rows into blocks of its target size.
+    A task reads and decodes a block of `ROWS_PER_BLOCK` rows (fewer of large images), so that pixels are only
+    produced where memory is reserved for them. A row group of a Parquet file is one task; Ray cuts its rows into
+    blocks of its target size.
 
     Args:
         manifest: rows with `id` and `uri`; its other columns pass through.
         size: height and width in pixels.
         resize: see `decode`.
-        cpus_per_task: CPUs that Ray reserves for a task; below 1 where few CPUs are free (a stream whose task
-            can never be scheduled waits for ever, and says nothing).
+        cpus_per_task: CPUs that Ray reserves for a task; less than 1 if few CPUs are free. (A stream whose task can
+            never be scheduled waits for ever, without a message.)
 
     Returns:
-        A dataset of the manifest's columns and `image`, uint8 (size, size, 3), zeros where it could not be
-        decoded, and `error`, a string, empty where it could.
+        A dataset of the manifest's columns, of `image`, uint8 (size, size, 3), zeros where decoding failed, and of
+        `error`, a string, empty where decoding succeeded.
     """
     rows = rows_per_block(size)
     return from_ranges(manifest, split_rows(manifest["uri"].to_pylist(), rows)).map_batches(
@@ -60,18 +60,21 @@ def check(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult:
         manifest: rows with `id`, `uri`, `label` and `split`.
         cpus_per_task: see `decoded`.
     """
-    told = from_ranges(
+    examined = from_ranges(
         manifest.select(["id", "uri"]), split_rows(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)
     ).map_batches(checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
-    batches = list(told.iter_batches(batch_size=None, batch_format="pyarrow"))
+    batches = list(examined.iter_batches(batch_size=None, batch_format="pyarrow"))
     return checks.check(manifest, pa.concat_tables(batches))
 
 
 def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult | None:
-    """`checked`, for a job that has something else to do: None, and a line in the log, where there are too many
-    images, or one of them ends its worker."""
-    if len(manifest) > checks.MOST_IN_PASSING:
-        log.info("%d images are too many to be checked in passing: jobs/evaluate.py --check-data does", len(manifest))
+    """`check` as a part of another job.
+
+    Returns:
+        None, after a line in the log, if there are too many images, or if one of them crashes its worker.
+    """
+    if len(manifest) > checks.MAX_AUTOMATIC:
+        log.info("%d images are too many for a check here: jobs/evaluate.py --check-data checks them", len(manifest))
         return None
     log.info("checking %d images", len(manifest))
     try:
@@ -82,21 +85,21 @@ def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Che
 
 
 def rows_per_block(size: int) -> int:
-    """Rows that are decoded at once, by the images' height and width."""
+    """Rows of a block of images of this height and width."""
     return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
 
 
 def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
-    """Cut a manifest every `rows` rows, but not within a row group, which is read from its start.
+    """Cut a manifest into ranges of `rows` rows, but not inside a row group, which is read from its start.
 
     Args:
         uris: of the manifest.
-        rows: of a piece; fewer of the last, more where a row group has more.
-        cut_groups: whether row groups of more than 4096 rows are cut all the same, into 8 pieces at most (of which
-            each reads what is before it in the group, too).
+        rows: rows of a range; the last has fewer, and a larger row group has more.
+        cut_groups: whether to cut row groups of more than 4096 rows, too, into at most 8 ranges (each of which reads
+            the rows before it in the group as well).
 
     Returns:
-        the first row of each piece, and that after its last.
+        the first row of each range, and the row after its last.
     """
     cuts, start = [0], 0
     for group, run in itertools.groupby(uris, containers.row_group):
@@ -108,17 +111,17 @@ def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[
             if start > cuts[-1] and (large or start - cuts[-1] >= rows):
                 cuts.append(start)
             if large:
-                step = max(rows, _LARGE_GROUP, math.ceil((stop - start) / _MOST_READS_OF_A_GROUP))
+                step = max(rows, _LARGE_GROUP, math.ceil((stop - start) / _MAX_RANGES_OF_A_GROUP))
                 cuts += range(start + step, stop, step)
         start = stop
     return list(itertools.pairwise([*cuts, len(uris)])) if uris else []
 
 
 def divide_rows(uris: list[str], count: int) -> list[tuple[int, int]]:
-    """Cut a manifest into shares of about the same size, but not within a row group.
+    """Cut a manifest into `count` ranges of about the same size, but not inside a row group.
 
     Returns:
-        the first row of each share, and that after its last; fewer than `count` where row groups are too large.
+        the first row of each range, and the row after its last; fewer than `count` if row groups are too large.
     """
     cuts = {0, len(uris)}
     for number in range(1, count):
@@ -129,25 +132,25 @@ def divide_rows(uris: list[str], count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(sorted(cuts)))
 
 
-def _in_one_group(one: str, other: str) -> bool:
-    group = containers.row_group(one)
+def _in_one_group(uri: str, other: str) -> bool:
+    group = containers.row_group(uri)
     return group is not None and group == containers.row_group(other)
 
 
 def from_ranges(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:
-    """The given rows of a manifest as a dataset whose blocks, one a task, are these ranges."""
-    # Not from_arrow, which runs a task of one CPU for its metadata, and so may wait for ever.
+    """A dataset of a manifest's rows with a block, and so a task, for each of these ranges."""
+    # from_arrow would run a task of one CPU for the metadata, which may wait for ever.
     return ray.data.from_blocks([manifest.slice(start, stop - start).combine_chunks() for start, stop in ranges])
 
 
 def silence_progress() -> None:
-    """Keep Ray Data in this process from announcing each execution; the jobs show progress of their own."""
+    """Stop Ray Data in this process from logging each execution: the jobs show progress of their own."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Batch]:
-    """The dataset's blocks as NumPy batches, in order and of the size that the tasks gave them."""
+    """The blocks of a dataset as NumPy batches, in the order and of the sizes that the tasks gave them."""
     dataset.context.execution_options.preserve_order = True
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
 
@@ -156,7 +159,7 @@ def rebatch(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
     """Cut a stream of blocks into batches of the given sizes.
 
     Raises:
-        RuntimeError: the blocks hold fewer or more rows than the sizes ask for.
+        RuntimeError: the blocks have fewer or more rows than the sizes ask for.
     """
     held = next(blocks, {"id": np.empty(0, np.int64)})
     for size in sizes:
@@ -172,7 +175,7 @@ def rebatch(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
         held = {name: values[size:] for name, values in held.items()}
         yield _concatenated(parts)
     if len(held["id"]) or next(blocks, None) is not None:
-        raise RuntimeError("The stream holds more rows than were asked for.")
+        raise RuntimeError("The stream has more rows than the sizes ask for.")
 
 
 def _concatenated(parts: list[Batch]) -> Batch:

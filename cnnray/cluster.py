@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: found or started, and asked for what it has before anything waits."""
+"""The Ray cluster that a job runs on: connection or start, resources, and the errors of its workers."""
 
 import contextlib
 import json
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 Planned = TypeVar("Planned")
 
 LOOK_SECONDS = 5.0
-"""Time between two looks at a cluster that lacks nodes, or may lose some."""
-_SAY_SECONDS = 60.0
+"""Seconds between two looks at the resources of a cluster that lacks nodes or may lose some."""
+_LOG_SECONDS = 60.0
 LOST_MINUTES = 10.0
-"""How long a running job waits for nodes that were lost, where it is not told."""
+"""Minutes that a running job waits for lost nodes, unless --wait-minutes says otherwise."""
 
 
 class ClusterError(PermanentError, RuntimeError):
@@ -35,7 +35,7 @@ class ClusterError(PermanentError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What one node has in all."""
+    """The resources of one node, used and free."""
 
     cpus: float
     gpus: float = 0.0
@@ -44,32 +44,32 @@ class Node:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has in all, node by node."""
+    """The resources of a cluster, used and free, node by node."""
 
     nodes: tuple[Node, ...]
 
     @property
     def cpus(self) -> float:
-        """Of the whole cluster."""
+        """CPUs of the whole cluster."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> float:
-        """Of the whole cluster."""
+        """GPUs of the whole cluster."""
         return sum(node.gpus for node in self.nodes)
 
     @property
     def object_store_bytes(self) -> int:
-        """Of the whole cluster."""
+        """Bytes of all object stores together."""
         return sum(node.object_store_bytes for node in self.nodes)
 
     @property
     def smallest_object_store_bytes(self) -> int:
-        """Of the node that has least."""
+        """Bytes of the smallest object store."""
         return min(node.object_store_bytes for node in self.nodes)
 
     def room_for(self, cpus: float, gpus: float) -> int:
-        """How many processes of so many CPUs (more than 0) and GPUs fit, each on one node."""
+        """The number of processes that fit, each with so many CPUs (more than 0) and GPUs of one node."""
         slack = 1e-6
         return sum(
             min(int(node.cpus / cpus + slack), int(node.gpus / gpus + slack) if gpus else 2**31)
@@ -110,9 +110,8 @@ def last_line(error: BaseException) -> str:
 
 
 def starts_own() -> bool:
-    """Whether `connected` starts a Ray of its own on this machine: where RAY_ADDRESS names no cluster, and this
-    process has joined none."""
-    ray = sys.modules.get("ray")  # not imported for this: it takes a second
+    """Whether `connected` will start Ray on this machine: no RAY_ADDRESS, and no connection of this process."""
+    ray = sys.modules.get("ray")  # importing it takes a second
     return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
 
 
@@ -122,39 +121,38 @@ def local_cpus() -> int:
 
 
 def submitted_environment() -> dict[str, Any]:
-    """Ray's runtime environment that this job was submitted with; empty for a job that was not submitted."""
+    """The runtime environment of a job of `ray job submit`; empty for any other job."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     return dict(submitted.get("runtime_env", {}))
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[Resources]:
-    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine for as long as it is needed.
+    """Connect to the cluster of RAY_ADDRESS, or start one on this machine for as long as the context lasts.
 
-    A job that was given by `ray job submit` finds RAY_ADDRESS set. Where Ray is connected already, that
-    connection is used and left as it is.
+    Jobs of `ray job submit` have RAY_ADDRESS. An existing connection is used, and left open.
 
     Raises:
-        ClusterError: RAY_ADDRESS names no cluster that can be reached.
+        ClusterError: the cluster cannot be reached or started.
     """
     import ray
 
     if ray.is_initialized():
         yield resources()
         return
-    given = submitted_environment().get("env_vars", {})  # which Ray refuses to set once more
-    # Jobs show progress of their own, also where a dataset is read in an actor.
+    given = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
+    # Jobs show progress of their own, also for datasets that are read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
-    # Ray Train's own actors ask the machine for the cluster's address, and there may be several clusters on it: they
-    # would then leave the CPUs of a trial that was stopped reserved for ever.
+    # Without the address, Ray Train's own actors look for a cluster on their machine. If there are several, they may
+    # find another one, and the CPUs of a stopped trial then stay reserved for ever.
     variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or f"{ray.util.get_node_ip_address()}:{_own_port()}"
     variables = {name: value for name, value in variables.items() if name not in given}
     if starts_own():
-        # Nobody takes away a machine that the job started Ray on; the watcher would log an error of its own.
+        # This machine will not be preempted, and Ray Train's watcher would log an error.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # Ray ends idle processes beyond one a CPU, which then start anew (1 to 2 s) with every epoch's tasks.
+        # Ray would end idle processes beyond one a CPU, and start them again (1 to 2 s) for the tasks of every epoch.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * local_cpus()))
-        # Nor does anybody start its control service again, for which Ray waits a minute.
+        # Ray waits a minute for its control service to be started again, which nobody does here.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     try:
         ray.init(
@@ -166,7 +164,7 @@ def connected() -> Iterator[Resources]:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
     if threading.current_thread() is threading.main_thread():
-        # Set once more, Python's handler takes the place of Ray's, which prints a stack trace before it calls that.
+        # Ray's handler prints a stack trace before it calls Python's: install Python's again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         found = resources()
@@ -178,74 +176,77 @@ def connected() -> Iterator[Resources]:
 
 
 def _own_port() -> int:
-    """A free port, at which the Ray that this process starts will be asked: it reads it from its environment."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        port: int = one.getsockname()[1]
+    """A free port for the Ray that this process starts, which reads it from the environment."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     return port
 
 
 def resources() -> Resources:
-    """What the cluster has that this process is connected to.
+    """The resources of the cluster that this process is connected to.
 
     Raises:
-        ClusterError: it is connected to none.
+        ClusterError: this process is not connected.
     """
     import ray
 
     if not ray.is_initialized():
         raise ClusterError("Ray is not connected: call ray.init() first.")
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(
         tuple(
             Node(
-                cpus=has.get("CPU", 0.0),
-                gpus=has.get("GPU", 0.0),
-                object_store_bytes=int(has.get("object_store_memory", 0)),
+                cpus=node.get("CPU", 0.0),
+                gpus=node.get("GPU", 0.0),
+                object_store_bytes=int(node.get("object_store_memory", 0)),
             )
-            for has in found
+            for node in nodes
         )
     )
 
 
 class Shortage:
-    """What a job lacks nodes for: said when it begins and every minute, and not waited for longer than is allowed."""
+    """The wait of a job for missing nodes: logged when it begins and every minute, and limited in time."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         """
         Args:
-            minutes: that it may last.
-            clock: gives seconds.
+            minutes: the longest wait.
+            clock: returns seconds.
         """
         self._minutes, self._clock = minutes, clock
         self._since: float | None = None
-        self._said = -_SAY_SECONDS
+        self._logged = -_LOG_SECONDS
 
-    def look(self, plan: Callable[[Resources], Planned]) -> Planned | None:
-        """What a plan of the cluster as it is gives; None where it lacks nodes.
+    def try_plan(self, plan: Callable[[Resources], Planned]) -> Planned | None:
+        """Plan with the present resources.
 
         Args:
-            plan: raises `ClusterError` where the cluster has too little.
+            plan: raises `ClusterError` if the resources are too small.
+
+        Returns:
+            What `plan` returns; None if the resources are too small.
 
         Raises:
-            ClusterError: it has had too little for too long.
+            ClusterError: they have been too small for too long.
         """
         try:
             planned = plan(resources())
         except ClusterError as error:
-            self.lasts(error)
+            self._wait_for(error)
             return None
         if self._since is not None:
-            log.info("the nodes are there, after %s", duration(self._clock() - self._since))
-        self._since, self._said = None, -_SAY_SECONDS
+            log.info("the nodes have come, after %s", duration(self._clock() - self._since))
+        self._since, self._logged = None, -_LOG_SECONDS
         return planned
 
-    def lasts(self, error: ClusterError) -> None:
-        """Say what is lacking.
+    def _wait_for(self, error: ClusterError) -> None:
+        """Log what is missing.
 
         Raises:
-            ClusterError: it has lasted too long.
+            ClusterError: the wait has lasted too long.
         """
         if not self._minutes:
             raise error
@@ -254,51 +255,53 @@ class Shortage:
         left = self._since + 60 * self._minutes - now
         if left <= 0:
             raise ClusterError(f"{error} (Waited {self._minutes:g} minutes for nodes.)")
-        if now - self._said >= _SAY_SECONDS:
-            self._said = now
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
             log.info("waiting for nodes, at most %s: %s", duration(left), error)
 
 
 def wait_for_resources(
-    plan: Callable[[Resources], Planned], bundles: list[dict[str, float]], minutes: float | None
+    plan: Callable[[Resources], Planned], requests: list[dict[str, float]], minutes: float | None
 ) -> Planned:
-    """Plan a job on what the cluster has; where that is too little, wait for more, and ask the autoscaler for it.
+    """Plan a job with the cluster's resources; if they are too small, ask the autoscaler for more, and wait.
 
     Args:
-        plan: gives something, or raises `ClusterError` where it is too little.
-        bundles: what the job would like to have: the resources of each of its processes.
-        minutes: to wait at most; None or 0: not at all.
+        plan: returns a plan, or raises `ClusterError` if the resources are too small.
+        requests: the resources of each process that the job would like to run.
+        minutes: the longest wait; None or 0: do not wait.
 
     Raises:
-        ClusterError: it is still too little.
+        ClusterError: the resources are still too small.
     """
     shortage = Shortage(minutes or 0.0)
-    if (planned := shortage.look(plan)) is not None:
+    if (planned := shortage.try_plan(plan)) is not None:
         return planned
     from ray.autoscaler import sdk
 
     try:
         while planned is None:
-            # Again and again: each request replaces all others of the cluster, such as those of other jobs.
-            sdk.request_resources(bundles=[{name: has for name, has in one.items() if has} for one in bundles])
+            # Each request replaces all others of the cluster, such as those of other jobs, so it is repeated.
+            sdk.request_resources(
+                bundles=[{name: amount for name, amount in request.items() if amount} for request in requests]
+            )
             time.sleep(LOOK_SECONDS)
-            planned = shortage.look(plan)
+            planned = shortage.try_plan(plan)
         return planned
     finally:
-        # Else it would hold the nodes for ever; jobs that run ask for themselves.
+        # Without this the request would keep the nodes for ever. Running jobs make requests of their own.
         sdk.request_resources(bundles=[])
 
 
 @contextlib.contextmanager
 def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterator[None]:
-    """Watch the cluster while something runs in the main thread, which Ray may let wait for ever for lost nodes.
+    """Watch the resources while the main thread runs something that might wait for lost nodes for ever.
 
     Args:
-        check: raises `ClusterError` where the cluster has too little to go on.
-        minutes: that this may last; None: `LOST_MINUTES`.
+        check: raises `ClusterError` if the resources are too small to continue.
+        minutes: how long they may be too small; None: `LOST_MINUTES`.
 
     Raises:
-        ClusterError: it lasted longer; what ran was interrupted.
+        ClusterError: they were too small for longer; the main thread was interrupted.
     """
     shortage, ended = Shortage(LOST_MINUTES if minutes is None else minutes), threading.Event()
     errors: list[ClusterError] = []
@@ -307,17 +310,17 @@ def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterat
         if not ended.is_set():
             raise errors[0]
 
-    def watch() -> None:
+    def poll() -> None:
         while not errors and not ended.wait(LOOK_SECONDS):
             try:
-                shortage.look(check)
+                shortage.try_plan(check)
             except ClusterError as error:
                 errors.append(error)
-                # Not SIGINT, which jobs that a shell runs in its background ignore.
+                # Jobs that a shell runs in its background ignore SIGINT.
                 signal.pthread_kill(main, signal.SIGUSR1)
 
     main, before = threading.get_ident(), signal.signal(signal.SIGUSR1, interrupt)
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=poll, daemon=True)
     watcher.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What every job does around its one call: flags and YAML to a config, logs to stderr, one JSON line to stdout."""
+"""What all jobs share: flags and YAML to a config, logs to stderr, one JSON line to stdout, exit codes."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ EXIT_FAILURE = 1
 EXIT_STOPPED = 128 + signal.SIGTERM
 
 _NOISE = r"ray/issues/53727|Created TensorFlow Lite XNNPACK delegate"
-"""In lines of workers that say nothing of the job: what Ray's actors log of Ray's actors, LiteRT's greeting."""
+"""Lines of workers that are not about the job: logs of Ray's own actors, and the first line of LiteRT."""
 
 
 class _Parser(ArgumentParser):
-    """Flags spelt with dashes, and a mistake answered in one sentence."""
+    """Spells flags with dashes, and reports a mistake in one sentence."""
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         if options.get("type") is bool:
@@ -35,8 +35,8 @@ class _Parser(ArgumentParser):
         if isinstance(options.get("default"), list):
             names = names[:1]
             options = {"help": options["help"], "default": options["default"], "nargs": "+"}  # --search A B
-        spelt = [n.replace("_", "-") if isinstance(n, str) and n.startswith("--") else n for n in names]
-        return super().add_argument(*spelt, **options)
+        flag_names = [n.replace("_", "-") if isinstance(n, str) and n.startswith("--") else n for n in names]
+        return super().add_argument(*flag_names, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(str(message).split())
@@ -45,13 +45,13 @@ class _Parser(ArgumentParser):
 
 
 def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None = None) -> Config:
-    """A config from flags on top of `--config FILE`.
+    """Build a config from `--config FILE` and the flags on top of it.
 
     Args:
         config_class: a dataclass; its fields are the flags, their docstrings the help. The groups that it inherits
-            (see `cnnray.configs`) are the sections of the help; names of earlier versions are read, too.
+            (see `cnnray.configs`) are the sections of the help. Flag names of earlier versions are accepted.
         prog: the job's name in messages.
-        arguments: the command line; None for this process's.
+        arguments: the command line; None: that of this process.
 
     Raises:
         SystemExit: with code 2 and one sentence on stderr for a mistake, 0 for `--help` and `--print-config`.
@@ -113,11 +113,11 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
             (`ray job stop`). Other errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    # What Ray reads when it is imported, or prints a worker's line.
+    # Ray reads these when it is imported, and when it prints the line of a worker.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    # As Ray's own handler does from `ray.init` on: what was begun is left in order, locks for one.
+    # An exception, as from Ray's handler after `ray.init`, so that contexts are left in order and leases released.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         result = job()

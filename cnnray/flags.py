@@ -1,4 +1,4 @@
-"""Checks that the configs of several jobs share: each names the flag in one sentence."""
+"""Checks of values that the configs share. Each raises one sentence that names the flag."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -63,7 +63,7 @@ def _check(config: Any, fields: Iterable[str], valid: Callable[[Any], bool], exp
 def check_choices(config: Any, **choices: Any) -> None:
     """
     Raises:
-        ValueError: a field is none of the values of the Literal that stands for it.
+        ValueError: a field has none of the values of its Literal.
     """
     for field, literal in choices.items():
         value = getattr(config, field)
@@ -72,28 +72,26 @@ def check_choices(config: Any, **choices: Any) -> None:
 
 
 def absolute(field: str, value: str) -> str:
-    """A path or s3:// address that a flag names, as `storage.absolute` gives it.
+    """The value of a flag that is a path or a remote address, as `storage.absolute` returns it.
 
     Raises:
-        ValueError: it is empty, or, in a job of `ray job submit`, a relative path.
-        OSError: it is an address of another kind.
+        ValueError: it is empty, or a relative path in a job of `ray job submit`.
+        OSError: the scheme is unknown.
     """
     if not value:
         raise ValueError(f"{flag_name(field)} is empty.")
-    found = storage.absolute(value)
-    # Ray tells the driver of such a job in this variable what it was submitted with.
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
-        not storage.is_local(found) or Path(value).expanduser().is_absolute()
-    ):
+    uri = storage.absolute(value)
+    is_relative = storage.is_local(uri) and not Path(value).expanduser().is_absolute()
+    if is_relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # which Ray sets for submitted jobs
         raise ValueError(
             f"{flag_name(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "
             "directory, which Ray deletes: give an absolute path that all nodes see, or s3://BUCKET/PREFIX."
         )
-    return found
+    return uri
 
 
 def make_absolute(config: Any, *fields: str) -> None:
-    """Make paths and s3:// addresses, of a frozen config too, what `absolute` gives; None stays None.
+    """Replace paths and addresses in a config, even a frozen one, by what `absolute` returns; None stays None.
 
     Raises:
         ValueError, OSError: as `absolute`.

@@ -1,4 +1,4 @@
-"""Local paths on a cluster of several nodes, where each must be a mount that all nodes share."""
+"""Local paths on a cluster of several nodes, which must be on a file system that all nodes share."""
 
 import random
 from collections.abc import Iterable
@@ -7,30 +7,30 @@ from pathlib import Path
 from cnnray.cluster import ClusterError, Resources
 from cnnray.images import storage
 
-_ASKED_NODES, _SECONDS = 16, 60.0
+_MAX_NODES, _TIMEOUT_SECONDS = 16, 60.0
 
 
-def check_shared(found: Resources, uris: Iterable[str]) -> None:
-    """See whether other nodes have these files and folders, too, before images that they lack are taken for bad ones.
+def check_shared(resources: Resources, uris: Iterable[str]) -> None:
+    """Check that other nodes have these files and folders, before their absence is taken for bad images.
 
-    Of many nodes some are asked. A node that does not answer in a minute is not waited for.
+    Of many nodes a sample is asked. Nodes that do not answer within a minute are skipped.
 
     Args:
-        found: the cluster.
-        uris: what the job's workers open. What is remote needs no asking, what this node lacks itself neither.
+        resources: of the cluster.
+        uris: files and folders that the workers open. Remote ones, and those that this node lacks, are skipped.
 
     Raises:
-        ClusterError: a node has not got one of them.
+        ClusterError: a node lacks one of them.
     """
     paths = [uri for uri in uris if storage.is_local(uri) and Path(uri).exists()]
-    if len(found.nodes) < 2 or not paths:
+    if len(resources.nodes) < 2 or not paths:
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    others = random.Random(0).sample(others, min(len(others), _ASKED_NODES))
+    others = random.Random(0).sample(others, min(len(others), _MAX_NODES))
     ask = ray.remote(num_cpus=0, max_retries=0)(_missing)
     answers = {
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -38,14 +38,14 @@ def check_shared(found: Resources, uris: Iterable[str]) -> None:
         ): node
         for node in others
     }
-    answered, waiting = ray.wait(list(answers), num_returns=len(answers), timeout=_SECONDS)
+    answered, waiting = ray.wait(list(answers), num_returns=len(answers), timeout=_TIMEOUT_SECONDS)
     for answer in waiting:
         ray.cancel(answer)
     for answer in answered:
         try:
             missing = ray.get(answer)
         except ray.exceptions.RayError:
-            continue  # a node that went meanwhile
+            continue  # the node was lost meanwhile
         if missing:
             raise ClusterError(
                 f"{missing[0]} is not on the node {answers[answer]['NodeManagerAddress']}: on several nodes local "

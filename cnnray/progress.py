@@ -1,4 +1,4 @@
-"""What a job says while it works: a bar on a terminal, a line every few seconds in a log."""
+"""Progress of a job: a bar on a terminal, a line every few seconds in a log."""
 
 import logging
 import math
@@ -13,13 +13,13 @@ _REFRESH_SECONDS = 10.0
 
 
 class ProgressBar:
-    """Images done of all, images/s and the time left."""
+    """Shows finished images of all, images/s and the time left."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         """
         Args:
             total: images in all.
-            done: of these by earlier runs.
+            done: images that earlier runs have finished.
         """
         self._total, self._done, self._new = total, done, 0
         self._started = self._shown = time.monotonic()
@@ -27,11 +27,11 @@ class ProgressBar:
 
     @property
     def images_per_second(self) -> float:
-        """Since the start."""
+        """Images per second since the start."""
         return self._new / max(time.monotonic() - self._started, 1e-9)
 
     def add(self, images: int, note: str = "") -> None:
-        """Count images that are done, and show it where the last line is old enough."""
+        """Count finished images; log a line if the last one is old enough."""
         self._new += images
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(images)
@@ -45,7 +45,7 @@ class ProgressBar:
         log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, left, note)
 
     def close(self) -> None:
-        """Say how far it came, and leave the terminal to others."""
+        """Log the last line, and remove the bar."""
         if self._bar.disable:
             self._log()
         self._bar.close()

@@ -1,13 +1,13 @@
-"""A folder, glob or table to a manifest: one row an image.
+"""From a folder, a glob or a table to a manifest: one row for each image.
 
 A manifest is a pyarrow table with the columns
 
-- `id`: int64, unique, 0 ... N-1 in the order of the sorted `uri`s, so the same input gives the same ids;
+- `id`: int64, 0 to N-1 in the order of the sorted `uri`s, so that the same input gives the same ids;
 - `uri`: string, an absolute path or s3:// address;
-- `label`: string, or null where it is not known;
-- `split`: string, `train`, `validation` or `test`, or null where it is not decided;
+- `label`: string, or null if it is unknown;
+- `split`: string, `train`, `validation` or `test`, or null if it is not decided;
 
-and whatever other columns a table of images brought along.
+and the other columns of a table of images.
 """
 
 import fnmatch
@@ -37,30 +37,29 @@ SPLITS = ("train", "validation", "test")
 _TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
 _LISTING_THREADS = 8
 
-
 FORMAT = 1
-"""Of a manifest's columns and their meaning; kept in the schema's metadata."""
+"""Number of the manifest format (columns and their meaning), kept in the metadata of the schema."""
 _FORMAT_KEY = b"cnnray.manifest_format"
 
 
 class ManifestError(BadInputError, ValueError):
-    """An input that gives no usable manifest; the message is one sentence for the user."""
+    """An input that no manifest can be built from; the message is one sentence for the user."""
 
 
 def build_manifest(source: str, *, labelled: bool) -> pa.Table:
-    """The manifest of any accepted input.
+    """Build the manifest of any accepted input.
 
     Args:
-        source: on a local path or s3://, one of
+        source: a local path or remote address of
 
             - a folder of class folders (`root/class/*`, or `root/{train,validation,test}/class/*`);
-            - where no labels are needed any folder, searched at all depths, or a glob;
+            - any folder, searched at all depths, or a glob, where no labels are needed;
             - a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and `split`, whose relative paths
-              are taken from the table's own folder;
+              are relative to the folder of the table;
             - a Parquet or tar file that holds the images themselves (see `containers`), or a folder or glob of such
-              files, whose split is then that which their name begins with (`train-00000-of-00002.parquet`) where
-              they have no column `split`.
-        labelled: whether every image must have a label, which a folder then takes from its class folders.
+              files; without a column `split`, the beginning of a file's name decides it
+              (`train-00000-of-00002.parquet`).
+        labelled: whether every image must have a label; those of a folder are the names of its class folders.
 
     Returns:
         the manifest, sorted by uri.
@@ -74,9 +73,9 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
     if source.lower().endswith(_TABLES) and storage.is_file(source):
         table = _from_table(source)
     elif any(character in source for character in "*?["):
-        table = _from_uris([uri for uri in _globbed(source) if _is_image(uri)])
+        table = _from_uris([uri for uri in _glob(source) if _is_image(uri)])
         if not len(table):
-            table = _from_shards(_globbed(source))
+            table = _from_shards(_glob(source))
     elif not storage.exists(source):
         raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
     elif storage.is_file(source):
@@ -92,11 +91,11 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
 
 
 def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
-    """The manifest of a list of paths and s3:// addresses, which may lie in containers.
+    """Build the manifest of a list of paths and addresses, of images in containers as well.
 
     Raises:
-        ManifestError: there are none, or the same twice.
-        OSError: an address of another kind.
+        ManifestError: the list is empty, or has an image twice.
+        OSError: the scheme of an address is unknown.
     """
     table = _from_uris([storage.absolute(uri) for uri in uris])
     if not len(table):
@@ -126,7 +125,7 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.T
     (scikit-learn's stratified splitters refuse classes of one image and small fractions.)
 
     Raises:
-        ManifestError: no image at all would be in `validation`.
+        ManifestError: no image would be in `validation`.
     """
     labels = np.asarray(manifest["label"].to_pylist(), dtype=object)
     split = np.full(len(manifest), "train", dtype=object)
@@ -142,7 +141,7 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.T
 
 
 def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
-    """One manifest of two: `train`'s rows as split `train` and `validation`'s as `validation`, with new ids.
+    """Join two manifests, `train` as the split `train` and `validation` as `validation`, with new ids.
 
     Raises:
         ManifestError: a uri is in both, or a label of `validation` is not in `train`.
@@ -161,7 +160,7 @@ def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
 
 
 def with_targets(manifest: pa.Table) -> pa.Table:
-    """A labelled manifest with the column `target`: int64, the label's place among `class_names`."""
+    """A labelled manifest with a column `target`: int64, the index of the label in `class_names`."""
     order = pa.array(class_names(manifest), pa.string())
     return manifest.append_column("target", pc.index_in(manifest["label"], order).cast(pa.int64()))
 
@@ -202,18 +201,18 @@ def _with_ids(table: pa.Table) -> pa.Table:
 def _from_folder(root: str, labelled: bool) -> pa.Table:
     folders = storage.folders(root) if labelled else []
     if not folders:
-        found = [file.uri for file in storage.files(root)]
-        images = [uri for uri in found if _is_image(uri)]
+        uris = [file.uri for file in storage.files(root)]
+        images = [uri for uri in uris if _is_image(uri)]
         if not labelled and images:
-            if shards := [uri for uri in found if _is_shard(uri)]:
+            if shards := [uri for uri in uris if _is_shard(uri)]:
                 log.warning(
-                    "%s holds images, and Parquet or tar files too, which are not read: %s",
+                    "%s holds images; its Parquet and tar files are ignored: %s",
                     root,
                     _shorten(shards),
                 )
             return _from_uris(images)
-        if not images and any(map(_is_shard, found)):
-            return _from_shards(found)
+        if not images and any(map(_is_shard, uris)):
+            return _from_shards(uris)
         if not labelled:
             return _from_uris([])
     names = {storage.name(folder) for folder in folders}
@@ -233,8 +232,8 @@ def _from_class_folders(root: str, split: str | None) -> pa.Table:
     if not folders:
         raise ManifestError(f"{root} has no sub-folders; expected one sub-folder of images for each class.")
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = pool.map(lambda folder: [f.uri for f in storage.files(folder) if _is_image(f.uri)], folders)
-        uris = dict(zip(map(storage.name, folders), found, strict=True))
+        images = pool.map(lambda folder: [f.uri for f in storage.files(folder) if _is_image(f.uri)], folders)
+        uris = dict(zip(map(storage.name, folders), images, strict=True))
     empty = [label for label, images in uris.items() if not images]
     if len(empty) == len(uris):
         raise ManifestError(f"{root} holds no images in its sub-folders ({_shorten(list(uris))}).")
@@ -255,7 +254,7 @@ def _from_uris(uris: list[str], labels: list[str] | None = None, split: str | No
     )
 
 
-def _globbed(pattern: str) -> list[str]:
+def _glob(pattern: str) -> list[str]:
     if storage.is_local(pattern):
         return [str(path) for path in Path("/").glob(pattern.lstrip("/")) if path.is_file()]
     fixed = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
@@ -272,7 +271,7 @@ def _is_shard(uri: str) -> bool:
 
 
 def _from_shards(uris: list[str]) -> pa.Table:
-    """Of all Parquet and tar files among `uris`, each with images in it."""
+    """The rows of all Parquet and tar files among `uris`, which hold images."""
     shards = [uri for uri in uris if _is_shard(uri)]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         tables = list(pool.map(_from_shard, shards))
@@ -291,11 +290,11 @@ def _from_table(source: str) -> pa.Table:
     try:
         table = containers.list_rows(source) if _is_shard(source) else None
         if table is None:
-            table = _of_addresses(source)
+            table = _from_table_of_uris(source)
         for column in ("uri", "label", "split"):
-            found = column in table.column_names
-            values = table[column].cast(pa.string()) if found else pa.nulls(len(table), pa.string())
-            table = (table.drop_columns([column]) if found else table).append_column(column, values)
+            exists = column in table.column_names
+            values = table[column].cast(pa.string()) if exists else pa.nulls(len(table), pa.string())
+            table = (table.drop_columns([column]) if exists else table).append_column(column, values)
     except pa.ArrowException as error:
         raise ManifestError(f"{source} cannot be read as a table: {str(error).splitlines()[0]}") from None
     wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
@@ -304,7 +303,7 @@ def _from_table(source: str) -> pa.Table:
     return table.rename_columns({"id": "original_id"}) if "id" in table.column_names else table
 
 
-def _of_addresses(source: str) -> pa.Table:
+def _from_table_of_uris(source: str) -> pa.Table:
     """A table with a column `uri`, whose relative paths are made absolute."""
     data = pa.BufferReader(storage.read_bytes(source))
     if source.lower().endswith(".csv"):
@@ -348,7 +347,7 @@ def _check_labels(table: pa.Table, source: str) -> None:
     if table["label"].null_count:
         uri = table.filter(pc.is_null(table["label"]))["uri"][0].as_py()
         raise ManifestError(
-            f"{source}: {table['label'].null_count} images have no label, {uri} for one; expected a class "
+            f"{source}: {table['label'].null_count} images have no label, such as {uri}; expected a class "
             "folder, or a column 'label'."
         )
     names = class_names(table)
@@ -364,6 +363,6 @@ def _with_split(table: pa.Table, split: pa.Array) -> pa.Table:
 
 
 def _shorten(values: Sequence[str], most: int = 5) -> str:
-    """A few of `values`, for a message."""
+    """The first `values`, for a message."""
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(repr(value) for value in values[:most]) + more

@@ -186,7 +186,7 @@ def _run(
     )
     shortage = cluster.Shortage(cluster.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
     try:
-        result = interruptible(trainer.fit, lambda: shortage.look(functools.partial(check_fit, config, shares)))
+        result = interruptible(trainer.fit, lambda: shortage.try_plan(functools.partial(check_fit, config, shares)))
     except ray.train.TrainingFailedError as error:
         reason = cluster.user_error(error)
         raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error

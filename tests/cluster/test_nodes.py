@@ -99,7 +99,7 @@ def test_a_job_waits_for_a_node_that_is_still_to_come(nodes, start, all_digits, 
     _says(job, r"waiting for nodes, at most 4m00s: 3 workers of 1\.5 CPUs do not fit 4 CPUs")
     assert not (tmp_path / "out" / "config.yaml").exists()
     nodes.start(2)
-    _says(job, "the nodes are there, after")
+    _says(job, "the nodes have come, after")
     waited = time.monotonic() - started
     assert _ended(job)["epochs"] == 1
     _figure(f"Ray knew of a lost node after {noticed:.0f} s; a job that waited for it went on after {waited:.0f} s")
@@ -114,7 +114,7 @@ def test_a_job_lets_the_cluster_grow(growing_nodes, start_on, all_digits, tmp_pa
     started = time.monotonic()
     job = _train(train, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
     _says(job, "waiting for nodes")
-    _says(job, "the nodes are there, after")
+    _says(job, "the nodes have come, after")
     waited = time.monotonic() - started
     assert _ended(job)["epochs"] == 1
     _figure(f"a job on a head of 1 CPU let Ray's autoscaler add two nodes, and began after {waited:.0f} s")

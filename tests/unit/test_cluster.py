@@ -54,7 +54,7 @@ def test_a_job_asks_again_and_again_until_it_fits_and_then_no_more(growing, capl
     assert growing == [[{"CPU": 2.0}] * 3, [{"CPU": 2.0}] * 3, []]
     said = [record.message for record in caplog.records]
     assert said[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
-    assert said[1].startswith("the nodes are there, after ")
+    assert said[1].startswith("the nodes have come, after ")
     assert len(said) == 2
 
 
@@ -70,19 +70,19 @@ def test_a_shortage_is_said_every_minute_and_each_one_anew(monkeypatch, caplog):
     monkeypatch.setattr(cluster, "resources", lambda: Resources((Node(cpus=cpus[0]),)))
     shortage = Shortage(minutes=10, clock=lambda: now[0])
     for now[0] in range(0, 200, 5):
-        shortage.look(_needing(2))
+        shortage.try_plan(_needing(2))
     assert [record.message for record in caplog.records] == [
         f"waiting for nodes, at most {minutes}m00s: 0 CPUs are not 2." for minutes in (10, 9, 8, 7)
     ]
     cpus[0] = 2.0
-    assert shortage.look(_needing(2)) == 2
+    assert shortage.try_plan(_needing(2)) == 2
     cpus[0], now[0] = 0.0, 790.0
-    assert shortage.look(_needing(2)) is None  # ten minutes from now on
+    assert shortage.try_plan(_needing(2)) is None  # ten minutes from now on
     now[0] = 1389.0
-    shortage.look(_needing(2))
+    shortage.try_plan(_needing(2))
     now[0] = 1390.0
     with pytest.raises(ClusterError, match="Waited 10 minutes"):
-        shortage.look(_needing(2))
+        shortage.try_plan(_needing(2))
 
 
 def test_what_waits_for_lost_nodes_is_interrupted(growing):

@@ -48,7 +48,7 @@ def test_a_flat_folder_and_a_glob_need_no_labels(tmp_path):
 def test_containers_beside_images_are_not_passed_over_in_silence(tmp_path, caplog):
     _touch(tmp_path, "1.png", "sub/0.tar")
     assert len(build_manifest(str(tmp_path), labelled=False)) == 1
-    assert f"Parquet or tar files too, which are not read: '{tmp_path}/sub/0.tar'" in caplog.text
+    assert f"its Parquet and tar files are ignored: '{tmp_path}/sub/0.tar'" in caplog.text
 
 
 def test_a_name_that_is_not_utf_8_gets_a_sentence(tmp_path):
@@ -130,7 +130,7 @@ def test_a_tar_that_is_not_whole_is_refused(case, tmp_path):
     write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
     data = path.read_bytes()
     path.write_bytes({"compressed": gzip.compress(data), "cut off": data[:5000], "not a tar": b"x" * 5000}[case])
-    with pytest.raises(ManifestError, match=r"images.tar cannot be read as a table: .*only whole ones"):
+    with pytest.raises(ManifestError, match=r"images.tar cannot be read as a table: .*must be complete"):
         build_manifest(str(path), labelled=False)
 
 

@@ -142,7 +142,8 @@ def test_the_rules_of_training_and_prediction_are_those_of_version_0_1_0():
     }  # fmt: skip
     assert configs.names(PredictConfig, resumable=True) == {
         "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding",
-        "batch_size", "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine", "wait_minutes",
+        "batch_size", "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine",
+        "wait_minutes",
     }  # fmt: skip
 
 

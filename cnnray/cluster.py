@@ -90,8 +90,8 @@ def user_error(error: BaseException | None) -> CnnrayError | None:
     wrapped = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc", "__cause__")]
     wrapped += getattr(error, "worker_failures", {}).values()
     for inner in wrapped:
-        if inner is not error and (found := user_error(inner)):
-            return found
+        if inner is not error and (reason := user_error(inner)):
+            return reason
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(CnnrayError)}
     raised = re.findall(r"^(cnnray\.[\w.]+): (.+)$", str(error), re.MULTILINE)
     return next((kinds[name](sentence) for name, sentence in reversed(raised) if name in kinds), None)
@@ -167,9 +167,15 @@ def connected() -> Iterator[Resources]:
         # Ray's handler prints a stack trace before it calls Python's: install Python's again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
-        found = resources()
-        log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, len(found.nodes), found.cpus, found.gpus)
-        yield found
+        available = resources()
+        log.info(
+            "Ray %s: %d node(s), %g CPUs, %g GPUs",
+            ray.__version__,
+            len(available.nodes),
+            available.cpus,
+            available.gpus,
+        )
+        yield available
     finally:
         ray.shutdown()
         os.environ.pop("RAY_GCS_SERVER_PORT", None)

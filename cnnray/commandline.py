@@ -86,17 +86,17 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
     """
     known = {field.name for field in dataclasses.fields(config_class)}
     renamed = {flags.flag_name(name): name for name in getattr(config_class, "RENAMED", {}) if name not in known}
-    found: list[str] = []
+    current: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag not in renamed:
-            found.append(argument)
+            current.append(argument)
             continue
         given = {renamed[flag]: value if equals else next(rest, "")}
         for name, new in configs.upgraded(config_class, given).items():
-            found += [flags.flag_name(name), "null" if new is None else str(new)]
-    return found
+            current += [flags.flag_name(name), "null" if new is None else str(new)]
+    return current
 
 
 def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str, Any]]) -> NoReturn:

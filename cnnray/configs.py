@@ -81,11 +81,11 @@ def groups(config_class: type[Config]) -> list[tuple[type[Config], set[str]]]:
     Returns:
         Each with the names of fields that it inherits itself.
     """
-    found = []
+    classes = []
     for cls in reversed(config_class.__mro__):
         if is_dataclass(cls) and (own := cls.__annotations__.keys() & names(cls)):
-            found.append((cls, names(cls) - own))
-    return found
+            classes.append((cls, names(cls) - own))
+    return classes
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def upgraded(config_class: type[Config], values: Mapping[str, Any]) -> dict[str,
         values: by field, of this or an earlier version.
     """
     renamed: Renamed = getattr(config_class, "RENAMED", {})
-    found = {name: value for name, value in values.items() if name not in renamed}
+    current = {name: value for name, value in values.items() if name not in renamed}
     for name in values.keys() & renamed.keys():
-        found = renamed[name](values[name]) | found
-    return found
+        current = renamed[name](values[name]) | current
+    return current
 
 
 def dump(config: Config, **changes: Any) -> bytes:
@@ -161,7 +161,7 @@ def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = fr
         fixed: fields that may not differ although they are resumable.
     """
     free = names(type(config), resumable=True) - set(fixed)
-    found = []
+    differing = []
     for field in dataclasses.fields(config):
         now = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -170,8 +170,8 @@ def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = fr
             now = asdict(now)  # type: ignore[arg-type]  # an instance
             before = (asdict(default) if is_dataclass(default) else {}) | _plain(before)  # type: ignore[arg-type]
         if field.name not in free and _plain(now) != _plain(before):
-            found.append(f"{flag_name(field.name)} {_plain(before)} (now {_plain(now)})")
-    return found
+            differing.append(f"{flag_name(field.name)} {_plain(before)} (now {_plain(now)})")
+    return differing
 
 
 def _plain(value: Any) -> Any:

@@ -214,8 +214,8 @@ def _system_error(uri: str, error: OSError) -> CnnrayError:
     if error.errno is None and not is_local(uri):
         service = _SERVICES[split_address(uri)[0]]
         for kind, pattern, sentence in _ARROW_ERRORS:
-            if found := re.search(pattern, text):
-                return kind(f"{service} {sentence} {uri} ({found[0]}).")
+            if match := re.search(pattern, text):
+                return kind(f"{service} {sentence} {uri} ({match[0]}).")
     kind = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
     kind = DeniedError if isinstance(error, PermissionError) else kind
     return kind(f"{uri}: {error.strerror or text}.")
@@ -225,7 +225,7 @@ def _remote_error(uri: str, text: str) -> CnnrayError:
     """Most of obstore's errors differ in their text alone, which quotes the server's answer."""
     service = _SERVICES[split_address(uri)[0]]
     status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))
-    says = {found[1] for found in (status, code) if found}
+    says = {match[1] for match in (status, code) if match}
     said = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
     if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
         return _no_credentials(uri)

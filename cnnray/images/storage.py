@@ -129,8 +129,8 @@ def is_file(uri: str) -> bool:
 def folders(root: str) -> list[str]:
     """The folders directly below `root`, sorted; hidden ones (a leading dot) left out."""
     with translated_errors(root):
-        found = [item.path for item in os.scandir(root) if item.is_dir()] if is_local(root) else _level(root)[0]
-    return sorted(path for path in found if not name(path).startswith("."))
+        paths = [item.path for item in os.scandir(root) if item.is_dir()] if is_local(root) else _level(root)[0]
+    return sorted(path for path in paths if not name(path).startswith("."))
 
 
 def files(root: str) -> list[StoredFile]:
@@ -141,18 +141,18 @@ def files(root: str) -> list[StoredFile]:
     with translated_errors(root), ThreadPoolExecutor(_LISTING_THREADS) as pool:
         if is_local(root):
             return sorted(_local_files(root), key=lambda file: file.uri)
-        found: list[StoredFile] = []
+        listed: list[StoredFile] = []
         for number, page in enumerate(_pages(root)):
-            found += page
-            if number and any("/" in file.uri[len(root) + 1 :] for file in found[:_PAGE]):
-                below, found = _level(root)
+            listed += page
+            if number and any("/" in file.uri[len(root) + 1 :] for file in listed[:_PAGE]):
+                below, listed = _level(root)
                 for part in pool.map(lambda folder: list(_remote_files(folder)), below):
-                    found += part
+                    listed += part
                 break
         # An empty object may be called KEY/ and stand for a folder; obstore gives its name as KEY.
-        empty = [file.uri for file in found if not file.size]
+        empty = [file.uri for file in listed if not file.size]
         no_files = {uri for uri, is_one in zip(empty, pool.map(is_file, empty), strict=True) if not is_one}
-    return sorted((file for file in found if file.uri not in no_files), key=lambda file: file.uri)
+    return sorted((file for file in listed if file.uri not in no_files), key=lambda file: file.uri)
 
 
 def _local_files(root: str) -> Iterator[StoredFile]:
@@ -172,10 +172,10 @@ def _local_files(root: str) -> Iterator[StoredFile]:
 def _level(root: str) -> tuple[list[str], list[StoredFile]]:
     """Folders and files directly below a remote `root`, hidden ones left out."""
     store, key = locate(root)
-    found = obstore.list_with_delimiter(store, key or None)
+    level = obstore.list_with_delimiter(store, key or None)
     base = root.removesuffix(key).rstrip("/") + "/"
-    below = [base + path for path in found["common_prefixes"] if not name(path).startswith(".")]
-    return below, list(_stored(root, key, found["objects"], hidden=False))
+    below = [base + path for path in level["common_prefixes"] if not name(path).startswith(".")]
+    return below, list(_stored(root, key, level["objects"], hidden=False))
 
 
 def _pages(root: str, *, hidden: bool = False) -> Iterator[list[StoredFile]]:
@@ -273,20 +273,20 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
             presence of a file for the completeness of the folder.
     """
     last = list(last)
-    found = {file.uri.removeprefix(source.rstrip("/") + "/"): file.uri for file in files(source)}
-    first = [relative for relative in found if relative not in last]
+    uris = {file.uri.removeprefix(source.rstrip("/") + "/"): file.uri for file in files(source)}
+    first = [relative for relative in uris if relative not in last]
 
     def copy(relative: str) -> None:
         if not (is_local(source) and is_local(target)):
-            write_bytes(join(target, relative), read_bytes(found[relative]))
+            write_bytes(join(target, relative), read_bytes(uris[relative]))
             return
-        with translated_errors(found[relative]), _published(Path(target, relative)) as temporary:
-            shutil.copyfile(found[relative], temporary)
+        with translated_errors(uris[relative]), _published(Path(target, relative)) as temporary:
+            shutil.copyfile(uris[relative], temporary)
 
     with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
         list(pool.map(copy, first))
     for relative in last:
-        if relative in found:
+        if relative in uris:
             copy(relative)
 
 

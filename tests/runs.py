@@ -1,4 +1,4 @@
-"""What tests look at after a training run."""
+"""Reads what training and prediction runs leave."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ def last_checkpoint(output: Path) -> Path:
 
 
 def final_state(output: Path):
-    """The bundle's weights, and the rest of the state (see `Steps.state`) that a run ended with: arrays."""
+    """The arrays that a run ended with: the bundle's weights, and the rest of the state (see `Steps.state`)."""
     import keras
     import numpy as np
 
@@ -22,16 +22,16 @@ def final_state(output: Path):
         return weights, [state[name] for name in sorted(state.files)]
 
 
-def largest_difference(found, expected) -> float:
-    """The largest difference between two lists of arrays, in terms of the largest value."""
+def largest_difference(actual, expected) -> float:
+    """The largest difference between two lists of arrays, divided by the largest absolute expected value."""
     import numpy as np
 
     scale = max(np.abs(values).max() for values in expected)
-    return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) / scale
+    return max(np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)) / scale
 
 
-def rows_of(output: Path, kind: str = "parquet"):
-    """The rows of a prediction run's parts, in their files' order: dicts."""
+def read_rows(output: Path, kind: str = "parquet"):
+    """The rows of a prediction run's parts as dicts, in the order of the files."""
     import pyarrow as pa
     import pyarrow.parquet
 

@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on one machine, each with a network, an address and Ray files of its own.
 
-Every node is a network namespace behind one bridge, and has its own folder mounted where Ray keeps its session. So a
-node can lose its power: its link goes down, and nobody hears of its end; then all its processes are killed.
+Every node is a network namespace behind one bridge, with a folder of its own mounted where Ray keeps its session. A
+power failure is simulated by taking the node's link down, so that no other node is notified, and then killing all its
+processes.
 """
 
 import contextlib
@@ -34,16 +35,16 @@ _HAPROXY = {
 _TOOLS = ("ip", "nsenter", "unshare")
 
 
-def why_not() -> str:
-    """Why this machine cannot have such a cluster; empty where it can."""
+def why_unsupported() -> str:
+    """The reason why this machine cannot run such a cluster; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if missing := [name for name in _TOOLS if shutil.which(name) is None]:
         return f"{missing[0]} is not installed (Debian's packages iproute2 and util-linux)"
     name = f"n{secrets.token_hex(4)}"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"network namespaces are not allowed here: {tried.stderr.strip()}"
+    added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if added.returncode:
+        return f"network namespaces are not allowed here: {added.stderr.strip()}"
     _ip("netns", "del", name)
     return ""
 
@@ -53,10 +54,15 @@ def _ip(*arguments) -> str:
 
 
 def autoscaling(cpus: int, most: int) -> dict[str, object]:
-    """What `ray start --autoscaling-config` takes for nodes of so many CPUs, which Ray's own fake provider starts in
-    the head's network."""
-    nothing = ("head_setup_commands", "worker_setup_commands", "setup_commands", "initialization_commands")
-    nothing += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
+    """The configuration for `ray start --autoscaling-config`, by which Ray's fake provider starts nodes in the head's
+    network.
+
+    Args:
+        cpus: of each node.
+        most: nodes beside the head.
+    """
+    unused = ("head_setup_commands", "worker_setup_commands", "setup_commands", "initialization_commands")
+    unused += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
     return {
         "cluster_name": "growing",
         "max_workers": most,
@@ -85,14 +91,20 @@ def autoscaling(cpus: int, most: int) -> dict[str, object]:
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
         "rsync_filter": [],
-        **{name: [] for name in nothing},
+        **{name: [] for name in unused},
     }
 
 
 class Nodes:
-    """A head, and nodes that come and go, all of two CPUs; or a head of one CPU that starts more by itself."""
+    """A cluster: a head and nodes that can be stopped and started, with two CPUs each; or a head with one CPU and
+    Ray's autoscaler.
 
-    def __init__(self, others: int = 0, grows: dict[str, object] | None = None) -> None:
+    Args:
+        others: nodes beside the head.
+        autoscaler: see `autoscaling`; None: no autoscaler.
+    """
+
+    def __init__(self, others: int = 0, autoscaler: dict[str, object] | None = None) -> None:
         self._id = f"n{secrets.token_hex(4)}"  # an interface's name has 15 characters at most
         self._subnet = f"10.{random.randint(1, 254)}.{random.randint(1, 254)}"
         self._processes: dict[int, subprocess.Popen] = {}
@@ -104,23 +116,23 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_ADDRESS": f"{self.address(0)}:{_PORT}",
-            # Ray hears of a node whose power is cut after a minute by default (five times 10 s without an answer).
+            # By default Ray notices a power failure after a minute (five health checks of 10 s without an answer).
             "RAY_health_check_timeout_ms": "4000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
-            # Else a replica that is ended goes on for half a minute, for balancers that hear of it late.
+            # By default a stopped replica drains for half a minute, for load balancers that are notified late.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         }
         self._folder = Path(tempfile.mkdtemp(prefix="r"))
         (self._folder / "ray").mkdir()
         for name, file in _HAPROXY.items():
-            # By default in the temporary folder, which the nodes share.
+            # The default is the temporary folder, which the nodes share.
             self.variables[f"RAY_SERVE_HAPROXY_{name}"] = f"{self._folder}/ray/{file}"
         self._cpus, self._config = 2, self._folder / "growing.json"
-        if grows is not None:
+        if autoscaler is not None:
             self._cpus = 1
-            self.variables["RAY_FAKE_CLUSTER"] = "1"  # which the fake provider insists on
-            self._config.write_text(json.dumps(grows))
+            self.variables["RAY_FAKE_CLUSTER"] = "1"  # required by the fake provider
+            self._config.write_text(json.dumps(autoscaler))
         self.others = range(1, others + 1)
         _ip("link", "add", self._id, "type", "bridge")
         try:
@@ -132,15 +144,15 @@ class Nodes:
             raise
 
     def address(self, number: int) -> str:
-        """Of a node; the head is 0."""
+        """The IP address of a node; the head is node 0."""
         return f"{self._subnet}.{number + 1}"
 
     def name(self, number: int) -> str:
-        """Of a node's network namespace."""
+        """The name of a node's network namespace."""
         return f"{self._id}-{number}"
 
     def start(self, number: int) -> None:
-        """Start a node that is not there, and wait until Ray knows it."""
+        """Start a node that is not running, and wait until Ray has started on it."""
         name, link = self.name(number), f"{self._id}v{number}"
         _ip("netns", "add", name)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -148,7 +160,7 @@ class Nodes:
         _ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", name, "link", "set", device, "up")
-        _ip("-n", name, "route", "add", "default", "dev", "eth0")  # by which Ray finds the node's address
+        _ip("-n", name, "route", "add", "default", "dev", "eth0")  # Ray finds the node's address by it
         self._starts += 1
         own = self._folder / f"{self._starts}-of-node-{number}"
         own.mkdir()
@@ -170,27 +182,27 @@ class Nodes:
             )
         until(lambda: "Ray runtime started" in (own / "out").read_text(), 60, f"node {number}")
 
-    def processes(self, number: int, of: str = "") -> list[psutil.Process]:
-        """A node's processes whose command line begins so."""
-        found = []
+    def processes(self, number: int, command: str = "") -> list[psutil.Process]:
+        """The processes of a node whose command line starts with `command`."""
+        processes = []
         for pid in map(int, _ip("netns", "pids", self.name(number)).split()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                if " ".join(process.cmdline()).startswith(of):
-                    found.append(process)
-        return found
+                if " ".join(process.cmdline()).startswith(command):
+                    processes.append(process)
+        return processes
 
-    def that_run(self, of: str) -> list[int]:
-        """The nodes that have such a process."""
-        return [number for number in self._processes if self.processes(number, of)]
+    def running(self, command: str) -> list[int]:
+        """The nodes that have a process whose command line starts with `command`."""
+        return [number for number in self._processes if self.processes(number, command)]
 
     def cut_power(self, number: int) -> None:
-        """End a node as if its power were cut: first nobody hears of it any more, then all its processes are gone."""
+        """Stop a node as a power failure does: first cut its network link, then kill all its processes."""
         _ip("link", "set", f"{self._id}v{number}", "down")
         self._end(number)
 
-    def until_known_to_be_lost(self, number: int) -> float:
-        """Wait until Ray knows: the seconds that it took."""
+    def wait_until_lost(self, number: int) -> float:
+        """Wait until Ray reports a node as lost, and return the seconds that it took."""
         started = time.monotonic()
         program = f"""
 import time, ray
@@ -219,13 +231,13 @@ while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)
         _ip("netns", "del", self.name(number))
 
     def restore(self) -> None:
-        """Start those nodes that were lost."""
+        """Start the nodes that are not running."""
         for number in self.others:
             if number not in self._processes:
                 self.start(number)
 
     def on_head(self, *command) -> list[str]:
-        """A command line that runs on the head."""
+        """The command line that runs a command on the head."""
         return [
             "nsenter",
             f"--target={self._processes[0].pid}",
@@ -237,7 +249,7 @@ while any(node["Alive"] and node["NodeManagerAddress"] == "{self.address(number)
         ]
 
     def close(self) -> None:
-        """End and remove all."""
+        """Stop all nodes, and remove their namespaces, links and folders."""
         names = [line.split()[0] for line in _ip("netns", "list").splitlines()]
         for number in reversed((0, *self.others)):
             if self.name(number) in names:

@@ -1,3 +1,5 @@
+"""Starts jobs in processes of their own, and what tests of them share."""
+
 import contextlib
 import os
 import shutil
@@ -16,11 +18,11 @@ from selenium.webdriver.chrome.service import Service as ChromeService
 from tests.conftest import REPOSITORY
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own, which take a minute to notice that their raylet is gone."""
+"""Processes of Ray that take a minute to notice the end of their raylet."""
 
 
 class Job:
-    """A job in a process of its own, with its output in files."""
+    """A job in a process of its own, which writes its output into files."""
 
     def __init__(self, command, folder, environment=None):
         self.out, self.err = folder / "stdout", folder / "stderr"
@@ -42,7 +44,7 @@ class Job:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def named_children(self):
-        """Its children and their command lines; what ended meanwhile is left out."""
+        """Its children and their command lines, without those that have ended meanwhile."""
         named = []
         for child in self.children():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -50,7 +52,7 @@ class Job:
         return named
 
     def end(self):
-        """End the job and all that it started."""
+        """End the job and all its children."""
         if self.process.poll() is None:
             kill(self.children())
             self.process.kill()
@@ -58,7 +60,7 @@ class Job:
 
 
 def kill(processes):
-    """Kill those that are still there, and give their number."""
+    """Kill the processes that are still alive, and return their number."""
     killed = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -68,12 +70,12 @@ def kill(processes):
 
 
 def _listen_to_ctrl_c():
-    # A shell that starts the tests in its background has them, and what they start, ignore it.
+    # If a shell runs the tests in its background, they and their children inherit SIGINT as ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started_jobs(tmp_path_factory):
-    """Start `python jobs/NAME.py ...`; what runs in the end is ended."""
+    """Start `python jobs/NAME.py ...`; jobs that are still running at the end are ended."""
     jobs = []
 
     def start(name, *arguments, environment=None):
@@ -90,7 +92,7 @@ start_job = pytest.fixture(started_jobs)
 
 
 def until(condition, seconds, what):
-    """Wait for a condition, and give its value."""
+    """Wait until a condition is true, and return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -99,8 +101,8 @@ def until(condition, seconds, what):
     raise AssertionError(f"{what} did not come in {seconds} s")
 
 
-def left_of(children, seconds):
-    """Those of these named children that are still there after a while, but for Ray's agents, which are ended."""
+def survivors(children, seconds):
+    """The named children that are still alive after a while, without Ray's agents, which are killed."""
     agents = [child for child, name in children if name.startswith(AGENTS)]
     _, alive = psutil.wait_procs([child for child, _ in children if child not in agents], timeout=seconds)
     kill(agents)
@@ -119,7 +121,7 @@ def checkpoints(output: Path):
 
 @pytest.fixture
 def browser(tmp_path):
-    """Headless Chromium, as wide as a phone; what it logs and asks the network for can be read."""
+    """Headless Chromium, as wide as a phone, whose log and network requests can be read."""
     options = selenium.webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for argument in (

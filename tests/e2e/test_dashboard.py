@@ -1,5 +1,4 @@
-"""Every query of the Grafana dashboard, by a real Prometheus that scrapes a real Ray on which jobs and a service
-ran."""
+"""Sends every query of the Grafana dashboard to a Prometheus that scrapes a Ray cluster with jobs and a service."""
 
 import json
 import os
@@ -30,18 +29,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
 IMAGES, COPIES, EPOCHS, BAD = 1797, 12, 12, 7
 GOOD = awkward_images()["rgb.png"]
-# What there is nothing of here.
+# Panels that have no data in this test.
 EMPTY = {"GPU"}
 
 
 class Prometheus:
-    """A server of its own that scrapes the nodes which a Ray head lists."""
+    """A Prometheus server that scrapes the nodes in the list that a Ray head writes."""
 
-    def __init__(self, listed, folder):
+    def __init__(self, nodes_file, folder):
         self.address = f"http://127.0.0.1:{free_port()}"
         config = {
             "global": {"scrape_interval": "2s"},
-            "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(listed)]}]}],
+            "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(nodes_file)]}]}],
         }
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
         program = shutil.which("prometheus")
@@ -61,17 +60,17 @@ class Prometheus:
             return False
 
     def ask(self, query):
-        """The series that an expression gives: labels and value of each."""
+        """Evaluate an expression: the labels and the value of each series."""
         answer = requests.get(f"{self.address}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", (query, answer)
-        return [(one["metric"], float(one["value"][1])) for one in answer["data"]["result"]]
+        return [(series["metric"], float(series["value"][1])) for series in answer["data"]["result"]]
 
     def stop(self):
         self._process.terminate()
         self._process.wait(30)
 
 
-def _command_of(process):
+def _read_command(process):
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -80,8 +79,8 @@ def _command_of(process):
 
 @pytest.fixture(scope="module")
 def head():
-    """A Ray head as the README starts one for a service; gives its folder, and the variables of its jobs."""
-    # Not pytest's own folder: Ray puts sockets there, whose paths may have 107 characters.
+    """A Ray head, started as in the README for a service: its folder, and the environment of its jobs."""
+    # Not pytest's folder: Ray puts sockets into it, whose paths may have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="r"))
     (folder / "serve").mkdir()
     before = dict(os.environ)
@@ -103,8 +102,10 @@ def head():
     assert process.poll() is None, (folder / "out").read_text()
     yield folder / "ray", {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    # HAProxy, once it was given another configuration, is no child of Ray's any more.
-    family += [one for one in psutil.process_iter() if one not in family and str(folder) in _command_of(one)]
+    # HAProxy is no longer a child of Ray after it has reloaded its configuration.
+    family += [
+        other for other in psutil.process_iter() if other not in family and str(folder) in _read_command(other)
+    ]
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=10)
     kill(alive)
@@ -113,15 +114,15 @@ def head():
 
 @pytest.fixture(scope="module")
 def prometheus(head, tmp_path_factory):
-    listed = head[0] / "prom_metrics_service_discovery.json"
-    until(listed.exists, 60, "Ray's list of nodes")
-    server = Prometheus(listed, tmp_path_factory.mktemp("prometheus"))
+    nodes_file = head[0] / "prom_metrics_service_discovery.json"
+    until(nodes_file.exists, 60, "Ray's list of nodes")
+    server = Prometheus(nodes_file, tmp_path_factory.mktemp("prometheus"))
     yield server
     server.stop()
 
 
-def _filled(expression):
-    """An expression as Grafana sends it, with all runs and a window of a few scrapes."""
+def _fill_variables(expression):
+    """An expression as Grafana sends it: for all runs, with a window of a few scrapes."""
     return expression.replace("$__rate_interval", "1m").replace("$run", ".*")
 
 
@@ -129,12 +130,12 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     _, environment = head
     digits = write_digits(tmp_path / "digits", IMAGES)
     seen = {}
-    """By panel and expression: the largest value so far. (Gauges end 20 s after what they are of.)"""
+    """The largest value so far by panel and expression. (A gauge disappears 20 s after its process has ended.)"""
 
-    def look():
+    def query_panels():
         for panel in PANELS:
             for target in panel["targets"]:
-                values = [value for _, value in prometheus.ask(_filled(target["expr"])) if value == value]
+                values = [value for _, value in prometheus.ask(_fill_variables(target["expr"])) if value == value]
                 key = (panel["title"], target["expr"])
                 if values:
                     seen[key] = max(*values, seen.get(key, 0), 0)
@@ -143,7 +144,7 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     def wait_for(job, seconds):
         end = time.monotonic() + seconds
         while job.process.poll() is None and time.monotonic() < end:
-            look()
+            query_panels()
             time.sleep(1)
         assert job.wait(1) == 0, job.err.read_text()
         return json.loads(job.out.read_text().splitlines()[-1])
@@ -161,12 +162,12 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     history = pd.read_csv(tmp_path / "runs" / "digits" / "history.csv")
     ended = time.monotonic()
 
-    # A longer job, and one of less than the ten seconds after which Ray asks its processes for their metrics.
+    # A long job, and a job that is shorter than the ten seconds between Ray's collections of metrics.
     many = tmp_path / "many"
     many.mkdir()
     for number, path in enumerate(sorted(digits.rglob("*.png")) * COPIES):
         (many / f"{number}.png").hardlink_to(path)
-    fast = wait_for(
+    predicted_many = wait_for(
         start_job(
             "predict", "--bundle", onnx_bundle, "--input", many, "--output", tmp_path / "runs" / "many",
             environment=environment,
@@ -189,28 +190,30 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     )  # fmt: skip
     wait_for(service, 180)
     address = f"http://127.0.0.1:{port}"
-    asked = Counter()
+    sent = Counter()
 
-    def some_requests():
+    def send_requests():
         for status, path, data in ((200, "", GOOD), (415, "", b"no image at all"), (404, "?model=none", GOOD)):
             for _ in range(status // 20):
                 assert ask(f"{address}/predict{path}", data)[0] == status
-                asked[status] += 1
+                sent[status] += 1
 
     def total(metric):
         return sum(value for _, value in prometheus.ask(metric))
 
     def all_counted():
-        look()
-        return all(total(f'ray_cnnray_requests_total{{status="{one}"}}') >= asked[one] for one in asked)
+        query_panels()
+        return all(
+            total(f'ray_cnnray_requests_total{{status="{status}"}}') >= count for status, count in sent.items()
+        )
 
-    # Twice, as a rate takes two looks of Prometheus.
+    # Twice, because Prometheus needs two samples for a rate.
     for _ in range(2):
-        some_requests()
+        send_requests()
         until(all_counted, 60, "the service's metrics")
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        look()
+        query_panels()
         time.sleep(1)
 
     counted = {
@@ -219,15 +222,16 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
         "ok": total('ray_cnnray_predict_images_total{run="runs/predicted", status="ok"}'),
         "errors": total('ray_cnnray_predict_images_total{run="runs/predicted", status="error"}'),
         "many": total('ray_cnnray_predict_images_total{run="runs/many"}'),
-        **{status: total(f'ray_cnnray_requests_total{{route="/predict", status="{status}"}}') for status in asked},
+        **{status: total(f'ray_cnnray_requests_total{{route="/predict", status="{status}"}}') for status in sent},
     }
-    print(f"counted {counted}, of the training {time.monotonic() - ended:.0f} s after its end")
-    print(f"by the jobs: trained {trained['images_per_second']}, predicted {fast['images_per_second']} images/s")
+    print(f"counted {counted}, {time.monotonic() - ended:.0f} s after the end of the training")
+    rates = trained["images_per_second"], predicted_many["images_per_second"]
+    print(f"by the jobs: trained {rates[0]}, predicted {rates[1]} images/s")
     for (title, expression), value in seen.items():
         print(f"{title:40s} {value:12.4g}  {expression}")
     assert counted == {
         "train": history["images"].sum(), "bad": history["bad_images"].sum(),
-        "ok": IMAGES, "errors": BAD, "many": COPIES * (IMAGES + BAD), **asked,
+        "ok": IMAGES, "errors": BAD, "many": COPIES * (IMAGES + BAD), **sent,
     }  # fmt: skip
     assert counted["bad"] > 0
     query = 'ray_cnnray_predict_images_total{run="runs/predicted", status="error"}'
@@ -235,7 +239,7 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
         "empty": 2,
         "not an image": BAD - 2,
     }
-    assert total("ray_cnnray_predictions_total") == asked[200]
+    assert total("ray_cnnray_predictions_total") == sent[200]
 
     missing = [
         (panel["title"], target["expr"])
@@ -246,18 +250,18 @@ def test_every_query_of_the_dashboard(head, prometheus, start_job, onnx_bundle, 
     assert not missing
     values = {re.sub(r"\W+", " ", f"{title} {expression}"): value for (title, expression), value in seen.items()}
 
-    def shown(title, part=""):
+    def panel_values(title, part=""):
         return [value for name, value in values.items() if name.startswith(title) and part in name]
 
-    # By Prometheus over a minute, with all that is not a step, beside that of the steps alone.
-    for part, job in (("cnnray_train_images_total", trained), ("cnnray_predict_images_total", fast)):
-        (speed,) = shown("Images s", part)
+    # Prometheus' rate over a minute includes the time between steps, which the jobs' own rate does not.
+    for part, job in (("cnnray_train_images_total", trained), ("cnnray_predict_images_total", predicted_many)):
+        (speed,) = panel_values("Images s", part)
         assert 0.1 * job["images_per_second"] < speed < 1.5 * job["images_per_second"], (part, speed)
-    assert 0 < shown("Busy workers")[0] <= 4
-    assert 0 < shown("Share of errors", "4")[0] < 1
-    assert shown("Images for each call")[0] > 0
-    assert 0.9 < shown("Accuracy")[0] <= 1
-    assert shown("Epochs done") == [EPOCHS]
-    assert shown("Nodes") == [1]
-    assert 0 < shown("Time to answer", "0 5")[0] < 5
-    assert shown("Replicas", "healthy")[0] >= 1
+    assert 0 < panel_values("Busy workers")[0] <= 4
+    assert 0 < panel_values("Share of errors", "4")[0] < 1
+    assert panel_values("Images for each call")[0] > 0
+    assert 0.9 < panel_values("Accuracy")[0] <= 1
+    assert panel_values("Epochs done") == [EPOCHS]
+    assert panel_values("Nodes") == [1]
+    assert 0 < panel_values("Time to answer", "0 5")[0] < 5
+    assert panel_values("Replicas", "healthy")[0] >= 1

@@ -1,4 +1,4 @@
-"""jobs/train.py --mlflow with a real MLflow server, which has an environment of its own."""
+"""jobs/train.py and jobs/tune.py with an MLflow server, which is installed in an environment of its own."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import yaml
 
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from tests.e2e.conftest import free_port, left_of, until
+from tests.e2e.conftest import free_port, survivors, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 FAST = (
@@ -60,7 +60,7 @@ class Server:
         self._process.wait()
 
     def ask(self, path, **parameters):
-        """The server's REST API, as its users without Python have it."""
+        """Call the server's REST API."""
         address = f"{self.address}/api/2.0/mlflow/{path}"
         post = path.endswith("runs/search")
         answer = requests.post(address, json=parameters) if post else requests.get(address, params=parameters)
@@ -72,9 +72,9 @@ class Server:
         return self.ask("runs/search", experiment_ids=[experiment]).get("runs", [])
 
     def points(self, run, key):
-        """Step and value of each point of a metric."""
-        found = self.ask("metrics/get-history", run_id=run["info"]["run_id"], metric_key=key).get("metrics", [])
-        return sorted((int(one["step"]), one["value"]) for one in found)
+        """The step and the value of each point of a metric, sorted by step."""
+        points = self.ask("metrics/get-history", run_id=run["info"]["run_id"], metric_key=key).get("metrics", [])
+        return sorted((int(point["step"]), point["value"]) for point in points)
 
     def versions(self, name):
         return self.ask("model-versions/search", filter=f"name = '{name}'").get("model_versions", [])
@@ -82,7 +82,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The whole of MLflow as the registry has it, in the version of the client that jobs use."""
+    """The full MLflow package, in the version of the client that the jobs use."""
     from importlib.metadata import version
 
     folder = tmp_path_factory.mktemp("mlflow")
@@ -97,8 +97,8 @@ def server(tmp_path_factory):
     server.stop()
 
 
-def _told(server, experiment):
-    """Whether the server knows of an epoch."""
+def _first_points(server, experiment):
+    """The points of an experiment's validation loss; empty before its first epoch."""
     try:
         return server.points(server.runs(experiment)[0], "val_loss")
     except (requests.HTTPError, IndexError):
@@ -106,14 +106,14 @@ def _told(server, experiment):
 
 
 def _check_points(server, run, output):
-    """Each epoch of the output's history is there once."""
+    """Check that the server has each epoch of the output's history once."""
     history = pd.read_csv(output / "history.csv")
     steps, values = zip(*server.points(run, "val_loss"), strict=True)
     assert list(steps) == history["epoch"].tolist()
     assert list(values) == pytest.approx(history["val_loss"].tolist())
 
 
-def test_a_run_its_epochs_and_a_model_that_answers_as_the_bundle_does(
+def test_a_run_with_its_epochs_and_a_model_that_gives_the_bundles_answers(
     server, start_job, digits, tmp_path, monkeypatch
 ):
     output = tmp_path / "runs" / "digits"
@@ -122,11 +122,11 @@ def test_a_run_its_epochs_and_a_model_that_answers_as_the_bundle_does(
         "--mlflow", server.address, "--mlflow-experiment", "first", "--mlflow-model", "digits",
     )  # fmt: skip
     assert job.wait(300) == 0, job.err.read_text()
-    assert len(job.out.read_text().splitlines()) == 1  # MLflow says nothing there
+    assert len(job.out.read_text().splitlines()) == 1  # MLflow prints nothing to stdout
     summary = json.loads(job.out.read_text())
     (run,) = server.runs("first")
     assert (run["info"]["status"], run["info"]["run_name"]) == ("FINISHED", "runs/digits")
-    flags = {one["key"]: one["value"] for one in run["data"]["params"]}
+    flags = {flag["key"]: flag["value"] for flag in run["data"]["params"]}
     assert (flags["epochs"], flags["learning_rate"], flags["architecture"]) == ("2", "0.003", "small_cnn")
     _check_points(server, run, output)
     for name in ("loss", "accuracy", "val_accuracy", "learning_rate", "images_per_second"):
@@ -141,48 +141,48 @@ def test_a_run_its_epochs_and_a_model_that_answers_as_the_bundle_does(
     import mlflow.pyfunc
 
     mlflow.set_tracking_uri(server.address)
-    fetched = mlflow.artifacts.download_artifacts("models:/digits/1", dst_path=str(tmp_path / "fetched"))
-    flavour = yaml.safe_load(Path(fetched, "MLmodel").read_text())["flavors"]["python_function"]
+    downloaded = mlflow.artifacts.download_artifacts("models:/digits/1", dst_path=str(tmp_path / "fetched"))
+    flavour = yaml.safe_load(Path(downloaded, "MLmodel").read_text())["flavors"]["python_function"]
     assert flavour["loader_module"] == "cnnray.models.mlflow_flavor"
     assert not flavour.get("code")
-    inside = Bundle.load(f"{fetched}/data/bundle")
-    assert inside.version == Bundle.load(summary["bundle"]).version
-    assert {"key": "cnnray.bundle", "value": inside.version} in version["tags"]
-    loaded = mlflow.pyfunc.load_model(fetched)
+    bundle = Bundle.load(f"{downloaded}/data/bundle")
+    assert bundle.version == Bundle.load(summary["bundle"]).version
+    assert {"key": "cnnray.bundle", "value": bundle.version} in version["tags"]
+    loaded = mlflow.pyfunc.load_model(downloaded)
     images = [path.read_bytes() for path in sorted(digits.rglob("*.png"))[:20]] + [b"not an image"]
     answers = loaded.predict(pd.DataFrame({"image": images}))
     expected = Predictor(Bundle.load(summary["bundle"]))(images)
-    assert answers["prediction"].tolist()[:-1] == [one.label for one in expected[:-1]]
+    assert answers["prediction"].tolist()[:-1] == [answer.label for answer in expected[:-1]]
     np.testing.assert_array_equal(
-        np.stack(answers["probabilities"][:-1]), [one.probabilities for one in expected[:-1]]
+        np.stack(answers["probabilities"][:-1]), [answer.probabilities for answer in expected[:-1]]
     )
     assert answers["error"].isna().tolist() == [True] * 20 + [False]
     assert answers["error"].iloc[-1] == str(expected[-1])
 
-    again = start_job(
+    resumed = start_job(
         "train", "--data", digits, "--output", output, *FAST, "--epochs", "2",
         "--mlflow", server.address, "--mlflow-experiment", "first", "--mlflow-model", "digits",
     )  # fmt: skip
-    assert again.wait(120) == 0, again.err.read_text()
+    assert resumed.wait(120) == 0, resumed.err.read_text()
     assert len(server.versions("digits")) == len(server.runs("first")) == 1
 
 
-def test_a_run_that_is_killed_and_goes_on_is_one_run(server, start_job, digits, tmp_path):
+def test_a_killed_run_that_is_resumed_is_one_run(server, start_job, digits, tmp_path):
     command = (
         "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "8",
         "--mlflow", server.address, "--mlflow-experiment", "killed",
     )  # fmt: skip
     job = start_job(*command)
 
-    until(lambda: job.process.poll() is not None or _told(server, "killed"), 180, "an epoch")
+    until(lambda: job.process.poll() is not None or _first_points(server, "killed"), 180, "an epoch")
     children = job.named_children()
     os.kill(job.process.pid, signal.SIGKILL)
     assert job.process.wait() == -signal.SIGKILL
-    assert not left_of(children, 30)
+    assert not survivors(children, 30)
     assert server.runs("killed")[0]["info"]["status"] == "RUNNING"
-    again = start_job(*command)
-    assert again.wait(300) == 0, again.err.read_text()
-    assert "going on from epoch" in again.err.read_text()
+    resumed = start_job(*command)
+    assert resumed.wait(300) == 0, resumed.err.read_text()
+    assert "going on from epoch" in resumed.err.read_text()
     (run,) = server.runs("killed")
     assert run["info"]["status"] == "FINISHED"
     _check_points(server, run, tmp_path / "out")
@@ -191,14 +191,14 @@ def test_a_run_that_is_killed_and_goes_on_is_one_run(server, start_job, digits, 
     assert version["run_id"] == run["info"]["run_id"]
 
 
-def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, digits, tmp_path):
+def test_a_server_that_stops_does_not_end_the_training(server, start_job, digits, tmp_path):
     output = tmp_path / "out"
     command = (
         "train", "--data", digits, "--output", output, *FAST, "--epochs", "60",
         "--mlflow", server.address, "--mlflow-experiment", "vanished",
     )  # fmt: skip
     job = start_job(*command)
-    until(lambda: job.process.poll() is not None or _told(server, "vanished"), 180, "an epoch")
+    until(lambda: job.process.poll() is not None or _first_points(server, "vanished"), 180, "an epoch")
     server.stop()
     try:
         assert job.process.poll() is None, job.err.read_text()
@@ -206,10 +206,10 @@ def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, dig
         started = time.monotonic()
         assert job.wait(300) == 0, job.err.read_text()
         seconds = time.monotonic() - started
-        assert seconds < 90  # with MLflow's own retries it would be many minutes
-        said = job.err.read_text()
-        assert re.search(r"lacks (epochs [\d to]+ and )?the end of the run \(Connection refused\)", said), said
-        assert "tracking.py" not in said  # no traceback
+        assert seconds < 90  # MLflow's own retries would take many minutes
+        log = job.err.read_text()
+        assert re.search(r"lacks (epochs [\d to]+ and )?the end of the run \(Connection refused\)", log), log
+        assert "tracking.py" not in log  # no traceback
         assert json.loads(job.out.read_text())["epochs"] == 60
         print(f"without its server: {seconds:.0f} s from the last epoch to the end")
 
@@ -221,15 +221,15 @@ def test_a_server_that_vanishes_does_not_end_the_training(server, start_job, dig
         print(f"an address that does not answer: {time.monotonic() - started:.1f} s")
     finally:
         server.start()
-    again = start_job(*command)
-    assert again.wait(240) == 0, again.err.read_text()
+    resumed = start_job(*command)
+    assert resumed.wait(240) == 0, resumed.err.read_text()
     (run,) = server.runs("vanished")
     assert run["info"]["status"] == "FINISHED"
     _check_points(server, run, output)
     assert len(server.versions("vanished")) == 1
 
 
-def test_a_search_is_a_run_with_its_trials_inside(server, start_job, digits, tmp_path):
+def test_a_search_is_a_run_with_its_trials_as_children(server, start_job, digits, tmp_path):
     job = start_job(
         "tune", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "2", "--trials", "2",
         "--search", "learning_rate=choice([0.001,0.003])",
@@ -239,16 +239,16 @@ def test_a_search_is_a_run_with_its_trials_inside(server, start_job, digits, tmp
     assert len(job.out.read_text().splitlines()) == 1
     runs = server.runs("search")
     tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
-    (whole,) = [run for run, found in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in found]
-    inside = [run for run in runs if run is not whole]
-    assert {found.get("mlflow.parentRunId") for found in tags} == {None, whole["info"]["run_id"]}
-    assert len(inside) == 2
-    for run in inside:
+    (parent,) = [run for run, own in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in own]
+    trials = [run for run in runs if run is not parent]
+    assert {own.get("mlflow.parentRunId") for own in tags} == {None, parent["info"]["run_id"]}
+    assert len(trials) == 2
+    for run in trials:
         assert server.points(run, "val_loss")
         assert run["info"]["status"] in ("FINISHED", "KILLED")
     best = json.loads(job.out.read_text())["val_accuracy"]
-    assert [value for _, value in server.points(whole, "best_val_accuracy")] == pytest.approx([best])
-    assert whole["info"]["status"] == "FINISHED"
+    assert [value for _, value in server.points(parent, "best_val_accuracy")] == pytest.approx([best])
+    assert parent["info"]["status"] == "FINISHED"
 
 
 def test_outputs_on_s3(server, start_job, digits, tmp_path):

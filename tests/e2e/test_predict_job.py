@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.e2e.conftest import kill, until
 from tests.networks import coloured_noise
-from tests.runs import rows_of
+from tests.runs import read_rows
 
 IMAGES = 1500
 PARTS = -(-IMAGES // 64)
@@ -55,7 +55,7 @@ def _line(job):
 
 def _check(output, line):
     assert (line["rows"], line["ok"], line["errors"]) == (IMAGES, IMAGES - 2, 2)
-    assert [row["id"] for row in rows_of(output)] == list(range(IMAGES))
+    assert [row["id"] for row in read_rows(output)] == list(range(IMAGES))
     assert json.loads((output / "summary.json").read_text())["rows"] == IMAGES
 
 

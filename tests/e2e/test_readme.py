@@ -1,4 +1,4 @@
-"""The README's commands are run as they stand, and what it says of the tree is true."""
+"""Runs the README's commands as written, and checks its list of files and all documented flags and targets."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def _marked_blocks():
 
 @pytest.mark.timeout(900)
 def test_marked_blocks_run(tmp_path):
-    """In a folder that has what `make demo` made."""
+    """Run the blocks in a folder with the images of `make demo`."""
     blocks = _marked_blocks()
     assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "python", "sh", "python"]
     write_digits(tmp_path / "demo" / "digits", 1797)
@@ -29,11 +29,11 @@ def test_marked_blocks_run(tmp_path):
     for language, text in blocks:
         text = text.replace(".venv/bin/python", sys.executable)
         command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-        done = subprocess.run(
+        completed = subprocess.run(
             command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
         )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout.splitlines())
+        assert completed.returncode == 0, completed.stderr
+        printed.append(completed.stdout.splitlines())
     trained, answers, evaluated, exported, answers_of_int8, predicted, counted = printed
     assert json.loads(trained[-1])["epochs"] == 6
     assert answers[0].startswith("Prediction(label=")
@@ -43,9 +43,9 @@ def test_marked_blocks_run(tmp_path):
     )
     assert len(json.loads(exported[-1])["formats"]) == 6
     assert answers_of_int8[0].startswith("[Prediction(label=")
-    line = json.loads(predicted[-1])
-    assert (line["rows"], line["errors"]) == (1797, 0)
-    assert line["engine"] not in ("auto", "keras")
+    summary = json.loads(predicted[-1])
+    assert (summary["rows"], summary["errors"]) == (1797, 0)
+    assert summary["engine"] not in ("auto", "keras")
     assert counted[-1] == "1797"
 
 
@@ -59,7 +59,7 @@ def test_make_targets_and_flags_exist():
         ).stdout
         for job in ("train", "tune", "evaluate", "export", "predict", "serve", "benchmark")
     )
-    # Less the flags of other programs; what `ray job submit` is given behind its -- is ours.
+    # Without the flags of other programs, except what follows the -- of `ray job submit`.
     others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|npm|prometheus|ray|serve) [^`\n]*?(?: -- |`|$)"
     in_lines = re.sub(r"\\\n\s*", "", DOCUMENTS)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", in_lines))) - {"--working-dir"}

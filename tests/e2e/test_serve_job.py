@@ -20,7 +20,7 @@ from cnnray.images.decode import BadImage, decode
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.e2e.conftest import left_of, started_jobs, until
+from tests.e2e.conftest import started_jobs, survivors, until
 from tests.e2e.service import Service, ask, copy_as_new_version
 
 GOOD = awkward_images()["rgb.png"]
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(service):
     assert service.job.wait(60) == 0, service.log()
     line = json.loads(service.job.out.read_text())
     assert (line["address"], line["replicas"]) == (service.address, 1)
-    assert not left_of(children, 15)
+    assert not survivors(children, 15)
     assert "Traceback" not in service.log()
 
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.e2e.conftest import checkpoints, left_of, until
+from tests.e2e.conftest import checkpoints, survivors, until
 from tests.runs import final_state, largest_difference
 
 FAST = (
@@ -18,7 +18,7 @@ FAST = (
 
 
 @pytest.mark.timeout(900)
-def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
+def test_a_killed_driver_is_resumed_by_the_same_command(start_job, digits, tmp_path):
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
     job = start_job("train", "--data", digits, "--output", undisturbed, *FAST)
     assert job.wait(240) == 0, job.err.read_text()
@@ -33,18 +33,18 @@ def test_killed_driver_then_the_same_command(start_job, digits, tmp_path):
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert not (output / "bundle").exists()
-    assert not left_of(children, 30)
+    assert not survivors(children, 30)
 
-    again = start_job("train", "--data", digits, "--output", output, *FAST)
-    assert again.wait(240) == 0, again.err.read_text()
-    assert re.search(r"going on from epoch [12], step [0369]", again.err.read_text())
-    for found, wanted in zip(final_state(output), final_state(undisturbed), strict=True):
-        assert largest_difference(found, wanted) <= 1e-5
-    found = json.loads(again.out.read_text().splitlines()[-1])["metrics"]
-    assert found == pytest.approx(summary["metrics"], rel=1e-5)
+    resumed = start_job("train", "--data", digits, "--output", output, *FAST)
+    assert resumed.wait(240) == 0, resumed.err.read_text()
+    assert re.search(r"going on from epoch [12], step [0369]", resumed.err.read_text())
+    for arrays, expected_arrays in zip(final_state(output), final_state(undisturbed), strict=True):
+        assert largest_difference(arrays, expected_arrays) <= 1e-5
+    metrics = json.loads(resumed.out.read_text().splitlines()[-1])["metrics"]
+    assert metrics == pytest.approx(summary["metrics"], rel=1e-5)
 
 
-def test_ctrl_c_ends_the_job_with_a_sentence_and_leaves_a_run_that_goes_on(start_job, digits, tmp_path):
+def test_ctrl_c_ends_the_job_with_a_sentence_and_a_run_that_can_be_resumed(start_job, digits, tmp_path):
     job = start_job(
         "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500", "--max-workers", "1"
     )
@@ -95,7 +95,7 @@ def test_mistakes_get_one_sentence_within_five_seconds(mistake, start_job, digit
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     job = start_job("train", *(argument.format(**places) for argument in arguments))
     assert job.wait(30) != 0
-    # Of the processor, as other tests may run beside this one.
+    # CPU time, because other tests may run at the same time.
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     message = job.err.read_text()
@@ -105,7 +105,7 @@ def test_mistakes_get_one_sentence_within_five_seconds(mistake, start_job, digit
     assert not out.exists()
 
 
-def test_print_config_is_a_config_that_gives_itself(start_job, tmp_path):
+def test_a_printed_config_prints_itself(start_job, tmp_path):
     first = start_job("train", "--data", "/d", "--output", "/o", "--epochs", "7", "--print-config")
     assert first.wait(30) == 0, first.err.read_text()
     (tmp_path / "c.yaml").write_text(first.out.read_text())

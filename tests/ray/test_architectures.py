@@ -6,7 +6,7 @@ import pytest
 from cnnray.models import architectures
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from tests.ray.workers import on_workers
+from tests.ray.workers import run_on_workers
 
 CLASSES = 3
 QUICK = ("small_cnn",)
@@ -58,7 +58,7 @@ def _step(rank, world, architecture, size, folder):
 def test_trains_on_two_workers_and_predicts_the_same_after_loading(architecture, tmp_path):
     size = architectures.smallest_image_size(architecture)
     workers = 1 if architecture in GIANTS else 2
-    results = on_workers(_step, workers, tmp_path, architecture, size, str(tmp_path / "bundle"))
+    results = run_on_workers(_step, workers, tmp_path, architecture, size, str(tmp_path / "bundle"))
     loss, moved, first = results[0]
     assert np.isfinite(loss)
     assert moved > 0.5

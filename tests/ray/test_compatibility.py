@@ -1,15 +1,15 @@
-"""What version 0.1.0 left goes on to be read: a bundle, finished outputs and interrupted ones.
+"""Outputs of version 0.1.0 can be read and resumed: a bundle, finished runs and interrupted runs.
 
 `tests/compatibility/0.1.0.tar.xz` was made by the jobs of commit fba1f0d in /tmp/compat/v1, on 73 images of three
 digits (one of them broken), `small_cnn` at 16x16 with one worker, batches of 16, constant schedule:
 
     run                 train.py --epochs 1, then export.py --formats onnx,litert; without its checkpoints
-    undisturbed         train.py --epochs 4: what `killed` would have given
-    killed              train.py --epochs 4, ended by SIGKILL after its first epoch
+    undisturbed         train.py --epochs 4: the run `killed` without the interruption
+    killed              train.py --epochs 4, killed by SIGKILL after its first epoch
     predictions         predict.py --rows-per-part 16 --engine onnx --probabilities
-    predictions-killed  predict.py --rows-per-part 16 --engine keras, ended by SIGKILL after its first part
+    predictions-killed  predict.py --rows-per-part 16 --engine keras, killed by SIGKILL after its first part
     report              evaluate.py of the held-out images; without its pictures
-    search-killed       tune.py --epochs 2 --trials 3, ended by SIGKILL in its second trial
+    search-killed       tune.py --epochs 2 --trials 3, killed by SIGKILL in its second trial
 """
 
 import csv
@@ -39,14 +39,14 @@ from cnnray.training.job import train
 from cnnray.tuning.config import SearchConfig
 from cnnray.tuning.job import SearchError, search
 from tests.conftest import REPOSITORY
-from tests.runs import rows_of
+from tests.runs import read_rows
 
 MADE_IN = "/tmp/compat/v1"
 
 
 @pytest.fixture
 def earlier(tmp_path):
-    """The folder of what 0.1.0 left, as if it had been made there."""
+    """A folder with the outputs of 0.1.0, in which their paths point to this folder."""
     with tarfile.open(REPOSITORY / "tests/compatibility/0.1.0.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     for path in tmp_path.rglob("*"):
@@ -64,8 +64,8 @@ def _config(config_class, output: Path):
 
 
 @pytest.mark.parametrize("engine", ["keras", "onnx", "litert"])
-def test_its_bundle_answers_the_same(engine, earlier):
-    rows = [row for row in rows_of(earlier / "predictions") if row["status"] == "ok"]
+def test_the_bundle_gives_the_same_answers(engine, earlier):
+    rows = [row for row in read_rows(earlier / "predictions") if row["status"] == "ok"]
     predictor = Predictor(Bundle.load(str(earlier / "run/bundle")), engine=engine)
     answers = predictor([Path(row["uri"]).read_bytes() for row in rows])
     assert [answer.label for answer in answers] == [row["prediction"] for row in rows]
@@ -73,18 +73,18 @@ def test_its_bundle_answers_the_same(engine, earlier):
     np.testing.assert_allclose([answer.probabilities for answer in answers], expected, atol=1e-5)
 
 
-def test_its_finished_outputs_are_finished(earlier):
+def test_finished_runs_are_not_repeated(earlier):
     summary = json.loads((earlier / "run/summary.json").read_text())
     assert train(_config(TrainConfig, earlier / "run")) == summary
-    line = prediction.run(_config(PredictConfig, earlier / "predictions"))
-    assert (line["rows"], line["ok"], line["errors"], line["resumed"]) == (73, 72, 1, 73)
+    summary = prediction.run(_config(PredictConfig, earlier / "predictions"))
+    assert (summary["rows"], summary["ok"], summary["errors"], summary["resumed"]) == (73, 72, 1, 73)
     config = _config(EvaluateConfig, earlier / "report")
     rows = (earlier / "report/predictions/part-000000.parquet").read_bytes()
     assert evaluate(config)["accuracy"] == json.loads((earlier / "report/metrics.json").read_text())["accuracy"]
     assert (earlier / "report/predictions/part-000000.parquet").read_bytes() == rows
 
 
-def test_its_interrupted_training_goes_on(earlier, caplog):
+def test_the_interrupted_training_is_resumed(earlier, caplog):
     with caplog.at_level(logging.INFO, "cnnray"):
         summary = train(_config(TrainConfig, earlier / "killed"))
     assert "going on with the run" in caplog.text
@@ -96,34 +96,34 @@ def test_its_interrupted_training_goes_on(earlier, caplog):
         continued, expected = list(csv.DictReader(continued)), list(csv.DictReader(expected))
     assert [row["images"] for row in continued] == [row["images"] for row in expected] == ["57.0"] * 4
     assert continued[0]["val_loss"] == expected[0]["val_loss"]  # not trained again
-    for row, same in zip(continued[1:3], expected[1:3], strict=True):
-        assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=0.02)
+    for row, expected_row in zip(continued[1:3], expected[1:3], strict=True):
+        assert float(row["loss"]) == pytest.approx(float(expected_row["loss"]), rel=0.02)
     assert "broken.png" in (earlier / "killed/bad_images.csv").read_text()
-    # From now on it is a run of this version.
+    # The resumed run has the format of this version.
     assert yaml.safe_load((earlier / "killed/config.yaml").read_text())["cnnray"]["config"] == configs.CONFIG_FORMAT
 
 
-def test_its_interrupted_prediction_goes_on(earlier):
+def test_the_interrupted_prediction_is_resumed(earlier):
     part = (earlier / "predictions-killed/part-000000.parquet").read_bytes()
-    line = prediction.run(_config(PredictConfig, earlier / "predictions-killed"))
-    assert (line["rows"], line["ok"], line["errors"], line["resumed"]) == (73, 72, 1, 16)
+    summary = prediction.run(_config(PredictConfig, earlier / "predictions-killed"))
+    assert (summary["rows"], summary["ok"], summary["errors"], summary["resumed"]) == (73, 72, 1, 16)
     assert (earlier / "predictions-killed/part-000000.parquet").read_bytes() == part
-    rows, others = (rows_of(earlier / name) for name in ("predictions-killed", "predictions"))
+    rows, expected = (read_rows(earlier / name) for name in ("predictions-killed", "predictions"))
     assert [(row["id"], row["uri"], row["prediction"]) for row in rows] == [
-        (row["id"], row["uri"], row["prediction"]) for row in others
+        (row["id"], row["uri"], row["prediction"]) for row in expected
     ]
 
 
-def test_its_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):
+def test_the_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):
     config = _config(SearchConfig, earlier / "search-killed")
     with pytest.raises(SearchError, match="holds a search of another version of cnnray that cannot be continued"):
         search(config)
     assert (earlier / "search-killed/trials").exists()
 
-    def begun(fit):
+    def interrupt(fit):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnray.training.job.interruptible", begun)
+    monkeypatch.setattr("cnnray.training.job.interruptible", interrupt)
     with pytest.raises(KeyboardInterrupt):
         search(replace(config, overwrite=True))
     assert not (earlier / "search-killed/trials").exists()

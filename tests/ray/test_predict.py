@@ -22,7 +22,7 @@ from cnnray.prediction.job import PredictionError
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
 from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle, decoded_or_die
-from tests.runs import rows_of
+from tests.runs import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def finished(bundle, images, tmp_path_factory):
 
 def test_every_image_has_one_row_with_the_prediction_of_predictor(finished, bundle, images):
     output, line = finished
-    rows = rows_of(output)
+    rows = read_rows(output)
     assert [row["id"] for row in rows] == list(range(len(images[1])))
     assert [row["uri"] for row in rows] == sorted(images[1])
     predictor = Predictor(Bundle.load(bundle), engine="onnx")
@@ -113,9 +113,9 @@ def test_the_files_of_a_finished_run(finished, bundle):
     ids=["one", "many", "tasks", "csv", "jsonl"],
 )
 def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bundle, images, tmp_path):
-    expected = rows_of(finished[0])
+    expected = read_rows(finished[0])
     job.run(_config(bundle, images[0], tmp_path, **changes))
-    rows = rows_of(tmp_path, changes.get("format", "parquet"))
+    rows = read_rows(tmp_path, changes.get("format", "parquet"))
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
         for name in wanted:
@@ -134,8 +134,8 @@ def test_images_in_containers(kind, finished, bundle, images, tmp_path):
         table = pa.table({"bytes": list(contents.values()), "name": list(contents)})
         pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=30)
     job.run(_config(bundle, tmp_path / f"0.{kind}", tmp_path / "out", rows_per_part=10))
-    rows = rows_of(tmp_path / "out")
-    expected = {row["uri"]: row for row in rows_of(finished[0])}
+    rows = read_rows(tmp_path / "out")
+    expected = {row["uri"]: row for row in read_rows(finished[0])}
     for row, uri in zip(rows, contents, strict=True):
         assert row["prediction"] == expected[uri]["prediction"]
         assert (row["error"] or "").partition(":")[0] == (expected[uri]["error"] or "").partition(":")[0]
@@ -176,7 +176,7 @@ def test_only_missing_parts_are_repeated(was_finished, copy, bundle, images, fin
     assert {name for name in after if after[name] != before.get(name)} == {
         "part-000001.parquet", "summary.json", "errors.csv",
     }  # fmt: skip
-    assert [row["prediction"] for row in rows_of(copy)] == [row["prediction"] for row in rows_of(finished[0])]
+    assert [row["prediction"] for row in read_rows(copy)] == [row["prediction"] for row in read_rows(finished[0])]
 
 
 def test_another_run_over_the_same_output_is_refused(copy, bundle, images, tmp_path):
@@ -202,7 +202,7 @@ def test_another_run_over_the_same_output_is_refused(copy, bundle, images, tmp_p
     assert _times(copy) == before
     line = job.run(dataclasses.replace(config, bundle=str(other), overwrite=True, limit=40))
     assert (line["rows"], line["resumed"]) == (40, 0)
-    assert len(rows_of(copy)) == 40
+    assert len(read_rows(copy)) == 40
 
 
 def test_foreign_files_are_not_touched(tmp_path, bundle, images):
@@ -231,7 +231,7 @@ def test_retry_errors_repeats_parts_with_unreadable_images(copy, bundle, images)
         (images[0].parent / "missing.png").unlink()
     assert line["errors"] == 2 * len(bad_images())
     assert line["resumed"] == 64
-    assert rows_of(copy)[-1]["status"] == "ok"
+    assert read_rows(copy)[-1]["status"] == "ok"
 
 
 # -- failures -------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_a_bundle_that_workers_cannot_load_is_reported(tmp_path, bundle, images)
 def test_shards_have_each_image_once(tmp_path, bundle, images):
     lines = [job.run(_config(bundle, images[0], tmp_path, shards=3, shard=shard)) for shard in range(3)]
     assert [line["output"] for line in lines] == [f"{tmp_path}/shard-{shard}-of-3" for shard in range(3)]
-    ids = [[row["id"] for row in rows_of(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
+    ids = [[row["id"] for row in read_rows(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
     assert [number for shard_ids in ids for number in shard_ids] == list(range(len(images[1])))
     assert max(map(len, ids)) - min(map(len, ids)) <= 1
     other = shutil.copytree(bundle, tmp_path / "bundle")
@@ -324,7 +324,7 @@ def test_from_python(bundle, images, finished):
     options = PredictOptions(engine="onnx", probabilities=True, max_workers=2)
     uris = [uri for uri, data in images[1].items() if data is not None]
     rows = sorted(predict(bundle, uris, options).take_all(), key=lambda row: row["id"])
-    expected = {row["uri"]: row for row in rows_of(finished[0])}
+    expected = {row["uri"]: row for row in read_rows(finished[0])}
     assert [row["uri"] for row in rows] == sorted(uris)
     for row in rows:
         assert row["prediction"] == expected[row["uri"]]["prediction"]
@@ -348,7 +348,7 @@ def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
     output = tmp_path.parent / f"poisoned_{decoding}_{packed}"
     line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
     assert (line["rows"], line["ok"], line["errors"]) == (200, 198, 2)
-    for row in rows_of(output):
+    for row in read_rows(output):
         assert row["error"] == (pipeline.CRASHED if row["id"] in poisonous else None)
         assert (row["prediction"] is None) == (row["id"] in poisonous)
 
@@ -364,4 +364,4 @@ def test_paths_that_are_no_files_are_errors(tmp_path, bundle):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "images.csv").write_text("uri\n/dev/zero\nfolder.png\nfifo.png\n")
     job.run(_config(bundle, tmp_path / "images.csv", tmp_path / "out"))
-    assert [row["error"].partition(":")[0] for row in rows_of(tmp_path / "out")] == ["unreadable"] * 3
+    assert [row["error"].partition(":")[0] for row in read_rows(tmp_path / "out")] == ["unreadable"] * 3

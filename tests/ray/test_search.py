@@ -1,4 +1,4 @@
-"""A search on the session's cluster: what it leaves, how it goes on, what it refuses."""
+"""Searches on the session's cluster: their outputs, and the flags and spaces that they refuse."""
 
 import csv
 
@@ -21,14 +21,14 @@ def _config(digits, output, **changes):
 
 def test_the_best_trial_becomes_a_config(digits, tmp_path):
     config = _config(digits, tmp_path / "out", parallel=2)
-    line = search(config)
+    summary = search(config)
     rows = {float(row["learning_rate"]): row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
-    assert line["trials"] == len(rows) == 2
+    assert summary["trials"] == len(rows) == 2
     assert rows[1e30]["state"] == "failed"
     assert rows.pop(1e30)["val_accuracy"] == ""
-    assert line["best"] == {"learning_rate": 0.01}
+    assert summary["best"] == {"learning_rate": 0.01}
     assert rows[0.01]["state"] == "finished"
-    assert line["val_accuracy"] == float(rows[0.01]["val_accuracy"])
+    assert summary["val_accuracy"] == float(rows[0.01]["val_accuracy"])
     best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
     assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": 0.01}, "/o")
     trials = list((tmp_path / "out" / "trials").iterdir())
@@ -59,7 +59,7 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
         ({"preview_augmentations": 3}, "is a flag of jobs/train.py"),
     ],
 )
-def test_impossible_searches_are_refused(flags, sentence, digits, tmp_path):
+def test_searches_that_cannot_work_are_refused(flags, sentence, digits, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         _config(digits, tmp_path, **flags)
 
@@ -73,7 +73,7 @@ def test_impossible_searches_are_refused(flags, sentence, digits, tmp_path):
         ("schedule=choice(['linear'])", "--schedule"),
     ],
 )
-def test_spaces_whose_values_no_training_takes_are_refused(space, sentence, digits, tmp_path):
+def test_spaces_with_values_that_training_refuses_are_refused(space, sentence, digits, tmp_path):
     with pytest.raises(SearchError, match=sentence):
         search(_config(digits, tmp_path / "out", search=[space]))
     assert not (tmp_path / "out").exists()

@@ -1,16 +1,17 @@
-"""Two workers and one process, fed the same global batches, hold the same weights."""
+"""Two workers and a single process train the same weights from the same global batches."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cnnray.training.config import TrainConfig
-from tests.ray.workers import on_workers
+from tests.ray.workers import run_on_workers
+from tests.runs import largest_difference
 
 STEPS, BATCH, SIZE, CLASSES = 10, 32, 32, 4
 WEIGHTS = (0.5, 1.0, 2.0, 1.0)
-# Rounding differs between one process and two, and training amplifies it: by 30 a step at a rate of 0.01 and
-# batches of 8. At these rates ten steps leave 1e-6, where a wrong statistic leaves 1e-3 (`plain`).
+# One process and two round differently, and training amplifies the difference: by 30 per step at a learning rate of
+# 0.01 and batches of 8. At these rates it is 1e-6 after ten steps; a wrong statistic makes it 1e-3 (`plain`).
 CASES = {
     "sgd": {"architecture": "vgg16", "head": "linear", "optimizer": "sgd", "learning_rate": 1e-5},
     "sgd_synchronized": {
@@ -21,7 +22,7 @@ CASES = {
     },
     "adam": {"architecture": "small_cnn", "learning_rate": 1e-4, "synchronized_batch_norm": True},
     "plain": {"architecture": "small_cnn", "learning_rate": 1e-4},
-    # All that is done with the summed gradients, and to the weights behind them.
+    # Everything that is applied to the summed gradients, and to the weights after the update.
     "recipe": {
         "architecture": "small_cnn",
         "optimizer": "sgd",
@@ -40,7 +41,7 @@ CASES = {
 
 def _batches():
     generator = np.random.default_rng(0)
-    # The last batches are uneven over two workers.
+    # The last batches cannot be divided evenly between two workers.
     sizes = [BATCH] * (STEPS - 2) + [BATCH - 1, BATCH - 3]
     return [(np.stack([_smooth(generator) for _ in range(n)]), generator.integers(0, CLASSES, n)) for n in sizes]
 
@@ -80,8 +81,8 @@ def _train(rank, world, cases, batches):
         probabilities = np.asarray(steps.inference(images, training=False))
         before = [v.numpy() for v in steps._statistics]
         # A step in which every image of the second worker was bad.
-        mine = images[: 4 if rank == 0 else 0]
-        lonely = steps.train(mine, targets[: len(mine)], bad=rank * 4)
+        good = images[: 4 if rank == 0 else 0]
+        one_sided = steps.train(good, targets[: len(good)], bad=rank * 4)
         results[name] = {
             "sums": np.asarray(sums),
             "weights": weights,
@@ -89,15 +90,19 @@ def _train(rank, world, cases, batches):
             "statistics": statistics,
             "averaged": averaged,
             "probabilities": probabilities,
-            "lonely": lonely,
+            "one_sided": one_sided,
             "overflow": _overflow(rank, steps, images, targets) if name == "float16" else None,
-            "lonely_statistics": (before, [v.numpy() for v in steps._statistics]),
+            "one_sided_statistics": (before, [v.numpy() for v in steps._statistics]),
         }
     return results
 
 
 def _overflow(rank, steps, images, targets):
-    """A step in which the gradients of one worker alone are not finite: its loss scale, and what became of it."""
+    """Train a step in which only the gradients of rank 1 are not finite.
+
+    Returns:
+        Whether the weights stayed as they were, and the loss scale before and after the step.
+    """
     before = [v.numpy() for v in steps.model.trainable_variables]
     scale = steps.optimizer.dynamic_scale.numpy()
     if rank == 1:
@@ -113,51 +118,46 @@ def _overflow(rank, steps, images, targets):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    one = on_workers(_train, 1, folder, CASES, _batches())
-    two = on_workers(_train, 2, folder, CASES, _batches())
-    return one[0], two[0], two[1]
-
-
-def _relative(found, expected):
-    """The largest difference between two lists of arrays, in terms of the largest value."""
-    scale = max(np.abs(values).max() for values in expected)
-    return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) / scale
+    single = run_on_workers(_train, 1, folder, CASES, _batches())
+    pair = run_on_workers(_train, 2, folder, CASES, _batches())
+    return single[0], pair[0], pair[1]
 
 
 @pytest.mark.parametrize("case", ["sgd", "sgd_synchronized", "recipe"])
 def test_sgd_gives_the_same_weights(trained, case):
-    one, first, second = (result[case] for result in trained)
-    assert _relative(first["inference"], one["inference"]) <= 1e-5
-    assert _relative(first["weights"], one["weights"]) <= 1e-5
-    assert _relative(second["weights"], first["weights"]) == 0
-    np.testing.assert_allclose(first["sums"], one["sums"], rtol=1e-4)
+    single, first, second = (result[case] for result in trained)
+    assert largest_difference(first["inference"], single["inference"]) <= 1e-5
+    assert largest_difference(first["weights"], single["weights"]) <= 1e-5
+    assert largest_difference(second["weights"], first["weights"]) == 0
+    np.testing.assert_allclose(first["sums"], single["sums"], rtol=1e-4)
 
 
 def test_adam_gives_the_same_losses_and_probabilities(trained):
-    one, first, _ = (result["adam"] for result in trained)
-    # Adam makes steps of roundings, which are the processor's own: 1.3e-4 on a Xeon with AMX.
-    np.testing.assert_allclose(first["sums"][:, 1], one["sums"][:, 1], rtol=5e-4)
-    np.testing.assert_allclose(first["probabilities"], one["probabilities"], atol=1e-4)
+    single, first, _ = (result["adam"] for result in trained)
+    # Adam amplifies rounding errors, which depend on the processor: 1.3e-4 on a Xeon with AMX.
+    np.testing.assert_allclose(first["sums"][:, 1], single["sums"][:, 1], rtol=5e-4)
+    np.testing.assert_allclose(first["probabilities"], single["probabilities"], atol=1e-4)
 
 
 def test_plain_batch_norm_statistics_are_averaged(trained):
-    one, first, second = (result["plain"] for result in trained)
-    assert _relative(first["weights"], one["weights"]) > 1e-4  # so the tests above can see such a difference
-    assert _relative(first["statistics"], second["statistics"]) > 1e-4
+    single, first, second = (result["plain"] for result in trained)
+    # The tests above can detect such a difference.
+    assert largest_difference(first["weights"], single["weights"]) > 1e-4
+    assert largest_difference(first["statistics"], second["statistics"]) > 1e-4
     mean = [(a + b) / 2 for a, b in zip(first["statistics"], second["statistics"], strict=True)]
-    assert _relative(first["averaged"], mean) < 1e-6
-    assert _relative(first["averaged"], second["averaged"]) == 0
+    assert largest_difference(first["averaged"], mean) < 1e-6
+    assert largest_difference(first["averaged"], second["averaged"]) == 0
 
 
 def test_a_worker_without_images_takes_part_and_keeps_its_statistics(trained):
     _, first, second = (result["plain"] for result in trained)
-    assert first["lonely"] == second["lonely"]
-    assert (first["lonely"].count, first["lonely"].bad) == (4, 4)
-    assert np.isfinite(first["lonely"].loss)
-    before, after = second["lonely_statistics"]
-    assert _relative(after, before) == 0
-    before, after = first["lonely_statistics"]
-    assert _relative(after, before) > 1e-4
+    assert first["one_sided"] == second["one_sided"]
+    assert (first["one_sided"].count, first["one_sided"].bad) == (4, 4)
+    assert np.isfinite(first["one_sided"].loss)
+    before, after = second["one_sided_statistics"]
+    assert largest_difference(after, before) == 0
+    before, after = first["one_sided_statistics"]
+    assert largest_difference(after, before) > 1e-4
 
 
 def test_all_workers_skip_a_step_that_overflows_on_one(trained):
@@ -173,6 +173,6 @@ def test_low_precision_trains_and_leaves_a_float32_network(trained, case):
     assert np.isfinite(first["sums"]).all()
     assert first["probabilities"].dtype == np.float32
     assert all(values.dtype == np.float32 for values in first["inference"])
-    # It computes nearly what float32 does.
+    # Its results are close to those of float32.
     plain = trained[1]["plain"]
     np.testing.assert_allclose(first["sums"][0], plain["sums"][0], rtol=0.05)

@@ -1,4 +1,4 @@
-"""Whole runs on the session's cluster: what they leave, what they survive, what they refuse."""
+"""Whole training runs on the session's cluster: their outputs, the failures they survive, the input they refuse."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def _config(digits, output, **changes):
 
 
 def _simple(digits, output, max_workers=1, **changes):
-    """One worker, one phase: half of the time, where a test is not of what workers agree on, nor of phases."""
+    """One worker and one phase, for tests that depend on neither: it takes half of the time."""
     return _config(
         digits,
         output,
@@ -67,8 +67,13 @@ def _simple(digits, output, max_workers=1, **changes):
     )
 
 
-def _recording(assignment, log, kill):
-    """The training loop, which also writes down the ids of every step, and may kill its worker at one."""
+def _train_and_log_steps(assignment, log, kill):
+    """Run the training loop, log the image ids of every step, and kill the worker at the position `kill`.
+
+    Args:
+        log: folder of the logs, one file a process.
+        kill: epoch, step and rank; None: no worker.
+    """
     from cnnray.models import startup
 
     startup.load_tensorflow(gpus=False)
@@ -82,11 +87,11 @@ def _recording(assignment, log, kill):
 
     def tally(ids, exact=worker.epoch.tally):
         if "worker" in current:
-            one = current["worker"]
-            place = (one.progress.epoch, one.progress.step, one.rank)
+            training = current["worker"]
+            position = (training.progress.epoch, training.progress.step, training.rank)
             with Path(log, f"{os.getpid()}.jsonl").open("a") as file:
-                file.write(json.dumps([place, ids.tolist()]) + "\n")
-            if kill == place and not Path(log, "killed").exists():
+                file.write(json.dumps([position, ids.tolist()]) + "\n")
+            if kill == position and not Path(log, "killed").exists():
                 Path(log, "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return exact(ids)
@@ -98,34 +103,34 @@ def _recording(assignment, log, kill):
 
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
-    """Run with the ids of every step written down; gives the summary, the output and the steps."""
+    """A function that trains and logs every step; it returns the summary, the output, and the ids by position."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    def once(kill=None, **changes):
+    def run_once(kill=None, **changes):
         output, log = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("log")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "train_on_worker", lambda assignment: _recording(assignment, str(log), kill))
+            patch.setattr(job, "train_on_worker", lambda assignment: _train_and_log_steps(assignment, str(log), kill))
             summary = train(_config(digits, output, **changes))
         assert (log / "killed").exists() == (kill is not None)
         steps, runs = {}, Counter()
         for file in sorted(log.glob("*.jsonl"), key=lambda path: path.stat().st_ctime):
             for line in file.read_text().splitlines():
-                place, ids = json.loads(line)
-                # A step that was run again after a loss had the same images.
-                assert steps.setdefault(tuple(place), ids) == ids
-                runs[tuple(place)] += 1
+                position, ids = json.loads(line)
+                # A step that is repeated after the loss of a worker gets the same images.
+                assert steps.setdefault(tuple(position), ids) == ids
+                runs[tuple(position)] += 1
         if kill:
-            # It went on from a checkpoint of this epoch: the last one, or one before it where the worker died
-            # before Ray's controller had heard of the last.
-            again = {place for place, times in runs.items() if times > 1}
-            first = min(step for _, step, _ in again)
+            # The run resumed from a checkpoint of this epoch: the last one, or an earlier one if the worker died
+            # before Ray's controller had registered the last.
+            repeated = {position for position, times in runs.items() if times > 1}
+            first = min(step for _, step, _ in repeated)
             assert first % 2 == 0
             expected = {(kill[0], step, rank) for step in range(first, kill[1] + 1) for rank in (0, 1)}
-            # The other worker may have been ended before it wrote its part of the last step down.
-            assert expected - {(*kill[:2], 1 - kill[2])} <= again <= expected
+            # The other worker may have been stopped before it logged its part of the last step.
+            assert expected - {(*kill[:2], 1 - kill[2])} <= repeated <= expected
         return summary, output, steps
 
-    return once
+    return run_once
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +140,12 @@ def undisturbed(run):
 
 def _ids_by_epoch(steps):
     return [
-        sorted(id_ for place, ids in steps.items() if place[0] == epoch for id_ in ids) for epoch in range(EPOCHS)
+        sorted(image_id for position, ids in steps.items() if position[0] == epoch for image_id in ids)
+        for epoch in range(EPOCHS)
     ]
 
 
-def test_what_a_run_leaves(undisturbed, digits):
+def test_the_outputs_of_a_run(undisturbed, digits):
     summary, output, _ = undisturbed
     assert {path.name for path in output.iterdir()} == {
         "bundle", "checkpoints", "config.yaml", "history.csv", "manifest.parquet", "summary.json", "tensorboard",
@@ -161,16 +167,16 @@ def test_what_a_run_leaves(undisturbed, digits):
     assert list((output / "tensorboard").glob("*/events*"))
 
 
-def test_the_bundle_gives_the_metrics_that_it_states(undisturbed):
+def test_the_bundle_reproduces_its_recorded_metrics(undisturbed):
     summary, output, _ = undisturbed
     bundle = Bundle.load(summary["bundle"])
     rows = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "validation").to_pylist()
     answers = Predictor(bundle)([Path(row["uri"]).read_bytes() for row in rows])
-    right = [answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)]
-    assert np.mean(right) == pytest.approx(bundle.info.metrics["val_accuracy"], abs=1e-9)
+    correct = [answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert np.mean(correct) == pytest.approx(bundle.info.metrics["val_accuracy"], abs=1e-9)
     labels = [bundle.info.class_names.index(row["label"]) for row in rows]
-    truth = [answer.probabilities[label] for answer, label in zip(answers, labels, strict=True)]
-    assert -np.log(truth).mean() == pytest.approx(bundle.info.metrics["val_loss"], rel=1e-4)
+    likelihoods = [answer.probabilities[label] for answer, label in zip(answers, labels, strict=True)]
+    assert -np.log(likelihoods).mean() == pytest.approx(bundle.info.metrics["val_loss"], rel=1e-4)
     assert bundle.info.config["seed"] == 0
     assert sum(bundle.info.class_counts.values()) + len(rows) == 200
 
@@ -182,15 +188,15 @@ def test_each_epoch_sees_each_image_once(undisturbed):
 
 
 @pytest.mark.parametrize("kill", [(0, 3, 1), (1, 2, 0)])
-def test_a_killed_worker_changes_nothing(run, undisturbed, kill):
+def test_a_killed_worker_does_not_change_the_result(run, undisturbed, kill):
     _, output, steps = run(kill=kill)
     _, expected, expected_steps = undisturbed
     assert steps == expected_steps
-    for found, wanted in zip(final_state(output), final_state(expected), strict=True):
-        assert largest_difference(found, wanted) <= 1e-5
+    for arrays, expected_arrays in zip(final_state(output), final_state(expected), strict=True):
+        assert largest_difference(arrays, expected_arrays) <= 1e-5
 
 
-def test_kept_in_memory_and_from_parquet_gives_the_same(run, undisturbed, tmp_path):
+def test_cached_images_from_parquet_give_the_same_weights(run, undisturbed, tmp_path):
     _, expected, expected_steps = undisturbed
     rows = manifests.read(str(expected / "manifest.parquet"))
     images = [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
@@ -198,12 +204,12 @@ def test_kept_in_memory_and_from_parquet_gives_the_same(run, undisturbed, tmp_pa
     pyarrow.parquet.write_table(table, tmp_path / "digits.parquet", row_group_size=50)
     _, output, steps = run(data=str(tmp_path / "digits.parquet"), cache="auto", checkpoint_every_steps=None)
     assert steps == expected_steps
-    for found, wanted in zip(final_state(output), final_state(expected), strict=True):
-        assert largest_difference(found, wanted) <= 1e-5
+    for arrays, expected_arrays in zip(final_state(output), final_state(expected), strict=True):
+        assert largest_difference(arrays, expected_arrays) <= 1e-5
 
 
 def test_a_lost_image_fails_the_epoch(digits, tmp_path):
-    def losing(assignment):
+    def train_without_first_row(assignment):
         from cnnray.models import startup
 
         startup.load_tensorflow(gpus=False)
@@ -211,21 +217,21 @@ def test_a_lost_image_fails_the_epoch(digits, tmp_path):
 
         original = worker.epoch.rank_rows
 
-        def without_one(*arguments):
+        def without_first_row(*arguments):
             rows, sizes = original(*arguments)
             return rows[1:], [sizes[0] - 1, *sizes[1:]]
 
-        worker.epoch.rank_rows = without_one
+        worker.epoch.rank_rows = without_first_row
         return worker.run(assignment)
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "train_on_worker", losing)
+        patch.setattr(job, "train_on_worker", train_without_first_row)
         with pytest.raises(TrainingError, match="did not see every image of the manifest once"):
             train(_simple(digits, tmp_path / "out", max_failures=0))
 
 
-def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
+def test_a_finished_run_is_not_repeated(undisturbed, digits, tmp_path):
     summary, output, _ = undisturbed
     shutil.copytree(output, tmp_path / "out")
     config = _config(digits, tmp_path / "out")
@@ -237,7 +243,7 @@ def test_a_finished_run_is_not_run_again(undisturbed, digits, tmp_path):
     ):
         with pytest.raises(TrainingError, match=sentence):
             train(replace(config, **changes))
-    # What --overwrite would replace is still there when the new run cannot start.
+    # A run with --overwrite that cannot start leaves the finished run as it was.
     with pytest.raises(ManifestError):
         train(replace(config, overwrite=True, data="/nowhere"))
     assert train(config) == summary
@@ -266,8 +272,8 @@ def test_bad_images_are_listed_and_too_many_end_the_run(digits, tmp_path):
         train(_simple(data, tmp_path / "strict", max_workers=2, max_bad_fraction=0.001))
     assert not (tmp_path / "strict" / "bundle").exists()
     with pytest.raises(ManifestError, match=r"3 of 203 images cannot be read: .* --max-bad-fraction 0.001"):
-        train(_simple(data, tmp_path / "looked at first", max_bad_fraction=0.001, data_checks=True))
-    assert not (tmp_path / "looked at first" / "config.yaml").exists()
+        train(_simple(data, tmp_path / "checked first", max_bad_fraction=0.001, data_checks=True))
+    assert not (tmp_path / "checked first" / "config.yaml").exists()
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
@@ -282,14 +288,14 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
     assert summary["metrics"]["val_loss"] == min(losses)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(digits, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(digits, tmp_path):
     config = _simple(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30)
     with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
         train(config)
     assert not (tmp_path / "out" / "bundle").exists()
 
 
-def test_files_of_others_are_not_taken_for_a_run(digits, tmp_path):
+def test_an_output_with_other_files_is_refused(digits, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious").touch()
     for overwrite in (False, True):
@@ -302,13 +308,13 @@ def test_a_run_killed_before_its_manifest_was_written_starts_again(digits, tmp_p
     class KilledError(Exception):
         pass
 
-    def killed(*_):
+    def raise_killed(*_):
         raise KilledError
 
-    monkeypatch.setattr(job.manifests, "write", killed)
+    monkeypatch.setattr(job.manifests, "write", raise_killed)
     with pytest.raises(KilledError):
         train(_config(digits, tmp_path / "out"))
-    # The same command gets as far again: what is there is not taken for somebody else's.
+    # The same command gets as far as before: it does not take its own files for those of another program.
     with pytest.raises(KilledError):
         train(_config(digits, tmp_path / "out"))
 
@@ -318,7 +324,7 @@ def test_an_output_inside_the_data_is_refused(digits):
         _config(digits, digits / "out")
 
 
-def test_bad_input_leaves_nothing(tmp_path):
+def test_bad_input_creates_no_output(tmp_path):
     (tmp_path / "data" / "a").mkdir(parents=True)
     with pytest.raises(ManifestError):
         train(_config(tmp_path / "data", tmp_path / "out" / "deep"))

@@ -1,4 +1,4 @@
-"""Validation counts every image exactly once, whatever the sizes."""
+"""Validation counts every image exactly once, for any number of images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from cnnray.images.manifest import build_manifest
 from cnnray.models.bundle import BundleInfo
 from cnnray.training.config import TrainConfig
 from cnnray.training.plan import Assignment
-from tests.ray.workers import on_workers
+from tests.ray.workers import run_on_workers
 
 SIZES = (1, 7, 64, 65)
 
@@ -30,8 +30,8 @@ def _validate(rank, world, assignments):
             worker = _Worker(assignment, strategy)
         sums = worker._validate()
         rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
-        with_data = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
-        probabilities = np.asarray(worker.steps.inference(np.stack(with_data), training=False))
+        images = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
+        probabilities = np.asarray(worker.steps.inference(np.stack(images), training=False))
         results[size] = sums.metrics(), sums.count, probabilities, [int(row["label"]) for row in rows]
     return results
 
@@ -39,19 +39,19 @@ def _validate(rank, world, assignments):
 @pytest.fixture(scope="module")
 def validated(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
-    everything = build_manifest(str(digits), labelled=True)
+    manifest = build_manifest(str(digits), labelled=True)
     assignments = {}
     for size in SIZES:
-        split = np.where(np.arange(len(everything)) % (len(everything) // size) == 0, "validation", "train")
+        split = np.where(np.arange(len(manifest)) % (len(manifest) // size) == 0, "validation", "train")
         split[np.flatnonzero(split == "validation")[size:]] = "train"
-        table = everything.set_column(everything.column_names.index("split"), "split", pa.array(split))
+        table = manifest.set_column(manifest.column_names.index("split"), "split", pa.array(split))
         path = str(folder / f"{size}.parquet")
         manifests.write(table, path)
         assignments[size] = Assignment(
             config=TrainConfig(
                 data=str(digits), output=str(folder), architecture="small_cnn", image_size=16, batch_size=16
             ),
-            info=BundleInfo(class_names=manifests.class_names(everything), image_size=16),
+            info=BundleInfo(class_names=manifests.class_names(manifest), image_size=16),
             manifest=path,
             weights=None,
             threads=1,
@@ -60,7 +60,7 @@ def validated(digits, tmp_path_factory):
             cached={},
             started=0.0,
         )
-    return on_workers(_validate, 2, folder, assignments)
+    return run_on_workers(_validate, 2, folder, assignments)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,9 +69,9 @@ def test_validation_equals_scikit_learn(validated, size):
         metrics, count, probabilities, labels = validated[rank][size]
         assert count == size == len(labels)
         classes = np.arange(10)
-        exact = probabilities.astype(np.float64)
-        exact /= exact.sum(1, keepdims=True)
-        assert metrics["loss"] == pytest.approx(log_loss(labels, exact, labels=classes), rel=1e-5)
+        normalized = probabilities.astype(np.float64)
+        normalized /= normalized.sum(1, keepdims=True)
+        assert metrics["loss"] == pytest.approx(log_loss(labels, normalized, labels=classes), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, probabilities.argmax(1)), abs=1e-12)
         assert metrics["top_5_accuracy"] == pytest.approx(
             top_k_accuracy_score(labels, probabilities, k=5, labels=classes), abs=1e-12

@@ -1,4 +1,4 @@
-"""What tests run on Ray's workers: a function as `driver` runs the training loop, a prediction worker that dies."""
+"""Runs functions on workers as `driver` runs the training loop, and defines prediction workers that crash."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ from cnnray.prediction import pipeline
 from cnnray.training.backend import MultiWorkerConfig
 
 
-def on_workers(function, workers, folder, *arguments):
+def run_on_workers(function, workers, folder, *arguments):
     """Run `function(rank, world, *arguments)` inside a MultiWorkerMirroredStrategy's group.
 
     Returns:
-        What each rank returned.
+        The results by rank.
     """
     folder = Path(folder)
-    # Workers do not have the tests on their path.
+    # Workers cannot import the tests.
     modules = [sys.modules[name] for name in (function.__module__, __name__)]
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -38,7 +38,7 @@ def on_workers(function, workers, folder, *arguments):
             ),
         ).fit()
     finally:
-        # Classes of other tests must not be pickled so: what they patch in a module would not be seen.
+        # Classes of other tests must not be pickled by value: their patches of a module would have no effect.
         for module in modules:
             ray.cloudpickle.unregister_pickle_by_value(module)
     return [pickle.loads((folder / f"{workers}-{rank}.pickle").read_bytes()) for rank in range(workers)]
@@ -56,7 +56,7 @@ def _call(function, folder, arguments):
 
 
 def decode_or_die(data, size, resize="stretch", decode=decode.decode):
-    """`decode`, whose process some images kill, as a crash in a C library would."""
+    """Decode an image, or kill the process if the data ends with b"poison", as a crash in a C library would."""
     if data.endswith(b"poison"):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(data, size, resize)
@@ -71,7 +71,7 @@ class CrashedByAnImage(pipeline.Worker):
 
 
 class CrashedByItsBundle(pipeline.Worker):
-    """A prediction worker that is killed while it loads its bundle, as for lack of memory."""
+    """A prediction worker that is killed while it loads its bundle, as if it had run out of memory."""
 
     def __init__(self, *arguments, **options):
         pipeline.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)

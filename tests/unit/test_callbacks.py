@@ -1,3 +1,5 @@
+"""Callbacks that decide: they resume where they were, and show readable durations."""
+
 import keras
 import pytest
 
@@ -5,7 +7,7 @@ from cnnray.training import callbacks
 from cnnray.training.config import TrainConfig
 
 
-def _list(config):
+def _start_callbacks(config):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(optimizer=keras.optimizers.SGD(0.001))
     model.stop_training = False
@@ -15,31 +17,31 @@ def _list(config):
     return keras_callbacks, deciding, model
 
 
-def test_callbacks_go_on_where_they_were():
+def test_restored_callbacks_decide_as_if_uninterrupted():
     config = TrainConfig(data="/d", output="/o", early_stopping_patience=4, schedule="plateau", plateau_patience=2)
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.98, 0.5]
     decisions = {}
     for interrupted in (False, True):
-        keras_callbacks, deciding, model = _list(config)
-        seen = []
+        keras_callbacks, deciding, model = _start_callbacks(config)
+        stops_and_rates = []
         for epoch, loss in enumerate(losses):
             keras_callbacks.on_epoch_end(epoch, {"val_loss": loss})
             rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-            seen.append((model.stop_training, rate))
+            stops_and_rates.append((model.stop_training, rate))
             if interrupted:
                 state = callbacks.get_state(deciding)
-                keras_callbacks, deciding, model = _list(config)
+                keras_callbacks, deciding, model = _start_callbacks(config)
                 callbacks.restore(deciding, state)
-                model.stop_training = seen[-1][0]
-                model.optimizer.learning_rate = rate  # in a run the optimizer's own variables bring it back
-        decisions[interrupted] = seen
+                model.stop_training = stops_and_rates[-1][0]
+                model.optimizer.learning_rate = rate  # a run restores it with the optimizer's variables
+        decisions[interrupted] = stops_and_rates
     assert decisions[True] == decisions[False]
     assert [stop for stop, _ in decisions[False]] == [False] * 5 + [True] * 2
     assert decisions[False][-1][1] == pytest.approx(0.00025)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.4, "0s"), (45, "45s"), (190, "3m10s"), (7500, "2h05m"), (float("inf"), "?")]
+    ("seconds", "text"), [(0.4, "0s"), (45, "45s"), (190, "3m10s"), (7500, "2h05m"), (float("inf"), "?")]
 )
-def test_durations_are_readable(seconds, shown):
-    assert callbacks.duration(seconds) == shown
+def test_durations_are_readable(seconds, text):
+    assert callbacks.duration(seconds) == text

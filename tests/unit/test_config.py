@@ -1,3 +1,5 @@
+"""Configs: flags and YAML, mistakes in them, and the shares of a cluster that the workers get."""
+
 import subprocess
 import sys
 
@@ -73,14 +75,14 @@ def test_impossible_values_name_their_flag(changes, sentence):
 
 
 def _cluster(*cpus, gpus=0.0):
-    return Resources(tuple(Node(cpus=each, gpus=gpus / len(cpus), object_store_bytes=10**9) for each in cpus))
+    return Resources(tuple(Node(cpus=count, gpus=gpus / len(cpus), object_store_bytes=10**9) for count in cpus))
 
 
 @pytest.mark.parametrize(
     ("cpus", "workers", "per_worker", "threads", "decode"),
     [(2, 2, 0.75, 1, 0.25), (2, 1, 1.0, 1, 0.5), (1, 1, 0.75, 1, 0.125), (8, 2, 3.0, 3, 1.0), (4, 4, 0.75, 1, 0.25)],
 )
-def test_the_default_shares_leave_cpus_to_decoding(cpus, workers, per_worker, threads, decode):
+def test_the_default_shares_leave_cpus_for_decoding(cpus, workers, per_worker, threads, decode):
     shares = share_out(_config(workers=workers), _cluster(cpus))
     assert (shares.cpus_per_worker, shares.threads_per_worker, shares.decode_cpus) == (per_worker, threads, decode)
     assert workers * shares.cpus_per_worker + shares.decode_cpus <= cpus
@@ -106,7 +108,7 @@ def test_a_cluster_that_is_too_small_is_refused(changes, cpus, sentence):
         share_out(_config(**changes), _cluster(cpus))
 
 
-def test_shares_fit_single_nodes():
+def test_each_worker_fits_on_one_node():
     assert share_out(_config(), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
     assert share_out(_config(workers=4), _cluster(2, 2, 2)).cpus_per_worker == 1.0
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 3 CPUs and 0 GPUs fit the cluster's 3"):
@@ -115,24 +117,24 @@ def test_shares_fit_single_nodes():
         share_out(_config(gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
 
 
-def test_fractions_of_cpus_make_room():
+def test_fractions_of_cpus_leave_room_for_decoding():
     assert share_out(_config(workers=4, cpus_per_worker=0.25), _cluster(2)).decode_cpus == 0.25
 
 
 @pytest.mark.parametrize(("text", "fewest", "most"), [("3", 3, 3), ("1:4", 1, 4), ("2:2", 2, 2), ("16:16", 16, 16)])
 def test_the_earlier_flag_workers_is_read(text, fewest, most, tmp_path):
-    needed = ["--data", "/d", "--output", "/o"]
-    for given in (
+    required = ["--data", "/d", "--output", "/o"]
+    for flags in (
         ["--workers", text],
         [f"--workers={text}"],
         ["--min-workers", str(fewest), "--max-workers", str(most)],
     ):
-        config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, *given])
+        config = commandline.parse(TrainConfig, "jobs/train.py", [*required, *flags])
         assert (config.fewest_workers, config.max_workers) == (fewest, most)
         assert config.is_elastic == (fewest < most)
     # YAML 1.1 would read 1:4 as 64.
     (tmp_path / "c.yaml").write_text(f"learning_rate: 1e-3\nworkers: {text}  # or more\nepochs: 3\n")
-    config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, "--config", str(tmp_path / "c.yaml")])
+    config = commandline.parse(TrainConfig, "jobs/train.py", [*required, "--config", str(tmp_path / "c.yaml")])
     assert (config.fewest_workers, config.max_workers, config.learning_rate, config.epochs) == (fewest, most, 1e-3, 3)
     assert TrainConfig(**configs.load(TrainConfig, configs.dump(config), "config.yaml")) == config
 
@@ -151,14 +153,14 @@ def test_the_earlier_flag_workers_is_read(text, fewest, most, tmp_path):
 )
 def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_worker, decode):
     config = _config(workers=workers, gpus_per_worker=float(bool(gpus)))
-    shares = share_out(config, _cluster(*nodes, gpus=gpus))
+    cluster = _cluster(*nodes, gpus=gpus)
+    shares = share_out(config, cluster)
     assert (shares.cpus_per_worker, shares.decode_cpus) == (per_worker, decode)
     least, most = map(int, workers.split(":"))
-    found = _cluster(*nodes, gpus=gpus)
-    assert found.room_for(shares.cpus_per_worker, bool(gpus)) >= most
-    # Ray's sums of floating-point numbers: as many as there are fit, and not one fewer.
+    assert cluster.room_for(shares.cpus_per_worker, bool(gpus)) >= most
+    # Ray adds up floating-point shares: the sum must still have room for all workers.
     assert sum([shares.cpus_per_worker] * most) // shares.cpus_per_worker == most
-    for node in found.nodes:
+    for node in cluster.nodes:
         fit = min(most, Resources((node,)).room_for(shares.cpus_per_worker, bool(gpus)))
         if fit:
             assert node.cpus - fit * shares.cpus_per_worker >= fit * shares.decode_cpus
@@ -183,7 +185,7 @@ def test_only_the_fewest_elastic_workers_must_fit():
     assert resource_requests(config) == [{"CPU": 1.0, "GPU": 1.0}] * 8 + [{"CPU": 1.0}]
 
 
-def test_a_cluster_that_lost_too_much_is_told():
+def test_a_cluster_that_lost_too_many_nodes_is_refused():
     config = _config(workers=2)
     shares = share_out(config, _cluster(2, 2, 2))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (2.0, 1.0)
@@ -192,12 +194,12 @@ def test_a_cluster_that_lost_too_much_is_told():
         check_fit(config, shares, _cluster(2, 2))
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 2 CPUs"):
         check_fit(config, shares, _cluster(2))
-    # What is left in all is on no one node.
+    # No single node has all the CPUs that are left.
     with pytest.raises(ClusterError, match="leave 1 of the cluster's 5 CPUs, and reading the images needs 1 on one"):
         check_fit(config, shares, _cluster(2.5, 2.5))
 
 
-def test_decoding_fits_beside_the_workers_where_the_other_nodes_are_lost():
+def test_decoding_fits_beside_the_workers_after_other_nodes_are_lost():
     config = _config(workers=2, cpus_per_worker=1.5)
     shares = share_out(config, _cluster(2, 2, 2))
     assert shares.decode_cpus == 0.5
@@ -209,7 +211,7 @@ def test_a_search_has_a_fixed_number_of_workers():
         SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1)
 
 
-def test_only_what_changes_the_training_forbids_going_on():
+def test_only_flags_that_change_the_training_prevent_a_resume():
     earlier = configs.as_dict(_config(schedule="constant"))
     assert (
         _config(epochs=99, workers="1:4", wait_minutes=3, cache="none", schedule="constant").differs_from(earlier)
@@ -249,8 +251,8 @@ def test_mistakes_in_nested_flags_get_a_sentence(flags, sentence, capsys):
     assert len(message.strip().splitlines()) == 1
 
 
-def test_a_job_that_is_told_to_end_says_that_it_can_go_on():
+def test_a_terminated_job_says_that_it_can_be_resumed():
     job = "import os; from cnnray import commandline; commandline.run(lambda: os.kill(os.getpid(), 15))"
-    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (143, "")
-    assert done.stderr == "Stopped; the same command goes on from what was done.\n"
+    completed = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stdout) == (143, "")
+    assert completed.stderr == "Stopped; the same command goes on from what was done.\n"

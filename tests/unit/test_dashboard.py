@@ -1,4 +1,4 @@
-"""deploy/grafana-dashboard.json: what Grafana needs to import it, and no metric that nobody exports."""
+"""deploy/grafana-dashboard.json: Grafana can import it, and every metric in it is exported by cnnray or Ray."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 
 def exported_names():
-    """What Prometheus calls the metrics that cnnray defines: names, each with its labels but for Ray's own."""
+    """The Prometheus names of cnnray's metrics, each with its labels (without those that Ray adds)."""
     names = {}
     for path in [REPOSITORY / "cnnray/tracking/prometheus.py"]:
         for call in ast.walk(ast.parse(path.read_text())):
@@ -55,13 +55,13 @@ def test_grafana_can_import_it():
 
 
 @pytest.mark.parametrize("expression", [target["expr"] for panel in PANELS for target in panel["targets"]])
-def test_each_metric_is_one_that_cnnray_or_ray_defines(expression, rays_own):
-    ours = exported_names()
+def test_each_metric_is_defined_by_cnnray_or_ray(expression, ray_files):
+    exported = exported_names()
     names = re.findall(r"\bray_\w+", expression)
     assert names
     for name in names:
         if name.startswith("ray_cnnray_"):
-            assert name in ours, name
+            assert name in exported, name
         else:
             bare = name.removeprefix("ray_")
             quoted = [
@@ -69,9 +69,9 @@ def test_each_metric_is_one_that_cnnray_or_ray_defines(expression, rays_own):
                 for text in (bare, bare.removesuffix("_total"))
                 for quote in (b'"', b"\0")
             ]
-            assert any(label in text for text in rays_own for label in quoted), name
-    if len(names) == len([name for name in names if name in ours]):
-        allowed = set.union(*(ours[name] for name in names))
+            assert any(label in text for text in ray_files for label in quoted), name
+    if len(names) == len([name for name in names if name in exported]):
+        allowed = set.union(*(exported[name] for name in names))
         labels = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', expression)
         labels += [label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")]
         assert set(labels) <= allowed, expression
@@ -81,13 +81,13 @@ def test_each_metric_of_cnnray_is_shown():
     shown = {
         name for panel in PANELS for target in panel["targets"] for name in re.findall(r"\bray_\w+", target["expr"])
     }
-    ends = re.compile("_(bucket|sum|count)$")
-    assert {ends.sub("", name) for name in exported_names()} <= {ends.sub("", name) for name in shown}
+    suffix = re.compile("_(bucket|sum|count)$")
+    assert {suffix.sub("", name) for name in exported_names()} <= {suffix.sub("", name) for name in shown}
 
 
 @pytest.fixture(scope="module")
-def rays_own():
-    """Where Ray's own metrics are named: the modules of its agent and of Serve, and its programs."""
+def ray_files():
+    """The contents of the files that name Ray's own metrics: modules of its agent and of Serve, and the raylet."""
     home = Path(ray.__file__).parent
     modules = [*(home / "dashboard/modules/reporter").glob("*.py"), *(home / "serve/_private").rglob("*.py")]
     return [path.read_bytes() for path in (*modules, home / "core/src/ray/raylet/raylet")]

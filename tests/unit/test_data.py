@@ -1,3 +1,5 @@
+"""Whether training keeps the decoded images in memory."""
+
 import pyarrow as pa
 import pytest
 
@@ -15,7 +17,7 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
     ("uris", "cache", "store", "expected"),
     [
         (FILES, "auto", 10**6, True),
-        (FILES, "auto", 4 * 10**5, False),  # more than a fifth of it
+        (FILES, "auto", 4 * 10**5, False),  # more than a fifth of the object store
         (FILES, "auto", 10**4, False),
         (FILES, "none", 10**6, False),
         (FILES, "memory", 10**5, True),
@@ -25,7 +27,7 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
         (IN_PARQUET, "none", 10**6, "images in Parquet, which training must keep in memory"),
     ],
 )
-def test_images_are_kept_in_memory_where_they_fit_or_must(uris, cache, store, expected):
+def test_images_are_cached_if_they_fit_or_must_be(uris, cache, store, expected):
     config = TrainConfig(data="/d", output="/o", image_size=90, cache=cache)
     manifest = pa.table({"uri": [*uris, "/d/test.png"], "split": ["train"] * 3 + ["validation", "test"]})
     shares = share_out(config, Resources((Node(cpus=4, object_store_bytes=store),)))

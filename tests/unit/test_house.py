@@ -1,4 +1,4 @@
-"""Rules of the house that a reader of one file does not see."""
+"""Rules that hold for all files of the repository."""
 
 import re
 import subprocess
@@ -9,17 +9,17 @@ from tests.conftest import REPOSITORY
 
 
 def test_imports_point_down_only():
-    # In a process of its own, as it silences all loggers that there are.
+    # In a process of its own, because the linter silences all loggers.
     program = "from importlinter import cli; raise SystemExit(cli.lint_imports(is_debug_mode=False))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    linted = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
 
 
 def _tracked(*patterns):
-    found = subprocess.run(
+    listed = subprocess.run(
         ["git", "ls-files", "--", *patterns], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    return [REPOSITORY / name for name in found.stdout.split()]
+    return [REPOSITORY / name for name in listed.stdout.split()]
 
 
 def test_no_path_edits_and_no_index_addresses():
@@ -60,6 +60,6 @@ def test_the_command_line_needs_neither_ray_nor_tensorflow():
 
 def test_the_design_page_states_the_layers_that_the_linter_checks():
     page = (REPOSITORY / "docs/design.md").read_text()
-    stated = re.search(r"linter's configuration:\n\n```\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    layers = re.search(r"linter's configuration:\n\n```\n(.*?)```", page, re.DOTALL)[1].splitlines()
     contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    assert stated == next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert layers == next(contract["layers"] for contract in contracts if contract["type"] == "layers")

@@ -1,4 +1,4 @@
-"""How phases learn: schedules, optimizers, class weights, zeros."""
+"""Recipes: schedules, phases, optimizers, losses, class weights, pruning."""
 
 import keras
 import numpy as np
@@ -41,7 +41,7 @@ def _rates(config, per_epoch):
         ({"epochs": 1, "decay_epochs": 1}, 0, 10),
     ],
 )
-def test_cosine_goes_up_and_down_in_its_lengths(flags, warmup, decay):
+def test_cosine_rises_during_warm_up_and_falls_during_decay(flags, warmup, decay):
     config = _config(schedule="cosine", learning_rate=0.5, **flags)
     assert recipe.lengths(config, config.resolved_phases[0], 10) == (warmup, decay)
     rates = _rates(config, 10)
@@ -55,7 +55,7 @@ def test_cosine_goes_up_and_down_in_its_lengths(flags, warmup, decay):
     "flags",
     [{"warmup_epochs": 11}, {"decay_steps": 101}, {"warmup_steps": 60, "decay_epochs": 5}, {"decay_steps": 0}],
 )
-def test_lengths_that_do_not_fit_are_refused(flags):
+def test_warm_up_and_decay_that_do_not_fit_the_phase_are_refused(flags):
     config = _config(schedule="cosine", **flags)
     with pytest.raises(RecipeError, match="do not fit into the 100 steps of 10 epochs"):
         recipe.lengths(config, config.resolved_phases[0], 10)
@@ -100,26 +100,26 @@ def test_impossible_phases_are_refused(phase, sentence):
         Phase(**{"name": "a"} | phase)
 
 
-def test_presets_and_stated_phases_are_a_plan():
+def test_presets_and_listed_phases_are_resolved():
     article = _config(phases="article", epochs=4).resolved_phases
     assert [(p.learning_rate, p.trainable, p.epochs) for p in article] == [
         (1e-3, 0, 4),
         (1e-4, 0.2, 4),
         (1e-5, 0.5, 4),
     ]
-    stated = _config(phases=[Phase(name="a", epochs=2), Phase(name="b", learning_rate=0.5)], learning_rate=0.1)
-    assert [(p.learning_rate, p.epochs) for p in stated.resolved_phases] == [(0.1, 2), (0.5, 10)]
-    assert stated.all_epochs == 12
+    listed = _config(phases=[Phase(name="a", epochs=2), Phase(name="b", learning_rate=0.5)], learning_rate=0.1)
+    assert [(p.learning_rate, p.epochs) for p in listed.resolved_phases] == [(0.1, 2), (0.5, 10)]
+    assert listed.all_epochs == 12
     assert [p.sparsity for p in _config(phases="prune").resolved_phases] == [0, 0.5, 0.8]
-    after = _config(phases=[Phase(name="zeros", sparsity=0.5), Phase(name="tune")])
-    assert [p.sparsity for p in after.resolved_phases] == [0.5, 0.5]
+    pruned = _config(phases=[Phase(name="zeros", sparsity=0.5), Phase(name="tune")])
+    assert [p.sparsity for p in pruned.resolved_phases] == [0.5, 0.5]
 
 
-def test_more_epochs_are_another_training_only_where_they_change_it():
+def test_more_epochs_prevent_a_resume_only_if_they_change_earlier_steps():
     for flags, same in (
         ({"schedule": "constant"}, True),
         ({"schedule": "cosine"}, False),
-        ({"schedule": "cosine", "decay_epochs": 2}, False),  # its warm-up is a share of all epochs
+        ({"schedule": "cosine", "decay_epochs": 2}, False),  # the warm-up is a fraction of all epochs
         ({"schedule": "cosine", "warmup_epochs": 1, "decay_epochs": 2}, True),
         ({"schedule": "plateau", "phases": "article"}, False),
     ):
@@ -127,7 +127,7 @@ def test_more_epochs_are_another_training_only_where_they_change_it():
         assert (differences == []) == same
 
 
-def test_class_weights_are_scikit_learns():
+def test_class_weights_equal_those_of_scikit_learn():
     labels = np.repeat([0, 1, 2], [50, 7, 143])
     expected = sklearn.utils.class_weight.compute_class_weight("balanced", classes=np.arange(3), y=labels)
     weights = recipe.class_weights(_config(class_weights="balanced"), [50, 7, 143])
@@ -136,7 +136,7 @@ def test_class_weights_are_scikit_learns():
     assert (recipe.class_weights(_config(), [50, 7, 143]) == 1).all()
 
 
-def test_weight_decay_spares_biases_and_norms():
+def test_weight_decay_applies_to_kernels_only():
     config = _config(optimizer="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)
     model = architectures.build("small_cnn", 32, 3)
     optimizer = recipe.optimizer(config, config.resolved_phases[0], 1)
@@ -146,16 +146,16 @@ def test_weight_decay_spares_biases_and_norms():
         variable.assign(value)
     optimizer.apply([tf.zeros_like(v.value) for v in model.trainable_variables], model.trainable_variables)
     for variable, value in zip(model.trainable_variables, before, strict=True):
-        left = 0.95 if variable.name == "kernel" else 1.0
-        np.testing.assert_allclose(variable.numpy(), value * left, rtol=1e-5)
+        factor = 0.95 if variable.name == "kernel" else 1.0
+        np.testing.assert_allclose(variable.numpy(), value * factor, rtol=1e-5)
 
 
-def test_sparsity_grows_to_half_of_a_phase():
+def test_sparsity_grows_until_the_middle_of_a_phase():
     steps = 100
-    chosen = [(step, sparsity_at(step, steps, 0.5, 0.8)) for step in range(steps) if prunes_at(step, steps)]
-    values = [value for _, value in chosen]
+    schedule = [(step, sparsity_at(step, steps, 0.5, 0.8)) for step in range(steps) if prunes_at(step, steps)]
+    values = [value for _, value in schedule]
     assert values[0] == 0.5
-    assert chosen[-1] == (50, 0.8)
+    assert schedule[-1] == (50, 0.8)
     assert (np.diff(values) > 0).all()
     assert 15 < len(values) < 30
     assert [step for step in range(2) if prunes_at(step, 2)] == [0, 1]
@@ -181,13 +181,13 @@ def test_pruned_weights_stay_zero_while_others_learn(flags):
             assert zeros[index].mean() == pytest.approx(0.5, abs=0.01)
             assert (after[index][zeros[index]] == 0).all()
             assert (after[index][~zeros[index]] != before[index][~zeros[index]]).mean() > 0.9
-    # The next phase goes on from these zeros, also after a checkpoint.
+    # The next phase keeps these zeros, also after a checkpoint.
     steps.begin(config.resolved_phases[2], 4)
     steps.train(images, targets)
     assert all((steps.model.get_weights()[index][zeros[index]] == 0).all() for index in kernels)
 
 
-def test_the_bundle_of_an_average_holds_the_average(tmp_path):
+def test_the_inference_network_holds_the_average(tmp_path):
     images, targets = coloured_noise(16, 32)
     config = _config(average=0.5, schedule="constant", optimizer="sgd", learning_rate=0.01)
     steps = Steps(config, 3)
@@ -202,13 +202,13 @@ def test_the_bundle_of_an_average_holds_the_average(tmp_path):
         np.testing.assert_allclose(weight, mean, rtol=1e-4, atol=1e-6)
     state, weights = steps.state(), steps.model.get_weights()
     steps.inference.save(tmp_path / "model.keras")
-    other = Steps(config, 3)
-    other.begin(config.resolved_phases[0], 4)
-    other.load(str(tmp_path / "model.keras"), state, optimizer=True)
-    for weight, kept in zip(other.model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(weight, kept)
-    again = [run.train(images, targets, position=(1, 0, 0)).loss for run in (steps, other)]
-    assert again[0] == again[1]
+    restored = Steps(config, 3)
+    restored.begin(config.resolved_phases[0], 4)
+    restored.load(str(tmp_path / "model.keras"), state, optimizer=True)
+    for weight, saved in zip(restored.model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(weight, saved)
+    losses = [each.train(images, targets, position=(1, 0, 0)).loss for each in (steps, restored)]
+    assert losses[0] == losses[1]
 
 
 def test_accumulated_gradients_are_those_of_one_larger_batch():
@@ -217,7 +217,7 @@ def test_accumulated_gradients_are_those_of_one_larger_batch():
     weights = []
     for accumulate, parts in ((1, [slice(0, 16)]), (2, [slice(0, 8), slice(8, 16)])):
         steps = Steps(_config(accumulate=accumulate, **flags), 3)
-        # Batch norms of a backbone that is trained would see other batches.
+        # The batch norms of a trained backbone would get other batches.
         steps.begin(Phase(name="head", epochs=1, learning_rate=0.1, trainable=0.0), 2)
         for part in parts:
             steps.train(images[part], targets[part])
@@ -226,7 +226,7 @@ def test_accumulated_gradients_are_those_of_one_larger_batch():
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
+def test_the_loss_combines_smoothed_weighted_labels_with_the_teacher():
     images, targets = coloured_noise(12, 32)
     teacher = architectures.build("small_cnn", 32, 3)
     config = _config(
@@ -237,17 +237,18 @@ def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
     steps = Steps(config, 3, teacher=teacher, class_weights=importance)
     steps.begin(config.resolved_phases[0], 4)
     logits = np.asarray(steps._network(images, training=True), np.float64)
-    taught = np.asarray(keras.Model(teacher.inputs, teacher.get_layer("logits").output)(images), np.float64)
+    teacher_logits = np.asarray(keras.Model(teacher.inputs, teacher.get_layer("logits").output)(images), np.float64)
     sums = steps.train(images, targets)
 
     def log_softmax(values):
         return values - np.log(np.exp(values).sum(1, keepdims=True))
 
     labels = np.eye(3)[targets] * 0.9 + 0.1 / 3
-    own = importance[targets] * -(labels * log_softmax(logits)).sum(1)
-    soft = np.exp(log_softmax(taught / 2))
-    divergence = (soft * (log_softmax(taught / 2) - log_softmax(logits / 2))).sum(1).mean() * 4
-    assert sums.loss / 12 == pytest.approx((0.7 * own + 0.3 * divergence).mean(), rel=1e-4)
+    label_loss = importance[targets] * -(labels * log_softmax(logits)).sum(1)
+    teacher_probabilities = np.exp(log_softmax(teacher_logits / 2))
+    log_ratios = log_softmax(teacher_logits / 2) - log_softmax(logits / 2)
+    divergence = (teacher_probabilities * log_ratios).sum(1).mean() * 4
+    assert sums.loss / 12 == pytest.approx((0.7 * label_loss + 0.3 * divergence).mean(), rel=1e-4)
 
 
 def test_recipes_that_do_not_fit_the_images_are_refused(tmp_path):

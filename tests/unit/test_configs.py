@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 import cnnray
-from cnnray import configs
+from cnnray import commandline, configs
 from cnnray.configs import NewerFormatError, rules
 from cnnray.errors import BadInputError
 from cnnray.prediction.config import PredictConfig
 from cnnray.tracking.config import TrackingConfig
 from cnnray.training.config import ClusterConfig, DataConfig, ModelConfig, RecipeConfig, TrainConfig
+from cnnray.training.phases import Phase
 from cnnray.tuning.config import SearchConfig
 from tests.conftest import REPOSITORY
 
@@ -43,7 +44,7 @@ class _Config(_Machines):
     phases: tuple[_Nested, ...] = ()
 
 
-def test_a_fields_metadata_wins_over_its_group_and_a_group_over_the_default():
+def test_a_fields_rules_win_over_its_groups_and_those_over_the_defaults():
     assert configs.names(_Config, resumable=True) == {"workers"}
     assert configs.names(_Config, searchable=False) == {"workers"}
     assert configs.names(_Config, resumable=False, searchable=True) == {
@@ -66,7 +67,8 @@ def test_a_fields_metadata_wins_over_its_group_and_a_group_over_the_default():
         ({"workers": 9}, []),
         ({"interval": 9}, ["--interval 9 (now 5)"]),
         ({"rate": 0.5}, ["--rate 0.5 (now 0.1)"]),
-        ({"nested": {"zoom": 0.1}}, []),  # of a version that had no crop
+        ({"nested": {"zoom": 0.1}}, []),  # written by a version without `crop`
+        ({"nested": {"crop": 0.2}}, ["--nested {'zoom': 0.1, 'crop': 0.2} (now {'zoom': 0.1, 'crop': None})"]),
         ({"nested": {"zoom": 0.2}}, ["--nested {'zoom': 0.2, 'crop': None} (now {'zoom': 0.1, 'crop': None})"]),
         ({"phases": [{"zoom": 1.0, "crop": None}]}, ["--phases [{'zoom': 1.0, 'crop': None}] (now [])"]),
         ({"unknown": 1}, []),
@@ -85,7 +87,9 @@ def test_a_field_that_an_earlier_version_lacked_had_its_default():
 
 def test_resumable_fields_can_be_fixed():
     config = _Config(data="/d", workers=3)
+    assert configs.differences(config, {"data": "/d"}) == []
     assert configs.differences(config, {"data": "/d"}, {"workers"}) == ["--workers 2 (now 3)"]
+    assert configs.differences(config, {"data": "/d", "workers": 3}, {"workers"}) == []
 
 
 def test_a_dumped_config_is_loaded_with_its_changes_and_without_its_header():
@@ -100,7 +104,19 @@ def test_a_dumped_config_is_loaded_with_its_changes_and_without_its_header():
     }  # fmt: skip
 
 
-def test_earlier_names_are_read_and_todays_win():
+def test_an_unchanged_config_is_the_same_after_dump_and_load():
+    config = _Config(data="/d", rate=0.3, nested=_Nested(crop=0.2), phases=(_Nested(zoom=0.5),), workers=4)
+    assert configs.differences(config, configs.load(_Config, configs.dump(config), "c.yaml"), {"workers"}) == []
+    training = TrainConfig(data="/d", output="/o", epochs=3, phases=[Phase(name="a", epochs=2)], max_workers=4)
+    assert TrainConfig(**configs.load(TrainConfig, configs.dump(training), "c.yaml")) == training
+
+
+@pytest.mark.parametrize("header", ["", "cnnray: null\n", "cnnray: 0.1.0\n", "cnnray: {version: 0.1.0}\n"])
+def test_files_without_format_numbers_are_read(header):
+    assert configs.load(_Config, f"{header}data: /d\nrate: 0.3\n", "c.yaml") == {"data": "/d", "rate": 0.3}
+
+
+def test_earlier_names_are_read_and_present_names_win():
     assert configs.load(_Config, "data: /d\nprocesses: 4\n", "c.yaml") == {"data": "/d", "workers": 4}
     assert configs.upgraded(_Config, {"processes": "4", "workers": 1}) == {"workers": 1}
 
@@ -120,22 +136,28 @@ def test_a_file_of_a_later_version_is_refused(name):
     )
     with pytest.raises(NewerFormatError, match=sentence):
         configs.load(_Config, yaml.safe_dump(values), "c.yaml")
+    formats = {"config": configs.CONFIG_FORMAT, "output": configs.OUTPUT_FORMAT}
+    values["cnnray"] |= {name: formats[name]}
+    assert configs.load(_Config, yaml.safe_dump(values), "c.yaml")["data"] == "/d"
 
 
-def test_every_flag_of_a_training_belongs_to_one_of_five_groups():
+def test_every_flag_of_a_training_belongs_to_exactly_one_of_five_groups():
     groups = (DataConfig, ModelConfig, RecipeConfig, ClusterConfig, TrackingConfig)
     members = [name for group in groups for name in configs.names(group)]
-    assert sorted(members) == sorted(item.name for item in fields(TrainConfig))
+    assert sorted(members) == sorted(field.name for field in fields(TrainConfig))
+    assert configs.groups(TrainConfig) == [(group, set()) for group in groups]
 
 
-def test_the_rules_of_training_and_prediction_are_those_of_version_0_1_0():
+def test_the_rules_are_those_of_version_0_1_0():
+    """The sets are the lists of that version, with `workers` as `min_workers` and `max_workers`."""
     assert configs.names(TrainConfig, resumable=True) == {
         "epochs", "min_workers", "max_workers", "wait_minutes", "cpus_per_worker", "gpus_per_worker", "decode_cpus",
         "data_checks", "cache", "max_bad_fraction", "max_failures", "overwrite", "output", "preview_augmentations",
         "mlflow", "mlflow_experiment", "mlflow_model",
     }  # fmt: skip
-    assert configs.names(TrainConfig, searchable=False) == {
-        "output", "overwrite", "preview_augmentations", "mlflow", "mlflow_experiment", "mlflow_model",
+    assert configs.names(SearchConfig, searchable=False) == {
+        "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
+        "mlflow_experiment", "mlflow_model",
     }  # fmt: skip
     assert configs.names(TrainConfig, tracked=False) == {
         "overwrite", "preview_augmentations", "mlflow", "mlflow_experiment", "mlflow_model",
@@ -147,17 +169,27 @@ def test_the_rules_of_training_and_prediction_are_those_of_version_0_1_0():
     }  # fmt: skip
 
 
-def test_both_forms_of_search_give_the_same_config():
-    wanted = {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "augmentations.zoom": {"choice": [0, 0.1]}}
+def test_all_forms_of_search_give_the_same_config(tmp_path):
+    spaces = {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "augmentations.zoom": {"choice": [0, 0.1]}}
+    config = SearchConfig(data="/d", output="/o", search=spaces)
+    assert config.search == spaces
+    earlier_form = ["learning_rate=loguniform(1e-4,1e-2)", "augmentations.zoom=choice([0,0.1])"]
     forms = (
-        wanted,
-        ["learning_rate=loguniform(1e-4,1e-2)", "--augmentations.zoom=choice([0,0.1])"],
+        earlier_form,
         ["{learning-rate: {loguniform: [1e-4, 1e-2]}}", "{augmentations.zoom: {choice: [0, 0.1]}}"],
+        ["{learning_rate: {loguniform: [1e-4, 1e-2]}, augmentations.zoom: {choice: [0, 0.1]}}"],
     )
+    dashed = ["--learning-rate=loguniform(1e-4,1e-2)", "--augmentations.zoom=choice([0,0.1])"]
+    assert SearchConfig(data="/d", output="/o", search=dashed) == config
     for form in forms:
-        assert SearchConfig(data="/d", output="/o", search=form).search == wanted
-    earlier = configs.load(SearchConfig, yaml.safe_dump({"search": forms[1], "workers": 2}), "c.yaml")
-    assert earlier == {"search": wanted, "min_workers": None, "max_workers": 2}
+        assert SearchConfig(data="/d", output="/o", search=form) == config
+        flags = ["--data", "/d", "--output", "/o", "--search", *form]
+        assert commandline.parse(SearchConfig, "jobs/tune.py", flags) == config
+    earlier = configs.load(SearchConfig, yaml.safe_dump({"search": earlier_form, "workers": 2}), "c.yaml")
+    assert earlier == {"search": spaces, "min_workers": None, "max_workers": 2}
+    for search in (spaces, earlier_form):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": "/d", "output": "/o", "search": search}))
+        assert commandline.parse(SearchConfig, "jobs/tune.py", ["--config", str(tmp_path / "c.yaml")]) == config
 
 
 _TRAINING = (

@@ -22,7 +22,7 @@ def growing(monkeypatch):
         return Resources((Node(cpus=2),) * min(len(looks), 3))
 
     monkeypatch.setattr(cluster, "resources", resources)
-    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
     return asked
 
@@ -100,7 +100,7 @@ def test_training_is_watched_while_it_runs(monkeypatch):
     def shortage():
         raise ClusterError("2 workers do not fit.")
 
-    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
     with pytest.raises(ClusterError, match="2 workers do not fit"):
         interruptible(lambda: ended.wait(30), shortage)
     ended.set()

@@ -15,7 +15,7 @@ from cnnray.tuning.config import SearchConfig
 
 
 def _config(**changes):
-    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgraded(TrainConfig, changes))
+    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgrade(TrainConfig, changes))
 
 
 def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):

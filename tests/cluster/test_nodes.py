@@ -80,12 +80,12 @@ def test_training_on_two_nodes_survives_the_loss_of_one(nodes, start, all_digits
     cut = time.monotonic()
     _says(job, "going on from epoch [12], step")
     again = time.monotonic() - cut
-    found = _ended(job)
+    line = _ended(job)
     for mine, wanted in zip(final_state(tmp_path / "out"), final_state(tmp_path / "expected"), strict=True):
         assert largest_difference(mine, wanted) <= 1e-5
     assert [row["images"] for row in _history(tmp_path / "out")] == [_training_images(tmp_path / "out")] * 3
     _figure(
-        f"training, a node lost: {found['seconds']:.0f} s, undisturbed {expected['seconds']:.0f} s; it went on after "
+        f"training, a node lost: {line['seconds']:.0f} s, undisturbed {expected['seconds']:.0f} s; it went on after "
         f"{again:.0f} s; images lost: 0"
     )
 
@@ -146,16 +146,16 @@ def test_elastic_training_shrinks_and_grows(nodes, start, all_digits, tmp_path):
     back = time.monotonic()
     _says(job, r"training on 3 worker\(s\)", times=2)
     grown = time.monotonic() - back
-    found = _ended(job)
+    line = _ended(job)
     history = _history(tmp_path / "out")
     assert [int(row["epoch"]) for row in history] == list(range(1, epochs + 1))
     assert {row["images"] for row in history} == {_training_images(tmp_path / "out")}
     workers = [int(row["workers"]) for row in history]
     assert set(workers) == {2, 3}
-    assert found["metrics"]["val_accuracy"] > 0.9
+    assert line["metrics"]["val_accuracy"] > 0.9
     _figure(
         f"elastic training: on 2 workers {shrunk:.0f} s after a node of 3 was lost, on 3 workers {grown:.0f} s after "
-        f"it came back; workers by epoch {workers}; accuracy {found['metrics']['val_accuracy']:.3f}; images lost: 0"
+        f"it came back; workers by epoch {workers}; accuracy {line['metrics']['val_accuracy']:.3f}; images lost: 0"
     )
 
 
@@ -224,18 +224,20 @@ def test_prediction_survives_the_loss_of_a_node(nodes, start, photos, slow_bundl
 
     expected = _ended(predict(tmp_path / "expected"))
     job = predict(tmp_path / "out")
-    nodes_with = until(lambda: [one for one in nodes.that_run(PREDICTOR) if one], 60, "a worker on another node")
+    nodes_with = until(
+        lambda: [number for number in nodes.that_run(PREDICTOR) if number], 60, "a worker on another node"
+    )
     _says(job, r"[1-9]\d*/2500 images")
     nodes.cut_power(nodes_with[-1])
-    found = _ended(job)
+    line = _ended(job)
     rows, wanted = ({row["id"]: row for row in rows_of(tmp_path / name)} for name in ("out", "expected"))
     assert len(rows_of(tmp_path / "out")) == len(rows) == len(wanted) == 2500
-    assert found["errors"] == 0
+    assert line["errors"] == 0
     for key, row in wanted.items():
         assert (row["uri"], row["prediction"]) == (rows[key]["uri"], rows[key]["prediction"])
         assert math.isclose(row["confidence"], rows[key]["confidence"], rel_tol=1e-5)
     _figure(
-        f"prediction, a node lost: {found['seconds']:.0f} s, undisturbed {expected['seconds']:.0f} s; images lost: 0"
+        f"prediction, a node lost: {line['seconds']:.0f} s, undisturbed {expected['seconds']:.0f} s; images lost: 0"
     )
 
 
@@ -267,17 +269,17 @@ def test_the_service_survives_the_loss_of_a_node(nodes, start, photos, onnx_bund
         "3 replicas",
     )
     replaced = time.monotonic() - started - cut
-    found = read_steady(load)
-    answered = found.statuses.get("200", 0)
-    last = max([cut, *found.failed_at]) - cut
+    answers = read_steady(load)
+    answered = answers.statuses.get("200", 0)
+    last = max([cut, *answers.failed_at]) - cut
     _figure(
-        f"service at {rate} requests/s, a node lost: {answered} of {rate * seconds} answered 200 ({found.statuses}), "
-        f"the last failed one asked {last:.0f} s after it, 3 replicas again after {replaced:.0f} s; "
-        f"slowest answer {max(found.milliseconds):.0f} ms"
+        f"service at {rate} requests/s, a node lost: {answered} of {rate * seconds} answered 200 "
+        f"({answers.statuses}), the last failed one asked {last:.0f} s after it, 3 replicas again after "
+        f"{replaced:.0f} s; slowest answer {max(answers.milliseconds):.0f} ms"
     )
     # Those in the dead replica's hands, and those sent to it until that is known.
     assert answered >= 0.98 * rate * seconds
-    assert not [due for due in found.failed_at if due > cut + 20]
+    assert not [due for due in answers.failed_at if due > cut + 20]
     subprocess.run(
         nodes.on_head("serve", "shutdown", "--yes", "--address", f"http://{nodes.address(0)}:8265"),
         env=nodes.variables, check=True, capture_output=True,

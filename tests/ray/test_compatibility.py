@@ -89,11 +89,14 @@ def test_its_interrupted_training_goes_on(earlier, caplog):
         summary = train(_config(TrainConfig, earlier / "killed"))
     assert "going on with the run" in caplog.text
     assert summary["epochs"] == 4
-    with (earlier / "killed/history.csv").open() as found, (earlier / "undisturbed/history.csv").open() as expected:
-        found, expected = list(csv.DictReader(found)), list(csv.DictReader(expected))
-    assert [row["images"] for row in found] == [row["images"] for row in expected] == ["57.0"] * 4
-    assert found[0]["val_loss"] == expected[0]["val_loss"]  # not trained again
-    for row, same in zip(found[1:3], expected[1:3], strict=True):
+    with (
+        (earlier / "killed/history.csv").open() as continued,
+        (earlier / "undisturbed/history.csv").open() as expected,
+    ):
+        continued, expected = list(csv.DictReader(continued)), list(csv.DictReader(expected))
+    assert [row["images"] for row in continued] == [row["images"] for row in expected] == ["57.0"] * 4
+    assert continued[0]["val_loss"] == expected[0]["val_loss"]  # not trained again
+    for row, same in zip(continued[1:3], expected[1:3], strict=True):
         assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=0.02)
     assert "broken.png" in (earlier / "killed/bad_images.csv").read_text()
     # From now on it is a run of this version.

@@ -41,10 +41,10 @@ def clean():
 
 
 def test_a_clean_set_has_no_findings(tmp_path, clean):
-    found = _checked(tmp_path, clean)
-    assert found.findings == []
-    assert (found.images, found.unreadable, found.copies, found.nearly) == (60, 0, 0, 0)
-    assert found.sides == (80, 88, 96)
+    result = _checked(tmp_path, clean)
+    assert result.findings == []
+    assert (result.images, result.unreadable, result.copies, result.nearly) == (60, 0, 0, 0)
+    assert result.sides == (80, 88, 96)
 
 
 def test_planted_faults_are_each_found(tmp_path, clean, caplog):
@@ -58,8 +58,8 @@ def test_planted_faults_are_each_found(tmp_path, clean, caplog):
         "long.png": (_encoded(_photo(100, (600, 40))), "a", "train"),
         "rare.png": (_encoded(_photo(101)), "rare", "train"),
     }
-    found = _checked(tmp_path, files)
-    by_kind = {finding.kind: finding for finding in found.findings}
+    result = _checked(tmp_path, files)
+    by_kind = {finding.kind: finding for finding in result.findings}
     assert by_kind.keys() == {
         "the same image in two splits",
         "nearly the same image in two splits",
@@ -71,23 +71,23 @@ def test_planted_faults_are_each_found(tmp_path, clean, caplog):
     assert "003.png" in by_kind["the same image in two splits"].examples[0]
     near = by_kind["nearly the same image in two splits"]
     assert near.count == 2
-    assert {"encoded_anew" in one or "resized" in one for one in near.examples} == {True}
+    assert {"encoded_anew" in example or "resized" in example for example in near.examples} == {True}
     assert "006.png" in by_kind["nearly the same image under two labels"].examples[0]
     (example,) = by_kind["unreadable"].examples
     assert "torn.png: corrupt: " in example
     assert "600x40" in by_kind["an odd size"].examples[0]
     assert by_kind["fewer than 20 training images"].examples == ["rare (1)"]
-    found.warn()
-    assert len(caplog.messages) == len(found.findings)
+    result.warn()
+    assert len(caplog.messages) == len(result.findings)
 
 
 def test_the_same_image_under_two_labels(tmp_path, clean):
-    found = _checked(tmp_path, clean | {"twice.png": (clean["000.png"][0], "b", "train")})
-    (finding,) = found.findings
+    result = _checked(tmp_path, clean | {"twice.png": (clean["000.png"][0], "b", "train")})
+    (finding,) = result.findings
     assert finding.kind == "the same image under two labels"
     assert "000.png (train, a)" in finding.examples[0]
     assert "twice.png (train, b)" in finding.examples[0]
-    assert found.copies == 1
+    assert result.copies == 1
 
 
 def test_blank_and_like_images_are_not_called_the_same(tmp_path):
@@ -103,14 +103,14 @@ def test_very_many_nearly_equal_images_are_one_group(tmp_path):
         pixels = np.asarray(_photo(1)).copy()
         pixels[number % 80, number % 96] = number
         files[f"{number:03d}.png"] = (_encoded(Image.fromarray(pixels)), "a", ("train", "test")[number % 2])
-    found = _checked(tmp_path, files)
-    (finding,) = [finding for finding in found.findings if finding.kind.startswith("nearly")]
+    result = _checked(tmp_path, files)
+    (finding,) = [finding for finding in result.findings if finding.kind.startswith("nearly")]
     assert (finding.kind, finding.count) == ("nearly the same image in two splits", 1)
     assert finding.examples[0].count(" = ") == 10
-    assert (found.nearly, found.copies) == (119, 0)
+    assert (result.nearly, result.copies) == (119, 0)
 
 
 def test_nothing_readable(tmp_path):
-    found = _checked(tmp_path, {"a.png": (b"", "a", "train"), "b.png": (b"x", "b", "train")})
-    assert found.unreadable == 2
-    assert found.sides == (0, 0, 0)
+    result = _checked(tmp_path, {"a.png": (b"", "a", "train"), "b.png": (b"x", "b", "train")})
+    assert result.unreadable == 2
+    assert result.sides == (0, 0, 0)

@@ -138,7 +138,11 @@ def head(bootstrapped):
 
 
 def _instances(aws):
-    return {one["InstanceId"]: one for r in aws.describe_instances()["Reservations"] for one in r["Instances"]}
+    return {
+        instance["InstanceId"]: instance
+        for r in aws.describe_instances()["Reservations"]
+        for instance in r["Instances"]
+    }
 
 
 def _type(name):
@@ -148,9 +152,9 @@ def _type(name):
 def test_ray_accepts_it_and_refuses_mistakes():
     validate_config(prepare_config(written()))
     for mistake in (
-        lambda one: one.update(idle_timeout_minute=5),
-        lambda one: one["available_node_types"]["gpu-workers"].update(max_worker=1),
-        lambda one: one["available_node_types"]["head"]["resources"].update(CPU="none"),
+        lambda config: config.update(idle_timeout_minute=5),
+        lambda config: config["available_node_types"]["gpu-workers"].update(max_worker=1),
+        lambda config: config["available_node_types"]["head"]["resources"].update(CPU="none"),
     ):
         broken = prepare_config(written())
         mistake(broken)
@@ -173,28 +177,28 @@ def test_bootstrapped_on_aws(bootstrapped, aws):
     assert types["cpu-workers"]["resources"]["CPU"] == 16
     assert (types["gpu-workers"]["resources"]["GPU"], types["gpu-workers"]["resources"]["CPU"]) == (1, 8)
     subnets = types["cpu-workers"]["node_config"]["SubnetIds"]
-    zones = {one["SubnetId"]: one["AvailabilityZone"] for one in aws.describe_subnets()["Subnets"]}
-    assert [zones[one] for one in subnets] == written()["provider"]["availability_zone"].split(",")
+    zones = {subnet["SubnetId"]: subnet["AvailabilityZone"] for subnet in aws.describe_subnets()["Subnets"]}
+    assert [zones[subnet] for subnet in subnets] == written()["provider"]["availability_zone"].split(",")
     groups = aws.describe_security_groups(GroupIds=types["head"]["node_config"]["SecurityGroupIds"])
     rules = groups["SecurityGroups"][0]["IpPermissions"]
     assert [rule["FromPort"] for rule in rules if rule.get("IpRanges")] == [22]
 
 
 def test_ray_up_sets_up_the_head(head, aws):
-    (instance,) = [one for one in _instances(aws).values() if _tag(one, "ray-node-type") == "head"]
+    (instance,) = [instance for instance in _instances(aws).values() if _tag(instance, "ray-node-type") == "head"]
     assert instance["InstanceType"] == _type("head")["node_config"]["InstanceType"]
     assert instance["IamInstanceProfile"]["Arn"].endswith("instance-profile/cnnray-head")
     assert _tag(instance, "ray-node-status") == "up-to-date"
     assert head.copied == {*written()["file_mounts"], "~/ray_bootstrap_config.yaml", "~/ray_bootstrap_key.pem"}
     ran = [shlex.split(command)[0] for command in head.commands]
-    places = [next(i for i, one in enumerate(ran) if wanted in one) for wanted in written()["setup_commands"]]
-    start = next(i for i, one in enumerate(ran) if "ray start --head" in one)
+    places = [next(i for i, command in enumerate(ran) if wanted in command) for wanted in written()["setup_commands"]]
+    start = next(i for i, command in enumerate(ran) if "ray start --head" in command)
     assert places == sorted(places)
     assert places[-1] < start
 
 
 def _tag(instance, key):
-    return {one["Key"]: one["Value"] for one in instance["Tags"]}.get(key)
+    return {tag["Key"]: tag["Value"] for tag in instance["Tags"]}.get(key)
 
 
 @pytest.fixture
@@ -205,7 +209,7 @@ def node(tmp_path):
     (home / ".bashrc").touch()
     programs.mkdir()
     note = tmp_path / "calls"
-    for path in [programs / one for one in ("ray", "sudo", "python3")] + [home / ".local" / "bin" / "uv"]:
+    for path in [programs / name for name in ("ray", "sudo", "python3")] + [home / ".local" / "bin" / "uv"]:
         path.write_text(
             f"#!{sys.executable}\nimport json, os, sys\n"
             f"line = json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], dict(os.environ)])\n"
@@ -251,7 +255,7 @@ def test_set_up_installs_what_the_lock_file_says(node):
     for lock in ("requirements.lock", "requirements-gpu.lock"):
         calls = [call for command in written()["setup_commands"] for call in node.run(command)]
         installs = [call[1] for call in calls if call[1][:2] == ["pip", "install"]]
-        assert [one[-1] for one in installs] == [f"{node.home}/cnnray/{lock}"]
+        assert [install[-1] for install in installs] == [f"{node.home}/cnnray/{lock}"]
         assert "--require-hashes" in installs[0]
         assert ["-m", "pip", "install", "--quiet", "--user", f"uv=={locked['uv']}"] in [call[1] for call in calls]
         assert f"~/cnnray/{lock}" in written()["file_mounts"]
@@ -301,19 +305,19 @@ def _launch(autoscaler, aws, name, count):
     errors = []
     while time.monotonic() < deadline:
         errors += autoscaler.nodes.poll_errors()
-        found = [one for key, one in _instances(aws).items() if key not in before]
-        if errors or len(found) == count:
-            return found, errors
+        launched = [instance for key, instance in _instances(aws).items() if key not in before]
+        if errors or len(launched) == count:
+            return launched, errors
         time.sleep(0.05)
-    raise AssertionError(f"{len(found)} of {count} nodes, no error")
+    raise AssertionError(f"{len(launched)} of {count} nodes, no error")
 
 
 @pytest.mark.parametrize("name", ["cpu-workers", "gpu-workers"])
 def test_workers_are_spot_nodes_with_the_buckets_role_alone(autoscaler, aws, name):
-    found, errors = _launch(autoscaler, aws, name, 3)
+    launched, errors = _launch(autoscaler, aws, name, 3)
     assert not errors
-    assert {one["InstanceLifecycle"] for one in found} == {"spot"}
-    assert {_tag(one, "ray-user-node-type") for one in found} == {name}
+    assert {instance["InstanceLifecycle"] for instance in launched} == {"spot"}
+    assert {_tag(instance, "ray-user-node-type") for instance in launched} == {name}
     (request,) = autoscaler.requests
     assert request["IamInstanceProfile"] == {"Name": "cnnray-node"}
     assert request["KeyName"] == "ray-autoscaler_us-west-2"
@@ -343,18 +347,18 @@ def _refuse(monkeypatch, provider, code, only_spot=True, after=0):
 
 def test_refused_spot_nodes_are_started_on_demand(autoscaler, aws, monkeypatch, bootstrapped):
     asked = _refuse(monkeypatch, autoscaler.provider, "InsufficientInstanceCapacity")
-    found, errors = _launch(autoscaler, aws, "gpu-workers", 3)
+    launched, errors = _launch(autoscaler, aws, "gpu-workers", 3)
     assert not errors
-    assert [one.get("InstanceLifecycle") for one in found] == [None] * 3
-    assert {_tag(one, "ray-user-node-type") for one in found} == {"gpu-workers"}
+    assert [instance.get("InstanceLifecycle") for instance in launched] == [None] * 3
+    assert {_tag(instance, "ray-user-node-type") for instance in launched} == {"gpu-workers"}
     assert set(asked) == set(bootstrapped["available_node_types"]["gpu-workers"]["node_config"]["SubnetIds"])
 
 
 def test_what_spot_lacks_is_started_on_demand(autoscaler, aws, monkeypatch):
     _refuse(monkeypatch, autoscaler.provider, "InsufficientInstanceCapacity", after=2)
-    found, errors = _launch(autoscaler, aws, "cpu-workers", 5)
+    launched, errors = _launch(autoscaler, aws, "cpu-workers", 5)
     assert not errors
-    assert Counter(one.get("InstanceLifecycle") for one in found) == {"spot": 2, None: 3}
+    assert Counter(instance.get("InstanceLifecycle") for instance in launched) == {"spot": 2, None: 3}
 
 
 @pytest.mark.parametrize(
@@ -362,8 +366,8 @@ def test_what_spot_lacks_is_started_on_demand(autoscaler, aws, monkeypatch):
 )
 def test_a_wrong_request_or_none_at_all_is_an_error(autoscaler, aws, monkeypatch, code, only_spot):
     _refuse(monkeypatch, autoscaler.provider, code, only_spot)
-    found, errors = _launch(autoscaler, aws, "gpu-workers", 1)
-    assert not found
+    launched, errors = _launch(autoscaler, aws, "gpu-workers", 1)
+    assert not launched
     assert isinstance(errors[0].__cause__, NodeLaunchException)
 
 
@@ -387,16 +391,16 @@ def _asks_for(autoscaler, *shapes):
     request = SchedulingRequest(
         node_type_configs=autoscaler.config.get_node_type_configs(),
         max_num_nodes=autoscaler.config.get_max_num_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(one) for one in shapes]),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(shape) for shape in shapes]),
         disable_launch_config_check=True,
     )
     launched = ResourceDemandScheduler(SimpleNamespace(add=lambda *_, **__: None)).schedule(request).to_launch
-    return {one.instance_type: one.count for one in launched}
+    return {kind.instance_type: kind.count for kind in launched}
 
 
 def test_tasks_get_the_nodes_that_are_meant_for_them(autoscaler):
     floor = {
-        name: one.get("min_workers", 0) for name, one in written()["available_node_types"].items() if name != "head"
+        name: kind.get("min_workers", 0) for name, kind in written()["available_node_types"].items() if name != "head"
     }
     assert _asks_for(autoscaler) == floor
     assert _asks_for(autoscaler, *[{"CPU": 1}] * 200)["cpu-workers"] > floor["cpu-workers"]
@@ -406,9 +410,9 @@ def test_tasks_get_the_nodes_that_are_meant_for_them(autoscaler):
 
 def test_the_readmes_jobs_fit_what_is_there_from_the_start(bootstrapped):
     nodes = [
-        Node(cpus=one["resources"]["CPU"], gpus=one["resources"].get("GPU", 0), object_store_bytes=2**32)
-        for one in bootstrapped["available_node_types"].values()
-        for _ in range(one["min_workers"])
+        Node(cpus=kind["resources"]["CPU"], gpus=kind["resources"].get("GPU", 0), object_store_bytes=2**32)
+        for kind in bootstrapped["available_node_types"].values()
+        for _ in range(kind["min_workers"])
     ]
     train = "--data s3://my-bucket/photos --output s3://my-bucket/runs/1 --max-workers 2 --gpus-per-worker 1"
     assert share_out(commandline.parse(TrainConfig, "train", train.split()), Resources(tuple(nodes))).decode_cpus == 1

@@ -35,7 +35,7 @@ def test_grafana_can_import_it():
     assert (DASHBOARD["title"], DASHBOARD["uid"], DASHBOARD["schemaVersion"]) == ("cnnray", "cnnray", 38)
     numbers = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(numbers)) == len(numbers)
-    variables = {one["name"]: one for one in DASHBOARD["templating"]["list"]}
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD))) - {"__all", "__rate_interval"}
     assert used == variables.keys()
@@ -57,9 +57,9 @@ def test_grafana_can_import_it():
 @pytest.mark.parametrize("expression", [target["expr"] for panel in PANELS for target in panel["targets"]])
 def test_each_metric_is_one_that_cnnray_or_ray_defines(expression, rays_own):
     ours = exported_names()
-    found = re.findall(r"\bray_\w+", expression)
-    assert found
-    for name in found:
+    names = re.findall(r"\bray_\w+", expression)
+    assert names
+    for name in names:
         if name.startswith("ray_cnnray_"):
             assert name in ours, name
         else:
@@ -69,9 +69,9 @@ def test_each_metric_is_one_that_cnnray_or_ray_defines(expression, rays_own):
                 for text in (bare, bare.removesuffix("_total"))
                 for quote in (b'"', b"\0")
             ]
-            assert any(one in text for text in rays_own for one in quoted), name
-    if len(found) == len([name for name in found if name in ours]):
-        allowed = set.union(*(ours[name] for name in found))
+            assert any(label in text for text in rays_own for label in quoted), name
+    if len(names) == len([name for name in names if name in ours]):
+        allowed = set.union(*(ours[name] for name in names))
         labels = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', expression)
         labels += [label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")]
         assert set(labels) <= allowed, expression

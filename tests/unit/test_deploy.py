@@ -71,33 +71,33 @@ def manifest(name: str) -> dict[str, Any]:
 def _closed(schema: Any) -> Any:
     """The schema, with every field refused that it does not name."""
     if isinstance(schema, list):
-        return [_closed(one) for one in schema]
+        return [_closed(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: value if key == "properties" else _closed(value) for key, value in schema.items()}
+    closed = {key: value if key == "properties" else _closed(value) for key, value in schema.items()}
     if "properties" in schema:
-        found["properties"] = {name: _closed(one) for name, one in schema["properties"].items()}
+        closed["properties"] = {name: _closed(inner) for name, inner in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            found.setdefault("additionalProperties", False)
-    return found
+            closed.setdefault("additionalProperties", False)
+    return closed
 
 
-def _check(found: dict[str, Any]) -> None:
+def _check(resource: dict[str, Any]) -> None:
     """
     Raises:
         ValidationError: Kubernetes would refuse it, or drop a field.
     """
-    text = gzip.decompress((REPOSITORY / "tests" / "crds" / f"{found['kind']}.json.gz").read_bytes())
-    Draft7Validator(_closed(json.loads(text))).validate(found)
+    text = gzip.decompress((REPOSITORY / "tests" / "crds" / f"{resource['kind']}.json.gz").read_bytes())
+    Draft7Validator(_closed(json.loads(text))).validate(resource)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_manifests_are_what_kuberay_takes(name):
-    found = manifest(name)
-    _check(found)
-    assert found["apiVersion"] == "ray.io/v1"
+    resource = manifest(name)
+    _check(resource)
+    assert resource["apiVersion"] == "ray.io/v1"
     # The names of pods are made of it.
-    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", found["metadata"]["name"])
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", resource["metadata"]["name"])
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_ambiguous_yaml_is_found(text):
         yaml.load(text, _KubernetesLoader)
 
 
-def _cluster(found: dict[str, Any]) -> dict[str, Any]:
-    return found["spec"].get("rayClusterSpec") or found["spec"]["rayClusterConfig"]
+def _cluster(resource: dict[str, Any]) -> dict[str, Any]:
+    return resource["spec"].get("rayClusterSpec") or resource["spec"]["rayClusterConfig"]
 
 
-def _groups(found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [_cluster(found)["headGroupSpec"], *_cluster(found)["workerGroupSpecs"]]
+def _groups(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    return [_cluster(resource)["headGroupSpec"], *_cluster(resource)["workerGroupSpecs"]]
 
 
 def _container(group: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +150,11 @@ def _quantity(text: str) -> float:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_node_has_what_it_needs(name):
-    found = manifest(name)
-    assert _cluster(found)["rayVersion"] == _locked("requirements.lock")["ray"]
-    assert _cluster(found)["authOptions"] == {"mode": "token"}
-    assert _cluster(found)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    for group in _groups(found):
+    resource = manifest(name)
+    assert _cluster(resource)["rayVersion"] == _locked("requirements.lock")["ray"]
+    assert _cluster(resource)["authOptions"] == {"mode": "token"}
+    assert _cluster(resource)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in _groups(resource):
         spec, container = group["template"]["spec"], _container(group)
         has = container["resources"]
         assert has["limits"].items() <= has["requests"].items()  # what is promised is there
@@ -167,35 +167,35 @@ def test_every_node_has_what_it_needs(name):
         assert group.get("minReplicas", 0) <= group.get("replicas", 0) <= group.get("maxReplicas", 0)
 
 
-def _nodes(found: dict[str, Any], replicas: str) -> Resources:
+def _nodes(resource: dict[str, Any], replicas: str) -> Resources:
     """What Ray sees of the cluster with so many of each group."""
     nodes = [Node(cpus=0)]
-    for group in _cluster(found)["workerGroupSpecs"]:
+    for group in _cluster(resource)["workerGroupSpecs"]:
         has = {name: _quantity(value) for name, value in _container(group)["resources"]["limits"].items()}
-        one = Node(cpus=has["cpu"], gpus=has.get("nvidia.com/gpu", 0), object_store_bytes=int(has["memory"] * 0.3))
-        nodes += [one] * group[replicas]
+        node = Node(cpus=has["cpu"], gpus=has.get("nvidia.com/gpu", 0), object_store_bytes=int(has["memory"] * 0.3))
+        nodes += [node] * group[replicas]
     return Resources(tuple(nodes))
 
 
-def _job(found: dict[str, Any], script: str, config: type[Any]) -> Any:
+def _job(resource: dict[str, Any], script: str, config: type[Any]) -> Any:
     """The config of the manifest's entrypoint."""
-    python, path, *arguments = shlex.split(found["spec"]["entrypoint"])
+    python, path, *arguments = shlex.split(resource["spec"]["entrypoint"])
     assert (python, path) == ("python", f"jobs/{script}.py")
     assert (REPOSITORY / path).exists()
     return commandline.parse(config, path, arguments)
 
 
 def test_the_training_fits_its_cluster():
-    found = manifest("rayjob-train.yaml")
-    config = _job(found, "train", TrainConfig)
-    shares = share_out(config, _nodes(found, "minReplicas"))
+    resource = manifest("rayjob-train.yaml")
+    config = _job(resource, "train", TrainConfig)
+    shares = share_out(config, _nodes(resource, "minReplicas"))
     assert (config.max_workers, config.gpus_per_worker, shares.decode_cpus) == (2, 1, 1)
 
 
 def test_the_prediction_fits_its_cluster_and_uses_all_that_it_may_grow_to():
-    found = manifest("rayjob-predict.yaml")
-    config = _job(found, "predict", PredictConfig)
-    small, large = _nodes(found, "minReplicas"), _nodes(found, "maxReplicas")
+    resource = manifest("rayjob-predict.yaml")
+    config = _job(resource, "predict", PredictConfig)
+    small, large = _nodes(resource, "minReplicas"), _nodes(resource, "maxReplicas")
     pool = plan_pool(config, "openvino-int8", small)
     assert pool.first == pool.smallest == small.room_for(pool.cpus, 0)
     assert pool.largest == large.room_for(pool.cpus, 0) == large.cpus
@@ -208,30 +208,30 @@ def _service() -> ServeConfig:
 
 
 def test_the_service_is_configured_as_the_job_writes_it():
-    found, config = manifest("rayservice.yaml"), _service()
-    configured = yaml.load(found["spec"]["serveConfigV2"], _KubernetesLoader)
+    resource, config = manifest("rayservice.yaml"), _service()
+    configured = yaml.load(resource["spec"]["serveConfigV2"], _KubernetesLoader)
     assert config.write_config
     assert configured == deploy.build_configuration(config, max_replicas=1)
     ServeDeploySchema.model_validate(configured)
     assert configured["http_options"]["host"] == "0.0.0.0"  # else no other pod reaches it
-    ports = [port["containerPort"] for port in _container(_cluster(found)["workerGroupSpecs"][0])["ports"]]
+    ports = [port["containerPort"] for port in _container(_cluster(resource)["workerGroupSpecs"][0])["ports"]]
     assert ports == [config.port]
 
 
 def test_the_service_fits_its_cluster():
-    found, config = manifest("rayservice.yaml"), _service()
+    resource, config = manifest("rayservice.yaml"), _service()
     needs = (config.cpus_per_replica, config.gpus_per_replica)
-    assert _nodes(found, "minReplicas").room_for(*needs) >= config.min_replicas
-    assert _nodes(found, "maxReplicas").room_for(*needs) == config.max_replicas
+    assert _nodes(resource, "minReplicas").room_for(*needs) >= config.min_replicas
+    assert _nodes(resource, "maxReplicas").room_for(*needs) == config.max_replicas
 
 
 def test_requests_that_have_begun_end_before_their_node_does():
-    found, config = manifest("rayservice.yaml"), _service()
-    (group,) = _cluster(found)["workerGroupSpecs"]
+    resource, config = manifest("rayservice.yaml"), _service()
+    (group,) = _cluster(resource)["workerGroupSpecs"]
     (_, pause) = _container(group)["lifecycle"]["preStop"]["exec"]["command"]
     drain = deploy.build_configuration(config, 1)["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= float(pause) + drain
-    assert found["spec"]["rayClusterDeletionDelaySeconds"] >= drain
+    assert resource["spec"]["rayClusterDeletionDelaySeconds"] >= drain
 
 
 def _instructions() -> list[tuple[str, list[str]]]:
@@ -251,8 +251,8 @@ def _sent_to_docker(path: str) -> bool:
         if not line or line.startswith("#"):
             continue
         pattern = line.removeprefix("!").strip("/")
-        above = [path, *(str(one) for one in Path(path).parents if str(one) != ".")]
-        if any(fnmatch.fnmatchcase(one, pattern) or fnmatch.fnmatchcase(f"./{one}", pattern) for one in above):
+        above = [path, *(str(part) for part in Path(path).parents if str(part) != ".")]
+        if any(fnmatch.fnmatchcase(part, pattern) or fnmatch.fnmatchcase(f"./{part}", pattern) for part in above):
             sent = line.startswith("!")
     return sent
 
@@ -310,9 +310,9 @@ def test_only_the_code_travels_with_a_job(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     excludes = packaging._get_excludes(tmp_path, get_runtime_env_default_excludes())
-    found: list[str] = []
+    packed: list[str] = []
     packaging._dir_travel(
-        tmp_path, [excludes], lambda path: found.append(str(path.relative_to(tmp_path))) if path.is_file() else None,
+        tmp_path, [excludes], lambda path: packed.append(str(path.relative_to(tmp_path))) if path.is_file() else None,
         include_gitignore=True,
     )  # fmt: skip
-    assert sorted(found) == sorted([*wanted, *names])
+    assert sorted(packed) == sorted([*wanted, *names])

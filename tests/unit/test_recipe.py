@@ -130,9 +130,9 @@ def test_more_epochs_are_another_training_only_where_they_change_it():
 def test_class_weights_are_scikit_learns():
     labels = np.repeat([0, 1, 2], [50, 7, 143])
     expected = sklearn.utils.class_weight.compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    found = recipe.class_weights(_config(class_weights="balanced"), [50, 7, 143])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(found, [200 / 150, 200 / 21, 200 / 429], rtol=1e-6)
+    weights = recipe.class_weights(_config(class_weights="balanced"), [50, 7, 143])
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    np.testing.assert_allclose(weights, [200 / 150, 200 / 21, 200 / 429], rtol=1e-6)
     assert (recipe.class_weights(_config(), [50, 7, 143]) == 1).all()
 
 
@@ -198,15 +198,15 @@ def test_the_bundle_of_an_average_holds_the_average(tmp_path):
         momentum = min(0.5, (2 + step) / (11 + step))
         current = steps.model.get_weights()
         expected = [momentum * old + (1 - momentum) * new for old, new in zip(expected, current, strict=True)]
-    for found, mean in zip(steps.inference.get_weights(), expected, strict=True):
-        np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-6)
+    for weight, mean in zip(steps.inference.get_weights(), expected, strict=True):
+        np.testing.assert_allclose(weight, mean, rtol=1e-4, atol=1e-6)
     state, weights = steps.state(), steps.model.get_weights()
     steps.inference.save(tmp_path / "model.keras")
     other = Steps(config, 3)
     other.begin(config.resolved_phases[0], 4)
     other.load(str(tmp_path / "model.keras"), state, optimizer=True)
-    for found, kept in zip(other.model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(found, kept)
+    for weight, kept in zip(other.model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(weight, kept)
     again = [run.train(images, targets, position=(1, 0, 0)).loss for run in (steps, other)]
     assert again[0] == again[1]
 
@@ -222,8 +222,8 @@ def test_accumulated_gradients_are_those_of_one_larger_batch():
         for part in parts:
             steps.train(images[part], targets[part])
         weights.append(steps.model.get_weights())
-    for one, two in zip(*weights, strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
@@ -238,7 +238,7 @@ def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
     steps.begin(config.resolved_phases[0], 4)
     logits = np.asarray(steps._network(images, training=True), np.float64)
     taught = np.asarray(keras.Model(teacher.inputs, teacher.get_layer("logits").output)(images), np.float64)
-    found = steps.train(images, targets)
+    sums = steps.train(images, targets)
 
     def log_softmax(values):
         return values - np.log(np.exp(values).sum(1, keepdims=True))
@@ -247,7 +247,7 @@ def test_the_loss_is_that_of_smoothed_weighted_labels_and_the_teacher():
     own = importance[targets] * -(labels * log_softmax(logits)).sum(1)
     soft = np.exp(log_softmax(taught / 2))
     divergence = (soft * (log_softmax(taught / 2) - log_softmax(logits / 2))).sum(1).mean() * 4
-    assert found.loss / 12 == pytest.approx((0.7 * own + 0.3 * divergence).mean(), rel=1e-4)
+    assert sums.loss / 12 == pytest.approx((0.7 * own + 0.3 * divergence).mean(), rel=1e-4)
 
 
 def test_recipes_that_do_not_fit_the_images_are_refused(tmp_path):

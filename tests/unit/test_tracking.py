@@ -84,13 +84,13 @@ def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    client, (found,) = _runs(store)
-    assert found.info.status == "KILLED"
-    assert found.data.params["architecture"] == "vgg_bn"
-    assert found.data.params["learning_rate"] == "0.003"  # what null stands for
-    assert found.data.params["augmentations.rotation"] == "null"
-    assert not [name for name in found.data.params if "mlflow" in name]
-    assert _steps(client, found) == [1]
+    client, (tracked,) = _runs(store)
+    assert tracked.info.status == "KILLED"
+    assert tracked.data.params["architecture"] == "vgg_bn"
+    assert tracked.data.params["learning_rate"] == "0.003"  # what null stands for
+    assert tracked.data.params["augmentations.rotation"] == "null"
+    assert not [name for name in tracked.data.params if "mlflow" in name]
+    assert _steps(client, tracked) == [1]
 
     summary = go_on(3)
     for _ in range(2):  # the second time all is told
@@ -98,15 +98,15 @@ def test_a_run_that_goes_on_is_one_run_without_points_twice(run, store):
         with tracker.following():
             pass
         tracker.finish(summary)
-    client, (found,) = _runs(store)
-    assert found.info.status == "FINISHED"
+    client, (tracked,) = _runs(store)
+    assert tracked.info.status == "FINISHED"
     for name in ("loss", "val_loss", "learning_rate"):
-        assert _steps(client, found, name) == [1, 2, 3]
-    assert [metric.value for metric in client.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3]
-    assert found.data.metrics["best_val_accuracy"] == 0.8
-    assert (found.data.params["max_workers"], found.data.tags["now.max_workers"]) == ("2", "4")
+        assert _steps(client, tracked, name) == [1, 2, 3]
+    assert [metric.value for metric in client.get_metric_history(tracked.info.run_id, "loss")] == [1, 1 / 2, 1 / 3]
+    assert tracked.data.metrics["best_val_accuracy"] == 0.8
+    assert (tracked.data.params["max_workers"], tracked.data.tags["now.max_workers"]) == ("2", "4")
     (version,) = client.search_model_versions("name = 'cnnray'")
-    assert version.run_id == found.info.run_id
+    assert version.run_id == tracked.info.run_id
     assert version.tags[BUNDLE_TAG].startswith("model-")
 
 
@@ -134,8 +134,8 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(run, store, monkeypatc
         go_on(2)
         time.sleep(1.5)
     assert len(lost) == 3
-    client, (found,) = _runs(store)
-    assert _steps(client, found) == [1, 2]
+    client, (tracked,) = _runs(store)
+    assert _steps(client, tracked) == [1, 2]
     # Once for the first two together; the third is alone.
     assert caplog.text.count("cannot be reached (Connection refused)") == 1
     assert caplog.text.count("answers again") == 1
@@ -166,9 +166,9 @@ def test_what_came_without_a_receipt_is_not_sent_twice(run, store, monkeypatch):
     monkeypatch.setattr(tracking, "_WAITS", (0.01,) * 4)
     make_tracker(config).finish(go_on(2))
     assert sorted(lost) == ["create_model_version", "create_run", "log_batch"]
-    client, (found,) = _runs(store)
-    assert found.info.status == "FINISHED"
-    assert _steps(client, found) == [1, 2]
+    client, (tracked,) = _runs(store)
+    assert tracked.info.status == "FINISHED"
+    assert _steps(client, tracked) == [1, 2]
     assert len(client.search_model_versions("name = 'cnnray'")) == 1
 
 
@@ -189,8 +189,8 @@ def test_what_could_not_be_told_is_said_and_told_by_the_same_command(run, store,
         tracker.finish(summary)
     assert "lacks epochs 2 to 3 and the end of the run (Connection refused)" in caplog.text
     make_tracker(config).finish(summary)
-    client, (found,) = _runs(store)
-    assert _steps(client, found) == [1, 2, 3]
+    client, (tracked,) = _runs(store)
+    assert _steps(client, tracked) == [1, 2, 3]
     assert len(client.search_model_versions("name = 'cnnray'")) == 1
 
 
@@ -199,14 +199,14 @@ def test_more_epochs_are_another_version_and_another_server_another_run(run, sto
     make_tracker(config).finish(go_on(1))
     (tmp_path / "runs" / "digits" / "bundle" / "model.keras").write_bytes(b"other weights")
     make_tracker(replace(config, mlflow_model="classifier")).finish(go_on(2))
-    client, (found,) = _runs(store)
-    assert _steps(client, found) == [1, 2]
-    versions = client.search_model_versions(f"run_id = '{found.info.run_id}'")
+    client, (tracked,) = _runs(store)
+    assert _steps(client, tracked) == [1, 2]
+    versions = client.search_model_versions(f"run_id = '{tracked.info.run_id}'")
     assert {version.name for version in versions} == {"cnnray", "classifier"}
     other = str(tmp_path / "other")
     make_tracker(replace(config, mlflow=other)).finish(go_on(2))
-    client, (found,) = _runs(other)
-    assert _steps(client, found) == [1, 2]
+    client, (tracked,) = _runs(other)
+    assert _steps(client, tracked) == [1, 2]
 
 
 def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
@@ -221,14 +221,19 @@ def test_a_search_is_a_run_with_its_trials_inside(run, store, tmp_path):
             trial = TrainConfig(data="/d", output=str(folder), learning_rate=0.1)
             (folder / "config.yaml").write_text(yaml.safe_dump(configs.as_dict(trial)))
     tracker.finish_search({"a": "FINISHED", "b": "KILLED"}, {"val_accuracy": 0.8})
-    client, found = _runs(store)
-    (whole,) = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
-    trials = {one.info.run_name: one for one in found if one.data.tags.get("mlflow.parentRunId") == whole.info.run_id}
-    assert {name: one.info.status for name, one in trials.items()} == {"trials/a": "FINISHED", "trials/b": "KILLED"}
+    client, runs = _runs(store)
+    (whole,) = [trial for trial in runs if "mlflow.parentRunId" not in trial.data.tags]
+    trials = {
+        trial.info.run_name: trial for trial in runs if trial.data.tags.get("mlflow.parentRunId") == whole.info.run_id
+    }
+    assert {name: trial.info.status for name, trial in trials.items()} == {
+        "trials/a": "FINISHED",
+        "trials/b": "KILLED",
+    }
     assert (whole.info.status, whole.data.metrics) == ("FINISHED", {"best_val_accuracy": 0.8})
-    for one in trials.values():
-        assert _steps(client, one) == [1, 2]
-        assert one.data.params["learning_rate"] == "0.1"
+    for trial in trials.values():
+        assert _steps(client, trial) == [1, 2]
+        assert trial.data.params["learning_rate"] == "0.1"
     make_search_tracker(search).finish_search({}, {"val_accuracy": 0.8})
     assert len(_runs(store)[1]) == 3
     assert _steps(client, whole, "best_val_accuracy") == [0]
@@ -240,8 +245,8 @@ def test_a_model_from_the_server_answers_as_the_bundle_does(run, store, onnx_bun
     config, go_on = run
     make_tracker(config).finish(go_on(1) | {"bundle": onnx_bundle})
     images = [*awkward_images().values(), b"not an image"]
-    found = mlflow.pyfunc.load_model("models:/cnnray/1").predict(pd.DataFrame({"image": images}))
-    for row, expected in zip(found.to_dict("records"), Predictor(Bundle.load(onnx_bundle))(images), strict=True):
+    answers = mlflow.pyfunc.load_model("models:/cnnray/1").predict(pd.DataFrame({"image": images}))
+    for row, expected in zip(answers.to_dict("records"), Predictor(Bundle.load(onnx_bundle))(images), strict=True):
         if isinstance(expected, BadImage):
             assert row["error"] == str(expected)
             assert pd.isna(row["prediction"])

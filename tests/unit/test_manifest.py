@@ -139,9 +139,9 @@ def test_images_of_a_tar_that_changed_are_errors(tmp_path):
     write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
     uris = build_manifest(str(path), labelled=False)["uri"].to_pylist()
     path.write_bytes(path.read_bytes()[:9000])
-    found = list(containers.encoded(uris))
-    assert found[:2] == [bytes(3000)] * 2
-    assert [str(error) for error in found[2:]] == [f"unreadable: {path} ends before the image"] * 7
+    sources = list(containers.encoded(uris))
+    assert sources[:2] == [bytes(3000)] * 2
+    assert [str(error) for error in sources[2:]] == [f"unreadable: {path} ends before the image"] * 7
     path.unlink()
     assert [error.reason for error in containers.encoded(uris)] == ["missing"] * 9
 

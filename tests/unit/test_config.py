@@ -15,7 +15,7 @@ from cnnray.tuning.config import SearchConfig
 
 
 def _config(**changes):
-    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgraded(TrainConfig, changes))
+    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgrade(TrainConfig, changes))
 
 
 def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
@@ -122,12 +122,12 @@ def test_fractions_of_cpus_make_room():
 @pytest.mark.parametrize(("text", "fewest", "most"), [("3", 3, 3), ("1:4", 1, 4), ("2:2", 2, 2), ("16:16", 16, 16)])
 def test_the_earlier_flag_workers_is_read(text, fewest, most, tmp_path):
     needed = ["--data", "/d", "--output", "/o"]
-    for given in (
+    for arguments in (
         ["--workers", text],
         [f"--workers={text}"],
         ["--min-workers", str(fewest), "--max-workers", str(most)],
     ):
-        config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, *given])
+        config = commandline.parse(TrainConfig, "jobs/train.py", [*needed, *arguments])
         assert (config.fewest_workers, config.max_workers) == (fewest, most)
         assert config.is_elastic == (fewest < most)
     # YAML 1.1 would read 1:4 as 64.
@@ -154,11 +154,11 @@ def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_work
     shares = share_out(config, _cluster(*nodes, gpus=gpus))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (per_worker, decode)
     least, most = map(int, workers.split(":"))
-    found = _cluster(*nodes, gpus=gpus)
-    assert found.room_for(shares.cpus_per_worker, bool(gpus)) >= most
-    # Ray's sums of floating-point numbers: as many as there are fit, and not one fewer.
+    cluster = _cluster(*nodes, gpus=gpus)
+    assert cluster.room_for(shares.cpus_per_worker, bool(gpus)) >= most
+    # Ray adds up floating-point numbers: rounding must not cost a worker.
     assert sum([shares.cpus_per_worker] * most) // shares.cpus_per_worker == most
-    for node in found.nodes:
+    for node in cluster.nodes:
         fit = min(most, Resources((node,)).room_for(shares.cpus_per_worker, bool(gpus)))
         if fit:
             assert node.cpus - fit * shares.cpus_per_worker >= fit * shares.decode_cpus
@@ -192,7 +192,7 @@ def test_a_cluster_that_lost_too_much_is_told():
         check_fit(config, shares, _cluster(2, 2))
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 2 CPUs"):
         check_fit(config, shares, _cluster(2))
-    # What is left in all is on no one node.
+    # No single node has all the CPUs that are left.
     with pytest.raises(ClusterError, match="leave 1 of the cluster's 5 CPUs, and reading the images needs 1 on one"):
         check_fit(config, shares, _cluster(2.5, 2.5))
 

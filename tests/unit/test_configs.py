@@ -102,7 +102,7 @@ def test_a_dumped_config_is_loaded_with_its_changes_and_without_its_header():
 
 def test_earlier_names_are_read_and_todays_win():
     assert configs.load(_Config, "data: /d\nprocesses: 4\n", "c.yaml") == {"data": "/d", "workers": 4}
-    assert configs.upgraded(_Config, {"processes": "4", "workers": 1}) == {"workers": 1}
+    assert configs.upgrade(_Config, {"processes": "4", "workers": 1}) == {"workers": 1}
 
 
 @pytest.mark.parametrize("text", ["data: [", "just text", "- a\n- b", ""])

@@ -5,7 +5,7 @@ dataclass that configs inherit) can set for all its fields. No other module keep
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -150,7 +150,7 @@ def without_header(config_class: type[Config], values: Mapping[str, Any], source
     return upgrade(config_class, {name: value for name, value in values.items() if name != _HEADER})
 
 
-def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def differences(config: Config, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
     """The flags that would give another result than those of an earlier run, each with both values.
 
     Args:
@@ -162,14 +162,13 @@ def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = fr
     free = names(type(config), resumable=True) - set(fixed)
     differing = []
     for field in dataclasses.fields(config):
-        now = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        before = earlier.get(field.name, default)
-        if is_dataclass(now):
-            now = asdict(now)  # type: ignore[arg-type]  # an instance
-            before = (asdict(default) if is_dataclass(default) else {}) | _plain(before)  # type: ignore[arg-type]
-        if field.name not in free and _plain(now) != _plain(before):
-            differing.append(f"{flag_name(field.name)} {_plain(before)} (now {_plain(now)})")
+        default = None if default is dataclasses.MISSING else _plain(default)
+        now, before = _plain(getattr(config, field.name)), _plain(earlier.get(field.name, default))
+        if isinstance(default, dict) and isinstance(before, dict):
+            before = default | before
+        if field.name not in free and now != before:
+            differing.append(f"{flag_name(field.name)} {before} (now {now})")
     return differing
 
 

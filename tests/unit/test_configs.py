@@ -69,6 +69,7 @@ def test_a_fields_metadata_wins_over_its_group_and_a_group_over_the_default():
         ({"nested": {"zoom": 0.1}}, []),  # of a version that had no crop
         ({"nested": {"zoom": 0.2}}, ["--nested {'zoom': 0.2, 'crop': None} (now {'zoom': 0.1, 'crop': None})"]),
         ({"phases": [{"zoom": 1.0, "crop": None}]}, ["--phases [{'zoom': 1.0, 'crop': None}] (now [])"]),
+        ({"nested": None}, ["--nested None (now {'zoom': 0.1, 'crop': None})"]),
         ({"unknown": 1}, []),
     ],
 )
@@ -81,6 +82,7 @@ def test_a_field_that_an_earlier_version_lacked_had_its_default():
     earlier = {"data": "/d"}
     assert configs.differences(_Config(data="/d"), earlier) == []
     assert configs.differences(_Config(data="/d", rate=0.3), earlier) == ["--rate 0.1 (now 0.3)"]
+    assert configs.differences(_Config(data="/d"), {}) == ["--data None (now /d)"]
 
 
 def test_resumable_fields_can_be_fixed():

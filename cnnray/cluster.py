@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 Planned = TypeVar("Planned")
 
-LOOK_SECONDS = 5.0
-"""Seconds between two looks at the resources of a cluster that lacks nodes or may lose some."""
+POLL_SECONDS = 5.0
+"""Seconds between two readings of the resources of a cluster that lacks nodes or may lose some."""
 _LOG_SECONDS = 60.0
+"""Seconds between two log lines of a wait for nodes."""
 LOST_MINUTES = 10.0
 """Minutes that a running job waits for lost nodes, unless --wait-minutes says otherwise."""
 
@@ -69,7 +70,7 @@ class Resources:
         return min(node.object_store_bytes for node in self.nodes)
 
     def room_for(self, cpus: float, gpus: float) -> int:
-        """The number of processes that fit, each with so many CPUs (more than 0) and GPUs of one node."""
+        """How many processes with this many CPUs (more than 0) and GPUs fit, each on one node."""
         slack = 1e-6
         return sum(
             min(int(node.cpus / cpus + slack), int(node.gpus / gpus + slack) if gpus else 2**31)
@@ -78,10 +79,10 @@ class Resources:
 
 
 def user_error(error: BaseException | None) -> CnnrayError | None:
-    """The package's own error that made a Ray task, actor, dataset or Ray Train worker fail; None where another did.
+    """The package's own error that made a Ray task, actor, dataset or Ray Train worker fail; None for other errors.
 
-    Ray wraps errors several deep. Of an error in a dataset or in the start of an actor it keeps the traceback's text
-    alone, whose last lines name the class and the sentence.
+    Ray wraps an error in several others. For an error in a dataset or in the start of an actor it keeps only the text
+    of the traceback, whose last lines hold the class and the message.
     """
     import ray
 
@@ -98,9 +99,9 @@ def user_error(error: BaseException | None) -> CnnrayError | None:
 
 
 def _subclasses(kind: type[CnnrayError]) -> Iterator[type[CnnrayError]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _subclasses(below)
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def last_line(error: BaseException) -> str:
@@ -121,7 +122,7 @@ def local_cpus() -> int:
 
 
 def submitted_environment() -> dict[str, Any]:
-    """The runtime environment of a job of `ray job submit`; empty for any other job."""
+    """The runtime environment of a job that `ray job submit` started; empty for any other job."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     return dict(submitted.get("runtime_env", {}))
 
@@ -130,7 +131,7 @@ def submitted_environment() -> dict[str, Any]:
 def connected() -> Iterator[Resources]:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine for as long as the context lasts.
 
-    Jobs of `ray job submit` have RAY_ADDRESS. An existing connection is used, and left open.
+    RAY_ADDRESS is set for jobs of `ray job submit`. An existing connection is used, and left open.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -140,19 +141,19 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    given = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
+    submitted = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
     # Jobs show progress of their own, also for datasets that are read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
     # Without the address, Ray Train's own actors look for a cluster on their machine. If there are several, they may
     # find another one, and the CPUs of a stopped trial then stay reserved for ever.
     variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or f"{ray.util.get_node_ip_address()}:{_own_port()}"
-    variables = {name: value for name, value in variables.items() if name not in given}
+    variables = {name: value for name, value in variables.items() if name not in submitted}
     if starts_own():
         # This machine will not be preempted, and Ray Train's watcher would log an error.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # Ray would end idle processes beyond one a CPU, and start them again (1 to 2 s) for the tasks of every epoch.
+        # Ray would end idle processes beyond one per CPU, and start them again (1 to 2 s) for every epoch's tasks.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * local_cpus()))
-        # Ray waits a minute for its control service to be started again, which nobody does here.
+        # Ray waits a minute for a restart of its control service, which nobody restarts here.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     try:
         ray.init(
@@ -162,19 +163,16 @@ def connected() -> Iterator[Resources]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ClusterError(f"No Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {reason}") from None
+        address = os.environ.get("RAY_ADDRESS")
+        what = f"No Ray cluster at {address}" if address else "Ray cannot be started on this machine"
+        raise ClusterError(f"{what}: {reason}") from None
     if threading.current_thread() is threading.main_thread():
         # Ray's handler prints a stack trace before it calls Python's: install Python's again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         available = resources()
-        log.info(
-            "Ray %s: %d node(s), %g CPUs, %g GPUs",
-            ray.__version__,
-            len(available.nodes),
-            available.cpus,
-            available.gpus,
-        )
+        nodes = len(available.nodes)
+        log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, nodes, available.cpus, available.gpus)
         yield available
     finally:
         ray.shutdown()
@@ -249,7 +247,7 @@ class Shortage:
         return planned
 
     def _wait_for(self, error: ClusterError) -> None:
-        """Log what is missing.
+        """Log what is missing, at most once a minute.
 
         Raises:
             ClusterError: the wait has lasted too long.
@@ -290,7 +288,7 @@ def wait_for_resources(
             sdk.request_resources(
                 bundles=[{name: amount for name, amount in request.items() if amount} for request in requests]
             )
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             planned = shortage.try_plan(plan)
         return planned
     finally:
@@ -317,7 +315,7 @@ def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterat
             raise errors[0]
 
     def poll() -> None:
-        while not errors and not ended.wait(LOOK_SECONDS):
+        while not errors and not ended.wait(POLL_SECONDS):
             try:
                 shortage.try_plan(check)
             except ClusterError as error:
@@ -332,5 +330,5 @@ def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterat
         yield
     finally:
         ended.set()
-        watcher.join(LOOK_SECONDS)
+        watcher.join(POLL_SECONDS)
         signal.signal(signal.SIGUSR1, before)

@@ -1,4 +1,4 @@
-"""What all jobs share: flags and YAML to a config, logs to stderr, one JSON line to stdout, exit codes."""
+"""The command line of all jobs: flags and YAML to a config, logs on stderr, one JSON line on stdout, exit codes."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _NOISE = r"ray/issues/53727|Created TensorFlow Lite XNNPACK delegate"
 
 
 class _Parser(ArgumentParser):
-    """Spells flags with dashes, and reports a mistake in one sentence."""
+    """Writes flags with dashes, and reports a mistake in one sentence."""
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         if options.get("type") is bool:
@@ -79,7 +79,7 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
 
 
 def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """A command line with the names that flags have today.
+    """Replace flags of earlier versions in a command line by those of today.
 
     Raises:
         ValueError: the value of a flag that was renamed cannot be read.
@@ -93,8 +93,8 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
         if flag not in renamed:
             current.append(argument)
             continue
-        given = {renamed[flag]: value if equals else next(rest, "")}
-        for name, new in configs.upgraded(config_class, given).items():
+        earlier = {renamed[flag]: value if equals else next(rest, "")}
+        for name, new in configs.upgrade(config_class, earlier).items():
             current += [flags.flag_name(name), "null" if new is None else str(new)]
     return current
 
@@ -106,18 +106,18 @@ def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str
 
 
 def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
-    """Run a job's one call; its result becomes the last line of stdout, its errors one sentence on stderr.
+    """Run a job. Its result becomes the last line of stdout, an error one sentence on stderr.
 
     Raises:
         SystemExit: 0, 1 for an error that has a sentence (`CnnrayError`, `OSError`), 130 for Ctrl-C, 143 for SIGTERM
             (`ray job stop`). Other errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    # Ray reads these when it is imported, and when it prints the line of a worker.
+    # Ray reads these variables when it is imported, and when it prints a line of a worker.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    # An exception, as from Ray's handler after `ray.init`, so that contexts are left in order and leases released.
+    # As Ray's handler does after `ray.init`, raise an exception, so that contexts end and leases are released.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         result = job()

@@ -1,11 +1,11 @@
-"""Configs as files and across versions: what may be done with each field, `config.yaml`, names of earlier versions.
+"""Rules of the fields of configs, `config.yaml`, and the field names of earlier versions.
 
-A config is a frozen dataclass whose fields are flags. What else is to be known of a field stands in its metadata, or
-in that of the group (a dataclass that configs inherit) that it belongs to; no other module keeps a list of fields.
+A config is a frozen dataclass whose fields are flags. The rules of a field are in its metadata, which a group (a
+dataclass that configs inherit) can set for all its fields. No other module keeps a list of fields.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -18,14 +18,14 @@ from cnnray.errors import BadInputError
 from cnnray.flags import flag_name
 
 CONFIG_FORMAT = 2
-"""Of `config.yaml`. 1 had no number, and MIN:MAX in the field `workers` of a training."""
+"""Format of `config.yaml`. Format 1 had no number, and MIN:MAX in the field `workers` of a training."""
 OUTPUT_FORMAT = 1
-"""Of what jobs leave beside `config.yaml`: the names, columns and meaning of files that a later run goes on from."""
+"""Format of the other files from which a later run resumes: their names, columns and meaning."""
 _HEADER = "cnnray"
 _DEFAULTS = {"resumable": False, "searchable": True, "tracked": True}
 
 read_yaml = get_loader("yaml")
-"""Parse YAML as flags are parsed, where 1e-4 is a number."""
+"""Parse YAML as flags are parsed: 1e-4 is a number."""
 
 Group = TypeVar("Group", bound=type)
 Renamed = Mapping[str, Callable[[Any], dict[str, Any]]]
@@ -45,22 +45,22 @@ def rules(*, resumable: bool | None = None, searchable: bool | None = None, trac
     """Metadata of a field, where it differs from that of its group.
 
     Args:
-        resumable: whether a run that goes on may have another value. The default is False: another value gives
+        resumable: whether a resumed run may have another value. The default is False, because another value gives
             another result.
-        searchable: whether a search may vary it; True by default.
-        tracked: whether an experiment tracker is given its value; True by default.
+        searchable: whether a search may vary the field; True by default.
+        tracked: whether experiment trackers receive its value; True by default.
     """
-    stated = {"resumable": resumable, "searchable": searchable, "tracked": tracked}
-    return {name: value for name, value in stated.items() if value is not None}
+    values = {"resumable": resumable, "searchable": searchable, "tracked": tracked}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def group(**stated: bool) -> Callable[[Group], Group]:
+def group(**defaults: bool) -> Callable[[Group], Group]:
     """Decorate a dataclass whose own fields have these `rules` unless their metadata says otherwise."""
 
     def decorate(cls: Group) -> Group:
         for name in cls.__annotations__:
             field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]  # a dataclass's
-            field.metadata = MappingProxyType({**rules(**stated), **field.metadata})
+            field.metadata = MappingProxyType({**rules(**defaults), **field.metadata})
         return cls
 
     return decorate
@@ -93,12 +93,11 @@ def as_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def upgraded(config_class: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the fields that a config has today.
+def upgrade(config_class: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields of an earlier version by those of today.
 
     Args:
-        config_class: may have `RENAMED`: by name of a field that was renamed, a function from its value to the values
-            of today's fields.
+        config_class: may have `RENAMED`: for each renamed field, a function from its value to today's fields.
         values: by field, of this or an earlier version.
     """
     renamed: Renamed = getattr(config_class, "RENAMED", {})
@@ -118,10 +117,10 @@ def dump(config: Config, **changes: Any) -> bytes:
 
 
 def load(config_class: type[Config], text: bytes | str, source: str) -> dict[str, Any]:
-    """What `dump` wrote, by the fields that the config has today; fields of other jobs stay as they are.
+    """Read what `dump` wrote, as values by the config's fields of today; fields of other jobs stay as they are.
 
     Args:
-        config_class: of the job.
+        config_class: the job's.
         text: YAML.
         source: the file's name, for messages.
 
@@ -148,29 +147,28 @@ def without_header(config_class: type[Config], values: Mapping[str, Any], source
                 f"{source} was written by cnnray {header.get('version')} ({name} format {number}), and cnnray "
                 f"{cnnray.__version__} reads up to {newest}: update cnnray."
             )
-    return upgraded(config_class, {name: value for name, value in values.items() if name != _HEADER})
+    return upgrade(config_class, {name: value for name, value in values.items() if name != _HEADER})
 
 
-def differences(config: Config, earlier: Mapping[str, Any], fixed: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    """The flags that ask for another result than an earlier run's did, each with both values.
+def differences(config: Config, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
+    """The flags that would give another result than those of an earlier run, each with both values.
 
     Args:
-        config: of this run.
-        earlier: of the earlier run, by `load`. A field that it lacks came with a later version, whose default is
-            what earlier versions did.
+        config: this run's.
+        earlier: the earlier run's, from `load`. A missing field was added by a later version, with a default that
+            does what earlier versions did.
         fixed: fields that may not differ although they are resumable.
     """
     free = names(type(config), resumable=True) - set(fixed)
     differing = []
     for field in dataclasses.fields(config):
-        now = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        before = earlier.get(field.name, default)
-        if is_dataclass(now):
-            now = asdict(now)  # type: ignore[arg-type]  # an instance
-            before = (asdict(default) if is_dataclass(default) else {}) | _plain(before)  # type: ignore[arg-type]
-        if field.name not in free and _plain(now) != _plain(before):
-            differing.append(f"{flag_name(field.name)} {_plain(before)} (now {_plain(now)})")
+        default = None if default is dataclasses.MISSING else _plain(default)
+        now, before = _plain(getattr(config, field.name)), _plain(earlier.get(field.name, default))
+        if isinstance(default, dict) and isinstance(before, dict):
+            before = default | before
+        if field.name not in free and now != before:
+            differing.append(f"{flag_name(field.name)} {before} (now {now})")
     return differing
 
 

@@ -1,4 +1,4 @@
-"""Checks of values that the configs share. Each raises one sentence that names the flag."""
+"""Checks of flags that the configs share. Each raises one sentence that names the flag."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -9,46 +9,51 @@ from cnnray.images import storage
 
 
 def flag_name(field: str) -> str:
-    """A config's field as it is flag_name on the command line."""
+    """The flag of a config's field: `--batch-size` for `batch_size`."""
     return "--" + field.replace("_", "-")
 
 
 def check_at_least_one(config: Any, *fields: str) -> None:
-    """
+    """Check that fields are None or at least 1.
+
     Raises:
-        ValueError: a field is neither None nor at least 1.
+        ValueError: a field is not.
     """
     _check(config, fields, lambda value: value >= 1, "at least 1")
 
 
 def check_more_than_zero(config: Any, *fields: str) -> None:
-    """
+    """Check that fields are None or more than 0.
+
     Raises:
-        ValueError: a field is neither None nor more than 0.
+        ValueError: a field is not.
     """
     _check(config, fields, lambda value: value > 0, "more than 0")
 
 
 def check_not_negative(config: Any, *fields: str) -> None:
-    """
+    """Check that fields are None or at least 0.
+
     Raises:
-        ValueError: a field is neither None nor at least 0.
+        ValueError: a field is not.
     """
     _check(config, fields, lambda value: value >= 0, "at least 0")
 
 
 def check_share(config: Any, *fields: str) -> None:
-    """
+    """Check that fields are None or 0 to 1.
+
     Raises:
-        ValueError: a field is neither None nor 0 to 1.
+        ValueError: a field is not.
     """
     _check(config, fields, lambda value: 0 <= value <= 1, "0 to 1")
 
 
 def check_below_one(config: Any, *fields: str) -> None:
-    """
+    """Check that fields are None or at least 0 and less than 1.
+
     Raises:
-        ValueError: a field is neither None nor at least 0 and less than 1.
+        ValueError: a field is not.
     """
     _check(config, fields, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
@@ -61,9 +66,14 @@ def _check(config: Any, fields: Iterable[str], valid: Callable[[Any], bool], exp
 
 
 def check_choices(config: Any, **choices: Any) -> None:
-    """
+    """Check that each field has one of the values of its `Literal`.
+
+    Args:
+        config: a dataclass.
+        choices: a `Literal` type by field.
+
     Raises:
-        ValueError: a field has none of the values of its Literal.
+        ValueError: a field has another value.
     """
     for field, literal in choices.items():
         value = getattr(config, field)
@@ -82,7 +92,7 @@ def absolute(field: str, value: str) -> str:
         raise ValueError(f"{flag_name(field)} is empty.")
     uri = storage.absolute(value)
     is_relative = storage.is_local(uri) and not Path(value).expanduser().is_absolute()
-    if is_relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # which Ray sets for submitted jobs
+    if is_relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # Ray sets it for submitted jobs
         raise ValueError(
             f"{flag_name(field)} {value} is a relative path, and a submitted job works in Ray's copy of the working "
             "directory, which Ray deletes: give an absolute path that all nodes see, or s3://BUCKET/PREFIX."

@@ -1,4 +1,4 @@
-"""Local paths on a cluster of several nodes, which must be on a file system that all nodes share."""
+"""Check that local paths are on a file system that all nodes of a cluster share."""
 
 import random
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ _MAX_NODES, _TIMEOUT_SECONDS = 16, 60.0
 
 
 def check_shared(resources: Resources, uris: Iterable[str]) -> None:
-    """Check that other nodes have these files and folders, before their absence is taken for bad images.
+    """Check that other nodes have these files and folders, so that a missing mount is not taken for bad images.
 
-    Of many nodes a sample is asked. Nodes that do not answer within a minute are skipped.
+    At most 16 other nodes are asked, chosen at random. Nodes that do not answer within a minute are skipped.
 
     Args:
-        resources: of the cluster.
+        resources: the cluster's.
         uris: files and folders that the workers open. Remote ones, and those that this node lacks, are skipped.
 
     Raises:
@@ -28,8 +28,8 @@ def check_shared(resources: Resources, uris: Iterable[str]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    this_node = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node]
     others = random.Random(0).sample(others, min(len(others), _MAX_NODES))
     ask = ray.remote(num_cpus=0, max_retries=0)(_missing)
     answers = {
@@ -45,7 +45,7 @@ def check_shared(resources: Resources, uris: Iterable[str]) -> None:
         try:
             missing = ray.get(answer)
         except ray.exceptions.RayError:
-            continue  # the node was lost meanwhile
+            continue  # the node was lost in the meantime
         if missing:
             raise ClusterError(
                 f"{missing[0]} is not on the node {answers[answer]['NodeManagerAddress']}: on several nodes local "

@@ -13,13 +13,13 @@ _REFRESH_SECONDS = 10.0
 
 
 class ProgressBar:
-    """Shows finished images of all, images/s and the time left."""
+    """Shows the number of finished images and of all images, images/s and the time left."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         """
         Args:
-            total: images in all.
-            done: images that earlier runs have finished.
+            total: number of images.
+            done: number of images that earlier runs have finished.
         """
         self._total, self._done, self._new = total, done, 0
         self._started = self._shown = time.monotonic()

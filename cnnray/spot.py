@@ -1,4 +1,4 @@
-"""Nodes of AWS for `ray up` (cluster.yaml): spot ones, and where AWS has none left, the same on demand."""
+"""AWS nodes for `ray up` (cluster.yaml): spot instances, or the same on demand where AWS has no spot capacity."""
 
 import logging
 from typing import Any
@@ -14,24 +14,24 @@ NONE_LEFT = {
     "MaxSpotInstanceCountExceeded",
     "SpotMaxPriceTooLow",
 }
-"""EC2's codes for a spot request that would be granted on demand; any other would be refused again."""
+"""EC2's error codes for spot requests that may succeed on demand. With any other code they would fail again."""
 
 
 class SpotElseOnDemand(AWSNodeProvider):
-    """Ray's provider for AWS, which asks for the same spot nodes again and again where AWS refuses them.
+    """Ray's AWS provider, but with on-demand instances in place of spot instances that AWS refuses.
 
-    Ray 2.60 knows no way from one node type to another then: its autoscaler lowers the rank of a type whose nodes
-    were given but did not come up, not of one that was refused.
+    Ray's own provider asks for the same spot instances again and again. Nor does the autoscaler of Ray 2.60 turn to
+    another node type: it lowers the rank of a type whose nodes were granted but did not start, not of a refused type.
     """
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
-        """Start nodes, in the first availability zone that has some.
+        """Start nodes in the first availability zone that has capacity.
 
         Returns:
-            instances by id.
+            The instances by id.
 
         Raises:
-            NodeLaunchException: there are none on demand either, or the request is wrong.
+            NodeLaunchException: AWS has none on demand either, or the request is wrong.
         """
         spot = "InstanceMarketOptions" in node_config
         created: dict[str, Any] = {}
@@ -40,10 +40,10 @@ class SpotElseOnDemand(AWSNodeProvider):
         except NodeLaunchException as refused:
             if not spot or refused.category not in NONE_LEFT:
                 raise
-            log.warning("No spot nodes of %s: %s", node_config["InstanceType"], refused.description)
+            log.warning("no spot instances of %s: %s", node_config["InstanceType"], refused.description)
         missing = count - len(created)
         if spot and missing:
-            log.warning("%d of %d nodes of %s on demand", missing, count, node_config["InstanceType"])
+            log.warning("starting %d of %d %s instances on demand", missing, count, node_config["InstanceType"])
             on_demand = {key: value for key, value in node_config.items() if key != "InstanceMarketOptions"}
             created |= super().create_node(on_demand, tags, missing)
         return created

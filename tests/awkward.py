@@ -1,4 +1,4 @@
-"""The awkward set: images that decoders get wrong, for every path from bytes to answer."""
+"""The awkward set: images that decoders often get wrong. Every path from bytes to answer is tested with it."""
 
 import io
 import zlib
@@ -29,7 +29,7 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 def awkward_images() -> dict[str, bytes]:
-    """Encoded images by a name that says what is awkward about each; all can be decoded."""
+    """Encoded images by names that say what is awkward about them; all can be decoded."""
     colour = Image.fromarray(_pixels(60, 90))
     alpha = colour.copy()
     alpha.putalpha(Image.fromarray(_pixels(60, 90, 3)[..., 0]))
@@ -67,7 +67,7 @@ def awkward_images() -> dict[str, bytes]:
 
 
 def bad_images() -> dict[str, tuple[bytes, str]]:
-    """Bytes that cannot be decoded, and the reason that each is refused for."""
+    """Bytes that cannot be decoded, and the reason for refusing each, by name."""
     jpeg = _encoded(Image.fromarray(_pixels(60, 90)), "JPEG")
     png = _encoded(Image.fromarray(_pixels(60, 90)), "PNG")
     bomb = bytearray(png)

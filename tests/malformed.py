@@ -1,4 +1,4 @@
-"""Files that are called images and are none, or damaged ones: more than 300, by a name that says what was done."""
+"""More than 300 damaged images and files that are not images, each with a name that says what was done to it."""
 
 import functools
 import io
@@ -30,7 +30,7 @@ def malformed_files() -> dict[str, bytes]:
         files[f"doubled_{name}"] = data + data
         files[f"with_html_behind_{name}"] = data + b"<html></html>"
         files[f"with_nothing_inside_{name}"] = data[:20] + bytes(len(data) - 20)
-        # Called something else than it is.
+        # A file name extension of another format.
         other = "photo.jpg" if not name.endswith("jpg") else "photo.png"
         files[f"named_{name.replace('.', '_')}_{other}"] = data
     for kind, size in (("png", 16), ("gif", 6), ("bmp", 18)):
@@ -44,7 +44,7 @@ def malformed_files() -> dict[str, bytes]:
 
 
 def fuzzed(seed: int) -> bytes:
-    """An image with a few changes: other bytes, parts cut out, doubled or taken from another image."""
+    """An image with a few changes: other bytes, or parts cut out, doubled or taken from another image."""
     generator, whole = random.Random(seed), list(_whole().values())
     data = generator.choice(whole)
     for _ in range(generator.randint(1, 4)):
@@ -75,7 +75,7 @@ def _whole() -> dict[str, bytes]:
 
 
 def _places(name: str, data: bytes) -> list[int]:
-    """Where to cut a file off: at the borders of its parts, just behind them, and evenly."""
+    """Where to truncate a file: at the borders of its parts, just behind them, and at even distances."""
     borders = set()
     if name.endswith("jpg"):
         borders = {
@@ -94,7 +94,7 @@ def _places(name: str, data: bytes) -> list[int]:
 
 
 def _flipped(data: bytes, seed: int) -> bytes:
-    """Some bytes changed, mostly near the start."""
+    """Change a few bytes, mostly near the start."""
     generator, changed = random.Random(seed), bytearray(data)
     for _ in range(6):
         changed[int(len(data) * generator.random() ** 3)] = generator.randrange(256)
@@ -102,7 +102,7 @@ def _flipped(data: bytes, seed: int) -> bytes:
 
 
 def _sized(data: bytes, kind: str, place: int, width: int, height: int) -> bytes:
-    """With another width and height in the header."""
+    """Write another width and height into the header."""
     changed = bytearray(data)
     form = {"png": ">II", "gif": "<HH", "bmp": "<ii"}[kind]
     struct.pack_into(form, changed, place, width, height)

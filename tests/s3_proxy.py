@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that can answer badly."""
+"""A proxy in front of an S3 server that injects faults."""
 
 import http.client
 import re
@@ -20,18 +20,18 @@ class Proxy:
     """Passes requests on to a server.
 
     Attributes:
-        url: where it listens.
-        faults: called with method, path and how often this was asked for before; it gives `throttle` (503), `deny`
-            (403), `expire` (400), `slow` (one second later), `break off` (half of the body), or None.
-        expired_keys: access keys that are answered with `expire`.
-        given: how often each fault was.
+        url: its address.
+        faults: called with the method, the path and the number of earlier such requests; returns `throttle` (503),
+            `deny` (403), `expire` (400), `slow` (one second later), `break off` (half of the body), or None.
+        expired_keys: access keys whose requests get the fault `expire`.
+        fault_counts: how often each fault occurred.
     """
 
     def __init__(self, target: str) -> None:
         self.faults = lambda method, path, before: None
         self.expired_keys: set[str] = set()
-        self.given: Counter[str] = Counter()
-        self._asked: Counter[tuple[str, str]] = Counter()
+        self.fault_counts: Counter[str] = Counter()
+        self._requests: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         proxy, host = self, urlsplit(target).netloc
 
@@ -43,7 +43,7 @@ class Proxy:
 
             def _pass_on(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                fault = proxy._fault_of(self.command, self.path)
+                fault = proxy._next_fault(self.command, self.path)
                 key = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
                 if key and key[1] in proxy.expired_keys:
                     fault = "expire"
@@ -55,7 +55,7 @@ class Proxy:
                     time.sleep(1)
                 upstream = http.client.HTTPConnection(host, timeout=60)
                 try:
-                    # With the Host that the request was signed with.
+                    # The signature covers the Host header: pass it on unchanged.
                     upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                     for name, value in self.headers.items():
                         if name.lower() not in ("connection", "expect"):
@@ -74,7 +74,7 @@ class Proxy:
                 for name, value in ({"Content-Length": str(len(content))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command != "HEAD":  # has no body, which the next answer on the connection would begin with
+                if self.command != "HEAD":  # a body would be taken for the next answer
                     self.wfile.write(content[: len(content) // 2] if broken else content)
                 self.close_connection = self.close_connection or broken
 
@@ -85,13 +85,13 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def _fault_of(self, method, path):
+    def _next_fault(self, method, path):
         with self._lock:
-            before = self._asked[method, path]
-            self._asked[method, path] += 1
+            before = self._requests[method, path]
+            self._requests[method, path] += 1
             fault = self.faults(method, path, before)
             if fault:
-                self.given[fault] += 1
+                self.fault_counts[fault] += 1
             return fault
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: images in two splits or under two labels, unreadable ones, odd sizes, small classes.
+"""Find problems of a data set: images in two splits or under two labels, unreadable images, odd sizes, small classes.
 
 Copies are found by a hash of their bytes. Near copies (encoded again, resized) are found by a perceptual hash
 (`imagehash.phash`: the signs of the lowest frequencies), and confirmed by comparing small grey pictures of both.
@@ -33,15 +33,18 @@ FEW = 20
 MAX_AUTOMATIC = 50_000
 """Images up to which training and evaluation check their data by themselves."""
 
-_AT_ONCE = 64
+_IMAGES_AT_ONCE = 64
+"""Images whose results one table of `examine` holds."""
 _DECODED_SIZE, _PICTURE_SIZE = 64, 16
 """Height and width in pixels that images are decoded to, and of the small grey pictures."""
 _MAX_BITS, _MAX_LEVELS = 4, 6.0
-"""Largest differences of near copies: in bits of the hash, of 64, and root mean square in grey levels."""
+"""Largest differences between near copies: bits of the 64-bit hash, and the root mean square in grey levels."""
 _BANDS = _MAX_BITS + 1
 """Two hashes that differ in fewer bits than there are bands have at least one band in common."""
 _MAX_IN_BAND, _MAX_LINKS = 2000, 16
+"""Limits for each image: others in a band that it is compared with, and near copies that are kept."""
 _ODD_RATIO, _ODD_SIDE = 5.0, 4.0
+"""A size is odd beyond this aspect ratio, or with a side this many times longer or shorter than the median."""
 _EXAMPLES = 10
 
 SCHEMA = pa.schema(
@@ -108,8 +111,8 @@ def examine(table: pa.Table) -> Iterator[pa.Table]:
     sources = containers.encoded(table["uri"].to_pylist())
     ids = table["id"].to_pylist()
     with ThreadPoolExecutor(threads_for(table["uri"][0].as_py())) as pool:
-        for start in range(0, len(ids), _AT_ONCE):
-            chunk = ids[start : start + _AT_ONCE]
+        for start in range(0, len(ids), _IMAGES_AT_ONCE):
+            chunk = ids[start : start + _IMAGES_AT_ONCE]
             rows = pool.map(_examine_image, itertools.islice(sources, len(chunk)))
             yield pa.Table.from_pylist([{"id": id_} | row for id_, row in zip(chunk, rows, strict=True)], SCHEMA)
 
@@ -190,7 +193,7 @@ def check(manifest: pa.Table, examined: pa.Table) -> CheckResult:
 
 
 def _groups(rows: list[int], values: list[Any]) -> list[list[int]]:
-    """The rows that have the same value, in order."""
+    """Group the rows that have the same value; rows and groups stay in order."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for row in rows:
         groups[values[row]].append(row)
@@ -200,7 +203,13 @@ def _groups(rows: list[int], values: list[Any]) -> list[list[int]]:
 def _near_copies(
     rows: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]
 ) -> list[list[int]]:
-    """Groups of rows whose images are near copies, each of another one of its group."""
+    """Groups of rows in which each image is a near copy of at least one other.
+
+    Args:
+        rows: (n,), the rows to compare, no two of them copies.
+        hashes: (n,), their perceptual hashes.
+        pictures: (n, 256), their small grey pictures.
+    """
     links = [np.empty((0, 2), np.int64)]
     for band in np.array_split(np.arange(64, dtype=np.uint64), _BANDS):
         mask = np.bitwise_or.reduce(np.uint64(1) << band)
@@ -208,13 +217,13 @@ def _near_copies(
         order = np.argsort(keys, kind="stable")
         cuts = np.flatnonzero(np.diff(keys[order])) + 1
         for group in np.split(order, cuts):
-            # Flat and blank images share their hashes. In such large groups each is compared with the next ones only.
+            # Flat and blank images share their hashes and form large groups: limit the comparisons of each image.
             for number, row in enumerate(group[:-1]):
                 others = group[number + 1 : number + 1 + _MAX_IN_BAND]
                 others = others[np.bitwise_count(hashes[others] ^ hashes[row]) <= _MAX_BITS]
                 if len(others):
                     difference = pictures[others].astype(np.float32) - pictures[row]
-                    # A few links of each image connect a group of very many.
+                    # A few links for each image are enough to connect a large group.
                     others = others[np.sqrt((difference**2).mean(1)) <= _MAX_LEVELS][:_MAX_LINKS]
                     links.append(np.stack([np.full(len(others), row), others], 1))
     first, second = np.concatenate(links).T

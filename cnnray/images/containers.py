@@ -30,14 +30,14 @@ _TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | 
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
 _BYTES_AT_ONCE = 8 * 2**20
-"""Bytes that one request reads, at most."""
+"""Most bytes that one request reads, unless a single image is larger."""
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "missing"),
     (PermissionError, "access denied"),
     (storage.ThrottledError, "throttled"),
     (OverflowError, "too large"),
 )
-"""The reason of an unreadable image, by the error of reading it; `unreadable` for all others."""
+"""The reason of an unreadable image by the class of the error; all other errors give `unreadable`."""
 
 Source = str | bytes | BadImage
 """Where an image comes from: the uri of its file, its encoded bytes, or the reason why it has none."""
@@ -75,13 +75,17 @@ def list_rows(file: str) -> pa.Table | None:
     """One row for each image that a file holds, without reading Parquet's images.
 
     Returns:
-        `uri`, and of Parquet the file's other columns (a `uri` among them as `original_uri`; numbers of a Hugging
-        Face `label` become its names), of tar `key`, and `label` where members `KEY.cls` name it. None for a Parquet
-        file without a column of images.
+        A table with `uri`, and
+
+        - for Parquet the file's other columns: a column `uri` is called `original_uri`, and the numbers of a Hugging
+          Face `label` become its names;
+        - for tar `key`, and `label` if there are members `KEY.cls` that hold it.
+
+        None for a Parquet file without a column of images.
 
     Raises:
         pa.ArrowException: the file is damaged.
-        OSError: storage that cannot be read.
+        OSError: the file cannot be read.
     """
     return _rows_of_tar(file) if file.lower().endswith(".tar") else _rows_of_parquet(file)
 
@@ -109,16 +113,19 @@ def unreadable(error: Exception, place: str = "") -> BadImage:
     """The error of an image whose bytes cannot be read.
 
     Args:
-        error: of reading it; its class gives the reason.
-        place: put in front of the error's message, where that does not name the file.
+        error: raised by reading it; its class gives the reason.
+        place: put in front of the error's message if the message does not name the file.
     """
     reason = next((reason for kind, reason in _REASONS if isinstance(error, kind)), "unreadable")
     return BadImage(reason, place + (str(error).partition("\n")[0] or type(error).__name__))
 
 
 def encoded(uris: Sequence[str]) -> Iterator[Source]:
-    """The `Source` of each uri, in order: the uri itself for an image in a file of its own; for images in containers
-    their bytes, read when they are asked for, or the error."""
+    """The `Source` of each uri, in order.
+
+    An image in a file of its own gives its uri. An image in a container gives its bytes, which are read when the
+    iterator reaches it, or the error.
+    """
     for (file, group), run in itertools.groupby(uris, _container):
         if file is None:
             yield from run
@@ -129,7 +136,7 @@ def encoded(uris: Sequence[str]) -> Iterator[Source]:
 
 
 def _container(uri: str) -> tuple[str | None, int | None]:
-    """The container that holds an image, and of Parquet the row group; None where there is none."""
+    """The container that holds an image and, for Parquet, the row group; None for what does not apply."""
     group = row_group(uri)
     if group is not None:
         return group
@@ -160,7 +167,7 @@ def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes | BadI
 def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[int]) -> Iterator[bytes]:
     column = image_column(parquet.schema_arrow)
     if column is None:
-        raise IndexError("it no longer holds images")
+        raise IndexError("the file no longer has a column of images")
     start = done = 0
     for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
         while done < len(rows) and rows[done] < start + len(batch):
@@ -170,7 +177,7 @@ def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[
         start += len(batch)
         if done == len(rows):
             return
-    raise IndexError(f"it has {start} rows, and row {rows[done]} is asked for")
+    raise IndexError(f"the row group has {start} rows and no row {rows[done]}")
 
 
 # -- tar ------------------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[
 
 def _rows_of_tar(file: str) -> pa.Table:
     uris, keys, labels = [], [], {}
-    # As a stream: from a bucket that is faster than a request for the header of each member.
+    # A stream: in a bucket, random access would take one request for each member's header.
     filesystem, path = storage.arrow_filesystem(file)
     try:
         with (
@@ -202,7 +209,7 @@ def _rows_of_tar(file: str) -> pa.Table:
 
 
 def _offset_and_size(uri: str) -> tuple[int, int]:
-    """Offset and size of a member."""
+    """Offset and size of a member in bytes."""
     match = _TAR_ADDRESS.fullmatch(uri)
     return (int(match[2]), int(match[3])) if match else (0, 0)
 
@@ -221,7 +228,7 @@ def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadI
                 if not start <= offset <= offset + size <= start + len(held):
                     start, held = offset, opened.read_at(_length_of_run(places[yielded:]), offset)
                 data = held[offset - start : offset - start + size]
-                yield data if len(data) == size else BadImage("unreadable", f"{file} ends before it")
+                yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
                 yielded += 1
     except (CnnrayError, pa.ArrowException) as error:
         for _ in places[yielded:]:
@@ -229,7 +236,7 @@ def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadI
 
 
 def _length_of_run(places: list[tuple[int, int]]) -> int:
-    """Bytes to read from the first member on: up to the last of those that follow one another closely."""
+    """Bytes from the start of the first member to the end of the last one that follows closely: one request."""
     start, end = places[0][0], sum(places[0])
     for offset, size in places[1:]:
         if not end <= offset <= end + _BYTES_AT_ONCE // 8 or offset + size - start > _BYTES_AT_ONCE:

@@ -1,14 +1,14 @@
-"""Encoded image bytes to pixels: the only decoder of the project.
+"""Decode encoded images into pixels: the only decoder of the project.
 
 The rules, the same from training to HTTP:
 
 - EXIF orientation is applied; ICC profiles are ignored.
 - Grey, palette, CMYK, YCbCr and one-bit images become RGB by Pillow's conversions.
 - Transparency (alpha, or a transparent palette entry) is composited over white.
-- 16-bit grey is scaled to 8 bits by 1/257; of 16-bit colour the high byte is kept.
+- 16-bit grey is scaled to 8 bits by 1/257; 16-bit colour keeps its high byte.
 - Floating-point images have no defined range and are refused.
-- Animated images give their first frame.
-- JPEGs whose both sides are at least twice the target are decoded at 1/2, 1/4 or 1/8 scale.
+- The first frame of an animated image is used.
+- JPEGs with both sides at least twice the target size are decoded at 1/2, 1/4 or 1/8 scale.
 - Resizing is bilinear with anti-aliasing.
 """
 
@@ -24,22 +24,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cnnray.errors import BadInputError
 
 ResizeRule = Literal["stretch", "crop", "pad"]
+RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)
 
 MAX_BYTES = 256 * 2**20
-"""Longest encoded image that is read, in bytes."""
+"""Largest encoded image that is read, in bytes."""
 
 MAX_PIXELS = 100_000_000
-"""Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale). Beside it stands
-Pillow's own limit, 179 million pixels by the header."""
+"""Most pixels that one image may occupy while it is decoded (for a JPEG, after the reduced scale). Pillow has a limit
+of its own: 179 million pixels by the header."""
 
 _LARGE_PIXELS = 16_000_000
 _one_large_image = threading.Lock()
-"""Images of more pixels are decoded one at a time in a process, whose memory is then bounded."""
+"""Larger images are decoded one at a time in each process, which bounds its memory."""
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 )
-"""File name endings, in lower case, that a folder listing takes for images."""
+"""File name extensions of images in a folder, in lower case."""
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
 _ORIENTATION = 0x0112
@@ -61,7 +62,7 @@ class BadImage(BadInputError, ValueError):  # noqa: N818 - it is the image that 
         reason: one of a few fixed words, for counting: `empty`, `too large`, `not an image`, `corrupt`,
             `too many pixels`, `unsupported`; and from reading: `missing`, `access denied`, `throttled`,
             `unreadable`.
-        detail: what was found in this image.
+        detail: what is wrong with this image.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -89,7 +90,7 @@ def decode(
         uint8 (size, size, 3), RGB.
 
     Raises:
-        BadImage: the bytes are no image that can be used; nothing else is raised for bad bytes.
+        BadImage: the bytes are not a usable image; bad bytes raise nothing else.
     """
     if not data:
         raise BadImage("empty")
@@ -142,6 +143,3 @@ def _resized(image: Image.Image, size: int, resize: ResizeRule) -> Image.Image:
     if resize == "pad":
         return ImageOps.pad(image, (size, size), method)
     return image.resize((size, size), method)
-
-
-RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 FILE = ".lock"
 HEARTBEAT_SECONDS = 10.0
 _MISSED_HEARTBEATS = 3
-"""After so many a lease has expired."""
+"""A lease expires after this many."""
 
 
 class OutputInUseError(PermanentError, RuntimeError):
@@ -30,11 +30,11 @@ def lease(output: str) -> Iterator[None]:
     """Keep other runs out of an output for as long as this one lives.
 
     On a local path the lease is a lock that the system releases when the process ends. In a bucket it is an object
-    that its holder writes anew every `HEARTBEAT_SECONDS`. One that does not change for three times as long was left
-    by a run that was killed, and is taken over. Clocks are not compared.
+    that its holder rewrites every `HEARTBEAT_SECONDS`. An object that does not change for three times as long was
+    left by a run that was killed, and is taken over. Clocks of machines are not compared.
 
     Raises:
-        OutputInUseError: another run has it.
+        OutputInUseError: another run holds the lease.
     """
     with _local_lease(Path(output)) if storage.is_local(output) else _remote_lease(output):
         yield
@@ -108,12 +108,12 @@ def _expired_version(uri: str, output: str) -> storage.Version | None:
     """The version of a lease that has expired; None where there is no lease.
 
     Raises:
-        OutputInUseError: its holder lives.
+        OutputInUseError: its holder is alive.
     """
     first = storage.version(uri)
     if first is None:
         return None
-    log.info("%s has the lease of another run; waiting %.0f s to see whether it lives", output,
+    log.info("another run holds the lease on %s; waiting %.0f s to see whether it is alive", output,
              _MISSED_HEARTBEATS * HEARTBEAT_SECONDS)  # fmt: skip
     for _ in range(_MISSED_HEARTBEATS):
         time.sleep(HEARTBEAT_SECONDS)
@@ -126,4 +126,4 @@ def _expired_version(uri: str, output: str) -> storage.Version | None:
 
 
 def _in_use(output: str) -> OutputInUseError:
-    return OutputInUseError(f"Another run is writing to {output}; wait for its end, or write elsewhere.")
+    return OutputInUseError(f"Another run is writing to {output}; wait until it ends, or choose another output.")

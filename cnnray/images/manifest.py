@@ -1,4 +1,4 @@
-"""From a folder, a glob or a table to a manifest: one row for each image.
+"""Build manifests from folders, globs and tables: one row for each image.
 
 A manifest is a pyarrow table with the columns
 
@@ -91,10 +91,10 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
 
 
 def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
-    """Build the manifest of a list of paths and addresses, of images in containers as well.
+    """Build the manifest of a list of paths and addresses, also of images in containers.
 
     Raises:
-        ManifestError: the list is empty, or has an image twice.
+        ManifestError: the list is empty, or names an image twice.
         OSError: the scheme of an address is unknown.
     """
     table = _from_uris([storage.absolute(uri) for uri in uris])
@@ -119,10 +119,15 @@ def fingerprint(manifest: pa.Table) -> str:
 
 
 def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.Table:
-    """Decide the split of a labelled manifest that has none: seeded, and stratified by class.
+    """Split a labelled manifest into `train` and `validation` at random, stratified by class.
 
-    Of each class of n images, round(fraction * n) go to `validation`, but at least one stays in `train`.
+    round(fraction * n) of the n images of each class go to `validation`, but at least one stays in `train`.
     (scikit-learn's stratified splitters refuse classes of one image and small fractions.)
+
+    Args:
+        manifest: labelled; a `split` that it has is replaced.
+        fraction: of the images, 0 to 1.
+        seed: the same seed gives the same split.
 
     Raises:
         ManifestError: no image would be in `validation`.
@@ -135,7 +140,7 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.T
         split[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = "validation"
     if not (split == "validation").any():
         raise ManifestError(
-            f"A validation fraction of {fraction} of {len(manifest)} images leaves none to validate on."
+            f"A validation fraction of {fraction} of {len(manifest)} images leaves none for validation."
         )
     return _with_split(manifest, pa.array(split, pa.string()))
 
@@ -186,7 +191,7 @@ def read(uri: str) -> pa.Table:
         OSError: storage that cannot be read.
     """
     manifest = pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
-    # Format 1 had no number at first.
+    # The first manifests of format 1 have no number.
     number = int((manifest.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
     if number > FORMAT:
         raise ManifestError(f"{uri} has format {number}, and this cnnray reads up to {FORMAT}: update cnnray.")
@@ -205,11 +210,7 @@ def _from_folder(root: str, labelled: bool) -> pa.Table:
         images = [uri for uri in uris if _is_image(uri)]
         if not labelled and images:
             if shards := [uri for uri in uris if _is_shard(uri)]:
-                log.warning(
-                    "%s holds images; its Parquet and tar files are ignored: %s",
-                    root,
-                    _shorten(shards),
-                )
+                log.warning("%s holds images; its Parquet and tar files are ignored: %s", root, _shorten(shards))
             return _from_uris(images)
         if not images and any(map(_is_shard, uris)):
             return _from_shards(uris)
@@ -271,7 +272,7 @@ def _is_shard(uri: str) -> bool:
 
 
 def _from_shards(uris: list[str]) -> pa.Table:
-    """The rows of all Parquet and tar files among `uris`, which hold images."""
+    """The rows of all images in the Parquet and tar files among `uris`."""
     shards = [uri for uri in uris if _is_shard(uri)]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         tables = list(pool.map(_from_shard, shards))
@@ -320,7 +321,7 @@ def _from_table_of_uris(source: str) -> pa.Table:
     else:
         table = pyarrow.json.read_json(data)
     if "uri" not in table.column_names:
-        wanted = "'uri', or one of images" if source.lower().endswith(".parquet") else "'uri'"
+        wanted = "'uri' and no column of images" if source.lower().endswith(".parquet") else "'uri'"
         raise ManifestError(f"{source} has no column {wanted} (it has {_shorten(table.column_names)}).")
     if table["uri"].null_count:
         raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
@@ -363,6 +364,6 @@ def _with_split(table: pa.Table, split: pa.Array) -> pa.Table:
 
 
 def _shorten(values: Sequence[str], most: int = 5) -> str:
-    """The first `values`, for a message."""
+    """The first `most` values and the number of the others, for a message."""
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(repr(value) for value in values[:most]) + more

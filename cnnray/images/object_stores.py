@@ -1,6 +1,6 @@
-"""Clients for object stores (Amazon S3, Google Cloud Storage, Azure Blob Storage), and their errors as ours.
+"""Clients for object stores (Amazon S3, Google Cloud Storage, Azure Blob Storage), and classes for their errors.
 
-One obstore client and one pyarrow filesystem for each bucket and process. Only `storage` uses this module.
+Each process has one obstore client and one pyarrow filesystem for each bucket. Only `storage` uses this module.
 """
 
 import contextlib
@@ -189,7 +189,7 @@ _ARROW_ERRORS: tuple[tuple[type[StorageError | DeniedError | UnavailableError], 
     (ThrottledError, "SLOW_DOWN|THROTTLING|HTTP status (429|503)", "asks for fewer requests, at"),
     (UnavailableError, "NETWORK_CONNECTION|SERVICE_UNAVAILABLE|HTTP status 5[0-9][0-9]", "does not answer, at"),
 )
-"""The kind of an error of pyarrow's filesystems, which differ in their text only."""
+"""The class for an error of pyarrow's filesystems, by a pattern in its text: nothing else tells them apart."""
 
 
 @contextlib.contextmanager
@@ -222,26 +222,26 @@ def _system_error(uri: str, error: OSError) -> CnnrayError:
 
 
 def _remote_error(uri: str, text: str) -> CnnrayError:
-    """Most of obstore's errors differ in their text alone, which quotes the server's answer."""
+    """The error for an obstore exception, by its text, which quotes the server's answer; most have no own class."""
     service = _SERVICES[split_address(uri)[0]]
     status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))
-    says = {match[1] for match in (status, code) if match}
-    said = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
+    codes = {match[1] for match in (status, code) if match}
+    message = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
     if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
         return _no_credentials(uri)
-    if (first := code or status) and says & _DENIED:
+    if (first := code or status) and codes & _DENIED:
         return DeniedError(f"{service} denies access to {uri} ({first[1]}).")
     if "valid authentication" in text:
-        return DeniedError(f"The credentials for {uri} cannot be had: {said}")
-    if "404" in says:
+        return DeniedError(f"The credentials for {uri} cannot be obtained: {message}")
+    if "404" in codes:
         return NotFoundError(f"{uri} does not exist.")
-    if says & _THROTTLED:
-        why = " ".join(sorted(says))
+    if codes & _THROTTLED:
+        why = " ".join(sorted(codes))
         return ThrottledError(f"{service} asks for fewer requests, at {uri} after several tries ({why}).")
     if not status and "HTTP error" in text:
-        return UnavailableError(f"{service} cannot be reached for {uri}: {said}")
+        return UnavailableError(f"{service} cannot be reached for {uri}: {message}")
     kind = UnavailableError if status and (status[1] == "408" or status[1] >= "500") else StorageError
-    return kind(f"{service} fails at {uri}: {said}")
+    return kind(f"{service} fails at {uri}: {message}")
 
 
 def _no_credentials(uri: str) -> DeniedError:

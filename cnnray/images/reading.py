@@ -1,4 +1,4 @@
-"""Manifest rows to pixels in one process: every row has an image or an error."""
+"""Read and decode manifest rows in one process: every row gets an image or an error."""
 
 import functools
 import itertools
@@ -16,9 +16,9 @@ from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
 
 _THREADS = {"local": 4, "remote": 16}
-"""Threads of one task that read, and decode: Pillow releases the interpreter's lock."""
+"""Threads of one task. They read and decode: Pillow releases the interpreter's lock while it decodes."""
 _SOURCES_AT_ONCE = 64
-"""Images of containers to hold in memory: `map` reads so many before the first is decoded."""
+"""Images of containers that are held in memory: `map` reads all that it is given before the first is decoded."""
 
 Batch = dict[str, npt.NDArray[Any]]
 Item = TypeVar("Item")
@@ -40,12 +40,12 @@ def decoded_blocks(
         size: height and width in pixels.
         resize: see `decode`.
         rows_per_block: rows of one block.
-        threads: that read and decode; None: 4 for local files, 16 for remote ones.
-        sources: one for each row (see `containers.encoded`); None: those of the table's uris.
+        threads: threads that read and decode; None for 4 with local files, 16 with remote ones.
+        sources: one for each row (see `containers.encoded`); None for those of the table's uris.
 
     Yields:
-        the table's columns as arrays, in order, and `image`, uint8 (n, size, size, 3), zeros where it could not be
-        decoded, and `error`, (n,) strings, empty where it could.
+        the table's columns as arrays (n,), in order; `image`, uint8 (n, size, size, 3), zeros where decoding failed;
+        and `error`, (n,) strings, empty where decoding succeeded.
     """
     if not len(table):
         return
@@ -66,7 +66,7 @@ def decoded_blocks(
 
 
 def threads_for(uri: str) -> int:
-    """Threads to read images such as this one."""
+    """The number of threads that read images from the storage of this one."""
     return _THREADS["local" if storage.is_local(uri) else "remote"]
 
 
@@ -91,7 +91,7 @@ def load_bytes(source: Source) -> bytes:
     """The encoded image of a source, read from storage if it is a uri.
 
     Raises:
-        BadImage: it cannot be read, for whatever reason.
+        BadImage: it cannot be read; the reason says why.
     """
     if isinstance(source, BadImage):
         raise source

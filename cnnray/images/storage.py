@@ -1,14 +1,15 @@
 """Files on a local path, Amazon S3 (s3://), Google Cloud Storage (gs://) and Azure Blob Storage (az://).
 
-The only way of the package to storage. Remote files go through obstore (see `object_stores`).
+The only module through which the package reads and writes storage. Remote files go through obstore (see
+`object_stores`).
 
 - S3: credentials, region and endpoint come from the standard AWS variables, profiles and roles. Other servers (MinIO,
   Ceph, R2, ...) are reached through `AWS_ENDPOINT_URL`.
 - Google: `GOOGLE_APPLICATION_CREDENTIALS`, or the machine's service account.
 - Azure: az://CONTAINER/KEY in the account `AZURE_STORAGE_ACCOUNT_NAME`; `AZURE_STORAGE_ACCOUNT_KEY`, or an identity.
 
-Every error is a `CnnrayError` whose message names the file. What may pass by itself is an `UnavailableError`, after
-several retries.
+Every error is a `CnnrayError` whose message names the file. Trouble that may pass by itself is retried several times,
+and then raised as `UnavailableError`.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ _MULTIPART_BYTES = 16 * 2**20
 """Larger files are uploaded in parts of this size, and appear when all parts have arrived."""
 
 Version = dict[str, str]
-"""Identifies one content of a remote file: to be compared, and handed back to `write_if`."""
+"""Identifies one content of a remote file. Versions can be compared, and passed to `write_if`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def short_name(uri: str) -> str:
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
-    """The whole of one file, with one request; a body that breaks off is read on from there.
+    """Read one file with one request. If the body breaks off, reading continues from there.
 
     Raises:
         NotFoundError, DeniedError, UnavailableError, StorageError: each with a sentence that names the file.
@@ -103,7 +104,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
             return bytes(answer.bytes())
         path = Path(uri)
         if path.exists() and not path.is_file():
-            raise StorageError(f"{uri} is not a file.")  # to read a pipe or a device may never end
+            raise StorageError(f"{uri} is not a file.")  # reading a pipe or a device may never end
         with path.open("rb") as file:
             _check_size(os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
@@ -136,7 +137,7 @@ def folders(root: str) -> list[str]:
 def files(root: str) -> list[StoredFile]:
     """All files below `root`, at any depth, sorted by uri; hidden files and folders left out.
 
-    In a bucket, the folders directly below `root` are listed side by side, unless there are few files or no folders.
+    In a bucket, the folders directly below `root` are listed in parallel, unless there are few files or no folders.
     """
     with translated_errors(root), ThreadPoolExecutor(_LISTING_THREADS) as pool:
         if is_local(root):
@@ -151,7 +152,7 @@ def files(root: str) -> list[StoredFile]:
                 break
         # An empty object may be called KEY/ and stand for a folder; obstore gives its name as KEY.
         empty = [file.uri for file in listed if not file.size]
-        no_files = {uri for uri, is_one in zip(empty, pool.map(is_file, empty), strict=True) if not is_one}
+        no_files = {uri for uri, is_key in zip(empty, pool.map(is_file, empty), strict=True) if not is_key}
     return sorted((file for file in listed if file.uri not in no_files), key=lambda file: file.uri)
 
 
@@ -214,7 +215,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _published(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end."""
+    """A temporary path to write to; it replaces `path` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -226,7 +227,7 @@ def _published(path: Path) -> Iterator[Path]:
 
 
 def version(uri: str) -> Version | None:
-    """What changes whenever a remote file is written with other content; None where there is no such file."""
+    """The version of a remote file, which changes whenever its content does; None if there is no such file."""
     try:
         with translated_errors(uri):
             return _version(obstore.head(*locate(uri)))
@@ -242,12 +243,12 @@ def write_if(uri: str, data: bytes, expected: Version | None) -> Version | None:
     """Write a remote file only if it is still as it was: of two writers that saw the same version one succeeds.
 
     Args:
-        uri: of a remote file.
+        uri: a remote file.
         data: its new content.
         expected: the version that it must still have; None: it must not exist.
 
     Returns:
-        Its new version, or None where somebody else has written, or deleted, it.
+        Its new version; None if another writer has changed or deleted it.
     """
     modes: list[Any] = ["create"]
     if expected:

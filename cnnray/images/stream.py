@@ -1,4 +1,4 @@
-"""Manifest rows to a Ray Dataset of decoded images. The only module that reads with Ray Data."""
+"""Read manifest rows into a Ray Dataset of decoded images: the only module that reads with Ray Data."""
 
 import itertools
 import logging
@@ -39,7 +39,7 @@ def decoded(
             never be scheduled waits for ever, without a message.)
 
     Returns:
-        A dataset of the manifest's columns, of `image`, uint8 (size, size, 3), zeros where decoding failed, and of
+        A dataset with the manifest's columns; `image`, uint8 (size, size, 3), zeros where decoding failed; and
         `error`, a string, empty where decoding succeeded.
     """
     rows = rows_per_block(size)
@@ -68,13 +68,14 @@ def check(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult:
 
 
 def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult | None:
-    """`check` as a part of another job.
+    """Run `check` as part of another job, if there are at most `checks.MAX_AUTOMATIC` images.
 
     Returns:
-        None, after a line in the log, if there are too many images, or if one of them crashes its worker.
+        The result; None, after a log line that says why, if there are more images, or if the check fails in
+        Ray, for example because an image crashes its worker.
     """
     if len(manifest) > checks.MAX_AUTOMATIC:
-        log.info("%d images are too many for a check here: jobs/evaluate.py --check-data checks them", len(manifest))
+        log.info("%d images are too many to check here: run jobs/evaluate.py --check-data", len(manifest))
         return None
     log.info("checking %d images", len(manifest))
     try:
@@ -85,18 +86,18 @@ def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.Che
 
 
 def rows_per_block(size: int) -> int:
-    """Rows of a block of images of this height and width."""
+    """Rows of one block, for images of this height and width in pixels."""
     return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
 
 
 def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
-    """Cut a manifest into ranges of `rows` rows, but not inside a row group, which is read from its start.
+    """Cut a manifest into ranges of `rows` rows. Row groups stay whole, because a group is read from its start.
 
     Args:
-        uris: of the manifest.
-        rows: rows of a range; the last has fewer, and a larger row group has more.
-        cut_groups: whether to cut row groups of more than 4096 rows, too, into at most 8 ranges (each of which reads
-            the rows before it in the group as well).
+        uris: the manifest's.
+        rows: rows of a range; the last may have fewer, and ranges with row groups may have more.
+        cut_groups: whether to cut row groups of more than 4096 rows into at most 8 ranges; each of these also reads
+            the rows before it in the group.
 
     Returns:
         the first row of each range, and the row after its last.
@@ -118,7 +119,7 @@ def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[
 
 
 def divide_rows(uris: list[str], count: int) -> list[tuple[int, int]]:
-    """Cut a manifest into `count` ranges of about the same size, but not inside a row group.
+    """Cut a manifest into `count` ranges of about the same size. Row groups stay whole.
 
     Returns:
         the first row of each range, and the row after its last; fewer than `count` if row groups are too large.
@@ -138,7 +139,7 @@ def _in_one_group(uri: str, other: str) -> bool:
 
 
 def from_ranges(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:
-    """A dataset of a manifest's rows with a block, and so a task, for each of these ranges."""
+    """A dataset of a manifest's rows with one block, and so one task, for each range."""
     # from_arrow would run a task of one CPU for the metadata, which may wait for ever.
     return ray.data.from_blocks([manifest.slice(start, stop - start).combine_chunks() for start, stop in ranges])
 
@@ -150,7 +151,7 @@ def silence_progress() -> None:
 
 
 def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Batch]:
-    """The blocks of a dataset as NumPy batches, in the order and of the sizes that the tasks gave them."""
+    """The blocks of a dataset as NumPy batches, in the order and with the sizes that its tasks produced."""
     dataset.context.execution_options.preserve_order = True
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
 

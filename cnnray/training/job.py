@@ -227,7 +227,7 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
             outcome.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    while not wait([outcome], timeout=cluster.LOOK_SECONDS).done:
+    while not wait([outcome], timeout=cluster.POLL_SECONDS).done:
         watch()
     return outcome.result()
 

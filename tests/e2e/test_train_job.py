@@ -68,7 +68,7 @@ MISTAKES = {
     "no images": (["--data", "{empty}", "--output", "{out}"], "no sub-folders"),
     "size of 0": (["--data", "{digits}", "--output", "{out}", "--image-size", "0"], "--image-size must be"),
     "size of 100000": (["--data", "{digits}", "--output", "{out}", "--image-size", "100000"], "--image-size must be"),
-    "another scheme": (["--data", "gs://b/x", "--output", "{out}"], "neither a local path nor"),
+    "another scheme": (["--data", "ftp://b/x", "--output", "{out}"], "neither a local path nor"),
     "no bucket": (["--data", "{digits}", "--output", "s3://"], "names no bucket"),
     "not a number": (["--data", "{digits}", "--output", "{out}", "--epochs", "many"], "epochs"),
     "unknown network": (["--data", "{digits}", "--output", "{out}", "--architecture", "resnet51"], "resnet51"),

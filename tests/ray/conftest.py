@@ -11,20 +11,20 @@ _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_
 
 @pytest.fixture(scope="session")
 def s3_proxy():
-    """A proxy in front of a real S3 API over HTTP: the one at AWS_ENDPOINT_URL (make test-s3), or else moto's.
+    """A proxy in front of an S3 server: the one that AWS_ENDPOINT_URL names (make test-s3), or else moto's.
 
-    It starts before the cluster, so that Ray's processes inherit its environment variables.
+    It starts before the cluster, so that Ray's processes inherit its variables.
     """
-    server, original = None, {name: os.environ.get(name) for name in (*_MOTO, "AWS_ENDPOINT_URL")}
-    if not original["AWS_ENDPOINT_URL"]:
+    server, before = None, {name: os.environ.get(name) for name in (*_MOTO, "AWS_ENDPOINT_URL")}
+    if not before["AWS_ENDPOINT_URL"]:
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         os.environ.update(_MOTO)
         host, port = server.get_host_and_port()
-    proxy = Proxy(original["AWS_ENDPOINT_URL"] or f"http://{host}:{port}")
+    proxy = Proxy(before["AWS_ENDPOINT_URL"] or f"http://{host}:{port}")
     os.environ["AWS_ENDPOINT_URL"] = proxy.url
     yield proxy
-    for name, value in original.items():
+    for name, value in before.items():
         os.environ.pop(name)
         if value is not None:
             os.environ[name] = value

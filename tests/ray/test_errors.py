@@ -1,4 +1,4 @@
-"""An error that arises on a worker arrives at the driver with its class and its sentence."""
+"""An error of a worker reaches the driver with its class and its message."""
 
 import pytest
 import ray
@@ -76,8 +76,8 @@ def test_it_is_the_same_at_the_driver(run, error, tmp_path):
 
     with pytest.raises(Exception) as raised:  # noqa: PT011 - Ray's, of many classes
         run(fail, str(tmp_path))
-    found = cluster.user_error(raised.value)
-    assert (type(found), str(found)) == (type(error), str(error))
+    received = cluster.user_error(raised.value)
+    assert (type(received), str(received)) == (type(error), str(error))
 
 
 def test_other_errors_are_not_the_users():

@@ -64,8 +64,8 @@ def test_write_read_list_copy_delete(root, tmp_path_factory):
     for name, data in files.items():
         storage.write_bytes(storage.join(root, name), data)
     assert storage.read_bytes(f"{root}/a/1.png") == b"one"
-    found = storage.files(root)
-    assert [(file.uri.removeprefix(root + "/"), file.size) for file in found] == [
+    listing = storage.files(root)
+    assert [(file.uri.removeprefix(root + "/"), file.size) for file in listing] == [
         ("a/1.png", 3), ("a/b/2.png", 3), ("c.txt", 0),
     ]  # fmt: skip
     assert storage.folders(root) == [f"{root}/a"]
@@ -152,7 +152,7 @@ def test_a_body_that_breaks_off_is_read_on(bucket, s3_proxy, monkeypatch):
     storage.write_bytes(f"{bucket}/one", data)
     monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: "break off" if before < 2 else None)
     assert storage.read_bytes(f"{bucket}/one") == data
-    assert s3_proxy.given["break off"] >= 2
+    assert s3_proxy.fault_counts["break off"] >= 2
 
 
 def test_one_run_at_a_time(bucket, monkeypatch):
@@ -164,7 +164,7 @@ def test_one_run_at_a_time(bucket, monkeypatch):
     ):
         pass
     assert not storage.exists(f"{bucket}/run")
-    # What a killed run left is taken over, by one of two that come at the same time.
+    # The lease of a killed run is taken over.
     storage.write_bytes(f"{bucket}/run/.lock", b"killed 7")
     with lease.lease(f"{bucket}/run"):
         assert storage.read_bytes(f"{bucket}/run/.lock") != b"killed 7"
@@ -244,16 +244,16 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
         pa.table({"bytes": list(contents.values())}), tmp_path / "0.parquet", row_group_size=1
     )
     storage.copy_folder(str(tmp_path), bucket)
-    made = Counter()
+    clients = Counter()
     remote = object_stores.from_url
 
     class Counted(object_stores._ArrowS3):
         def __init__(self, *arguments):
-            made["pyarrow"] += 1
+            clients["pyarrow"] += 1
             super().__init__(*arguments)
 
     def counted(*arguments, **options):
-        made["obstore"] += 1
+        clients["obstore"] += 1
         return remote(*arguments, **options)
 
     monkeypatch.setattr(object_stores, "_ArrowS3", Counted)
@@ -267,7 +267,7 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
         assert read == [[b"data"]] * 10
         for file in storage.files(bucket):
             storage.read_bytes(file.uri)
-    assert made == {"pyarrow": 1, "obstore": 1}
+    assert clients == {"pyarrow": 1, "obstore": 1}
     object_stores._arrow_filesystem.cache_clear()
     filesystem = storage.arrow_filesystem(bucket)[0]
     assert pickle.loads(pickle.dumps(filesystem)) is filesystem
@@ -393,7 +393,7 @@ def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypat
         engine="onnx",
     )
     line = job.run(config)
-    assert {"throttle", "slow", "break off"} <= set(s3_proxy.given)
+    assert {"throttle", "slow", "break off"} <= set(s3_proxy.fault_counts)
     assert (line["rows"], line["errors"]) == (300, 6 + 3 + 1)
     tables = [
         pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(file.uri)))

@@ -92,9 +92,9 @@ def test_images_inside_containers_are_the_same(files, sources, tmp_path, kind):
     held = build_manifest(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
     source = StreamedSource(manifest=held, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28)
     for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):
-        (expected,), (found,) = (list(s.batches(rows, [len(rows)])) for s in (sources[0], source))
+        (expected,), (batch,) = (list(s.batches(rows, [len(rows)])) for s in (sources[0], source))
         for name in ("id", "image", "error"):
-            np.testing.assert_array_equal(found[name], expected[name])
+            np.testing.assert_array_equal(batch[name], expected[name])
 
 
 def test_parquet_that_breaks_off_gives_an_error_for_each_of_its_images(tmp_path):
@@ -128,7 +128,7 @@ def test_blocks_are_small_and_in_order(tmp_path):
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
 
 
-def test_parts_of_steps_may_be_empty(sources):
+def test_batches_may_be_empty(sources):
     rows = np.asarray([3, 1, 2])
     for source in sources:
         batches = list(source.batches(rows, [0, 2, 0, 1, 0]))
@@ -137,7 +137,7 @@ def test_parts_of_steps_may_be_empty(sources):
         assert list(source.batches(rows[:0], [])) == []
 
 
-def test_batches_of_refuses_too_few_and_too_many_rows():
+def test_rebatch_refuses_too_few_and_too_many_rows():
     blocks = [{"id": np.arange(3)}, {"id": np.arange(3, 5)}]
     assert [batch["id"].tolist() for batch in stream.rebatch(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]
     with pytest.raises(RuntimeError, match="2 rows early"):
@@ -146,7 +146,7 @@ def test_batches_of_refuses_too_few_and_too_many_rows():
         list(stream.rebatch(iter(blocks), iter([4])))
 
 
-def test_pieces_do_not_cut_row_groups_unless_these_are_large():
+def test_split_rows_cuts_only_large_row_groups():
     loose = [f"/{number}.png" for number in range(10)]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
     other = [f"/a.parquet#000001-{number:09d}" for number in range(2)]
@@ -156,12 +156,12 @@ def test_pieces_do_not_cut_row_groups_unless_these_are_large():
     assert stream.split_rows(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
     large = [f"/b.parquet#000000-{number:09d}" for number in range(50_000)]
     assert stream.split_rows(other + large, 3) == [(0, 50_002)]
-    found = stream.split_rows(other + large, 3, cut_groups=True)
-    assert found == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
+    ranges = stream.split_rows(other + large, 3, cut_groups=True)
+    assert ranges == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
     assert stream.split_rows(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
 
 
-def test_shares_are_equal_and_do_not_cut_row_groups():
+def test_divide_rows_gives_equal_ranges_and_cuts_no_row_group():
     loose = [f"/{number}.png" for number in range(9)]
     assert [stop - start for start, stop in stream.divide_rows(loose, 4)] == [2, 2, 2, 3]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]

@@ -23,8 +23,8 @@ def _encoded(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def _checked(tmp_path, files):
-    """Of files by name: their bytes, label and split."""
+def _check_files(tmp_path, files):
+    """Write files, given as (bytes, label, split) by name, and check them."""
     rows = []
     for number, (name, (data, label, split)) in enumerate(sorted(files.items())):
         path = tmp_path / name
@@ -41,7 +41,7 @@ def clean():
 
 
 def test_a_clean_set_has_no_findings(tmp_path, clean):
-    result = _checked(tmp_path, clean)
+    result = _check_files(tmp_path, clean)
     assert result.findings == []
     assert (result.images, result.unreadable, result.copies, result.nearly) == (60, 0, 0, 0)
     assert result.sides == (80, 88, 96)
@@ -58,7 +58,7 @@ def test_planted_faults_are_each_found(tmp_path, clean, caplog):
         "long.png": (_encoded(_photo(100, (600, 40))), "a", "train"),
         "rare.png": (_encoded(_photo(101)), "rare", "train"),
     }
-    result = _checked(tmp_path, files)
+    result = _check_files(tmp_path, files)
     by_kind = {finding.kind: finding for finding in result.findings}
     assert by_kind.keys() == {
         "the same image in two splits",
@@ -82,7 +82,7 @@ def test_planted_faults_are_each_found(tmp_path, clean, caplog):
 
 
 def test_the_same_image_under_two_labels(tmp_path, clean):
-    result = _checked(tmp_path, clean | {"twice.png": (clean["000.png"][0], "b", "train")})
+    result = _check_files(tmp_path, clean | {"twice.png": (clean["000.png"][0], "b", "train")})
     (finding,) = result.findings
     assert finding.kind == "the same image under two labels"
     assert "000.png (train, a)" in finding.examples[0]
@@ -94,7 +94,7 @@ def test_blank_and_like_images_are_not_called_the_same(tmp_path):
     files = {}
     for level in range(0, 250, 12):
         files[f"flat{level:03d}.png"] = (_encoded(Image.new("RGB", (40, 40), (level,) * 3)), "a", None)
-    assert _checked(tmp_path, files).nearly == 0
+    assert _check_files(tmp_path, files).nearly == 0
 
 
 def test_very_many_nearly_equal_images_are_one_group(tmp_path):
@@ -103,7 +103,7 @@ def test_very_many_nearly_equal_images_are_one_group(tmp_path):
         pixels = np.asarray(_photo(1)).copy()
         pixels[number % 80, number % 96] = number
         files[f"{number:03d}.png"] = (_encoded(Image.fromarray(pixels)), "a", ("train", "test")[number % 2])
-    result = _checked(tmp_path, files)
+    result = _check_files(tmp_path, files)
     (finding,) = [finding for finding in result.findings if finding.kind.startswith("nearly")]
     assert (finding.kind, finding.count) == ("nearly the same image in two splits", 1)
     assert finding.examples[0].count(" = ") == 10
@@ -111,6 +111,6 @@ def test_very_many_nearly_equal_images_are_one_group(tmp_path):
 
 
 def test_nothing_readable(tmp_path):
-    result = _checked(tmp_path, {"a.png": (b"", "a", "train"), "b.png": (b"x", "b", "train")})
+    result = _check_files(tmp_path, {"a.png": (b"", "a", "train"), "b.png": (b"x", "b", "train")})
     assert result.unreadable == 2
     assert result.sides == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Waiting for nodes: what is said, what is asked for, and when it ends."""
+"""Waiting for nodes: log lines, requests to the autoscaler, and the end of the wait."""
 
 import logging
 import threading
@@ -14,29 +14,29 @@ from cnnray.training.job import interruptible
 
 @pytest.fixture
 def growing(monkeypatch):
-    """A cluster that has a node more at each look, up to 3; gives the bundles that were asked for."""
-    looks, asked = [], []
+    """A cluster that has one more node at each reading, up to 3; returns the requests to the autoscaler."""
+    readings, requests = [], []
 
     def resources():
-        looks.append(1)
-        return Resources((Node(cpus=2),) * min(len(looks), 3))
+        readings.append(1)
+        return Resources((Node(cpus=2),) * min(len(readings), 3))
 
     monkeypatch.setattr(cluster, "resources", resources)
-    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
-    return asked
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: requests.append(bundles))
+    return requests
 
 
 def _needing(cpus):
-    def plan(found):
-        if found.cpus < cpus:
-            raise ClusterError(f"{found.cpus:g} CPUs are not {cpus}.")
-        return found.cpus
+    def plan(available):
+        if available.cpus < cpus:
+            raise ClusterError(f"{available.cpus:g} CPUs are not {cpus}.")
+        return available.cpus
 
     return plan
 
 
-def test_a_job_that_fits_asks_for_nothing(growing):
+def test_a_job_that_fits_requests_nothing(growing):
     assert cluster.wait_for_resources(_needing(2), [{"CPU": 1.0}], 10) == 2
     assert growing == []
 
@@ -48,23 +48,23 @@ def test_without_minutes_a_job_does_not_wait(growing, minutes):
     assert growing == []
 
 
-def test_a_job_asks_again_and_again_until_it_fits_and_then_no_more(growing, caplog):
+def test_a_job_repeats_its_request_until_it_fits_and_then_withdraws_it(growing, caplog):
     caplog.set_level(logging.INFO)
     assert cluster.wait_for_resources(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
     assert growing == [[{"CPU": 2.0}] * 3, [{"CPU": 2.0}] * 3, []]
-    said = [record.message for record in caplog.records]
-    assert said[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
-    assert said[1].startswith("the nodes have come, after ")
-    assert len(said) == 2
+    messages = [record.message for record in caplog.records]
+    assert messages[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
+    assert messages[1].startswith("the nodes have come, after ")
+    assert len(messages) == 2
 
 
-def test_waiting_ends_with_what_was_lacking(growing):
+def test_the_wait_ends_with_an_error_that_says_what_is_missing(growing):
     with pytest.raises(ClusterError, match=r"^6 CPUs are not 8\. \(Waited 0\.002 minutes for nodes\.\)$"):
         cluster.wait_for_resources(_needing(8), [{"CPU": 1.0}], 0.002)
     assert growing[-1] == []
 
 
-def test_a_shortage_is_said_every_minute_and_each_one_anew(monkeypatch, caplog):
+def test_a_shortage_is_logged_every_minute_and_each_has_its_own_limit(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     now, cpus = [0.0], [0.0]
     monkeypatch.setattr(cluster, "resources", lambda: Resources((Node(cpus=cpus[0]),)))
@@ -85,7 +85,7 @@ def test_a_shortage_is_said_every_minute_and_each_one_anew(monkeypatch, caplog):
         shortage.try_plan(_needing(2))
 
 
-def test_what_waits_for_lost_nodes_is_interrupted(growing):
+def test_a_wait_for_lost_nodes_is_interrupted(growing):
     with pytest.raises(ClusterError, match="Waited"), cluster.watch(_needing(8), 0.001):
         time.sleep(30)
     with pytest.raises(KeyboardInterrupt), cluster.watch(_needing(2), None):
@@ -100,7 +100,7 @@ def test_training_is_watched_while_it_runs(monkeypatch):
     def shortage():
         raise ClusterError("2 workers do not fit.")
 
-    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
     with pytest.raises(ClusterError, match="2 workers do not fit"):
         interruptible(lambda: ended.wait(30), shortage)
     ended.set()

@@ -52,7 +52,7 @@ def written():
 
 
 def _forget():
-    """Ray keeps what it made with other credentials."""
+    """Clear Ray's caches, which hold clients with other credentials."""
     for cached in (aws_utils.resource_cache, aws_utils.client_cache, aws_config._get_subnets_or_die):
         cached.cache_clear()
     providers._clear_provider_cache()
@@ -237,9 +237,9 @@ def test_nodes_start_with_all_that_jobs_and_the_service_need(node, which):
     ]
     assert [call[1][0] for call in calls] == ["stop", "start"]
     _, (_, *arguments), environment = calls[-1]
-    given = scripts.start.make_context("start", list(arguments)).params  # of Ray's own command line
-    assert given["head"] is (which == "head")
-    assert given["autoscaling_config" if which == "head" else "address"] in (
+    options = scripts.start.make_context("start", list(arguments)).params  # of Ray's own command line
+    assert options["head"] is (which == "head")
+    assert options["autoscaling_config" if which == "head" else "address"] in (
         "~/ray_bootstrap_config.yaml", "10.0.0.1:6379",
     )  # fmt: skip
     assert ON_NODES.items() <= environment.items()
@@ -328,30 +328,30 @@ def _refuse(monkeypatch, provider, code, only_spot=True, after=0):
     """EC2 grants `after` spot nodes, and refuses all others with this code.
 
     Returns:
-        subnets of the refused requests.
+        The subnets of the refused requests, which grow as requests come.
     """
-    asked, granted, create = [], [], provider.ec2_fail_fast.create_instances
+    subnets, granted, create = [], [], provider.ec2_fail_fast.create_instances
 
     def create_instances(**request):
         if "InstanceMarketOptions" in request or not only_spot:
             if len(granted) >= after:
-                asked.append(request["SubnetId"])
+                subnets.append(request["SubnetId"])
                 raise ClientError({"Error": {"Code": code, "Message": "none left"}}, "RunInstances")
             request["MaxCount"] = after
             granted.extend(range(after))
         return create(**request)
 
     monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", create_instances)
-    return asked
+    return subnets
 
 
 def test_refused_spot_nodes_are_started_on_demand(autoscaler, aws, monkeypatch, bootstrapped):
-    asked = _refuse(monkeypatch, autoscaler.provider, "InsufficientInstanceCapacity")
+    subnets = _refuse(monkeypatch, autoscaler.provider, "InsufficientInstanceCapacity")
     launched, errors = _launch(autoscaler, aws, "gpu-workers", 3)
     assert not errors
     assert [instance.get("InstanceLifecycle") for instance in launched] == [None] * 3
     assert {_tag(instance, "ray-user-node-type") for instance in launched} == {"gpu-workers"}
-    assert set(asked) == set(bootstrapped["available_node_types"]["gpu-workers"]["node_config"]["SubnetIds"])
+    assert set(subnets) == set(bootstrapped["available_node_types"]["gpu-workers"]["node_config"]["SubnetIds"])
 
 
 def test_what_spot_lacks_is_started_on_demand(autoscaler, aws, monkeypatch):

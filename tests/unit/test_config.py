@@ -17,7 +17,7 @@ from cnnray.tuning.config import SearchConfig
 
 
 def _config(**changes):
-    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgraded(TrainConfig, changes))
+    return TrainConfig(**{"data": "/d", "output": "/o"} | configs.upgrade(TrainConfig, changes))
 
 
 def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
@@ -124,12 +124,12 @@ def test_fractions_of_cpus_leave_room_for_decoding():
 @pytest.mark.parametrize(("text", "fewest", "most"), [("3", 3, 3), ("1:4", 1, 4), ("2:2", 2, 2), ("16:16", 16, 16)])
 def test_the_earlier_flag_workers_is_read(text, fewest, most, tmp_path):
     required = ["--data", "/d", "--output", "/o"]
-    for flags in (
+    for arguments in (
         ["--workers", text],
         [f"--workers={text}"],
         ["--min-workers", str(fewest), "--max-workers", str(most)],
     ):
-        config = commandline.parse(TrainConfig, "jobs/train.py", [*required, *flags])
+        config = commandline.parse(TrainConfig, "jobs/train.py", [*required, *arguments])
         assert (config.fewest_workers, config.max_workers) == (fewest, most)
         assert config.is_elastic == (fewest < most)
     # YAML 1.1 would read 1:4 as 64.
@@ -158,7 +158,7 @@ def test_elastic_workers_leave_cpus_on_every_node(workers, nodes, gpus, per_work
     assert (shares.cpus_per_worker, shares.decode_cpus) == (per_worker, decode)
     least, most = map(int, workers.split(":"))
     assert cluster.room_for(shares.cpus_per_worker, bool(gpus)) >= most
-    # Ray adds up floating-point shares: the sum must still have room for all workers.
+    # Ray adds up floating-point numbers: rounding must not cost a worker.
     assert sum([shares.cpus_per_worker] * most) // shares.cpus_per_worker == most
     for node in cluster.nodes:
         fit = min(most, Resources((node,)).room_for(shares.cpus_per_worker, bool(gpus)))

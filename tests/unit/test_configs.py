@@ -71,6 +71,7 @@ def test_a_fields_rules_win_over_its_groups_and_those_over_the_defaults():
         ({"nested": {"crop": 0.2}}, ["--nested {'zoom': 0.1, 'crop': 0.2} (now {'zoom': 0.1, 'crop': None})"]),
         ({"nested": {"zoom": 0.2}}, ["--nested {'zoom': 0.2, 'crop': None} (now {'zoom': 0.1, 'crop': None})"]),
         ({"phases": [{"zoom": 1.0, "crop": None}]}, ["--phases [{'zoom': 1.0, 'crop': None}] (now [])"]),
+        ({"nested": None}, ["--nested None (now {'zoom': 0.1, 'crop': None})"]),
         ({"unknown": 1}, []),
     ],
 )
@@ -83,6 +84,7 @@ def test_a_field_that_an_earlier_version_lacked_had_its_default():
     earlier = {"data": "/d"}
     assert configs.differences(_Config(data="/d"), earlier) == []
     assert configs.differences(_Config(data="/d", rate=0.3), earlier) == ["--rate 0.1 (now 0.3)"]
+    assert configs.differences(_Config(data="/d"), {}) == ["--data None (now /d)"]
 
 
 def test_resumable_fields_can_be_fixed():
@@ -118,7 +120,7 @@ def test_files_without_format_numbers_are_read(header):
 
 def test_earlier_names_are_read_and_present_names_win():
     assert configs.load(_Config, "data: /d\nprocesses: 4\n", "c.yaml") == {"data": "/d", "workers": 4}
-    assert configs.upgraded(_Config, {"processes": "4", "workers": 1}) == {"workers": 1}
+    assert configs.upgrade(_Config, {"processes": "4", "workers": 1}) == {"workers": 1}
 
 
 @pytest.mark.parametrize("text", ["data: [", "just text", "- a\n- b", ""])

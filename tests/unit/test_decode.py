@@ -14,7 +14,7 @@ BAD = bad_images()
 
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
-def test_awkward_images_become_rgb_of_the_asked_size(name, resize):
+def test_awkward_images_become_rgb_of_the_target_size(name, resize):
     pixels = decode(AWKWARD[name], 32, resize)
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
@@ -39,14 +39,14 @@ def test_any_truncation_gives_pixels_or_bad_image():
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_exif_orientation_is_applied(orientation):
     upright = decode(AWKWARD["rgb.png"], 64)
-    # What a viewer does: turn the decoded image as its EXIF says, and only then scale it.
+    # A viewer rotates the decoded image as its EXIF says, and only then scales it.
     image = Image.open(io.BytesIO(AWKWARD[f"exif_{orientation}.jpg"]))
     from PIL import ImageOps
 
     expected = np.asarray(ImageOps.exif_transpose(image).resize((64, 64), Image.Resampling.BILINEAR), int)
-    found = decode(AWKWARD[f"exif_{orientation}.jpg"], 64).astype(int)
-    assert np.abs(found - expected).max() <= 1
-    assert np.abs(found - upright).mean() > 5  # it was turned
+    decoded = decode(AWKWARD[f"exif_{orientation}.jpg"], 64).astype(int)
+    assert np.abs(decoded - expected).max() <= 1
+    assert np.abs(decoded - upright).mean() > 5  # it was rotated
 
 
 def _flat(mode, colour, kind="PNG", **options):
@@ -61,7 +61,7 @@ def test_transparency_is_composited_over_white():
     assert (_flat("LA", (0, 0)) == 255).all()
 
 
-def test_sixteen_bit_grey_is_scaled_not_cut():
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(buffer, "PNG")
     assert (decode(buffer.getvalue(), 4) == 128).all()

@@ -1,4 +1,4 @@
-"""Errors that a user gets as one sentence: their kinds, that they can be pickled, and what a job prints of them."""
+"""Errors that a user gets as one sentence: their kinds, pickling, and what a job prints."""
 
 import importlib
 import json
@@ -20,31 +20,31 @@ ARGUMENTS = {BadImage: ("corrupt", "it ends early"), RequestError: (413, "It is 
 
 @pytest.fixture(autouse=True)
 def this_process_stays_as_it_is(monkeypatch):
-    """`commandline.run` sets a signal's handler and two variables."""
+    """Undo the signal handler and the two variables that `commandline.run` sets."""
     monkeypatch.setattr(commandline.signal, "signal", lambda *arguments: None)
     for name in ("RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_COLOR_PREFIX"):
         monkeypatch.setenv(name, "")
 
 
-def _below(kind):
-    return [one for child in kind.__subclasses__() for one in (child, *_below(child))]
+def _subclasses(kind):
+    return [error for child in kind.__subclasses__() for error in (child, *_subclasses(child))]
 
 
-def _all():
+def _all_errors():
     for module in pkgutil.walk_packages(cnnray.__path__, "cnnray."):
         if "benchmarks" not in module.name:
             importlib.import_module(module.name)
-    return sorted({*_below(errors.CnnrayError)} - {*KINDS}, key=lambda error: error.__qualname__)
+    return sorted({*_subclasses(errors.CnnrayError)} - {*KINDS}, key=lambda error: error.__qualname__)
 
 
 def test_each_is_of_one_kind_and_can_be_pickled():
-    found = _all()
-    assert len(found) > 15
-    for kind in found:
-        assert sum(issubclass(kind, one) for one in KINDS) == 1, kind
-        error = kind(*ARGUMENTS.get(kind, ("One sentence.",)))
-        again = pickle.loads(pickle.dumps(error))
-        assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
+    classes = _all_errors()
+    assert len(classes) > 15
+    for cls in classes:
+        assert sum(issubclass(cls, kind) for kind in KINDS) == 1, cls
+        error = cls(*ARGUMENTS.get(cls, ("One sentence.",)))
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (cls, str(error), vars(error))
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,9 @@ def test_images_of_a_tar_that_changed_are_errors(tmp_path):
     write_tar(path, {f"{index}.png": bytes(3000) for index in range(9)})
     uris = build_manifest(str(path), labelled=False)["uri"].to_pylist()
     path.write_bytes(path.read_bytes()[:9000])
-    found = list(containers.encoded(uris))
-    assert found[:2] == [bytes(3000)] * 2
-    assert [str(error) for error in found[2:]] == [f"unreadable: {path} ends before it"] * 7
+    sources = list(containers.encoded(uris))
+    assert sources[:2] == [bytes(3000)] * 2
+    assert [str(error) for error in sources[2:]] == [f"unreadable: {path} ends before the image"] * 7
     path.unlink()
     assert [error.reason for error in containers.encoded(uris)] == ["missing"] * 9
 
@@ -156,7 +156,7 @@ def test_an_id_of_the_tables_own_is_kept(tmp_path):
 def test_parquet_without_images_or_addresses_is_refused(tmp_path):
     pyarrow.parquet.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ManifestError, match="no column 'uri', or one of images"):
+    with pytest.raises(ManifestError, match="no column 'uri' and no column of images"):
         build_manifest(str(tmp_path / "x.parquet"), labelled=False)
     with pytest.raises(ManifestError, match=r"y.parquet cannot be read as a table"):
         build_manifest(str(tmp_path / "y.parquet"), labelled=False)

@@ -114,7 +114,7 @@ def test_keys_of_a_profile_are_renewed(s3, tmp_path, monkeypatch):
     storage.write_bytes("s3://photos/1.png", b"one")
     s3.expired_keys = {f"KEY{number}" for number in range(1, len(count.read_text().splitlines()) + 1)}
     assert storage.read_bytes("s3://photos/1.png") == b"one"
-    assert not s3.given["expire"]
+    assert not s3.fault_counts["expire"]
 
 
 def test_a_profile_is_read_without_its_name_in_the_environment(s3, tmp_path):
@@ -132,8 +132,8 @@ def test_keys_in_the_environment_need_no_boto3(s3):
     )
     keys = {"AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "s"}
     command = [sys.executable, "-c", program]
-    said = subprocess.run(command, env=os.environ | keys, capture_output=True, text=True, check=True).stdout
-    assert said == "[] b'one'\n"
+    printed = subprocess.run(command, env=os.environ | keys, capture_output=True, text=True, check=True).stdout
+    assert printed == "[] b'one'\n"
 
 
 def test_a_forked_process_gets_a_sentence(s3, monkeypatch):

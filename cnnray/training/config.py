@@ -367,7 +367,7 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
 
     @property
     def all_epochs(self) -> int:
-        """Of all phases together."""
+        """The epochs of all phases together."""
         return sum(phase.passes for phase in self.resolved_phases)
 
     def differs_from(self, earlier: dict[str, Any]) -> list[str]:

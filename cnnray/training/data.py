@@ -25,11 +25,11 @@ from cnnray.training.plan import Shares
 log = logging.getLogger(__name__)
 
 
-def manifest_of_run(config: TrainConfig) -> pa.Table:
-    """The run's manifest, with every row's split decided.
+def build_run_manifest(config: TrainConfig) -> pa.Table:
+    """Build the manifest of a run, with a split for every row.
 
     Raises:
-        ManifestError, OSError: with a sentence.
+        ManifestError, OSError: the input gives no manifest that can be trained on.
     """
     manifest = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
     if config.validation is not None:
@@ -56,7 +56,8 @@ def manifest_of_run(config: TrainConfig) -> pa.Table:
     return manifest
 
 
-def describe(manifest: pa.Table) -> None:
+def log_counts(manifest: pa.Table) -> None:
+    """Log the number of images and classes."""
     train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
     classes = len(manifests.class_names(train))
     log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
@@ -105,7 +106,7 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
     return True
 
 
-def decoded_into_memory(config: TrainConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
+def decode_splits_into_memory(config: TrainConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
     """References to the decoded blocks of each split in memory."""
     from cnnray.images import stream
 

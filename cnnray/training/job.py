@@ -70,8 +70,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         if tracker:
             tracker.reach()
         manifest_uri = storage.join(config.output, output.MANIFEST)
-        manifest = manifests.read(manifest_uri) if earlier else data.manifest_of_run(config)
-        data.describe(manifest)
+        manifest = manifests.read(manifest_uri) if earlier else data.build_run_manifest(config)
+        data.log_counts(manifest)
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected():
@@ -150,7 +150,7 @@ def _run(
         threads=shares.threads_per_worker,
         decode_cpus=shares.decode_cpus,
         stream_bytes=shares.stream_bytes,
-        cached=data.decoded_into_memory(config, manifest, shares) if cached else {},
+        cached=data.decode_splits_into_memory(config, manifest, shares) if cached else {},
         started=started,
     )
     if config.is_elastic:

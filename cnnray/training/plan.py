@@ -39,7 +39,7 @@ class Assignment:
 
     config: TrainConfig
     info: BundleInfo
-    """Of the bundle to come, without metrics."""
+    """Info of the future bundle, without metrics."""
     manifest: str
     """Where the manifest is."""
     weights: str | None

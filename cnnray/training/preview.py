@@ -30,7 +30,7 @@ def preview(config: TrainConfig) -> dict[str, Any]:
         ManifestError, OSError: with a sentence for the user.
     """
     assert config.preview_augmentations is not None
-    rows = manifests.select_split(data.manifest_of_run(config), "train")
+    rows = manifests.select_split(data.build_run_manifest(config), "train")
     chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.preview_augmentations]
     rows = rows.take(np.sort(chosen))
     batch = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))

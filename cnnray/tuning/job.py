@@ -58,7 +58,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         if tracker:
             tracker.reach()
         # Each trial would find the same fault.
-        recipe.check(config, data.manifest_of_run(config))
+        recipe.check(config, data.build_run_manifest(config))
         _begin(config)
         with cluster.connected(), tracker.following() if tracker else contextlib.nullcontext():
             available = cluster.wait_for_resources(

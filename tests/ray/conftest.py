@@ -1,5 +1,7 @@
 import os
+import threading
 
+import psutil
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
@@ -38,4 +40,21 @@ def ray_cluster(s3_proxy):
     """One local cluster for the session, with more CPUs than the machine has, so that tests never wait."""
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=True, logging_level="ERROR")
     yield
-    ray.shutdown()
+    _shut_down()
+
+
+def _shut_down():
+    """Shut Ray down, even where its control service does not answer.
+
+    Ray 2.60 has waited for ever for the answer to its last request (`gcs_error_subscriber.close`, which has no
+    deadline), once in several runs. It continues when the service is gone.
+    """
+    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(60)
+    if shutdown.is_alive():
+        for process in psutil.Process().children(recursive=True):
+            if process.name() == "gcs_server":
+                process.kill()
+        shutdown.join(60)
+    assert not shutdown.is_alive()

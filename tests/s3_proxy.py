@@ -22,7 +22,8 @@ class Proxy:
     Attributes:
         url: its address.
         faults: called with the method, the path and the number of earlier such requests; returns `throttle` (503),
-            `deny` (403), `expire` (400), `slow` (one second later), `break off` (half of the body), or None.
+            `deny` (403), `expire` (400), `slow` (one second later), `stall` (no answer), `break off` (half of the
+            body), or None.
         expired_keys: access keys whose requests get the fault `expire`.
         fault_counts: how often each fault occurred.
     """
@@ -31,6 +32,7 @@ class Proxy:
         self.faults = lambda method, path, before: None
         self.expired_keys: set[str] = set()
         self.fault_counts: Counter[str] = Counter()
+        self._closed = threading.Event()
         self._requests: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         proxy, host = self, urlsplit(target).netloc
@@ -53,6 +55,9 @@ class Proxy:
                     return
                 if fault == "slow":
                     time.sleep(1)
+                if fault == "stall":
+                    proxy._closed.wait()
+                    return
                 upstream = http.client.HTTPConnection(host, timeout=60)
                 try:
                     # The signature covers the Host header: pass it on unchanged.
@@ -94,7 +99,12 @@ class Proxy:
                 self.fault_counts[fault] += 1
             return fault
 
+    def forget_requests(self) -> None:
+        """Count the earlier requests of each kind from 0 again."""
+        self._requests.clear()
+
     def close(self) -> None:
         """Stop listening."""
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()

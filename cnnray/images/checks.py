@@ -21,7 +21,8 @@ import pyarrow as pa
 import scipy.sparse.csgraph
 from PIL import Image
 
-from cnnray.images import containers
+from cnnray.errors import CnnrayError
+from cnnray.images import containers, reading
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.reading import load_bytes, threads_for
@@ -125,6 +126,8 @@ def _examine_image(source: Source) -> dict[str, Any]:
             width, height = image.size
     except BadImage as error:
         return {"error": str(error)}
+    except CnnrayError as error:
+        return {"error": reading.unavailable(error)}
     grey = Image.fromarray(pixels).convert("L")
     bits = np.packbits(imagehash.phash(grey).hash)
     return {

@@ -8,20 +8,22 @@
 Numbers are padded with zeros, so that uris sort in the order of the file.
 """
 
+import functools
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from cnnray.errors import CnnrayError
+from cnnray.errors import CnnrayError, PermanentError, TransientError
 from cnnray.images import storage
 from cnnray.images.decode import EXTENSIONS, MAX_BYTES, BadImage
+from cnnray.images.retries import Attempts
 
 ENDINGS = (".parquet", ".tar")
 
@@ -34,13 +36,12 @@ _BYTES_AT_ONCE = 8 * 2**20
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "missing"),
     (PermissionError, "access denied"),
-    (storage.ThrottledError, "throttled"),
     (OverflowError, "too large"),
 )
-"""The reason of an unreadable image by the class of the error; all other errors give `unreadable`."""
+"""The reason of an image that cannot be read by the class of the error; all other errors give `unreadable`."""
 
-Source = str | bytes | BadImage
-"""Where an image comes from: the uri of its file, its encoded bytes, or the reason why it has none."""
+Source = str | bytes | BadImage | CnnrayError
+"""Where an image comes from: the uri of its file, its encoded bytes, or the error of reading them."""
 
 
 def row_group(uri: str) -> tuple[str, int] | None:
@@ -109,13 +110,22 @@ def _rows_of_parquet(file: str) -> pa.Table | None:
     return table.add_column(0, "uri", pa.array(uris, pa.string())) if table.column_names else pa.table({"uri": uris})
 
 
-def unreadable(error: Exception, place: str = "") -> BadImage:
+def image_error(error: Exception, place: str = "") -> CnnrayError:
     """The error of an image whose bytes cannot be read.
 
     Args:
-        error: raised by reading it; its class gives the reason.
+        error: raised by reading it.
         place: put in front of the error's message if the message does not name the file.
+
+    Returns:
+        A `BadImage` if the file alone is at fault: it is missing, denied, too large or damaged. Otherwise the error
+        itself: storage is in trouble, and says nothing about the image.
     """
+    of_the_file = isinstance(error, storage.NotFoundError | storage.DeniedError) and not isinstance(
+        error, storage.NoBucketError | storage.CredentialsError
+    )
+    if isinstance(error, TransientError | PermanentError) and not of_the_file:
+        return error
     reason = next((reason for kind, reason in _REASONS if isinstance(error, kind)), "unreadable")
     return BadImage(reason, place + (str(error).partition("\n")[0] or type(error).__name__))
 
@@ -130,9 +140,38 @@ def encoded(uris: Sequence[str]) -> Iterator[Source]:
         if file is None:
             yield from run
         elif group is None:
-            yield from _from_tar(file, [_offset_and_size(uri) for uri in run])
+            yield from _read_with_retries(
+                file, functools.partial(_from_tar, file), [_offset_and_size(uri) for uri in run]
+            )
         else:
-            yield from _from_group(file, group, [int(uri.rpartition("-")[2]) for uri in run])
+            rows = [int(uri.rpartition("-")[2]) for uri in run]
+            yield from _read_with_retries(file, functools.partial(_from_group, file, group), rows)
+
+
+def _read_with_retries(
+    file: str, read: Callable[[list[Any]], Iterator[bytes | BadImage]], places: list[Any]
+) -> Iterator[Source]:
+    """Read images of a container, and after an error those that are left, if another attempt may succeed.
+
+    Args:
+        file: the container.
+        read: yields the images at places.
+        places: of the images.
+    """
+    attempts, done = Attempts(file), 0
+    while done < len(places):
+        try:
+            with storage.translated_errors(file):
+                for source in read(places[done:]):
+                    done += 1
+                    attempts.succeeded()
+                    yield source
+            return
+        except (CnnrayError, pa.ArrowException, IndexError) as error:
+            if not attempts.wait(error):
+                reason = image_error(error, "" if isinstance(error, CnnrayError) else f"{file}: ")
+                yield from itertools.repeat(reason, len(places) - done)
+                return
 
 
 def _container(uri: str) -> tuple[str | None, int | None]:
@@ -147,21 +186,14 @@ def _container(uri: str) -> tuple[str | None, int | None]:
 # -- Parquet --------------------------------------------------------------------------------------------------
 
 
-def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes | BadImage]:
-    yielded, ascending = 0, sorted(rows)
-    try:
-        with storage.translated_errors(file), _open_parquet(file) as parquet:
-            images = _in_file_order(parquet, group, ascending)
-            if rows != ascending:
-                images_by_row = dict(zip(ascending, images, strict=True))
-                images = (images_by_row[row] for row in rows)
-            for data in images:
-                yield data
-                yielded += 1
-    except (CnnrayError, pa.ArrowException, IndexError) as error:
-        place = "" if isinstance(error, CnnrayError) else f"{file}, row group {group}: "
-        for _ in rows[yielded:]:
-            yield unreadable(error, place)
+def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
+    ascending = sorted(rows)
+    with _open_parquet(file) as parquet:
+        images = _in_file_order(parquet, group, ascending)
+        if rows != ascending:
+            images_by_row = dict(zip(ascending, images, strict=True))
+            images = (images_by_row[row] for row in rows)
+        yield from images
 
 
 def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[int]) -> Iterator[bytes]:
@@ -177,7 +209,7 @@ def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[
         start += len(batch)
         if done == len(rows):
             return
-    raise IndexError(f"the row group has {start} rows and no row {rows[done]}")
+    raise IndexError(f"row group {group} has {start} rows and no row {rows[done]}")
 
 
 # -- tar ------------------------------------------------------------------------------------------------------
@@ -215,24 +247,17 @@ def _offset_and_size(uri: str) -> tuple[int, int]:
 
 
 def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
-    yielded = 0
-    try:
-        filesystem, path = storage.arrow_filesystem(file)
-        with storage.translated_errors(file), filesystem.open_input_file(path) as opened:
-            start, held = 0, b""
-            for offset, size in places:
-                if size > MAX_BYTES:
-                    yield BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
-                    yielded += 1
-                    continue
-                if not start <= offset <= offset + size <= start + len(held):
-                    start, held = offset, opened.read_at(_length_of_run(places[yielded:]), offset)
-                data = held[offset - start : offset - start + size]
-                yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
-                yielded += 1
-    except (CnnrayError, pa.ArrowException) as error:
-        for _ in places[yielded:]:
-            yield unreadable(error, "" if isinstance(error, CnnrayError) else f"{file}: ")
+    filesystem, path = storage.arrow_filesystem(file)
+    with filesystem.open_input_file(path) as opened:
+        start, held = 0, b""
+        for place, (offset, size) in enumerate(places):
+            if size > MAX_BYTES:
+                yield BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
+                continue
+            if not start <= offset <= offset + size <= start + len(held):
+                start, held = offset, opened.read_at(_length_of_run(places[place:]), offset)
+            data = held[offset - start : offset - start + size]
+            yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
 
 
 def _length_of_run(places: list[tuple[int, int]]) -> int:

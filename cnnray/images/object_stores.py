@@ -21,14 +21,28 @@ from obstore.store import ObjectStore, from_url
 from cnnray.errors import BadInputError, CnnrayError, PermanentError, TransientError
 
 _SERVICES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
+QUICK_SECONDS = 4.0
+"""Longest time that a request of a quick client takes."""
 _RETRIES = 5
 _OPTIONS: dict[str, Any] = {
     # `read_timeout` is for each read; `timeout` is for a whole request, however large its body.
     "client_options": {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h", "allow_http": True},
-    "retry_config": {"max_retries": _RETRIES},
+    "retry_config": {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=2)},
 }
-_TRANSIENT_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
-_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_QUICK_OPTIONS: dict[str, Any] = {
+    "client_options": {"connect_timeout": "2s", "timeout": f"{QUICK_SECONDS:g}s", "allow_http": True},
+    "retry_config": {"max_retries": 0},
+}
+_TRANSIENT_ERRNOS = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
+_BAD_FILE_ERRNOS = {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EFBIG}
+_DENIED = {"403", "AccessDenied"}
+_BAD_CREDENTIALS = {
+    "401", "AuthenticationFailed", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch", "TokenRefreshRequired",
+}  # fmt: skip
 _THROTTLED = {"429", "503", "SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"}
 
 
@@ -40,8 +54,16 @@ class NotFoundError(PermanentError, FileNotFoundError):
     """A file, folder or bucket that does not exist."""
 
 
+class NoBucketError(NotFoundError):
+    """A bucket that does not exist."""
+
+
 class DeniedError(PermanentError, PermissionError):
-    """Storage that refuses access, or for which there are no credentials."""
+    """Storage that refuses access to a file or bucket."""
+
+
+class CredentialsError(DeniedError):
+    """Credentials that are missing, wrong or expired: no file can be read with them."""
 
 
 class UnavailableError(TransientError, OSError):
@@ -56,14 +78,20 @@ class TooLargeError(BadInputError, OverflowError):
     """A file of more bytes than the caller takes."""
 
 
+class BadFileError(BadInputError, OSError):
+    """A path that is not a file, or a file whose content is damaged."""
+
+
 def is_local(uri: str) -> bool:
     """Whether `uri` is a path, and not the address of a remote file."""
     return not uri.startswith(("s3://", "gs://", "az://"))
 
 
 def cluster_environment() -> dict[str, str]:
-    """Variables that processes on other nodes need to reach the same storage: address and region, no secrets."""
-    names = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|AZURE_STORAGE_(ACCOUNT_NAME|ENDPOINT)")
+    """Variables that processes on other nodes need to reach the same storage, without secrets."""
+    names = re.compile(
+        r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|AZURE_STORAGE_(ACCOUNT_NAME|ENDPOINT)|CNNRAY_STORAGE_RETRY_SECONDS"
+    )
     return {key: value for key, value in os.environ.items() if value and names.fullmatch(key)}
 
 
@@ -78,20 +106,25 @@ _process = 0  # that made the first client
 _making = threading.Lock()  # without it several threads would each make a client
 
 
-def locate(uri: str) -> tuple[ObjectStore, str]:
-    """The client for the bucket of `uri`, and the key."""
+def locate(uri: str, *, quick: bool = False) -> tuple[ObjectStore, str]:
+    """The client for the bucket of `uri`, and the key.
+
+    Args:
+        uri: a remote file.
+        quick: whether a request is given up after `QUICK_SECONDS`, without another try.
+    """
     global _process
     if (_process := _process or os.getpid()) != os.getpid():
         # obstore's threads do not survive a fork: a call would never return.
         raise RuntimeError(f"{uri} cannot be used in a forked process; start it with 'spawn'.")
     scheme, bucket, key = split_address(uri)
     with _making:
-        return _store(scheme, bucket), key
+        return _store(scheme, bucket, quick), key
 
 
 @functools.lru_cache
-def _store(scheme: str, bucket: str) -> ObjectStore:
-    options = dict(_OPTIONS)
+def _store(scheme: str, bucket: str, quick: bool) -> ObjectStore:
+    options = dict(_QUICK_OPTIONS if quick else _OPTIONS)
     if scheme == "s3":
         options |= {"region": _region(bucket), "credential_provider": _profile_credentials(bucket)}
         if address := _endpoint():
@@ -184,12 +217,16 @@ class _ArrowS3(pyarrow.fs.S3FileSystem):
 # -- errors ------------------------------------------------------------------------------------------------
 
 
-_ARROW_ERRORS: tuple[tuple[type[StorageError | DeniedError | UnavailableError], str, str], ...] = (
-    (DeniedError, "ACCESS_DENIED|HTTP status 40[13]", "denies access to"),
+_ARROW_CREDENTIALS = "ExpiredToken|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|status 401"
+_ARROW_ERRORS: tuple[tuple[type[DeniedError | UnavailableError], str, str], ...] = (
+    (CredentialsError, _ARROW_CREDENTIALS, "does not accept the credentials for"),
+    (DeniedError, "ACCESS_DENIED|HTTP status 403", "denies access to"),
     (ThrottledError, "SLOW_DOWN|THROTTLING|HTTP status (429|503)", "asks for fewer requests, at"),
     (UnavailableError, "NETWORK_CONNECTION|SERVICE_UNAVAILABLE|HTTP status 5[0-9][0-9]", "does not answer, at"),
 )
 """The class for an error of pyarrow's filesystems, by a pattern in its text: nothing else tells them apart."""
+_DAMAGED = "thrift|[Cc]orrupt|[Dd]ecompress"
+"""A pattern in the text of an OSError that pyarrow raises for damaged Parquet."""
 
 
 @contextlib.contextmanager
@@ -211,14 +248,20 @@ def translated_errors(uri: str) -> Iterator[None]:
 
 def _system_error(uri: str, error: OSError) -> CnnrayError:
     text = " ".join(str(error).split())[:300]
-    if error.errno is None and not is_local(uri):
-        service = _SERVICES[split_address(uri)[0]]
-        for kind, pattern, sentence in _ARROW_ERRORS:
-            if match := re.search(pattern, text):
-                return kind(f"{service} {sentence} {uri} ({match[0]}).")
-    kind = UnavailableError if error.errno in _TRANSIENT_ERRNOS else StorageError
-    kind = DeniedError if isinstance(error, PermissionError) else kind
-    return kind(f"{uri}: {error.strerror or text}.")
+    if error.errno is None:
+        if not is_local(uri):
+            service = _SERVICES[split_address(uri)[0]]
+            for kind, pattern, sentence in _ARROW_ERRORS:
+                if match := re.search(pattern, text):
+                    return kind(f"{service} {sentence} {uri} ({match[0]}).")
+        damaged = is_local(uri) or re.search(_DAMAGED, text)
+        return BadFileError(f"{uri} is damaged: {text}") if damaged else StorageError(f"{uri}: {text}.")
+    sentence = f"{uri}: {error.strerror or text}."
+    if error.errno in _TRANSIENT_ERRNOS:
+        return UnavailableError(sentence)
+    if isinstance(error, PermissionError):
+        return DeniedError(sentence)
+    return BadFileError(sentence) if error.errno in _BAD_FILE_ERRNOS else StorageError(sentence)
 
 
 def _remote_error(uri: str, text: str) -> CnnrayError:
@@ -229,10 +272,15 @@ def _remote_error(uri: str, text: str) -> CnnrayError:
     message = " ".join(re.sub(r"^Generic \S+ error: ", "", text).split())[:300]
     if "/latest/api/token" in text or "/latest/meta-data/iam" in text:
         return _no_credentials(uri)
-    if (first := code or status) and codes & _DENIED:
+    first = code or status
+    if first and codes & _BAD_CREDENTIALS:
+        return CredentialsError(f"{service} does not accept the credentials for {uri} ({first[1]}).")
+    if first and codes & _DENIED:
         return DeniedError(f"{service} denies access to {uri} ({first[1]}).")
     if "valid authentication" in text:
-        return DeniedError(f"The credentials for {uri} cannot be obtained: {message}")
+        return CredentialsError(f"The credentials for {uri} cannot be obtained: {message}")
+    if "NoSuchBucket" in codes:
+        return NoBucketError(f"The bucket of {uri} does not exist.")
     if "404" in codes:
         return NotFoundError(f"{uri} does not exist.")
     if codes & _THROTTLED:
@@ -244,8 +292,8 @@ def _remote_error(uri: str, text: str) -> CnnrayError:
     return kind(f"{service} fails at {uri}: {message}")
 
 
-def _no_credentials(uri: str) -> DeniedError:
-    return DeniedError(
+def _no_credentials(uri: str) -> CredentialsError:
+    return CredentialsError(
         f"No AWS credentials were found for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an "
         "instance role."
     )

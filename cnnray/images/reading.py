@@ -9,16 +9,21 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
+from cnnray.images.retries import Attempts
 
 _THREADS = {"local": 4, "remote": 16}
 """Threads of one task. They read and decode: Pillow releases the interpreter's lock while it decodes."""
 _SOURCES_AT_ONCE = 64
 """Images of containers that are held in memory: `map` reads all that it is given before the first is decoded."""
+
+UNAVAILABLE = "unavailable"
+"""Begins the error of a row whose storage was in trouble, which says nothing about the image."""
 
 Batch = dict[str, npt.NDArray[Any]]
 Item = TypeVar("Item")
@@ -32,6 +37,7 @@ def decoded_blocks(
     *,
     threads: int | None = None,
     sources: Iterator[Source] | None = None,
+    keep_unavailable: bool = False,
 ) -> Iterator[Batch]:
     """Read and decode the images of a manifest in this process, a block at a time, with threads.
 
@@ -42,6 +48,11 @@ def decoded_blocks(
         rows_per_block: rows of one block.
         threads: threads that read and decode; None for 4 with local files, 16 with remote ones.
         sources: one for each row (see `containers.encoded`); None for those of the table's uris.
+        keep_unavailable: whether rows whose storage is in trouble get an error that begins with `UNAVAILABLE`.
+
+    Raises:
+        CnnrayError: storage is in trouble, also after several attempts (see `retries`), and `keep_unavailable` is not
+            set.
 
     Yields:
         the table's columns as arrays (n,), in order; `image`, uint8 (n, size, size, 3), zeros where decoding failed;
@@ -52,7 +63,7 @@ def decoded_blocks(
     uris = table["uri"].to_pylist()
     sources = containers.encoded(uris) if sources is None else sources
     at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
-    decode_into = functools.partial(_decode_into, size=size, resize=resize)
+    decode_into = functools.partial(_decode_into, size=size, resize=resize, keep_unavailable=keep_unavailable)
     with ThreadPoolExecutor(threads or threads_for(uris[0])) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
@@ -79,11 +90,27 @@ def prefetched(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule) -> str:
+def unavailable(error: CnnrayError) -> str:
+    """The error of a row whose storage was in trouble."""
+    return f"{UNAVAILABLE}: {error}"
+
+
+def is_unavailable(errors: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which errors of rows, strings or null, say that storage was in trouble."""
+    return pc.fill_null(pc.starts_with(errors, f"{UNAVAILABLE}: "), False)
+
+
+def _decode_into(
+    pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule, keep_unavailable: bool
+) -> str:
     try:
         pixels[:] = decode(load_bytes(source), size, resize)
     except BadImage as error:
         return str(error)
+    except CnnrayError as error:
+        if not keep_unavailable:
+            raise
+        return unavailable(error)
     return ""
 
 
@@ -91,13 +118,20 @@ def load_bytes(source: Source) -> bytes:
     """The encoded image of a source, read from storage if it is a uri.
 
     Raises:
-        BadImage: it cannot be read; the reason says why.
+        BadImage: the file alone cannot be read; the reason says why.
+        CnnrayError: storage is in trouble, also after several attempts (see `retries`).
     """
-    if isinstance(source, BadImage):
+    if isinstance(source, CnnrayError):
         raise source
     if isinstance(source, bytes):
         return source
-    try:
-        return storage.read_bytes(source, MAX_BYTES)
-    except (CnnrayError, ValueError) as error:  # ValueError: an impossible path
-        raise containers.unreadable(error) from None
+    attempts = Attempts(source)
+    while True:
+        try:
+            data = storage.read_bytes(source, MAX_BYTES)
+        except (CnnrayError, ValueError) as error:  # ValueError: an impossible path
+            if not attempts.wait(error):
+                raise containers.image_error(error) from None
+        else:
+            attempts.succeeded()
+            return data

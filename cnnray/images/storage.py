@@ -17,7 +17,7 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,10 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
+from cnnray.images.object_stores import BadFileError as BadFileError
+from cnnray.images.object_stores import CredentialsError as CredentialsError
 from cnnray.images.object_stores import DeniedError as DeniedError
+from cnnray.images.object_stores import NoBucketError as NoBucketError
 from cnnray.images.object_stores import NotFoundError as NotFoundError
 from cnnray.images.object_stores import StorageError as StorageError
 from cnnray.images.object_stores import ThrottledError as ThrottledError
@@ -82,6 +85,11 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
+def root(uri: str) -> str:
+    """SCHEME://BUCKET of a remote file; / for a local path."""
+    return "/" if is_local(uri) else "{}://{}".format(*split_address(uri))
+
+
 def short_name(uri: str) -> str:
     """The last two parts of a path or key, by which a person knows it: runs/1."""
     return "/".join(uri.rstrip("/").split("/")[-2:])
@@ -90,21 +98,27 @@ def short_name(uri: str) -> str:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -> bytes:
     """Read one file with one request. If the body breaks off, reading continues from there.
 
+    Args:
+        uri: the file.
+        max_bytes: see below.
+        quick: see `object_stores.locate`.
+
     Raises:
-        NotFoundError, DeniedError, UnavailableError, StorageError: each with a sentence that names the file.
+        NotFoundError, DeniedError, BadFileError, UnavailableError, StorageError: each with a sentence that names the
+            file.
         TooLargeError: the file is longer than `max_bytes`; nothing was read.
     """
     with translated_errors(uri):
         if not is_local(uri):
-            answer = obstore.get(*locate(uri))
+            answer = obstore.get(*locate(uri, quick=quick))
             _check_size(answer.meta["size"], max_bytes)
             return bytes(answer.bytes())
         path = Path(uri)
         if path.exists() and not path.is_file():
-            raise StorageError(f"{uri} is not a file.")  # reading a pipe or a device may never end
+            raise BadFileError(f"{uri} is not a file.")  # reading a pipe or a device may never end
         with path.open("rb") as file:
             _check_size(os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
@@ -201,8 +215,33 @@ def _stored(root: str, key: str, objects: Iterable[Any], *, hidden: bool) -> Ite
 # -- writing -----------------------------------------------------------------------------------------------
 
 
+_guards: dict[str, Callable[[], None]] = {}
+
+
+@contextlib.contextmanager
+def guarded(folder: str, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before each write and each deletion in a folder by this process, for as long as the context lasts.
+
+    Args:
+        folder: a folder that no other context guards.
+        check: raises an error if nothing may be written any more.
+    """
+    _guards[folder] = check
+    try:
+        yield
+    finally:
+        del _guards[folder]
+
+
+def _check_guards(uri: str) -> None:
+    for folder, check in list(_guards.items()):
+        if f"{uri}/".startswith(f"{folder}/"):
+            check()
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write one file so that a reader sees the old one or the new one, never a part."""
+    _check_guards(uri)
     with translated_errors(uri):
         if not is_local(uri):
             obstore.put(*locate(uri), data, chunk_size=_MULTIPART_BYTES)
@@ -226,11 +265,16 @@ def _published(path: Path) -> Iterator[Path]:
         raise
 
 
-def version(uri: str) -> Version | None:
-    """The version of a remote file, which changes whenever its content does; None if there is no such file."""
+def version(uri: str, *, quick: bool = False) -> Version | None:
+    """The version of a remote file, which changes whenever its content does; None if there is no such file.
+
+    Args:
+        uri: a remote file.
+        quick: see `object_stores.locate`.
+    """
     try:
         with translated_errors(uri):
-            return _version(obstore.head(*locate(uri)))
+            return _version(obstore.head(*locate(uri, quick=quick)))
     except NotFoundError:
         return None
 
@@ -239,13 +283,14 @@ def _version(answer: Any) -> Version:
     return {key: answer[key] for key in ("e_tag", "version") if answer[key]}
 
 
-def write_if(uri: str, data: bytes, expected: Version | None) -> Version | None:
+def write_if(uri: str, data: bytes, expected: Version | None, *, quick: bool = False) -> Version | None:
     """Write a remote file only if it is still as it was: of two writers that saw the same version one succeeds.
 
     Args:
         uri: a remote file.
         data: its new content.
         expected: the version that it must still have; None: it must not exist.
+        quick: see `object_stores.locate`.
 
     Returns:
         Its new version; None if another writer has changed or deleted it.
@@ -257,7 +302,7 @@ def write_if(uri: str, data: bytes, expected: Version | None) -> Version | None:
     try:
         for mode in modes:
             with translated_errors(uri), contextlib.suppress(AlreadyExistsError, PreconditionError):
-                return _version(obstore.put(*locate(uri), data, mode=mode))
+                return _version(obstore.put(*locate(uri, quick=quick), data, mode=mode))
     except NotFoundError:
         if not expected:
             raise  # the bucket does not exist
@@ -273,6 +318,7 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
         last: names of files that are copied after all the others, in this order: where a reader takes the
             presence of a file for the completeness of the folder.
     """
+    _check_guards(target)
     last = list(last)
     uris = {file.uri.removeprefix(source.rstrip("/") + "/"): file.uri for file in files(source)}
     first = [relative for relative in uris if relative not in last]
@@ -293,6 +339,7 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
 
 def delete_folder(uri: str) -> None:
     """Delete a folder and all that is below it; nothing happens where there is none."""
+    _check_guards(uri)
     with translated_errors(uri), contextlib.suppress(FileNotFoundError):
         if is_local(uri):
             shutil.rmtree(uri)
@@ -302,6 +349,7 @@ def delete_folder(uri: str) -> None:
 
 def delete_file(uri: str) -> None:
     """Delete one file; nothing happens where there is none."""
+    _check_guards(uri)
     with translated_errors(uri), contextlib.suppress(FileNotFoundError):
         if is_local(uri):
             Path(uri).unlink()

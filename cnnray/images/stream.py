@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from cnnray.images import checks, containers, reading
+from cnnray.images import checks, containers, reading, storage
 from cnnray.images.decode import ResizeRule
 from cnnray.images.reading import Batch
 
@@ -23,7 +23,12 @@ _LARGE_GROUP, _MAX_RANGES_OF_A_GROUP = 4096, 8
 
 
 def decoded(
-    manifest: pa.Table, size: int, *, resize: ResizeRule = "stretch", cpus_per_task: float = 1.0
+    manifest: pa.Table,
+    size: int,
+    *,
+    resize: ResizeRule = "stretch",
+    cpus_per_task: float = 1.0,
+    keep_unavailable: bool = False,
 ) -> ray.data.Dataset:
     """Stream the images of a manifest, one row out for each row in, in the manifest's order.
 
@@ -37,6 +42,7 @@ def decoded(
         resize: see `decode`.
         cpus_per_task: CPUs that Ray reserves for a task; less than 1 if few CPUs are free. (A stream whose task can
             never be scheduled waits for ever, without a message.)
+        keep_unavailable: see `reading.decoded_blocks`; without it, trouble of storage fails the dataset.
 
     Returns:
         A dataset with the manifest's columns; `image`, uint8 (size, size, 3), zeros where decoding failed; and
@@ -45,7 +51,12 @@ def decoded(
     rows = rows_per_block(size)
     return from_ranges(manifest, split_rows(manifest["uri"].to_pylist(), rows)).map_batches(
         reading.decoded_blocks,
-        fn_kwargs={"size": size, "resize": resize, "rows_per_block": rows},
+        fn_kwargs={
+            "size": size,
+            "resize": resize,
+            "rows_per_block": rows,
+            "keep_unavailable": keep_unavailable,
+        },
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus_per_task,
@@ -53,33 +64,45 @@ def decoded(
     )
 
 
-def check(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult:
+def check(manifest: pa.Table, cpus_per_task: float = 1.0, *, keep_unavailable: bool = False) -> checks.CheckResult:
     """Read all images of a manifest and say what is wrong with them.
 
     Args:
         manifest: rows with `id`, `uri`, `label` and `split`.
         cpus_per_task: see `decoded`.
+        keep_unavailable: whether images whose storage is in trouble count as unreadable.
+
+    Raises:
+        UnavailableError: storage is in trouble, and `keep_unavailable` is not set.
     """
     examined = from_ranges(
         manifest.select(["id", "uri"]), split_rows(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)
     ).map_batches(checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
-    batches = list(examined.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return checks.check(manifest, pa.concat_tables(batches))
+    rows = pa.concat_tables(examined.iter_batches(batch_size=None, batch_format="pyarrow"))
+    unavailable = rows["error"].filter(reading.is_unavailable(rows["error"]))
+    if len(unavailable) and not keep_unavailable:
+        raise storage.UnavailableError(f"{len(unavailable)} of {len(rows)} images are {unavailable[0]}")
+    return checks.check(manifest, rows)
 
 
-def check_if_small(manifest: pa.Table, cpus_per_task: float = 1.0) -> checks.CheckResult | None:
+def check_if_small(
+    manifest: pa.Table, cpus_per_task: float = 1.0, *, keep_unavailable: bool = False
+) -> checks.CheckResult | None:
     """Run `check` as part of another job, if there are at most `checks.MAX_AUTOMATIC` images.
 
     Returns:
         The result; None, after a log line that says why, if there are more images, or if the check fails in
         Ray, for example because an image crashes its worker.
+
+    Raises:
+        UnavailableError: see `check`.
     """
     if len(manifest) > checks.MAX_AUTOMATIC:
         log.info("%d images are too many to check here: run jobs/evaluate.py --check-data", len(manifest))
         return None
     log.info("checking %d images", len(manifest))
     try:
-        return check(manifest, cpus_per_task)
+        return check(manifest, cpus_per_task, keep_unavailable=keep_unavailable)
     except ray.exceptions.RayError as error:
         log.warning("the images could not be checked: %s", str(error).strip().splitlines()[-1])
         return None

@@ -34,6 +34,9 @@ class InferenceOptions:
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
     wait_minutes: float | None = None
     """Minutes to wait for missing nodes; null: 0 at the start, and 10 when nodes are lost during the run."""
+    skip_unreadable: bool = False
+    """Give images whose storage is in trouble after several attempts (throttled, not reachable, credentials that do
+    not work) a row with an error. Otherwise they have no row, and the same command goes on with them."""
 
     def __post_init__(self) -> None:
         """
@@ -106,7 +109,7 @@ class PredictConfig(PredictOptions):
     max_error_fraction: float = field(default=0.5, metadata=rules(resumable=True))
     """Stop the run when a larger share of its images has errors; checked from the first thousand images on."""
     retry_errors: bool = field(default=False, metadata=rules(resumable=True))
-    """Repeat the output files with images that could not be read (missing, access denied, throttled, unreadable,
+    """Repeat the output files with images that could not be read (missing, access denied, unreadable, unavailable,
     crashed)."""
     overwrite: bool = field(default=False, metadata=rules(resumable=True))
     """Replace a finished run in the output, or one with other flags. An interrupted run with the same flags resumes

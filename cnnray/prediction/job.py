@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster, paths
-from cnnray.images import containers, storage, stream
+from cnnray.errors import CnnrayError
+from cnnray.images import containers, reading, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
@@ -180,6 +181,10 @@ def _predict_missing_parts(
 
     Returns:
         images/s.
+
+    Raises:
+        UnavailableError: the storage of some images was in trouble; all others have their row.
+        PredictionError: see `_ErrorLimit`; or a worker failed.
     """
     import ray
 
@@ -192,7 +197,7 @@ def _predict_missing_parts(
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
-    collector = output.Collector(parts, manifest["id"].to_numpy())
+    collector = output.Collector(parts, manifest["id"].to_numpy(), leave_out=not config.skip_unreadable)
     progress = ProgressBar(len(manifest), len(manifest) - missing_rows)
     errors, metrics = _ErrorLimit(config, missing_rows), PredictionMetrics(config.folder)
     per_task = pipeline.rows_per_task(missing_rows, pool)
@@ -216,7 +221,22 @@ def _predict_missing_parts(
         raise cluster.user_error(error) or PredictionError(sentence) from error
     finally:
         progress.close()
+    if (left_out := collector.left_out) is not None:
+        raise _left_out(config, left_out, len(manifest))
     return progress.images_per_second
+
+
+def _left_out(config: PredictConfig, rows: pa.Table, images: int) -> CnnrayError:
+    """The error for images that have no row. Writes the list of them, `errors.csv`."""
+    errors = summary.ErrorList()
+    errors.add(rows)
+    errors.write(storage.join(config.folder, resume.ERRORS))
+    example = rows.slice(0, 1).to_pylist()[0]
+    return storage.UnavailableError(
+        f"{len(rows)} of {images} images have no row, because storage was in trouble, for example {example['uri']} "
+        f"({example['error']}); {resume.ERRORS} lists them. The same command continues with them, and with "
+        "--skip-unreadable it gives them rows with an error."
+    )
 
 
 class _ErrorLimit:
@@ -240,10 +260,11 @@ class _ErrorLimit:
 
 
 def _too_many_errors(config: PredictConfig, errors: int, rows: int, example: dict[str, Any]) -> PredictionError:
+    has_no_row = example["error"].startswith(reading.UNAVAILABLE) and not config.skip_unreadable
     return PredictionError(
         f"{errors} of {rows} images have no prediction, more than --max-error-fraction "
         f"{config.max_error_fraction:g}, for example {example['uri']} ({example['error']}): solve that, then run the "
-        "same command with --retry-errors."
+        f"same command{'' if has_no_row else ' with --retry-errors'}."
     )
 
 

@@ -2,6 +2,9 @@
 
 The manifest alone determines the row ranges. A run with other workers, or one that resumes after a kill, therefore
 writes the same parts and need not repeat those that exist.
+
+A part whose images could not all be read, because storage was in trouble, is written as `part-NNNNNN-incomplete` with
+the rows that there are. The next run classifies all of its images again.
 """
 
 import csv
@@ -13,14 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
 from cnnray.errors import PermanentError
-from cnnray.images import storage
+from cnnray.images import reading, storage
 from cnnray.prediction.config import Format
 
-_NAME = re.compile(r"part-(\d{6,})\.(parquet|csv|jsonl)")
+_NAME = re.compile(r"part-(\d{6,})(-incomplete)?\.(parquet|csv|jsonl)")
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()), ("uri", pa.string()), ("status", pa.string()), ("error", pa.string()),
@@ -48,18 +52,25 @@ class Parts:
         return storage.join(self.folder, f"part-{part:06d}.{self.format}")
 
     def written(self) -> set[int]:
-        """The parts whose files exist."""
+        """The parts whose files exist and are complete."""
         matches = (_NAME.fullmatch(storage.name(uri)) for uri in list_part_files(self.folder))
-        numbers = {int(match[1]) for match in matches if match and match[2] == self.format}
+        numbers = {int(match[1]) for match in matches if match and not match[2] and match[3] == self.format}
         return {number for number in numbers if number < len(self.ranges)}
+
+    def incomplete_files(self) -> list[str]:
+        """The uris of the incomplete parts."""
+        return [uri for uri in list_part_files(self.folder) if "-incomplete." in storage.name(uri)]
 
     def row_count(self, parts: set[int]) -> int:
         """Rows of the manifest that these parts hold together."""
         return sum(stop - start for part, (start, stop) in enumerate(self.ranges) if part in parts)
 
     def write(self, part: int, rows: pa.Table) -> None:
-        """Write a part atomically."""
-        storage.write_bytes(self.uri(part), _ENCODERS[self.format](rows))
+        """Write a part atomically, under the name of an incomplete one if rows are missing."""
+        start, stop = self.ranges[part]
+        name, suffix = self.uri(part).rsplit(".", 1)
+        uri = f"{name}.{suffix}" if len(rows) == stop - start else f"{name}-incomplete.{suffix}"
+        storage.write_bytes(uri, _ENCODERS[self.format](rows))
 
     def read(self, part: int) -> pa.Table:
         """Read the columns of a part that the summary needs: `id`, `uri`, `status`, `error`, `prediction` and
@@ -100,15 +111,22 @@ def list_part_files(folder: str) -> list[str]:
 class Collector:
     """Gathers rows that arrive in any order, and writes each part when all of its rows have arrived."""
 
-    def __init__(self, parts: Parts, ids: npt.NDArray[np.int64]) -> None:
+    def __init__(self, parts: Parts, ids: npt.NDArray[np.int64], *, leave_out: bool = True) -> None:
         """
         Args:
             parts: the parts to write.
             ids: int64 (N,), the ids of the manifest's rows, ascending.
+            leave_out: whether parts are written without the rows whose error says that storage was in trouble.
         """
-        self._parts, self._ids = parts, ids
+        self._parts, self._ids, self._leave_out = parts, ids, leave_out
         self._starts = np.asarray([start for start, _ in parts.ranges])
-        self._incomplete: dict[int, list[pa.Table]] = {}
+        self._gathered: dict[int, list[pa.Table]] = {}
+        self._left_out: list[pa.Table] = []
+
+    @property
+    def left_out(self) -> pa.Table | None:
+        """The rows that parts were written without: `id`, `uri` and `error`; None if there are none."""
+        return pa.concat_tables(self._left_out) if self._left_out else None
 
     def add(self, rows: pa.Table) -> None:
         """Add rows, and write the parts that they complete.
@@ -120,15 +138,21 @@ class Collector:
         places = np.searchsorted(self._ids, rows["id"].to_numpy())
         owners = np.searchsorted(self._starts, places, side="right") - 1
         for part in np.unique(owners).tolist():
-            self._incomplete.setdefault(part, []).append(rows.filter(pa.array(owners == part)))
+            self._gathered.setdefault(part, []).append(rows.filter(pa.array(owners == part)))
             start, stop = self._parts.ranges[part]
-            if sum(map(len, self._incomplete[part])) >= stop - start:
-                self._write(part, pa.concat_tables(self._incomplete.pop(part)).sort_by("id"))
+            if sum(map(len, self._gathered[part])) >= stop - start:
+                self._write(part, pa.concat_tables(self._gathered.pop(part)).sort_by("id"))
 
     def _write(self, part: int, rows: pa.Table) -> None:
         if problem := self._parts.problem(part, rows, self._ids):
             raise PartError(f"Rows were lost or delivered twice ({problem}); run the same command again.")
-        self._parts.write(part, rows)
+        if self._leave_out:
+            unavailable = reading.is_unavailable(rows["error"])
+            if pc.any(unavailable).as_py():
+                self._left_out.append(rows.filter(unavailable).select(["id", "uri", "error"]))
+                rows = rows.filter(pc.invert(unavailable))
+        if len(rows):
+            self._parts.write(part, rows)
 
 
 def _describe_difference(ids: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> str:

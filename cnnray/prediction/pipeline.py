@@ -2,8 +2,8 @@
 
 Output rows come in any order. A row has the manifest's columns and
 
-- `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage`, a colon
-  and details);
+- `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage` or
+  `reading.UNAVAILABLE`, a colon and details);
 - `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors;
 - `model`: `Bundle.version` of the network;
 - `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
@@ -178,7 +178,8 @@ def _decoded(table: pa.Table, size: int, resize: Any, rows_per_block: int, ledge
     def decode(rows: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
         start = 0
         columns = rows.select(["id", "uri"])
-        for block in reading.decoded_blocks(columns, size, resize, rows_per_block, sources=sources):
+        blocks = reading.decoded_blocks(columns, size, resize, rows_per_block, sources=sources, keep_unavailable=True)
+        for block in blocks:
             count = len(block["id"])
             yield _with_pixels(rows.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
             start += count
@@ -308,7 +309,12 @@ class Worker:
         """Read and decode the images of manifest rows, in blocks of images and their errors."""
         size = self._info.image_size
         blocks = reading.decoded_blocks(
-            table.select(["id", "uri"]), size, self._info.resize, stream.rows_per_block(size), sources=sources
+            table.select(["id", "uri"]),
+            size,
+            self._info.resize,
+            stream.rows_per_block(size),
+            sources=sources,
+            keep_unavailable=True,
         )
         for block in reading.prefetched(blocks):
             yield block["image"], block["error"].tolist()

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from cnnray import configs
 from cnnray.errors import PermanentError
 from cnnray.images import manifest as manifests
-from cnnray.images import storage, stream
+from cnnray.images import reading, storage, stream
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
@@ -31,7 +31,8 @@ INPUT = b"input"
 _MODEL, _FILE = b"model", b"engine_file"
 """Keys of the manifest's metadata that identify a run: the fingerprint of the images of all shards, `Bundle.version`,
 and `engines.digest` of the file that the engine runs."""
-_RETRIED_REASONS = ("missing", "access denied", "throttled", "unreadable", "crashed")
+_RETRIED_REASONS = ("missing", "access denied", "unreadable", reading.UNAVAILABLE, "crashed", "throttled")
+"""Reasons of errors that another attempt may not have; `throttled` is of versions up to 0.2."""
 _SHARD = re.compile(r"shard-\d+-of-(\d+)")
 
 
@@ -146,10 +147,10 @@ def find_parts_to_retry(config: PredictConfig, parts: Parts, written: set[int]) 
 
 
 def delete_parts(config: PredictConfig, parts: Parts, numbers: set[int]) -> None:
-    """Delete parts, and before them the summary, which marks the run as finished."""
+    """Delete parts and all incomplete parts, and before them the summary, which marks the run as finished."""
     storage.delete_file(storage.join(config.folder, SUMMARY))
-    for part in sorted(numbers):
-        storage.delete_file(parts.uri(part))
+    for uri in [*map(parts.uri, sorted(numbers)), *parts.incomplete_files()]:
+        storage.delete_file(uri)
 
 
 def begin_output(config: PredictConfig, manifest: pa.Table, plan: pipeline.Plan) -> None:

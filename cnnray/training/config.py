@@ -54,6 +54,9 @@ class DataConfig:
     of them; where there are at most 50,000 (jobs/evaluate.py --check-data looks at more)."""
     max_bad_fraction: float = field(default=0.01, metadata=rules(resumable=True))
     """Share of all images that may be unreadable before the run fails; they are skipped and listed."""
+    skip_unreadable: bool = field(default=False, metadata=rules(resumable=True))
+    """Also skip images whose storage is in trouble after several attempts (throttled, not reachable, credentials that
+    do not work). Otherwise the run ends, and the same command continues it."""
     overwrite: bool = field(default=False, metadata=rules(resumable=True, searchable=False, tracked=False))
     """Whether a finished run in the output, or one with other flags, is replaced; one that was interrupted goes on
     in any case."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnnray import cluster
 from cnnray.images import containers
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import ResizeRule
@@ -68,12 +69,14 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> Non
 
     Raises:
         ManifestError: too many cannot be read.
+        UnavailableError: storage is in trouble.
     """
     from cnnray.images import stream
 
     if config.data_checks:
         stream.silence_progress()
-        if checked := stream.check_if_small(manifest, shares.decode_cpus):
+        checked = stream.check_if_small(manifest, shares.decode_cpus, keep_unavailable=config.skip_unreadable)
+        if checked:
             checked.warn()
             if checked.unreadable > config.max_bad_fraction * checked.images:
                 raise ManifestError(
@@ -107,17 +110,30 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
 
 
 def decode_splits_into_memory(config: TrainConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
-    """References to the decoded blocks of each split in memory."""
+    """References to the decoded blocks of each split in memory.
+
+    Raises:
+        CnnrayError: storage is in trouble.
+    """
+    from ray.exceptions import RayError
+
     from cnnray.images import stream
 
     stream.silence_progress()
     rows = manifests.with_targets(_used(manifest))
-    cached = {
-        split: decode_into_memory(
-            manifests.select_split(rows, split), config.image_size, config.resize, shares.decode_cpus
-        )
-        for split in ("train", "validation")
-    }
+    try:
+        cached = {
+            split: decode_into_memory(
+                manifests.select_split(rows, split),
+                config.image_size,
+                config.resize,
+                shares.decode_cpus,
+                keep_unavailable=config.skip_unreadable,
+            )
+            for split in ("train", "validation")
+        }
+    except RayError as error:
+        raise cluster.user_error(error) or error from None
     log.info(
         "%d decoded images are kept in memory (%.0f MiB)", len(rows), len(rows) * config.image_size**2 * 3 / 2**20
     )
@@ -151,6 +167,8 @@ class StreamedSource:
     cpus_per_task: float
     memory_bytes: int
     """Bytes of the object store that the pipeline may fill ahead of training."""
+    keep_unavailable: bool = False
+    """See `stream.decoded`."""
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """See `Source`."""
@@ -163,6 +181,7 @@ class StreamedSource:
             self.image_size,
             resize=self.resize,
             cpus_per_task=self.cpus_per_task,
+            keep_unavailable=self.keep_unavailable,
         )
         options = dataset.context.execution_options
         options.resource_limits = options.resource_limits.copy(object_store_memory=self.memory_bytes)
@@ -196,7 +215,14 @@ class CachedSource:
             }
 
 
-def decode_into_memory(manifest: pa.Table, image_size: int, resize: ResizeRule, cpus_per_task: float) -> list[Any]:
+def decode_into_memory(
+    manifest: pa.Table,
+    image_size: int,
+    resize: ResizeRule,
+    cpus_per_task: float,
+    *,
+    keep_unavailable: bool = False,
+) -> list[Any]:
     """Decode a whole manifest into the object store.
 
     Returns:
@@ -204,7 +230,9 @@ def decode_into_memory(manifest: pa.Table, image_size: int, resize: ResizeRule, 
     """
     from cnnray.images import stream
 
-    dataset = stream.decoded(manifest, image_size, resize=resize, cpus_per_task=cpus_per_task)
+    dataset = stream.decoded(
+        manifest, image_size, resize=resize, cpus_per_task=cpus_per_task, keep_unavailable=keep_unavailable
+    )
     dataset.context.execution_options.preserve_order = True
     return list(dataset.materialize().to_arrow_refs())
 

@@ -19,7 +19,7 @@ from cnnray import cluster, configs, paths
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
-from cnnray.images.lease import lease
+from cnnray.images.lease import Lease, lease
 from cnnray.models import bundle, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
@@ -55,7 +55,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     started = time.time()
     if cluster.starts_own():
         check_cpus(config, cluster.local_cpus())
-    with lease(config.output):
+    with lease(config.output) as held:
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
         tracker = make_tracker(config)
@@ -97,7 +97,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 output.drop_torn_checkpoints(config.output)
                 output.write_config(config)
             with tracker.following() if tracker else contextlib.nullcontext():
-                best, latest = _run(config, manifest, shares, cached, started, callbacks)
+                best, latest = _run(config, manifest, shares, cached, started, held, callbacks)
                 summary = output.finish(config, best, latest, started)
         if tracker:
             tracker.finish(summary)
@@ -124,6 +124,7 @@ def _run(
     shares: Shares,
     cached: bool,
     started: float,
+    held: Lease,
     callbacks: Sequence[Any],
 ) -> tuple[Any, Any]:
     """Run Ray Train.
@@ -152,6 +153,7 @@ def _run(
         stream_bytes=shares.stream_bytes,
         cached=data.decode_splits_into_memory(config, manifest, shares) if cached else {},
         started=started,
+        lease_holder=held.holder,
     )
     if config.is_elastic:
         # Ray tries to start workers on lost nodes that it does not know to be lost for so many seconds.
@@ -185,8 +187,13 @@ def _run(
         ),
     )
     shortage = cluster.Shortage(cluster.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
+
+    def watch() -> None:
+        held.raise_if_lost()
+        shortage.try_plan(functools.partial(check_fit, config, shares))
+
     try:
-        result = interruptible(trainer.fit, lambda: shortage.try_plan(functools.partial(check_fit, config, shares)))
+        result = interruptible(trainer.fit, watch)
     except ray.train.TrainingFailedError as error:
         reason = cluster.user_error(error)
         raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error

@@ -54,6 +54,8 @@ class Assignment:
     """By split: references to decoded blocks; empty where images are streamed."""
     started: float
     """When the job began, in seconds since the epoch."""
+    lease_holder: str
+    """See `lease.Lease.holder`."""
 
 
 def share_out(config: TrainConfig, available: Resources) -> Shares:

@@ -20,6 +20,7 @@ import tensorflow as tf
 from cnnray.errors import CnnrayError
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
+from cnnray.images.lease import LeaseLostError, check_holder
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.transfer import WeightsError
 from cnnray.tracking.prometheus import TrainingMetrics
@@ -47,8 +48,9 @@ def run(assignment: Assignment) -> CnnrayError | None:
         with strategy.scope():
             worker = _Worker(assignment, strategy)
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
-        worker.run()
-    except (TrainingError, WeightsError, BundleError) as error:
+        with storage.guarded(assignment.config.output, worker.check_lease):
+            worker.run()
+    except (TrainingError, WeightsError, BundleError, LeaseLostError) as error:
         return error
     return None
 
@@ -101,7 +103,15 @@ class _Worker:
             resize=self.config.resize,
             cpus_per_task=self.assignment.decode_cpus,
             memory_bytes=self.assignment.stream_bytes,
+            keep_unavailable=self.config.skip_unreadable,
         )
+
+    def check_lease(self) -> None:
+        """
+        Raises:
+            LeaseLostError: the run has lost its lease on the output.
+        """
+        check_holder(self.config.output, self.assignment.lease_holder)
 
     # -- the run ---------------------------------------------------------------------------------------
 
@@ -330,6 +340,7 @@ class _Worker:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)
             saved = ray.train.Checkpoint.from_directory(folder) if any(written.iterdir()) else None
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
+            self.check_lease()  # Ray Train writes the checkpoint
             ray.train.report(report | metrics, checkpoint=saved)
 
 

@@ -25,7 +25,9 @@ def s3_proxy():
         host, port = server.get_host_and_port()
     proxy = Proxy(before["AWS_ENDPOINT_URL"] or f"http://{host}:{port}")
     os.environ["AWS_ENDPOINT_URL"] = proxy.url
+    os.environ["CNNRAY_STORAGE_RETRY_SECONDS"] = "5"
     yield proxy
+    os.environ.pop("CNNRAY_STORAGE_RETRY_SECONDS")
     for name, value in before.items():
         os.environ.pop(name)
         if value is not None:

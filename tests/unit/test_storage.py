@@ -12,7 +12,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from cnnray.errors import PermanentError, TransientError
+from cnnray.errors import BadInputError, PermanentError, TransientError
 from cnnray.images import object_stores, storage
 from tests.s3_proxy import Proxy
 
@@ -47,6 +47,9 @@ def s3(monkeypatch, tmp_path):
         (errno.EPERM, storage.DeniedError, PermanentError),
         (errno.ENOSPC, storage.StorageError, PermanentError),
         (errno.EIO, storage.UnavailableError, TransientError),
+        (errno.EMFILE, storage.UnavailableError, TransientError),
+        (errno.ENOTCONN, storage.UnavailableError, TransientError),
+        (errno.ENAMETOOLONG, storage.BadFileError, BadInputError),
         (errno.ESTALE, storage.UnavailableError, TransientError),
         (errno.ETIMEDOUT, storage.UnavailableError, TransientError),
     ],
@@ -121,7 +124,9 @@ def test_a_profile_is_read_without_its_name_in_the_environment(s3, tmp_path):
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = KEY\naws_secret_access_key = s\n")
     storage.write_bytes("s3://photos/1.png", b"one")
     s3.expired_keys = {"KEY"}
-    with pytest.raises(storage.DeniedError, match=r"S3 denies access to s3://photos/1.png \(ExpiredToken\)"):
+    with pytest.raises(
+        storage.CredentialsError, match=r"accept the credentials for s3://photos/1.png \(ExpiredToken\)"
+    ):
         storage.read_bytes("s3://photos/1.png")
 
 

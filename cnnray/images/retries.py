@@ -1,0 +1,72 @@
+"""Reading images again, after growing pauses, while storage is in trouble.
+
+The storage layer itself repeats a request a few times within seconds. Throttling, outages and expired credentials
+last longer, and no image is bad because of them.
+"""
+
+import logging
+import os
+import random
+import time
+
+from cnnray.errors import TransientError
+from cnnray.images import storage
+
+log = logging.getLogger(__name__)
+
+_SECONDS = "CNNRAY_STORAGE_RETRY_SECONDS"
+_DEFAULT_SECONDS = 300.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+
+_failing: set[str] = set()
+"""The buckets whose trouble has been logged."""
+_given_up: set[str] = set()
+"""The buckets whose trouble has outlasted all attempts at an image: each image has one attempt until one succeeds."""
+
+
+def retry_seconds() -> float:
+    """How long an image is tried again: the environment variable CNNRAY_STORAGE_RETRY_SECONDS, or else 300."""
+    try:
+        return float(os.environ[_SECONDS])
+    except (KeyError, ValueError):
+        return _DEFAULT_SECONDS
+
+
+class Attempts:
+    """The attempts at reading one file."""
+
+    def __init__(self, uri: str) -> None:
+        """
+        Args:
+            uri: the file.
+        """
+        self._place, self._pause, self._until = storage.root(uri), _FIRST_PAUSE, 0.0
+
+    def wait(self, error: Exception) -> bool:
+        """Pause after an error of `storage`, if another attempt may succeed.
+
+        Returns:
+            Whether to try again.
+        """
+        if not isinstance(error, TransientError | storage.CredentialsError):
+            return False
+        now = time.monotonic()
+        if not self._until:
+            self._until = now + (0.0 if self._place in _given_up else retry_seconds())
+        if now >= self._until:
+            _given_up.add(self._place)
+            return False
+        if self._place not in _failing:
+            _failing.add(self._place)
+            log.warning("%s Trying again for %.0f s.", error, self._until - now)
+        time.sleep(min(self._pause * random.uniform(0.5, 1.5), self._until - now))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        return True
+
+    def succeeded(self) -> None:
+        """Record that storage answered."""
+        if self._place in _failing:
+            log.warning("Files of %s can be read again.", self._place)
+        _failing.discard(self._place)
+        _given_up.discard(self._place)
+        self._pause, self._until = _FIRST_PAUSE, 0.0

@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             _begin_output(config, manifest.drop_columns(["id"]))
             predict_config = config.predict_config(storage.join(config.output, MANIFEST))
             prediction = predict(predict_config)
-            checked = _check_images(everything, cluster.resources()) if config.data_checks else None
+            checked = _check_images(everything, config, cluster.resources()) if config.data_checks else None
         rows, probabilities = _read_rows(predict_config.folder)
         predictions = _make_predictions(rows, probabilities, bundle)
         results = _measure(config, bundle, prediction["engine"], rows, predictions, checked)
@@ -95,9 +95,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
 
 
-def _check_images(manifest: pa.Table, resources: Resources) -> CheckResult | None:
+def _check_images(manifest: pa.Table, config: EvaluateConfig, resources: Resources) -> CheckResult | None:
     stream.silence_progress()
-    return stream.check_if_small(manifest, _cpus_per_task(resources))
+    return stream.check_if_small(manifest, _cpus_per_task(resources), keep_unavailable=config.skip_unreadable)
 
 
 def _cpus_per_task(resources: Resources) -> float:
@@ -122,7 +122,7 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     with cluster.connected() as resources:
         paths.check_shared(resources, [containers.containing_file(manifest["uri"][0].as_py())])
         stream.silence_progress()
-        checked = stream.check(manifest, _cpus_per_task(resources))
+        checked = stream.check(manifest, _cpus_per_task(resources), keep_unavailable=config.skip_unreadable)
     checked.warn()
     log.info(
         "%d images with sides of %d to %d pixels, median %d; %d copies",

@@ -8,11 +8,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnnray.errors import CnnrayError
 from cnnray.evaluation import metrics, plots
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.plots import Tile
 from cnnray.images import containers
-from cnnray.images.decode import BadImage, decode
+from cnnray.images.decode import decode
 from cnnray.images.reading import load_bytes
 from cnnray.models import grad_cam, startup
 from cnnray.models.bundle import Bundle, BundleError
@@ -74,7 +75,7 @@ def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
     order = np.argsort(uris)  # containers are read in the order of their uris
     tiles, inputs = {}, {}
     for index, source in zip(order.tolist(), containers.encoded([uris[index] for index in order]), strict=True):
-        with contextlib.suppress(BadImage):  # prediction could read it; it was deleted or changed since
+        with contextlib.suppress(CnnrayError):  # it was deleted or changed since, or storage is in trouble
             data = load_bytes(source)
             tiles[index] = decode(data, _TILE_SIZE, info.resize)
             inputs[index] = decode(data, info.image_size, info.resize)

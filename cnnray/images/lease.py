@@ -94,15 +94,16 @@ def _local_lease(folder: Path) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def _remote_lease(output: str) -> Iterator[Lease]:
-    held = _RemoteLease(output)
-    thread = threading.Thread(target=held.keep_alive, daemon=True)
+    held, ended = _RemoteLease(output), threading.Event()
+    thread = threading.Thread(target=held.keep_alive, args=[ended], daemon=True)
     thread.start()
     try:
         with storage.guarded(output, held.wait_until_renewed):
             yield held
     finally:
-        held.release()
+        ended.set()
         thread.join()
+        held.release()
 
 
 class _RemoteLease(Lease):
@@ -115,17 +116,17 @@ class _RemoteLease(Lease):
         """
         self.holder = secrets.token_hex(8)
         self._output, self._uri = output, storage.join(output, FILE)
-        self._ended, self._renewed = threading.Event(), threading.Condition()
+        self._renewed = threading.Condition()
         expired = _expired_version(self._uri, output)
         self._renewed_at = _now()
         self._version = self._write(0, expired, quick=False)
         if self._version is None:
             raise _in_use(output)
 
-    def keep_alive(self) -> None:
-        """Renew the lease until it is released or lost."""
+    def keep_alive(self, ended: threading.Event) -> None:
+        """Renew the lease until its run has ended, or the lease is lost."""
         count = 0
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        while not ended.wait(HEARTBEAT_SECONDS):
             count += 1
             started = _now()
             try:
@@ -179,7 +180,6 @@ class _RemoteLease(Lease):
 
     def release(self) -> None:
         """Delete the lease's file, if it is still this holder's."""
-        self._ended.set()
         try:
             if self._version is not None and storage.version(self._uri, quick=True) == self._version:
                 storage.delete_file(self._uri)

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -226,6 +227,31 @@ def test_parts_are_written_when_complete_and_read_back_unchanged(kind, tmp_path)
     (tmp_path / "shard-0-of-2").mkdir()
     (tmp_path / "shard-0-of-2" / "part-000000.parquet").write_bytes(b"")
     assert len(list_part_files(str(tmp_path))) == 3
+
+
+def _with_trouble(rows, ids):
+    errors = [
+        "unavailable: S3 asks for fewer requests." if number in ids else None for number in rows["id"].to_pylist()
+    ]
+    return rows.set_column(rows.column_names.index("error"), "error", pa.array(errors, pa.string()))
+
+
+@pytest.mark.parametrize("leave_out", [True, False])
+def test_rows_whose_storage_was_in_trouble_are_left_out_of_their_part(leave_out, tmp_path):
+    parts = Parts(str(tmp_path), "parquet", [(0, 4), (4, 8), (8, 10)])
+    collector = Collector(parts, np.arange(10), leave_out=leave_out)
+    for ids in ([5, 0, 9], [1, 2, 8, 7], [3, 4, 6]):
+        collector.add(_with_trouble(_rows(ids), {1, 8, 9}))
+    names = ["part-000000-incomplete.parquet", "part-000001.parquet"]
+    if not leave_out:
+        names = ["part-000000.parquet", "part-000001.parquet", "part-000002.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert parts.written() == ({1} if leave_out else {0, 1, 2})
+    assert parts.incomplete_files() == ([str(tmp_path / names[0])] if leave_out else [])
+    ids = pyarrow.parquet.read_table(tmp_path / names[0])["id"].to_pylist()
+    assert ids == ([0, 2, 3] if leave_out else [0, 1, 2, 3])
+    left_out = collector.left_out
+    assert (sorted(left_out["id"].to_pylist()) if left_out else []) == ([1, 8, 9] if leave_out else [])
 
 
 def test_lost_and_repeated_rows_are_detected(tmp_path):

@@ -1,0 +1,149 @@
+"""Jobs whose storage is in trouble (make chaos): nothing is skipped that could be read; a job that ends continues."""
+
+import json
+import zlib
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from moto.server import ThreadedMotoServer
+
+from cnnray.images import object_stores, storage
+from tests.e2e.service import Service, send
+from tests.s3_proxy import Proxy
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
+STALLED = ("0007.png", "part-000002.parquet", "bundle.json")
+"""The first request of each kind for these files has no answer; clients wait a minute for it."""
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A proxy in front of moto, which this process and its jobs use."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    proxy = Proxy(f"http://{host}:{port}")
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": proxy.url, "CNNRAY_STORAGE_RETRY_SECONDS": "30"}).items():
+        monkeypatch.setenv(name, value)
+    object_stores._store.cache_clear()
+    boto3.client("s3").create_bucket(Bucket="trouble")
+    yield proxy
+    object_stores._store.cache_clear()
+    proxy.close()
+    server.stop()
+
+
+def passing_faults(method, path, before):
+    """A third of all files meets faults in the first two requests of a kind, and three files a stall."""
+    path = path.partition("?")[0]
+    if path.endswith(STALLED) and not before:
+        return "stall"
+    kinds = {0: "throttle", 1: "slow", 2: "break off" if method == "GET" else "throttle", 3: "expire"}
+    return kinds.get(zlib.crc32(path.encode()) % 12) if before < 2 else None
+
+
+def lasting_faults(method, path, before):
+    """No image of the digits 3 and 4 can be read."""
+    return "throttle" if method == "GET" and ("/digits/3/" in path or "/digits/4/" in path) else None
+
+
+def no_faults(method, path, before):
+    return None
+
+
+def result(job, code=0):
+    assert job.wait(900) == code, job.err.read_text()
+    if code:
+        return job.err.read_text().splitlines()[-1]
+    return json.loads(job.out.read_text().splitlines()[-1])
+
+
+def rows(output):
+    tables = [
+        pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(file.uri)))
+        for file in storage.files(output)
+        if "/part-" in file.uri
+    ]
+    return sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["id"])
+
+
+def test_train(s3, digits, start_job, capsys):
+    storage.copy_folder(str(digits), "s3://trouble/digits")
+    command = ["train", "--data", "s3://trouble/digits", "--architecture", "small_cnn", "--image-size", "16"]
+    command += ["--epochs", "3", "--batch-size", "64", "--cache", "none", "--augment", "none"]
+
+    def train(output, code=0):
+        return result(start_job(*command, "--output", output), code)
+
+    undisturbed = train("s3://trouble/undisturbed")
+    s3.forget_requests()
+    s3.faults = passing_faults
+    disturbed = train("s3://trouble/disturbed")
+    assert {"throttle", "slow", "break off", "stall", "expire"} <= set(s3.fault_counts)
+    s3.faults = lasting_faults
+    sentence = train("s3://trouble/continued", code=1)
+    assert "S3 asks for fewer requests, at s3://trouble/digits/" in sentence
+    s3.faults = no_faults
+    continued = train("s3://trouble/continued")
+    for run in (disturbed, continued):
+        assert run["metrics"] == pytest.approx(undisturbed["metrics"], abs=1e-5)
+        assert not storage.exists(f"{run['bundle'].removesuffix('/bundle')}/bad_images.csv")
+    with capsys.disabled():
+        print(f"\ntrain: {dict(s3.fault_counts)}; {sentence}")
+
+
+def test_predict(s3, digits, onnx_bundle, start_job, capsys):
+    storage.copy_folder(str(digits), "s3://trouble/digits")
+    storage.copy_folder(onnx_bundle, "s3://trouble/bundle")
+    command = ["predict", "--input", "s3://trouble/digits", "--bundle", "s3://trouble/bundle", "--engine", "onnx"]
+    command += ["--rows-per-part", "32"]
+
+    def predict(output, code=0):
+        return result(start_job(*command, "--output", output), code)
+
+    predict("s3://trouble/undisturbed")
+    s3.forget_requests()
+    s3.faults = passing_faults
+    predict("s3://trouble/disturbed")
+    assert {"throttle", "slow", "break off", "stall", "expire"} <= set(s3.fault_counts)
+    s3.faults = lasting_faults
+    sentence = predict("s3://trouble/continued", code=1)
+    assert "images have no row, because storage was in trouble" in sentence
+    left = rows("s3://trouble/continued")
+    s3.faults = no_faults
+    assert predict("s3://trouble/continued")["errors"] == 0
+    expected = rows("s3://trouble/undisturbed")
+    assert len(expected) == 200
+    assert rows("s3://trouble/disturbed") == expected
+    assert rows("s3://trouble/continued") == expected
+    assert left == [row for row in expected if "/digits/3/" not in row["uri"] and "/digits/4/" not in row["uri"]]
+    with capsys.disabled():
+        print(f"\npredict: {dict(s3.fault_counts)}; {sentence}")
+
+
+def test_serve(s3, digits, onnx_bundle, start_job, capsys):
+    storage.copy_folder(onnx_bundle, "s3://trouble/bundle")
+    image = next(digits.glob("*/*.png")).read_bytes()
+    s3.faults = lambda method, path, before: "throttle"
+    refused = start_job("serve", "--bundle", "s3://trouble/bundle")
+    assert refused.wait(300) == 1
+    sentence = refused.err.read_text().splitlines()[-1]
+    assert sentence.startswith("Error: S3 asks for fewer requests, at s3://trouble/bundle")
+    s3.forget_requests()
+    s3.faults = passing_faults
+    service = Service(start_job, "--bundle", "s3://trouble/bundle", "--engine", "onnx")
+    status, before = send(service.address, image, "json")
+    assert status == 200
+    s3.faults = lambda method, path, before: "stall"
+    status, during = send(service.address, image, "json")
+    assert status == 200
+    answers = [json.loads(text) for text in (before, during)]
+    for answer in answers:
+        del answer["request_id"]
+    assert answers[0] == answers[1]
+    with capsys.disabled():
+        print(f"\nserve: {dict(s3.fault_counts)}; {sentence}")

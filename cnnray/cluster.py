@@ -146,7 +146,7 @@ def connected() -> Iterator[Resources]:
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
     # Without the address, Ray Train's own actors look for a cluster on their machine. If there are several, they may
     # find another one, and the CPUs of a stopped trial then stay reserved for ever.
-    variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or f"{ray.util.get_node_ip_address()}:{_own_port()}"
+    variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or own_address()
     variables = {name: value for name, value in variables.items() if name not in submitted}
     if starts_own():
         # This machine will not be preempted, and Ray Train's watcher would log an error.
@@ -179,12 +179,20 @@ def connected() -> Iterator[Resources]:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
 
 
-def _own_port() -> int:
-    """A free port for the Ray that this process starts, which reads it from the environment."""
+def own_address() -> str:
+    """The address of the Ray that this process starts next, which reads its port from RAY_GCS_SERVER_PORT."""
+    import ray
+
+    port = free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    return f"{ray.util.get_node_ip_address()}:{port}"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port: int = listener.getsockname()[1]
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     return port
 
 

@@ -6,6 +6,7 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
+from cnnray import cluster
 from tests.s3_proxy import Proxy
 
 _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -40,7 +41,17 @@ def s3_proxy():
 @pytest.fixture(scope="session", autouse=True)
 def ray_cluster(s3_proxy):
     """One local cluster for the session, with more CPUs than the machine has, so that tests never wait."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=True, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        logging_level="ERROR",
+        # Ray Train's cleaner asks the dashboard of RAY_ADDRESS, by default at 8265, whether a run is alive. If the
+        # dashboard of another Ray on this machine answered, it would end the run.
+        include_dashboard=False,
+        dashboard_port=cluster.free_port(),
+        runtime_env={"env_vars": {"RAY_ADDRESS": cluster.own_address()}},
+    )
+    os.environ.pop("RAY_GCS_SERVER_PORT")
     yield
     _shut_down()
 

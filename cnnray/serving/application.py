@@ -45,6 +45,7 @@ _DESCRIPTIONS = {
     413: "The body, the image or the number of images is too large.",
     415: "The body is not an image of a supported type.",
     422: "The image is damaged, or a parameter is out of range.",
+    500: "The network gives values that are no probabilities, or the service has a bug.",
     503: "The service is overloaded, too slow or starting: try again.",
 }
 FAILURES: dict[int | str, dict[str, Any]] = {

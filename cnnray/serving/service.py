@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import Request
 
 from cnnray.images.decode import BadImage, decode
+from cnnray.models.predictor import NO_PROBABILITIES, find_unusable
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
@@ -22,7 +23,10 @@ log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
-STATUS_BY_REASON = {"empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415}
+STATUS_BY_REASON = {
+    "empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
+    NO_PROBABILITIES: 500,
+}  # fmt: skip
 """HTTP status for an image that cannot be used, by `BadImage.reason`; 422 for other reasons."""
 
 
@@ -117,7 +121,7 @@ class Service:
         return content
 
     async def classify(self, served: ServedModel, images: Sequence[bytes]) -> list[Probabilities | BadImage]:
-        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image cannot be used.
+        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image has none.
 
         Raises:
             RequestError: 503, it takes longer than the settings allow.
@@ -129,26 +133,31 @@ class Service:
         """Classify encoded images, all of which must be usable: probabilities, float32 (N, classes).
 
         Raises:
-            RequestError: an image cannot be used; 503, it takes longer than the settings allow.
+            RequestError: an image cannot be used, the message says at which index; 503, it takes longer than the
+                settings allow.
         """
         rows = await self.classify(served, images)
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if isinstance(row, BadImage):
-                raise RequestError(STATUS_BY_REASON.get(row.reason, 422), f"Image {number} cannot be used: {row}.")
+                raise _refusal(index, row)
         return np.stack([row for row in rows if not isinstance(row, BadImage)])
 
     async def classify_pixels(self, served: ServedModel, images: Images) -> Probabilities:
         """Classify decoded images, uint8 (N, size, size, 3): probabilities, float32 (N, classes).
 
         Raises:
-            RequestError: 503, it takes longer than the settings allow.
+            RequestError: 500, the network gives no probabilities for an image; 503, it takes longer than the settings
+                allow.
         """
         start = time.perf_counter()
         async with self._answer_timeout():
-            rows = await asyncio.gather(*(served.batcher(image) for image in images))
+            rows = np.stack(await asyncio.gather(*(served.batcher(image) for image in images)))
         self.metrics.record_stage("predict", time.perf_counter() - start)
-        self._record_predictions(served, rows)
-        return np.stack(rows)
+        for index, error in find_unusable(rows).items():
+            raise _refusal(index, error)
+        for row in rows:
+            self._record_prediction(served, row)
+        return rows
 
     def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
         assert self.settings is not None
@@ -164,7 +173,9 @@ class Service:
             return pixels
         row = await served.batcher(pixels)
         self.metrics.record_stage("predict", time.perf_counter() - decoded)
-        self._record_predictions(served, [row])
+        if error := find_unusable(row[None]).get(0):
+            return error
+        self._record_prediction(served, row)
         return row
 
     def _decode(self, served: ServedModel, image: bytes) -> Images | BadImage:
@@ -175,11 +186,17 @@ class Service:
         except BadImage as error:
             return error
 
-    def _record_predictions(self, served: ServedModel, rows: Sequence[Probabilities]) -> None:
-        for row in rows:
-            best = int(row.argmax())
-            label = served.bundle.info.class_names[best]
-            self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
+    def _record_prediction(self, served: ServedModel, row: Probabilities) -> None:
+        best = int(row.argmax())
+        label = served.bundle.info.class_names[best]
+        self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
+
+
+def _refusal(index: int, error: BadImage) -> RequestError:
+    """The error of a request that has an image which cannot be used, and a response without a place to say so."""
+    return RequestError(
+        STATUS_BY_REASON.get(error.reason, 422), f"The image at index {index} cannot be used: {error}."
+    )
 
 
 @contextlib.asynccontextmanager

@@ -2,12 +2,15 @@
 
 import asyncio
 import base64
+import io
 import json
 import re
 import threading
 from importlib.resources import files
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cnnray.images.decode import BadImage
 from cnnray.models.bundle import Bundle
@@ -15,7 +18,7 @@ from cnnray.models.predictor import Predictor
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.awkward import awkward_images, bad_images
-from tests.unit.serving.conftest import GOOD
+from tests.unit.serving.conftest import GOOD, SIZE
 
 
 def _check(answer, expected):
@@ -157,6 +160,37 @@ def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
     assert response.json() == {"error": "Internal error.", "request_id": response.headers["x-request-id"]}
 
 
+def test_values_that_are_no_probabilities_are_an_error_in_every_protocol(start_client, monkeypatch):
+    client, black = start_client(), np.zeros((SIZE, SIZE, 3), np.uint8)
+    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
+
+    def run(images):
+        rows = np.full((len(images), 3), 1 / 3, np.float32)
+        rows[~images.any((1, 2, 3))] = np.nan
+        return rows
+
+    monkeypatch.setattr(served.batcher, "_run", run)
+    buffer = io.BytesIO()
+    Image.fromarray(black).save(buffer, "PNG")
+    bad, texts = buffer.getvalue(), [base64.b64encode(data).decode() for data in (GOOD, buffer.getvalue())]
+    sentence = "cannot be used: no probabilities: the network's output is not finite."
+    response = client.post("/predict", files={"image": ("a", bad)})
+    assert (response.status_code, response.json()["error"]) == (500, f"The image {sentence}")
+    good, error = client.post("/predict", json={"images": texts}).json()
+    assert (good["confidence"], error["status"], error["error"]) == (pytest.approx(1 / 3), 500, f"The image {sentence}")
+    pixels = np.stack([black + 1, black])
+    encoded = {"name": "image_bytes", "datatype": "BYTES", "shape": [2], "data": texts}
+    decoded = {"name": "image", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.ravel().tolist()}
+    for path, content in (
+        ("/v2/models/colours/infer", {"inputs": [encoded]}),
+        ("/v2/models/colours/infer", {"inputs": [decoded]}),
+        ("/v1/models/colours:predict", {"instances": [{"b64": text} for text in texts]}),
+        ("/v1/models/colours:predict", {"instances": pixels.tolist()}),
+    ):
+        response = client.post(path, json=content)
+        assert (response.status_code, response.json()["error"]) == (500, f"The image at index 1 {sentence}")
+
+
 def test_the_api_key(start_client):
     client = start_client(api_key="geheim")
     for headers in ({}, {"x-api-key": "x"}, {"authorization": "Bearer x"}, {"authorization": "Basic geheim"}):
@@ -195,7 +229,7 @@ def test_the_page_needs_nothing_from_elsewhere(client):
 def test_every_answer_is_in_the_description_of_the_api(client):
     paths = client.get("/openapi.json").json()["paths"]
     responses = paths["/predict"]["post"]["responses"]
-    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "503"}
+    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "500", "503"}
     assert set(paths["/predict"]["post"]["requestBody"]["content"]) == {
         "multipart/form-data", "image/*", "application/octet-stream", "application/json",
     }  # fmt: skip

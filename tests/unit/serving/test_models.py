@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
 from starlette.testclient import TestClient
 
 from cnnray import commandline
+from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
@@ -44,6 +46,11 @@ def test_models_change_while_the_present_ones_answer(start_client, bundle, newer
     client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
     assert "is not a bundle" in client.get("/metadata").json()["problem"]
     assert len(service.models.versions("colours")) == 2
+    damaged = Bundle.load(bundle).model
+    damaged.get_layer("logits").bias.assign([np.nan] * 3)
+    bundles.save(damaged, Bundle.load(bundle).info, tmp_path / "damaged")
+    client.portal.call(service.change_settings, settings(("colours", str(tmp_path / "damaged"), 1.0)))
+    assert "of a black image are not finite" in client.get("/metadata").json()["problem"]
     client.portal.call(service.change_settings, settings(("colours", newer, 1.0)))
     assert client.get("/metadata").json()["problem"] is None
     assert client.post("/predict", files={"image": ("a", GOOD)}).json()["model"] == Bundle.load(newer).version

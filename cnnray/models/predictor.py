@@ -119,7 +119,7 @@ class Predictor:
 def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]:
     """Find the rows that are no probabilities: a value is not finite, or all are zero.
 
-    A network with damaged weights gives such rows, or float16 arithmetic that overflows. They must not become answers.
+    Damaged weights give such rows, or float16 arithmetic that overflows. They must not become answers.
 
     Args:
         probabilities: float32 (N, classes), from an engine.
@@ -127,12 +127,13 @@ def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]
     Returns:
         By index of the row, an error with the reason `NO_PROBABILITIES`. Usually empty.
     """
-    finite, positive = np.isfinite(probabilities).all(axis=1), probabilities.any(axis=1)
+    unusable = ~np.isfinite(probabilities).all(axis=1) | ~probabilities.any(axis=1)
     return {
         int(index): BadImage(
-            NO_PROBABILITIES, f"the network's output is {'zero for each class' if finite[index] else 'not finite'}"
+            NO_PROBABILITIES,
+            f"the network's output is {'not finite' if probabilities[index].any() else 'zero for each class'}",
         )
-        for index in np.flatnonzero(~(finite & positive))
+        for index in np.flatnonzero(unusable)
     }
 
 

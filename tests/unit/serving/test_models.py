@@ -114,6 +114,19 @@ def test_the_earlier_form_of_bundle_and_canary_is_read(tmp_path):
     assert dataclasses.replace(ServeConfig(bundle=bundle, canary=canary), port=1).models == config.models
 
 
+def test_a_path_that_exists_is_one_bundle_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dt=1/bundle", "a,b=2", "1/bundle"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("dt=1/bundle", "./dt=1/bundle", "a,b=2", f"{tmp_path}/dt=1/bundle"):
+        config = ServeConfig(bundle=name)
+        assert config.settings.models == (ModelSettings(name="model", uri=str(tmp_path / name)),)
+        assert dataclasses.replace(config, port=1).models is None
+    assert _shares(ServeConfig(bundle="cats=1/bundle")) == [("cats", f"{tmp_path}/1/bundle", 1.0)]
+    both = ServeConfig(bundle="dt=1/bundle,model=1/bundle")
+    assert _shares(both) == [("model", f"{tmp_path}/dt=1/bundle", 0.0), ("model", f"{tmp_path}/1/bundle", 1.0)]
+
+
 def _models(*versions):
     """`models` for versions (NAME, URI) or (NAME, URI, SHARE); no bundle."""
     return {"bundle": None, "models": [dict(zip(("name", "uri", "share"), v, strict=False)) for v in versions]}

@@ -14,7 +14,7 @@ from fastapi import Request
 from cnnray.images.decode import BadImage, decode
 from cnnray.models.predictor import NO_PROBABILITIES, find_unusable
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.bodies import RequestError
+from cnnray.serving.bodies import NOT_BASE64, RequestError
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
 STATUS_BY_REASON = {
-    "empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
+    "empty": 400, NOT_BASE64: 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
     NO_PROBABILITIES: 500,
 }  # fmt: skip
 """HTTP status for an image that cannot be used, by `BadImage.reason`; 422 for other reasons."""
@@ -120,8 +120,12 @@ class Service:
         self.metrics.record_stage("read", time.perf_counter() - start)
         return content
 
-    async def classify(self, served: ServedModel, images: Sequence[bytes]) -> list[Probabilities | BadImage]:
+    async def classify(
+        self, served: ServedModel, images: Sequence[bytes | BadImage]
+    ) -> list[Probabilities | BadImage]:
         """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image has none.
+
+        An image that could not be read from the request keeps its place and its error.
 
         Raises:
             RequestError: 503, it takes longer than the settings allow.
@@ -129,7 +133,7 @@ class Service:
         async with self._answer_timeout():
             return await asyncio.gather(*(self._classify(served, image) for image in images))
 
-    async def classify_all(self, served: ServedModel, images: Sequence[bytes]) -> Probabilities:
+    async def classify_all(self, served: ServedModel, images: Sequence[bytes | BadImage]) -> Probabilities:
         """Classify encoded images, all of which must be usable: probabilities, float32 (N, classes).
 
         Raises:
@@ -164,7 +168,9 @@ class Service:
         seconds = self.settings.timeout_seconds
         return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
 
-    async def _classify(self, served: ServedModel, image: bytes) -> Probabilities | BadImage:
+    async def _classify(self, served: ServedModel, image: bytes | BadImage) -> Probabilities | BadImage:
+        if isinstance(image, BadImage):
+            return image
         start = time.perf_counter()
         pixels = await asyncio.get_running_loop().run_in_executor(self._decoding, self._decode, served, image)
         decoded = time.perf_counter()

@@ -70,7 +70,8 @@ def wait_until_served(
         elif now - progressed_at > _ANSWER_SECONDS:
             raise ServingError(
                 f"{address} has not reported the new models for {_ANSWER_SECONDS:g} seconds, and the service is "
-                f"{status or 'not there'}: does Serve listen elsewhere, or does somebody else change the service?"
+                f"{status or 'not there'}: Serve listens elsewhere, or has another CNNRAY_API_KEY, or somebody else "
+                "changes the service."
             )
         if started or status == "RUNNING":
             served, problem = _fetch_versions(address)

@@ -219,6 +219,14 @@ def resources() -> Resources:
     )
 
 
+def free_resources() -> Resources:
+    """What nothing uses of the cluster's resources, node by node; a second old at most."""
+    from ray._private.state import available_resources_per_node
+
+    nodes = available_resources_per_node().values()
+    return Resources(tuple(Node(cpus=node.get("CPU", 0.0), gpus=node.get("GPU", 0.0)) for node in nodes))
+
+
 class Shortage:
     """The wait of a job for missing nodes: logged when it begins and every minute, and limited in time."""
 

@@ -1,10 +1,17 @@
-"""More than 300 damaged images and files that are not images, each with a name that says what was done to it."""
+"""More than 300 damaged images and files that are not images, and malformed JSON for every route.
 
+Each has a name that says what was done to it.
+"""
+
+import copy
 import functools
 import io
+import json
 import random
 import struct
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +24,57 @@ _HEADS = (
     b"BM", b"P6\n4 4\n255\n", b"<?xml version='1.0'?><svg/>", b"{}", b"\xef\xbb\xbf", b"PK\x03\x04", b"%PDF-1.7",
     b"\0" * 5000,
 )  # fmt: skip
+
+
+_NOT_JSON = {
+    "nothing": b"", "half an object": b"{", "text behind it": b"{} x", "a comma too many": b'{"image": "",}',
+    "single quotes": b"{'image': ''}", "a comment": b"{} // x", "Latin-1": '{"image": "\xe9"}'.encode("latin-1"),
+    "UTF-16": "{}".encode("utf-16"), "a BOM": b"\xef\xbb\xbf{}", "zeros": bytes(100),
+    "100,000 keys, two alike": b'{"99999":0,' + json.dumps({str(key): 0 for key in range(100_000)}).encode()[1:],
+    "100,000 open lists": b"[" * 100_000, "100,000 open objects": b'{"image":' * 100_000,
+}  # fmt: skip
+_WRONG_VALUES = {
+    "null": "null", "true": "true", "a fraction": "0.5", "a negative number": "-1", "2 to the 64": str(2**64),
+    "5,000 digits": "9" * 5000, "an overflow": "1e999", "NaN": "NaN", "Infinity": "-Infinity", "a string": '"x"',
+    "half a surrogate pair": '"\\ud800"', "no list elements": "[]", "no keys": "{}", "a list of null": "[null]",
+    "an object": '{"x": {"b64": 1}}', "70 lists": "[" * 70 + "]" * 70, "5,000 lists": "[" * 5000 + "]" * 5000,
+    "600 objects": '{"b64":' * 600 + "1" + "}" * 600, "5,000 objects": '{"b64":' * 5000 + "1" + "}" * 5000,
+}  # fmt: skip
+_MARK = "@@"
+
+
+def malformed_json(valid: dict[str, Any]) -> dict[str, bytes]:
+    """Request bodies, by name, made from a valid one: no JSON, another value at each level, keys that repeat."""
+    bodies = dict(_NOT_JSON)
+    for path, value in _levels(valid):
+        where = ".".join(map(str, path)) or "the top"
+        for name, text in _WRONG_VALUES.items():
+            bodies[f"{name} at {where}"] = _with_text(valid, path, text)
+        if isinstance(value, dict):
+            text = json.dumps(value)
+            bodies[f"half a surrogate pair as a key at {where}"] = _with_text(
+                valid, path, '{"\\ud800": 1, ' + text[1:]
+            )
+            for key in value:
+                twice = f'{{"{key}": null, {text[1:]}'
+                bodies[f"{key} twice at {where}"] = _with_text(valid, path, twice)
+    return bodies
+
+
+def _levels(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each value inside a value of JSON, and its path; of lists the first element only."""
+    yield path, value
+    children = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from _levels(child, (*path, key))
+
+
+def _with_text(value: Any, path: tuple[Any, ...], text: str) -> bytes:
+    """JSON of a value in which the text stands at a path."""
+    root = [copy.deepcopy(value)]
+    *parents, last = (0, *path)
+    functools.reduce(lambda place, key: place[key], parents, root)[last] = _MARK
+    return json.dumps(root[0]).replace(f'"{_MARK}"', text).encode()
 
 
 def malformed_files() -> dict[str, bytes]:

@@ -61,7 +61,7 @@ class BadImage(BadInputError, ValueError):  # noqa: N818 - it is the image that 
     Attributes:
         reason: one of a few fixed words, for counting: `empty`, `too large`, `not an image`, `corrupt`,
             `too many pixels`, `unsupported`; and from reading: `missing`, `access denied`, `throttled`,
-            `unreadable`.
+            `unreadable`; and from classifying: `no probabilities`; and from HTTP: `not valid base64`.
         detail: what is wrong with this image.
     """
 

@@ -12,6 +12,8 @@ from cnnray.models import engines
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.runtimes import KerasEngine, NetworkOutputs
 
+NO_PROBABILITIES = "no probabilities"
+"""`BadImage.reason` of an image for which a network gives values that are no probabilities."""
 _DECODING_THREADS = 4
 
 
@@ -61,7 +63,7 @@ class Predictor:
         """Classify encoded images.
 
         Returns:
-            For each image, in order, its prediction, or the reason why it cannot be decoded.
+            For each image, in order, its prediction, or why it has none.
         """
         info = self.bundle.info
 
@@ -76,8 +78,10 @@ class Predictor:
         readable = [image for image in decoded if not isinstance(image, BadImage)]
         if not readable:
             return [image for image in decoded if isinstance(image, BadImage)]
-        rows = iter(self.probabilities(np.stack(readable)))
-        return [image if isinstance(image, BadImage) else self._make_prediction(next(rows)) for image in decoded]
+        probabilities = self.probabilities(np.stack(readable))
+        errors = find_unusable(probabilities)
+        answers = iter([errors.get(index) or self._make_prediction(row) for index, row in enumerate(probabilities)])
+        return [image if isinstance(image, BadImage) else next(answers) for image in decoded]
 
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Compute the probabilities of decoded images.
@@ -86,7 +90,7 @@ class Predictor:
             images: uint8 (N, size, size, 3), RGB.
 
         Returns:
-            float32 (N, classes).
+            float32 (N, classes), as the engine gives them: `find_unusable` says which rows must not be used.
         """
         return engines.predict_in_batches(self._engine, images, self._batch_size)
 
@@ -110,6 +114,27 @@ class Predictor:
         (order,) = rank_classes(probabilities[None], self._top_k)
         top_k = tuple((names[index], float(probabilities[index])) for index in order)
         return Prediction(top_k[0][0], top_k[0][1], top_k, probabilities)
+
+
+def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]:
+    """Find the rows that are no probabilities: a value is not finite, or all are zero.
+
+    Damaged weights give such rows, or float16 arithmetic that overflows. They must not become answers.
+
+    Args:
+        probabilities: float32 (N, classes), from an engine.
+
+    Returns:
+        By index of the row, an error with the reason `NO_PROBABILITIES`. Usually empty.
+    """
+    unusable = ~np.isfinite(probabilities).all(axis=1) | ~probabilities.any(axis=1)
+    return {
+        int(index): BadImage(
+            NO_PROBABILITIES,
+            f"the network's output is {'not finite' if probabilities[index].any() else 'zero for each class'}",
+        )
+        for index in np.flatnonzero(unusable)
+    }
 
 
 def rank_classes(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:

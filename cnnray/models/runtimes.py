@@ -216,7 +216,8 @@ class RescaledEngine:
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`. softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised."""
         powers = self._engine(images) ** np.float32(self._exponent)
-        return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
+        # An int8 engine may give zeros only, which stay zeros.
+        return np.asarray(powers / np.maximum(powers.sum(1, keepdims=True), np.finfo(np.float32).tiny), np.float32)
 
 
 def _set_threads(threads: int) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
@@ -21,6 +23,8 @@ from cnnray.serving.schema import Answer, Failure, ImageFailure, JsonImages, Met
 from cnnray.serving.service import STATUS_BY_REASON, Service
 
 _RETRY_AFTER = {"Retry-After": "1"}
+_ONLY_THIS_HOST = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"}
+"""Header of pages: browsers load nothing from other hosts, which a cluster without internet could not reach."""
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY = {
     "required": True,
@@ -45,6 +49,7 @@ _DESCRIPTIONS = {
     413: "The body, the image or the number of images is too large.",
     415: "The body is not an image of a supported type.",
     422: "The image is damaged, or a parameter is out of range.",
+    500: "The network gives values that are no probabilities, or the service has a bug.",
     503: "The service is overloaded, too slow or starting: try again.",
 }
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -81,6 +86,7 @@ def create_application(service: Service, api_key: str | None = None, *, adds_req
         version=importlib.metadata.version("cnnray"),
         description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "
         "TensorFlow Serving's REST API (/v1).",
+        docs_url=None,  # FastAPI's page loads its scripts from the web
         redoc_url=None,
     )
     app.state.service = service
@@ -89,6 +95,8 @@ def create_application(service: Service, api_key: str | None = None, *, adds_req
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
+    app.add_api_route("/docs", _docs, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
+    app.mount("/docs", StaticFiles(directory=str(files("fastapi_offline").joinpath("static"))))
     app.add_api_route("/health/live", _live, methods=["GET"], tags=["health"])
     app.add_api_route("/health/ready", _ready, methods=["GET"], tags=["health"], responses={503: FAILURES[503]})
     app.add_api_route("/metadata", _metadata, methods=["GET"], responses=_failures(401, 503))
@@ -140,10 +148,24 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _page() -> HTMLResponse:
-    return HTMLResponse(_PAGE)
+    return HTMLResponse(_PAGE, headers=_ONLY_THIS_HOST)
 
 
 _PAGE = files("cnnray.serving").joinpath("page.html").read_text()
+
+
+async def _docs() -> HTMLResponse:
+    """Swagger UI, with the scripts that come with fastapi-offline."""
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="cnnray",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},  # by default, a service on the web validates the description
+    )
+    page.headers.update(_ONLY_THIS_HOST)
+    return page
 
 
 async def _live() -> Ready:

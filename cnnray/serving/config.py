@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cnnray import flags
 from cnnray.models import engines
@@ -61,7 +62,8 @@ class ServeConfig:
     gpus_per_replica: float = 0.0
     """GPUs of each replica."""
     wait_minutes: float = 0.0
-    """Minutes that the job waits for nodes if the smallest number of replicas does not fit the cluster."""
+    """Minutes that the job waits if the cluster, or what others leave free of it, has no room for the smallest number
+    of replicas."""
     max_queued_requests: int = 128
     """Largest number of requests that wait in a replica; further ones are answered with 503."""
     max_mebibytes: float = 32.0
@@ -186,15 +188,16 @@ def _read_earlier_form(bundle: str, canary: str | None) -> list[ModelVersion]:
 
     Args:
         bundle: a URI, or several, separated by commas. Each is preceded by NAME= or is a version of `DEFAULT_NAME`.
+            A local path that exists is one bundle, even with commas or = in it.
         canary: NAME=SHARE for models with several versions, separated by commas.
 
     Raises:
         ValueError: they cannot be read, in one sentence.
     """
     models: list[ModelVersion] = []
-    for text in _split(bundle):
+    for text in [bundle] if _is_path(bundle) else _split(bundle):
         name, equals, uri = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not _NAME.fullmatch(name) or _is_path(text):
             name, uri = DEFAULT_NAME, text
         models.append(ModelVersion(name=name, uri=flags.absolute("bundle", uri)))
     if not models:
@@ -213,6 +216,11 @@ def _read_earlier_form(bundle: str, canary: str | None) -> list[ModelVersion]:
         newest = versions[-1]
         models[newest] = replace(models[newest], share=share)
     return models
+
+
+def _is_path(text: str) -> bool:
+    """Whether a local file or folder has this path."""
+    return bool(text) and Path(text).expanduser().exists()
 
 
 def _split(text: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import logging
 import os
 import signal
@@ -10,7 +9,6 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.request
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ import yaml
 
 import cnnray
 from cnnray import cluster, paths
-from cnnray.errors import PermanentError
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.serving.config import ServeConfig
+from cnnray.serving.rollout import APPLICATION, DEPLOYMENT, ServingError, Versions, wait_until_served
 
 log = logging.getLogger(__name__)
 
-APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
 ON_NODES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -38,13 +35,6 @@ one event loop, and headers that are not UTF-8 do not make Ray answer 500."""
 
 _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
-
-Versions = dict[str, list[tuple[str, float]]]
-"""By name of a model: its versions, older ones first, and their shares."""
-
-
-class ServingError(PermanentError, RuntimeError):
-    """The service cannot be started; the message is one sentence for the user."""
 
 
 def check_bundles(config: ServeConfig) -> Versions:
@@ -141,7 +131,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
     Raises:
         BundleError, OSError: a bundle cannot be read.
-        ClusterError: the cluster cannot be reached, or has no room for the replicas.
+        ClusterError: the cluster cannot be reached, or has no room for the replicas, or others hold it.
         ServingError: the service does not start.
     """
     import ray
@@ -252,7 +242,8 @@ def _deploy(config: ServeConfig, versions: Versions, max_replicas: int, stop: th
     """Deploy, and wait until the replicas serve these versions.
 
     Raises:
-        ServingError: they do not. A service that was running before is restored.
+        ServingError, ClusterError: they do not. The service that was running before is restored; if there was none,
+            the new one is removed.
     """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -271,12 +262,12 @@ def _deploy(config: ServeConfig, versions: Versions, max_replicas: int, stop: th
     address = f"http://{host}:{config.port}"
     client.deploy_applications(configuration)
     try:
-        replicas = _wait_until_served(client, address, versions, stop)
-    except ServingError:
-        if restored := earlier.get(APPLICATION, {}).get("deployed_app_config"):
-            # Running replicas keep their models, but a new replica would start with the settings that fail.
-            others = configuration["applications"][1:]
-            client.deploy_applications(configuration | {"applications": [restored, *others]})
+        replicas = wait_until_served(client, address, config, versions, stop)
+    except (ServingError, cluster.ClusterError):
+        # Running replicas keep their models, but a new replica would start with the settings that fail.
+        restored = earlier.get(APPLICATION, {}).get("deployed_app_config")
+        others = configuration["applications"][1:]
+        client.deploy_applications(configuration | {"applications": [restored, *others] if restored else others})
         raise
     return {"address": address, "models": _uris_by_name(config), "replicas": replicas}
 
@@ -294,61 +285,6 @@ def _runtime_environment() -> dict[str, Any]:
         pin_runtime_env_uri(environment["working_dir"], expiration_s=_PIN_SECONDS)
     variables = storage.cluster_environment() | environment.get("env_vars", {})
     return environment | ({"env_vars": variables} if variables else {})
-
-
-def _wait_until_served(client: Any, address: str, versions: Versions, stop: threading.Event) -> int:
-    """Wait until the service runs and its replicas report these versions, or until `stop` is set.
-
-    Returns:
-        The number of replicas.
-
-    Raises:
-        ServingError: the service cannot start or cannot load the models.
-    """
-    agreed, replicas = 0, 0
-    while not stop.wait(0.3):
-        application = client.get_serve_details()["applications"].get(APPLICATION, {})
-        if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServingError(f"The service does not start: {_failure_reason(application)}")
-        if application.get("status") != "RUNNING":
-            continue
-        replicas = len(application["deployments"][DEPLOYMENT]["replicas"])
-        served, problem = _fetch_versions(address)
-        if problem:
-            raise ServingError(f"The models cannot be served: {problem}")
-        # Each request may reach another replica.
-        agreed = agreed + 1 if served == versions else 0
-        if agreed > 2 * replicas:
-            break
-    return replicas
-
-
-def _fetch_versions(address: str) -> tuple[Versions | None, str | None]:
-    """The versions that a replica reports, and why its last change failed; None, None if it does not answer."""
-    key = os.environ.get("CNNRAY_API_KEY")
-    request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            metadata = json.loads(answer.read())
-    except (OSError, ValueError):  # the replica is starting or stopping
-        return None, None
-    served = {
-        name: [(version["version"], version["share"]) for version in versions]
-        for name, versions in metadata["models"].items()
-    }
-    return served, metadata["problem"]
-
-
-def _failure_reason(application: dict[str, Any]) -> str:
-    """Why Serve could not start the application, in one line."""
-    messages: list[str] = [
-        application.get("message", ""),
-        *(deployment.get("message", "") for deployment in application.get("deployments", {}).values()),
-    ]
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    # If there is a traceback, its last line.
-    errors = [line for line in lines if "Error" in line and not line.startswith(("File", "Traceback"))]
-    return (errors or lines or ["no reason is given"])[-1]
 
 
 def _log_usage(address: str, gcs_address: str, dashboard_address: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnray.errors import BadInputError
 from cnnray.models import engines, startup
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
 from cnnray.serving.batching import Batcher
 from cnnray.serving.settings import Settings
@@ -120,7 +120,9 @@ class Loader:
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
         size = bundle.info.image_size
         for count in _warm_up_sizes(batch_size):
-            predictor.probabilities(np.zeros((count, size, size, 3), np.uint8))
+            rows = predictor.probabilities(np.zeros((count, size, size, 3), np.uint8))
+            if not np.isfinite(rows).all():
+                raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
         log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)
         return ServedModel(
             name=name,

@@ -6,18 +6,23 @@ The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With
 """
 
 import importlib.metadata
+import itertools
 import json
+import math
+import reprlib
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.bodies import RequestError, decode_base64, describe_error, parse_body, read_body
+from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_model, read_body
 from cnnray.serving.models import ServedModel
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
@@ -27,30 +32,53 @@ router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 _HEADER_LENGTH = "inference-header-content-length"
 
 
+Integer = Annotated[int, pydantic.Field(strict=True, lt=2**63)]
+Flag = Annotated[bool, pydantic.Field(strict=True)]
+
+
+class InputParameters(pydantic.BaseModel):
+    """Parameters of an input tensor; others are ignored."""
+
+    binary_data_size: Integer | None = None
+
+
 class InferInput(pydantic.BaseModel):
     """An input tensor. Its content is in `data` or, with the parameter `binary_data_size`, behind the JSON."""
 
     name: str
-    shape: list[int]
+    shape: list[Integer]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
+
+
+class OutputParameters(pydantic.BaseModel):
+    """Parameters of an output tensor; others are ignored."""
+
+    binary_data: Flag | None = None
+    classification: Annotated[Integer, pydantic.Field(ge=1)] | None = None
 
 
 class InferOutput(pydantic.BaseModel):
     """A requested output tensor."""
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(pydantic.BaseModel):
+    """Parameters of a request; others are ignored."""
+
+    binary_data_output: Flag = False
 
 
 class InferRequest(pydantic.BaseModel):
     """A request with one of the two inputs. Without `outputs`, the response has all outputs."""
 
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: RequestParameters = RequestParameters()
     inputs: list[InferInput] = pydantic.Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = None
+    outputs: list[InferOutput] | None = pydantic.Field(None, max_length=16)
 
 
 _BODY = {
@@ -134,23 +162,22 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
 # -- requests -------------------------------------------------------------------------------------------------
 
 
-async def _read(request: Request, settings: Settings) -> tuple[InferRequest, list[bytes] | Images]:
+async def _read(request: Request, settings: Settings) -> tuple[InferRequest, list[bytes | BadImage] | Images]:
     """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
     body, length = await read_body(request, settings), request.headers.get(_HEADER_LENGTH)
     return await parse_body(lambda content: _parse(content, length, settings), body)
 
 
-def _parse(body: bytes, length: str | None, settings: Settings) -> tuple[InferRequest, list[bytes] | Images]:
-    if length is not None and not (length.isdecimal() and int(length) <= len(body)):
-        raise RequestError(400, f"{_HEADER_LENGTH} is {length!r}, and the body has {len(body)} bytes.")
-    end = len(body) if length is None else int(length)
-    try:
-        infer_request = InferRequest.model_validate_json(body[:end])
-    except pydantic.ValidationError as error:
-        raise RequestError(400, f"The JSON cannot be read: {describe_error(error)}.") from None
+def _parse(
+    body: bytes, length: str | None, settings: Settings
+) -> tuple[InferRequest, list[bytes | BadImage] | Images]:
+    end = len(body) if length is None else _header_length(length, len(body))
+    infer_request = parse_model(InferRequest, body[:end])
     for output in infer_request.outputs or []:
         if output.name not in ("probabilities", "label"):
-            raise RequestError(400, f"There is no output {output.name!r}; there are probabilities and label.")
+            raise RequestError(
+                400, f"There is no output {reprlib.repr(output.name)}; there are probabilities and label."
+            )
     (tensor,) = infer_request.inputs
     count = tensor.shape[0] if tensor.shape else 0
     if not 1 <= count <= settings.max_images:
@@ -158,12 +185,23 @@ def _parse(body: bytes, length: str | None, settings: Settings) -> tuple[InferRe
     if (tensor.name, tensor.datatype) == ("image_bytes", "BYTES") and tensor.shape in ([count], [count, 1]):
         return infer_request, _parse_strings(tensor, body[end:], count)
     if (tensor.name, tensor.datatype) == ("image", "UINT8") and len(tensor.shape) == 4:
-        return infer_request, _parse_pixels(tensor, body[end:])
+        return infer_request, _parse_pixels(tensor, body[end:], count)
     raise RequestError(
         400,
-        f"The input is {tensor.name!r}, {tensor.datatype} {tensor.shape}; expected 'image', UINT8 "
-        "[N, size, size, 3], or 'image_bytes', BYTES [N].",
+        f"The input is {reprlib.repr(tensor.name)}, {reprlib.repr(tensor.datatype)} {reprlib.repr(tensor.shape)}; "
+        "expected 'image', UINT8 [N, size, size, 3], or 'image_bytes', BYTES [N].",
     )
+
+
+def _header_length(text: str, body: int) -> int:
+    """The length of the JSON at the start of a body of `body` bytes.
+
+    Raises:
+        RequestError: 400, the text is no such length.
+    """
+    if not (text.isdecimal() and len(text) < 20 and int(text) <= body):
+        raise RequestError(400, f"{_HEADER_LENGTH} is {reprlib.repr(text)}, and the body has {body} bytes.")
+    return int(text)
 
 
 def _is_binary(tensor: InferInput, binary: bytes) -> bool:
@@ -172,17 +210,18 @@ def _is_binary(tensor: InferInput, binary: bytes) -> bool:
     Raises:
         RequestError: 400, there is no content, or its size is wrong.
     """
-    size = tensor.parameters.get("binary_data_size")
+    size = tensor.parameters.binary_data_size
     if size is not None and size != len(binary):
-        raise RequestError(400, f"binary_data_size is {size!r}, and {len(binary)} bytes follow the JSON.")
+        raise RequestError(400, f"binary_data_size is {size}, and {len(binary)} bytes follow the JSON.")
     if size is None and tensor.data is None:
-        raise RequestError(400, f"The input {tensor.name!r} has no data.")
+        raise RequestError(400, f"The input {tensor.name} has no data.")
     return size is not None
 
 
-def _parse_strings(tensor: InferInput, binary: bytes, count: int) -> list[bytes]:
-    elements: list[bytes] = []
-    if _is_binary(tensor, binary):
+def _parse_strings(tensor: InferInput, binary: bytes, count: int) -> list[bytes | BadImage]:
+    elements: list[Any] = []
+    is_binary = _is_binary(tensor, binary)
+    if is_binary:
         offset = 0
         while offset + 4 <= len(binary):
             (length,) = struct.unpack_from("<I", binary, offset)
@@ -191,37 +230,60 @@ def _parse_strings(tensor: InferInput, binary: bytes, count: int) -> list[bytes]
         if offset != len(binary):
             raise RequestError(400, "The elements of image_bytes do not fill its binary data.")
     else:
-        texts = [text for item in tensor.data or [] for text in (item if isinstance(item, list) else [item])]
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError(400, "The elements of image_bytes are not strings (of base64).")
-        elements = [decode_base64(text) for text in texts]
+        elements = [text for item in tensor.data or [] for text in (item if isinstance(item, list) else [item])]
     if len(elements) != count:
         raise RequestError(400, f"image_bytes has {len(elements)} elements, and its shape says {count}.")
-    return elements
+    return elements if is_binary else [_decode(text, index) for index, text in enumerate(elements)]
 
 
-def _parse_pixels(tensor: InferInput, binary: bytes) -> Images:
+def _decode(text: Any, index: int) -> bytes | BadImage:
+    if not isinstance(text, str):
+        raise RequestError(400, f"The image at index {index} is no string (of base64).")
+    return decode_base64(text)
+
+
+def _parse_pixels(tensor: InferInput, binary: bytes, count: int) -> Images:
+    size = math.prod(tensor.shape[1:]) if min(tensor.shape) > 0 else -1
     if _is_binary(tensor, binary):
-        values: Any = np.frombuffer(binary, np.uint8)
-    else:
-        values = pixels_from_lists(tensor.data)
-    if min(tensor.shape) < 1 or values.size != int(np.prod([*map(int, tensor.shape)], dtype=object)):
-        raise RequestError(400, f"image has {values.size} values, and its shape is {tensor.shape}.")
-    return np.asarray(values.reshape(tensor.shape))
+        if len(binary) != count * size:
+            raise RequestError(400, f"image has {len(binary)} values, and its shape is {tensor.shape}.")
+        return np.frombuffer(binary, np.uint8).reshape(tensor.shape)
+    # The values of an image follow those of the image before, and may be nested.
+    values = tensor.data or []
+    step = max(1, len(values) // count)
+    images = pixels_from_lists([values[start : start + step] for start in range(0, len(values), step)])
+    for index, image in enumerate(images):
+        if image.size != size or index >= count:
+            raise RequestError(
+                400, f"The image at index {index} has {image.size} values, and its shape is {tensor.shape[1:]}."
+            )
+    if len(images) != count:
+        raise RequestError(400, f"image has {len(images)} images, and its shape is {tensor.shape}.")
+    return np.stack([image.reshape(tensor.shape[1:]) for image in images])
 
 
-def pixels_from_lists(values: Any) -> Images:
-    """Nested lists of integers from 0 to 255 as a uint8 array.
+def pixels_from_lists(images: Sequence[Any]) -> list[Images]:
+    """Images as nested lists of integers from 0 to 255, each as a uint8 array of its own shape.
 
     Raises:
-        RequestError: 400, the values are something else.
+        RequestError: 400, the values are something else; the message says at which index.
     """
+    return [_image_from_lists(values, index) for index, values in enumerate(images)]
+
+
+def _image_from_lists(values: Any, index: int) -> Images:
     try:
         pixels = np.asarray(values)
     except ValueError:
-        raise RequestError(400, "The lists of pixels are not all of the same length.") from None
-    if pixels.dtype.kind not in "iu" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
-        raise RequestError(400, "The pixels are not integers from 0 to 255.")
+        raise RequestError(
+            400, f"The lists of pixels of the image at index {index} are not all of the same length."
+        ) from None
+    leaves = values if pixels.ndim else [values]
+    for _ in range(pixels.ndim - 1):
+        leaves = itertools.chain.from_iterable(leaves)
+    # NumPy would read true as 1.
+    if set(map(type, leaves)) != {int} or pixels.min() < 0 or pixels.max() > 255:
+        raise RequestError(400, f"The pixels of the image at index {index} are not integers from 0 to 255.")
     return pixels.astype(np.uint8)
 
 
@@ -237,7 +299,8 @@ def _create_response(request: InferRequest, served: ServedModel, rows: Probabili
             "datatype": "FP32" if values.dtype == np.float32 else "BYTES",
             "shape": list(values.shape),
         }
-        if output.parameters.get("binary_data", request.parameters.get("binary_data_output", False)):
+        binary_data = output.parameters.binary_data
+        if request.parameters.binary_data_output if binary_data is None else binary_data:
             data = _to_binary(values)
             tensor["parameters"] = {"binary_data_size": len(data)}
             binary += data
@@ -262,11 +325,9 @@ def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities
     names = served.bundle.info.class_names
     if output.name == "label":
         return np.asarray([names[index] for index in rows.argmax(1)], object)
-    count = output.parameters.get("classification")
+    count = output.parameters.classification
     if count is None:
         return rows
-    if not isinstance(count, int) or count < 1:
-        raise RequestError(400, f"classification is {count!r}; expected a number of classes.")
     order = rank_classes(rows, count)
     texts = [
         [f"{row[index]:f}:{index}:{names[index]}" for index in best] for row, best in zip(rows, order, strict=True)

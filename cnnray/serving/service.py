@@ -12,8 +12,9 @@ import numpy as np
 from fastapi import Request
 
 from cnnray.images.decode import BadImage, decode
+from cnnray.models.predictor import NO_PROBABILITIES, find_unusable
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.bodies import RequestError
+from cnnray.serving.bodies import NOT_BASE64, RequestError
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
@@ -22,7 +23,10 @@ log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
-STATUS_BY_REASON = {"empty": 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415}
+STATUS_BY_REASON = {
+    "empty": 400, NOT_BASE64: 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
+    NO_PROBABILITIES: 500,
+}  # fmt: skip
 """HTTP status for an image that cannot be used, by `BadImage.reason`; 422 for other reasons."""
 
 
@@ -116,8 +120,12 @@ class Service:
         self.metrics.record_stage("read", time.perf_counter() - start)
         return content
 
-    async def classify(self, served: ServedModel, images: Sequence[bytes]) -> list[Probabilities | BadImage]:
-        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image cannot be used.
+    async def classify(
+        self, served: ServedModel, images: Sequence[bytes | BadImage]
+    ) -> list[Probabilities | BadImage]:
+        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image has none.
+
+        An image that could not be read from the request keeps its place and its error.
 
         Raises:
             RequestError: 503, it takes longer than the settings allow.
@@ -125,37 +133,44 @@ class Service:
         async with self._answer_timeout():
             return await asyncio.gather(*(self._classify(served, image) for image in images))
 
-    async def classify_all(self, served: ServedModel, images: Sequence[bytes]) -> Probabilities:
+    async def classify_all(self, served: ServedModel, images: Sequence[bytes | BadImage]) -> Probabilities:
         """Classify encoded images, all of which must be usable: probabilities, float32 (N, classes).
 
         Raises:
-            RequestError: an image cannot be used; 503, it takes longer than the settings allow.
+            RequestError: an image cannot be used, the message says at which index; 503, it takes longer than the
+                settings allow.
         """
         rows = await self.classify(served, images)
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if isinstance(row, BadImage):
-                raise RequestError(STATUS_BY_REASON.get(row.reason, 422), f"Image {number} cannot be used: {row}.")
+                raise _refusal(index, row)
         return np.stack([row for row in rows if not isinstance(row, BadImage)])
 
     async def classify_pixels(self, served: ServedModel, images: Images) -> Probabilities:
         """Classify decoded images, uint8 (N, size, size, 3): probabilities, float32 (N, classes).
 
         Raises:
-            RequestError: 503, it takes longer than the settings allow.
+            RequestError: 500, the network gives no probabilities for an image; 503, it takes longer than the settings
+                allow.
         """
         start = time.perf_counter()
         async with self._answer_timeout():
-            rows = await asyncio.gather(*(served.batcher(image) for image in images))
+            rows = np.stack(await asyncio.gather(*(served.batcher(image) for image in images)))
         self.metrics.record_stage("predict", time.perf_counter() - start)
-        self._record_predictions(served, rows)
-        return np.stack(rows)
+        for index, error in find_unusable(rows).items():
+            raise _refusal(index, error)
+        for row in rows:
+            self._record_prediction(served, row)
+        return rows
 
     def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
         assert self.settings is not None
         seconds = self.settings.timeout_seconds
         return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
 
-    async def _classify(self, served: ServedModel, image: bytes) -> Probabilities | BadImage:
+    async def _classify(self, served: ServedModel, image: bytes | BadImage) -> Probabilities | BadImage:
+        if isinstance(image, BadImage):
+            return image
         start = time.perf_counter()
         pixels = await asyncio.get_running_loop().run_in_executor(self._decoding, self._decode, served, image)
         decoded = time.perf_counter()
@@ -164,7 +179,9 @@ class Service:
             return pixels
         row = await served.batcher(pixels)
         self.metrics.record_stage("predict", time.perf_counter() - decoded)
-        self._record_predictions(served, [row])
+        if error := find_unusable(row[None]).get(0):
+            return error
+        self._record_prediction(served, row)
         return row
 
     def _decode(self, served: ServedModel, image: bytes) -> Images | BadImage:
@@ -175,11 +192,17 @@ class Service:
         except BadImage as error:
             return error
 
-    def _record_predictions(self, served: ServedModel, rows: Sequence[Probabilities]) -> None:
-        for row in rows:
-            best = int(row.argmax())
-            label = served.bundle.info.class_names[best]
-            self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
+    def _record_prediction(self, served: ServedModel, row: Probabilities) -> None:
+        best = int(row.argmax())
+        label = served.bundle.info.class_names[best]
+        self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
+
+
+def _refusal(index: int, error: BadImage) -> RequestError:
+    """The error of a request that has an image which cannot be used, and a response without a place to say so."""
+    return RequestError(
+        STATUS_BY_REASON.get(error.reason, 422), f"The image at index {index} cannot be used: {error}."
+    )
 
 
 @contextlib.asynccontextmanager

@@ -5,12 +5,16 @@ The signature `serving_default` takes `image`, pixels [N, size, size, 3]; `encod
 `class_names`, each [N, classes].
 """
 
-import json
+import functools
+import reprlib
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 
-from cnnray.serving.bodies import RequestError, decode_base64, parse_body, read_body
+from cnnray.images.decode import BadImage
+from cnnray.models.runtimes import Images
+from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_json, read_body
 from cnnray.serving.open_inference import pixels_from_lists
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
@@ -45,15 +49,12 @@ async def predict(request: Request, model: str, version: str | None = None) -> d
     """Classify a batch in row format (`instances`) or column format (`inputs`)."""
     service: Service = request.app.state.service
     served = service.choose_model(model, version)
-    images, by_row = await service.read(_read, request)
     names, size = served.bundle.info.class_names, served.bundle.info.image_size
-    if all(isinstance(image, bytes) for image in images):
+    images, by_row = await service.read(functools.partial(_read, size), request)
+    if isinstance(images, list):
         rows = await service.classify_all(served, images)
     else:
-        pixels = pixels_from_lists(images)
-        if pixels.shape[1:] != (size, size, 3):
-            raise RequestError(400, f"image is {list(pixels.shape)}; expected [N, {size}, {size}, 3].")
-        rows = await service.classify_pixels(served, pixels)
+        rows = await service.classify_pixels(served, images)
     probabilities = rows.tolist()
     if by_row:
         return {"predictions": [{"probabilities": row, "class_names": names} for row in probabilities]}
@@ -99,44 +100,50 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
     }
 
 
-async def _read(request: Request, settings: Settings) -> tuple[list[Any], bool]:
-    """The images, each as bytes or as lists of pixels, and whether they came in row format."""
-    return await parse_body(lambda body: _parse(body, settings), await read_body(request, settings))
+async def _read(size: int, request: Request, settings: Settings) -> tuple[list[bytes | BadImage] | Images, bool]:
+    """The images, encoded or as pixels, uint8 (N, size, size, 3), and whether they came in row format."""
+    return await parse_body(lambda body: _parse(body, size, settings), await read_body(request, settings))
 
 
-def _parse(body: bytes, settings: Settings) -> tuple[list[Any], bool]:
-    try:
-        content = json.loads(body)
-    except ValueError as error:
-        raise RequestError(400, f"The JSON cannot be read: {error}.") from None
+def _parse(body: bytes, size: int, settings: Settings) -> tuple[list[bytes | BadImage] | Images, bool]:
+    content = parse_json(body)
     if not isinstance(content, dict) or ("instances" in content) == ("inputs" in content):
         raise RequestError(400, "The JSON must have either instances or inputs.")
     signature, by_row = content.get("signature_name", "serving_default"), "instances" in content
     if signature not in ("serving_default", "encoded", ""):
-        raise RequestError(400, f"There is no signature {signature!r}; there are serving_default and encoded.")
-    images = content["instances" if by_row else "inputs"]
-    if not by_row and isinstance(images, dict) and "b64" not in images:
-        images = _only_input(images)
-    if not isinstance(images, list):
-        images = [images]
-    if not 1 <= len(images) <= settings.max_images:
-        raise RequestError(413 if images else 400, f"A request may have 1 to {settings.max_images} images.")
-    return [_parse_image(image) for image in images], by_row
+        raise RequestError(
+            400, f"There is no signature {reprlib.repr(signature)}; there are serving_default and encoded."
+        )
+    values = content["instances" if by_row else "inputs"]
+    if not by_row:
+        values = _only_input(values)
+    if not isinstance(values, list):
+        values = [values]
+    if not 1 <= len(values) <= settings.max_images:
+        raise RequestError(413 if values else 400, f"A request may have 1 to {settings.max_images} images.")
+    images = [_only_input(value, f" at index {index}") for index, value in enumerate(values)]
+    if isinstance(images[0], dict):
+        return [_decode(image, index) for index, image in enumerate(images)], by_row
+    pixels = pixels_from_lists(images)
+    for index, image in enumerate(pixels):
+        if image.shape != (size, size, 3):
+            raise RequestError(
+                400, f"The image at index {index} is {list(image.shape)}; expected [{size}, {size}, 3]."
+            )
+    return np.stack(pixels), by_row
 
 
-def _parse_image(image: Any) -> Any:
-    """An image as bytes, or as lists of pixels."""
-    if isinstance(image, dict) and "b64" not in image:
-        image = _only_input(image)
-    if isinstance(image, dict):
-        if not isinstance(image.get("b64"), str):
-            raise RequestError(400, 'An image is not {"b64": ...} with a string.')
-        return decode_base64(image["b64"])
-    return image
+def _decode(image: Any, index: int) -> bytes | BadImage:
+    if not isinstance(image, dict) or not isinstance(image.get("b64"), str):
+        raise RequestError(400, f'The image at index {index} is not {{"b64": ...}} with a string.')
+    return decode_base64(image["b64"])
 
 
-def _only_input(inputs: dict[str, Any]) -> Any:
-    """The value of a signature's single input."""
-    if len(inputs) != 1 or next(iter(inputs)) not in ("image", "image_bytes"):
-        raise RequestError(400, f"The inputs are {sorted(inputs)}; expected 'image' or 'image_bytes'.")
-    return next(iter(inputs.values()))
+def _only_input(value: Any, where: str = "") -> Any:
+    """The value of a signature's single input where it is named; the value itself where it is not."""
+    if not isinstance(value, dict) or "b64" in value:
+        return value
+    if len(value) != 1 or next(iter(value)) not in ("image", "image_bytes"):
+        names = reprlib.repr(sorted(value))
+        raise RequestError(400, f"The inputs{where} are {names}; expected 'image' or 'image_bytes'.")
+    return next(iter(value.values()))

@@ -1,16 +1,19 @@
 """jobs/serve.py as users run it: a real Serve behind HAProxy, with clients over real HTTP."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import requests
 import tritonclient.http
 import yaml
 from selenium.webdriver.common.by import By
@@ -94,6 +97,14 @@ def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):
         assert answer["prediction"] == expected.label
         scores = {score["class"]: score["confidence"] for score in answer["all_predictions"]}
         assert scores == pytest.approx(dict(expected.top_k), abs=1e-5)
+    # Empty ones among them, and one that was not chosen in a browser.
+    files = [("", b""), *list(contents.items())[-20:], ("", b""), ("one.png", GOOD)]
+    response = requests.post(f"{service.address}/predict", files=[("image", file) for file in files], timeout=60)
+    for answer, expected in zip(response.json(), predictor([data for _, data in files]), strict=True):
+        if isinstance(expected, BadImage):
+            assert expected.reason in answer["error"]
+        else:
+            assert answer["prediction"] == expected.label
 
 
 def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundle):
@@ -131,7 +142,7 @@ def test_headers_that_are_not_utf_8(service):
 
 @pytest.mark.browser
 def test_the_page(service, browser, tmp_path):
-    names = {"one.png": GOOD, "two.jpg": awkward_images()["large.jpg"], "bad.png": b"nothing"}
+    names = {"one.png": GOOD, "none.png": b"", "two.jpg": awkward_images()["large.jpg"], "bad.png": b"nothing"}
     for name, data in names.items():
         (tmp_path / name).write_bytes(data)
     browser.get(service.address)
@@ -139,12 +150,13 @@ def test_the_page(service, browser, tmp_path):
     files = browser.switch_to.active_element  # the first element that the keyboard reaches
     assert files.get_attribute("id") == "files"
     files.send_keys("\n".join(str(tmp_path / name) for name in names))
-    until(lambda: browser.find_element(By.ID, "status").text == "3 images done", 30, "the answers")
+    until(lambda: browser.find_element(By.ID, "status").text == "4 images done", 30, "the answers")
     articles = {
         article.find_element(By.TAG_NAME, "h2").text: article
         for article in browser.find_elements(By.TAG_NAME, "article")
     }
-    assert articles.keys() == names.keys()
+    assert list(articles) == list(names)
+    assert "No image provided" in articles["none.png"].find_element(By.CLASS_NAME, "error").text
     for name in ("one.png", "two.jpg"):
         rows = [row.text.split("\n") for row in articles[name].find_elements(By.TAG_NAME, "tr")]
         assert {row[0].split()[0] for row in rows} == {"red", "green", "blue"}
@@ -155,8 +167,26 @@ def test_the_page(service, browser, tmp_path):
     )
     assert overflow <= 0
     logged = [entry["message"] for entry in browser.get_log("browser")]
-    assert all("status of 415" in message for message in logged), logged
+    assert all("status of 415" in message or "status of 400" in message for message in logged), logged
     browser.save_screenshot(str(tmp_path / "page.png"))
+
+
+@pytest.mark.browser
+def test_the_description_of_the_api_needs_no_other_host(service, browser, tmp_path):
+    browser.get(f"{service.address}/docs")
+    until(lambda: len(browser.find_elements(By.CLASS_NAME, "opblock")) >= 15, 30, "the operations")
+    browser.find_element(By.CSS_SELECTOR, "#operations-default-_predict_predict_post button").click()
+    until(lambda: "all_predictions" in browser.page_source, 30, "a description")
+    browser.save_screenshot(str(tmp_path / "docs.png"))
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    addresses = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
+    ]
+    assert f"{service.address}/docs/swagger-ui-bundle.js" in addresses
+    assert all(address.startswith((f"{service.address}/", "data:")) for address in addresses), addresses
 
 
 def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bundle, newer):
@@ -208,6 +238,37 @@ def _status(address):
         return ask(address)[0]
     except (OSError, ValueError):
         return None
+
+
+HOLDER = """
+import time
+import ray
+ray.init()
+hold = ray.remote(num_cpus=ray.available_resources()["CPU"])(lambda: time.sleep(600)).remote()
+while ray.available_resources().get("CPU", 0.0) > 0:
+    time.sleep(0.1)
+print("held", flush=True)
+ray.get(hold)
+"""
+
+
+@pytest.mark.long
+def test_a_job_does_not_wait_for_room_that_others_hold(service, onnx_bundle):
+    command = [sys.executable, "-c", HOLDER]
+    holder = subprocess.Popen(command, env=os.environ | service.ray, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        started = time.monotonic()
+        job = service.change(*FLAGS, *_models(onnx_bundle), "--min-replicas", "2", "--max-replicas", "2")
+        assert job.process.returncode == 1
+        assert "1 of 2 replicas have no room: each needs 0.5 CPUs" in job.err.read_text().splitlines()[-1]
+        assert 30 < time.monotonic() - started < 100
+        # Serve gives up the second replica, which it still wants to start, after --downscale-delay-seconds.
+        assert service.status()["RUNNING"] == 1
+        assert ask(f"{service.address}/predict", GOOD)[0] == 200
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing(service):

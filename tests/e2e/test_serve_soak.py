@@ -1,7 +1,9 @@
 """A service under minutes of load, with faults, scaling and malformed requests (make soak)."""
 
+import base64
 import random
 import time
+from collections import Counter
 
 import pytest
 
@@ -9,9 +11,10 @@ from benchmarks import load
 from benchmarks.predict import write_random_bundle
 from benchmarks.serve import make_photo
 from cnnray.models.bundle import Bundle
+from tests.awkward import awkward_images
 from tests.e2e.conftest import started_jobs, until
 from tests.e2e.service import FORMS, Service, ask, copy_as_new_version, run_schemathesis, send
-from tests.malformed import fuzzed
+from tests.malformed import fuzzed, malformed_json
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -124,6 +127,23 @@ def test_fuzzed_images(small, capsys):
         assert status in (200, 400, 413, 415, 422, 503), (number, text)
         assert "Traceback" not in text
     _print(capsys, f"fuzzed images: {statuses}")
+
+
+def test_malformed_json(small, capsys):
+    text, statuses = base64.b64encode(awkward_images()["rgb.png"]).decode(), Counter()
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [text]}
+    for path, valid in (
+        ("/predict", {"image": text}),
+        ("/predict", {"images": [text]}),
+        ("/v2/models/model/infer", {"inputs": [tensor]}),
+        ("/v1/models/model:predict", {"instances": [{"b64": text}]}),
+    ):
+        for name, body in malformed_json(valid).items():
+            status, answer = ask(small.address + path, body, "application/json")
+            statuses[status] += 1
+            is_listed = status == 200 and "images" in valid and [entry["status"] for entry in answer] == [400]
+            assert is_listed or status in (400, 413), (path, name, answer)
+    _print(capsys, f"malformed JSON: {dict(statuses)}")
 
 
 def test_memory_stays_flat(small, photo, capsys):

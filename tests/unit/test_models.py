@@ -12,7 +12,8 @@ import pytest
 from cnnray.images.decode import BadImage
 from cnnray.models import architectures, bundle, transfer
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
-from cnnray.models.predictor import Predictor
+from cnnray.models.predictor import Predictor, find_unusable
+from cnnray.models.runtimes import RescaledEngine
 from tests.awkward import awkward_images, bad_images
 
 TESTED = ("vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilenetv2", "efficientnetv2b0")
@@ -124,6 +125,30 @@ def test_predictor_returns_a_prediction_or_an_error_for_each_image(tmp_path):
     assert all(isinstance(answer, BadImage) for answer in answers[1::2])
     assert predictor([]) == []
     assert [type(answer) for answer in predictor([b""])] == [BadImage]
+
+
+def test_values_that_are_no_probabilities_are_errors(tmp_path):
+    rows = np.asarray([[0.1, 0.9], [np.nan, 0.5], [0, 0], [np.inf, 0], [1, 0]], np.float32)
+    errors = find_unusable(rows)
+    assert {index: str(error) for index, error in errors.items()} == {
+        1: "no probabilities: the network's output is not finite",
+        2: "no probabilities: the network's output is zero for each class",
+        3: "no probabilities: the network's output is not finite",
+    }
+    assert find_unusable(rows[:0]) == {}
+
+    class Engine:
+        classes = 2
+
+        def __call__(self, images):
+            return rows
+
+    np.testing.assert_array_equal(RescaledEngine(Engine(), 2.0)(None)[2], [0, 0])
+    model = architectures.build("small_cnn", 32, 3)
+    model.get_layer("logits").bias.assign([0, np.nan, 0])
+    bundle.save(model, BundleInfo(class_names=["a", "b", "c"], image_size=32), tmp_path)
+    answers = Predictor(Bundle.load(str(tmp_path)))([awkward_images()["rgb.png"], b""])
+    assert [answer.reason for answer in answers] == ["no probabilities", "empty"]
 
 
 def test_answers_do_not_depend_on_the_grouping(tmp_path):

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 from starlette.testclient import TestClient
 
+from cnnray.images.decode import BadImage
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.predictor import Predictor
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings
-from tests.awkward import awkward_images
+from tests.awkward import awkward_images, bad_images
 from tests.networks import coloured_noise, fitted
 
 SIZE = 32
@@ -34,6 +36,26 @@ def newer(bundle, tmp_path_factory):
     old = Bundle.load(bundle)
     bundles.save(old.model, dataclasses.replace(old.info, temperature=2.0), folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def expected(bundle):
+    """By name of the awkward and the bad images: the bytes, and the answer of `Predictor`."""
+    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
+    answers = Predictor(Bundle.load(bundle))([*contents.values()])
+    return {name: (data, answer) for (name, data), answer in zip(contents.items(), answers, strict=True)}
+
+
+def check_answer(answer, expected):
+    """Check an answer of /predict by that of `Predictor`."""
+    if isinstance(expected, BadImage):
+        assert expected.reason in answer["error"]
+        return
+    assert answer["prediction"] == expected.label
+    assert answer["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+    scores = {score["class"]: score["confidence"] for score in answer["all_predictions"]}
+    assert list(scores) == [name for name, _ in expected.top_k]
+    assert scores == pytest.approx(dict(expected.top_k), abs=1e-5)
 
 
 def settings(*models, **changes):

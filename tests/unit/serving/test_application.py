@@ -2,41 +2,23 @@
 
 import asyncio
 import base64
+import io
 import json
 import re
 import threading
 from importlib.resources import files
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cnnray.images.decode import BadImage
-from cnnray.models.bundle import Bundle
-from cnnray.models.predictor import Predictor
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
-from tests.awkward import awkward_images, bad_images
-from tests.unit.serving.conftest import GOOD
-
-
-def _check(answer, expected):
-    if isinstance(expected, BadImage):
-        assert expected.reason in answer["error"]
-        return
-    assert answer["prediction"] == expected.label
-    assert answer["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
-    scores = {score["class"]: score["confidence"] for score in answer["all_predictions"]}
-    assert list(scores) == [name for name, _ in expected.top_k]
-    assert scores == pytest.approx(dict(expected.top_k), abs=1e-5)
-
+from tests.awkward import awkward_images
+from tests.unit.serving.conftest import GOOD, SIZE, check_answer
 
 # -- the same answers -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def expected(bundle):
-    """By name of the awkward and the bad images: the bytes, and the answer of `Predictor`."""
-    contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}
-    return {name: (data, Predictor(Bundle.load(bundle))([data])[0]) for name, data in contents.items()}
 
 
 def test_one_image_in_each_form_has_the_answer_of_predictor(client, expected):
@@ -51,21 +33,44 @@ def test_one_image_in_each_form_has_the_answer_of_predictor(client, expected):
             else:
                 assert response.status_code == (200 if data else 400), name
             if data:
-                _check(response.json(), answer)
+                check_answer(response.json(), answer)
             else:
                 assert response.json()["error"] == "No image provided"
 
 
 def test_several_images_each_have_their_own_answer_or_error(client, expected):
-    chosen = [(name, data, answer) for name, (data, answer) in expected.items() if data]
-    for start in range(0, len(chosen), 20):
-        images = chosen[start : start + 20]
-        response = client.post("/predict", files=[("image", (name, data)) for name, data, _ in images])
-        assert response.status_code == 200
-        for entry, (_, _, answer) in zip(response.json(), images, strict=True):
-            _check(entry, answer)
-            if isinstance(answer, BadImage):
-                assert entry["status"] == STATUS_BY_REASON.get(answer.reason, 422)
+    images = [(data, answer) for data, answer in expected.values()]
+    for start in range(0, len(images), 10):
+        # An empty image first, in the middle and last; one of them as a browser sends an input without a file.
+        chosen = [expected["empty.jpg"], *images[start : start + 10], expected["empty.jpg"]]
+        chosen.insert(5, expected["empty.jpg"])
+        form = [("image", (f"{index}.jpg" if index else "", data)) for index, (data, _) in enumerate(chosen)]
+        texts = [base64.b64encode(data).decode() for data, _ in chosen]
+        for options in ({"content": _form(form), "headers": _FORM}, {"json": {"images": texts}}):
+            response = client.post("/predict", **options)
+            assert response.status_code == 200, response.text
+            for entry, (_, answer) in zip(response.json(), chosen, strict=True):
+                check_answer(entry, answer)
+                if isinstance(answer, BadImage):
+                    assert entry["status"] == STATUS_BY_REASON.get(answer.reason, 422)
+
+
+_FORM = {"content-type": "multipart/form-data; boundary=x"}
+
+
+def _form(parts):
+    """A form with a file for each part, ("NAME", ("FILENAME", CONTENT)), as browsers write it."""
+    head = '--x\r\nContent-Disposition: form-data; name="{}"; filename="{}"\r\n\r\n'
+    return b"".join(head.format(name, file).encode() + data + b"\r\n" for name, (file, data) in parts) + b"--x--\r\n"
+
+
+def test_an_image_that_is_no_base64_has_an_error_in_its_place(client):
+    text = base64.b64encode(GOOD).decode()
+    good, error, empty = client.post("/predict", json={"images": [text, "%", "data:,"]}).json()
+    assert good["confidence"] > 0
+    assert (error["error"], error["status"]) == ("The image cannot be used: not valid base64.", 400)
+    assert (empty["error"], empty["status"]) == ("The image cannot be used: empty.", 400)
+    assert [entry["status"] for entry in client.post("/predict", json={"images": ["", ""]}).json()] == [400, 400]
 
 
 def test_one_image_of_a_list_has_a_list(client):
@@ -93,7 +98,15 @@ REFUSED = {
     "nothing": ({}, 400, "No image provided"),
     "an empty file": ({"files": {"image": ("a.png", b"")}}, 400, "No image provided"),
     "another field": ({"files": {"photo": ("a.png", GOOD)}}, 400, "No image provided"),
-    "text for a file": ({"files": {"image": (None, "x")}}, 400, "image is text"),
+    "text for a file": ({"files": [("image", ("a", GOOD)), ("image", (None, "x"))]}, 400, "image is text at index 1"),
+    "a file in another field, too": (
+        {"files": [("image", ("a", GOOD)), ("images", ("b", GOOD))]},
+        400,
+        "a file in the field 'images', not in image",
+    ),
+    "a list with null": ({"json": {"images": ["", None]}}, 400, "images.1: Input should be a valid string"),
+    "empty base64": ({"json": {"image": ""}}, 400, "No image provided"),
+    "no images": ({"json": {"images": []}}, 400, "No image provided"),
     "text": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "'text/plain' is not supported"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "cannot be read"),
     "half a form": (
@@ -157,6 +170,38 @@ def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
     assert response.json() == {"error": "Internal error.", "request_id": response.headers["x-request-id"]}
 
 
+def test_values_that_are_no_probabilities_are_an_error_in_every_protocol(start_client, monkeypatch):
+    client, black = start_client(), np.zeros((SIZE, SIZE, 3), np.uint8)
+    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
+
+    def run(images):
+        rows = np.full((len(images), 3), 1 / 3, np.float32)
+        rows[~images.any((1, 2, 3))] = np.nan
+        return rows
+
+    monkeypatch.setattr(served.batcher, "_run", run)
+    buffer = io.BytesIO()
+    Image.fromarray(black).save(buffer, "PNG")
+    bad, texts = buffer.getvalue(), [base64.b64encode(data).decode() for data in (GOOD, buffer.getvalue())]
+    sentence = "cannot be used: no probabilities: the network's output is not finite."
+    response = client.post("/predict", files={"image": ("a", bad)})
+    assert (response.status_code, response.json()["error"]) == (500, f"The image {sentence}")
+    good, error = client.post("/predict", json={"images": texts}).json()
+    assert good["confidence"] == pytest.approx(1 / 3)
+    assert (error["status"], error["error"]) == (500, f"The image {sentence}")
+    pixels = np.stack([black + 1, black])
+    encoded = {"name": "image_bytes", "datatype": "BYTES", "shape": [2], "data": texts}
+    decoded = {"name": "image", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.ravel().tolist()}
+    for path, content in (
+        ("/v2/models/colours/infer", {"inputs": [encoded]}),
+        ("/v2/models/colours/infer", {"inputs": [decoded]}),
+        ("/v1/models/colours:predict", {"instances": [{"b64": text} for text in texts]}),
+        ("/v1/models/colours:predict", {"instances": pixels.tolist()}),
+    ):
+        response = client.post(path, json=content)
+        assert (response.status_code, response.json()["error"]) == (500, f"The image at index 1 {sentence}")
+
+
 def test_the_api_key(start_client):
     client = start_client(api_key="geheim")
     for headers in ({}, {"x-api-key": "x"}, {"authorization": "Bearer x"}, {"authorization": "Basic geheim"}):
@@ -184,18 +229,31 @@ def test_requests_are_logged_as_json(client, caplog):
     assert line == {"request_id": "mine", "method": "GET", "path": "/health/live", "status": 200}
 
 
-def test_the_page_needs_nothing_from_elsewhere(client):
+def test_the_pages_need_nothing_from_elsewhere(client):
     page = client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    text = files("cnnray.serving").joinpath("page.html").read_text()
-    assert page.text == text
-    assert not re.search(r"https?://|src=|@import|url\(", text)
+    assert page.text == files("cnnray.serving").joinpath("page.html").read_text()
+    assert not re.search(r"src=|@import|url\(", page.text)
+    docs = client.get("/docs")
+    assert "SwaggerUIBundle({" in docs.text
+    for response in (page, docs):
+        assert response.headers["content-type"].startswith("text/html")
+        assert "//" not in re.sub(r"^\s*//.*", "", response.text, flags=re.MULTILINE)
+        # Browsers enforce it for scripts, too.
+        policy = response.headers["content-security-policy"]
+        assert policy == "default-src 'self' 'unsafe-inline' data: blob:"
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', docs.text)
+    assert loaded == ["docs/swagger-ui.css", "data:,", "docs/swagger-ui-bundle.js"]
+    for path, kind in ((loaded[0], "text/css"), (loaded[2], "text/javascript")):
+        asset = client.get(f"/{path}")
+        assert (asset.status_code, asset.headers["content-type"].partition(";")[0]) == (200, kind)
+        assert len(asset.content) > 50_000
+    assert client.get("/redoc").status_code == client.get("/docs/nothing").status_code == 404
 
 
 def test_every_answer_is_in_the_description_of_the_api(client):
     paths = client.get("/openapi.json").json()["paths"]
     responses = paths["/predict"]["post"]["responses"]
-    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "503"}
+    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "500", "503"}
     assert set(paths["/predict"]["post"]["requestBody"]["content"]) == {
         "multipart/form-data", "image/*", "application/octet-stream", "application/json",
     }  # fmt: skip

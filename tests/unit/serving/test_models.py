@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
 from starlette.testclient import TestClient
 
 from cnnray import commandline
+from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
@@ -44,6 +46,11 @@ def test_models_change_while_the_present_ones_answer(start_client, bundle, newer
     client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
     assert "is not a bundle" in client.get("/metadata").json()["problem"]
     assert len(service.models.versions("colours")) == 2
+    damaged = Bundle.load(bundle).model
+    damaged.get_layer("logits").bias.assign([np.nan] * 3)
+    bundles.save(damaged, Bundle.load(bundle).info, tmp_path / "damaged")
+    client.portal.call(service.change_settings, settings(("colours", str(tmp_path / "damaged"), 1.0)))
+    assert "of a black image are not finite" in client.get("/metadata").json()["problem"]
     client.portal.call(service.change_settings, settings(("colours", newer, 1.0)))
     assert client.get("/metadata").json()["problem"] is None
     assert client.post("/predict", files={"image": ("a", GOOD)}).json()["model"] == Bundle.load(newer).version
@@ -105,6 +112,19 @@ def test_the_earlier_form_of_bundle_and_canary_is_read(tmp_path):
     assert ServeConfig(bundle="model=/1") == ServeConfig(bundle="/1")
     # A config that was read from the earlier form can be changed.
     assert dataclasses.replace(ServeConfig(bundle=bundle, canary=canary), port=1).models == config.models
+
+
+def test_a_path_that_exists_is_one_bundle_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dt=1/bundle", "a,b=2", "1/bundle"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("dt=1/bundle", "./dt=1/bundle", "a,b=2", f"{tmp_path}/dt=1/bundle"):
+        config = ServeConfig(bundle=name)
+        assert config.settings.models == (ModelSettings(name="model", uri=str(tmp_path / name)),)
+        assert dataclasses.replace(config, port=1).models is None
+    assert _shares(ServeConfig(bundle="cats=1/bundle")) == [("cats", f"{tmp_path}/1/bundle", 1.0)]
+    both = ServeConfig(bundle="dt=1/bundle,model=1/bundle")
+    assert _shares(both) == [("model", f"{tmp_path}/dt=1/bundle", 0.0), ("model", f"{tmp_path}/1/bundle", 1.0)]
 
 
 def _models(*versions):

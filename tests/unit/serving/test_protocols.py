@@ -7,9 +7,11 @@ import struct
 import numpy as np
 import pytest
 
-from cnnray.images.decode import decode
+from cnnray.images.decode import BadImage, decode
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
+from cnnray.serving.service import STATUS_BY_REASON
+from tests.malformed import malformed_json
 from tests.unit.serving.conftest import GOOD, SIZE
 
 
@@ -23,7 +25,8 @@ def test_open_inference_protocol_in_json_and_binary(client, bundle):
     texts = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(GOOD).decode()]}
     numbers = {"name": "image", "datatype": "UINT8", "shape": [1, SIZE, SIZE, 3], "data": pixels.ravel().tolist()}
     nested = numbers | {"data": pixels.tolist()}
-    for tensor in (texts, numbers, nested):
+    rows = numbers | {"data": pixels[0].tolist()}
+    for tensor in (texts, numbers, nested, rows):
         response = client.post("/v2/models/colours/infer", json={"id": "7", "inputs": [tensor]})
         assert response.status_code == 200, response.text
         probabilities, label = response.json()["outputs"]
@@ -63,6 +66,8 @@ def _infer_request(name, kind, shape, *data):
     return {"inputs": [{"name": name, "datatype": kind, "shape": shape} | ({"data": list(data)} if data else {})]}
 
 
+TEXT = base64.b64encode(GOOD).decode()
+NO_PIXELS = {"name": "image", "datatype": "UINT8", "shape": [2, 1, 1, 3], "data": []}
 V2_REFUSED = {
     "no inputs": ({"inputs": []}, "inputs: List should have at least 1 item"),
     "another input": (_infer_request("x", "FP32", [1], 1), "expected 'image'"),
@@ -73,7 +78,33 @@ V2_REFUSED = {
     "less data": (_infer_request("image", "UINT8", [1, 32, 32, 3], 0), "has 1 values"),
     "no data": (_infer_request("image_bytes", "BYTES", [1]), "has no data"),
     "fractions": (_infer_request("image", "UINT8", [1, 1, 1, 3], 0.5, 0.5, 0.5), "not integers"),
-    "numbers for strings": (_infer_request("image_bytes", "BYTES", [1], 1), "not strings"),
+    "true among pixels": (
+        _infer_request("image", "UINT8", [2, 1, 1, 2], 0, 1, 1, True),
+        "at index 1 are not integers",
+    ),
+    "pixels of one image too many, of the next too few": (
+        _infer_request("image", "UINT8", [2, 1, 1, 3], [0, 0, 0, 0], [0, 0]),
+        "at index 0 has 4 values, and its shape is [1, 1, 3]",
+    ),
+    "pixels of one image for two": (
+        _infer_request("image", "UINT8", [2, 1, 1, 3], [0, 0, 0]),
+        "image has 1 images, and its shape is [2, 1, 1, 3]",
+    ),
+    "pixels nested in two ways": (
+        _infer_request("image", "UINT8", [2, 1, 1, 3], [0, 0, 0], [[[0, 0, 0]]]),
+        "image is [2, 1, 1, 3]; expected [N,",
+    ),
+    "no pixels": ({"inputs": [NO_PIXELS]}, "image has 0 images"),
+    "ragged pixels": (
+        _infer_request("image", "UINT8", [2, 1, 2, 1], [[[0], [1]]], [[[0], []]]),
+        "index 1 are not all of",
+    ),
+    "numbers for strings": (_infer_request("image_bytes", "BYTES", [2], "", 1), "at index 1 is no string"),
+    "fewer images": (_infer_request("image_bytes", "BYTES", [2], "eA=="), "has 1 elements, and its shape says 2"),
+    "no base64": (
+        _infer_request("image_bytes", "BYTES", [2], TEXT, "%"),
+        "at index 1 cannot be used: not valid base64",
+    ),
     "a negative shape": (_infer_request("image", "UINT8", [1, -1, 1, 3], 0), "its shape"),
     "a huge shape": (_infer_request("image", "UINT8", [1, 2**62, 2**62, 3], 0), "its shape"),
     "another output": (
@@ -114,3 +145,123 @@ def test_tensorflow_serving(client, bundle):
         {"instances": [{"x": 1}]}, {"instances": [encoded], "signature_name": "x"},
     ):  # fmt: skip
         assert client.post("/v1/models/colours:predict", json=body).status_code == 400, body
+
+
+def _rows(response):
+    """The probabilities in a response of any of the two protocols."""
+    answer = response.json()
+    if "outputs" in answer and isinstance(answer["outputs"], list):
+        return np.reshape(answer["outputs"][0]["data"], answer["outputs"][0]["shape"])
+    if "predictions" in answer:
+        return np.asarray([row["probabilities"] for row in answer["predictions"]])
+    return np.asarray(answer["outputs"]["probabilities"])
+
+
+def _batches(images):
+    """Requests with encoded images: path, options of `client.post`."""
+    texts = [base64.b64encode(data).decode() for data in images]
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [len(images)]}
+    content = b"".join(struct.pack("<I", len(data)) + data for data in images)
+    header = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(content)}}]}).encode()
+    length = {"Inference-Header-Content-Length": str(len(header))}
+    encoded = [{"b64": text} for text in texts]
+    return [
+        ("/v2/models/colours/infer", {"json": {"inputs": [tensor | {"data": texts}]}}),
+        ("/v2/models/colours/infer", {"content": header + content, "headers": length}),
+        ("/v1/models/colours:predict", {"json": {"instances": encoded}}),
+        ("/v1/models/colours:predict", {"json": {"inputs": {"image_bytes": encoded}}}),
+    ]
+
+
+def test_the_awkward_set_has_a_row_for_each_image_or_a_refusal_that_names_the_index(client, expected):
+    good = [(data, answer.probabilities) for data, answer in expected.values() if not isinstance(answer, BadImage)]
+    bad = [(data, answer) for data, answer in expected.values() if isinstance(answer, BadImage)]
+    assert (b"", "empty") in [(data, answer.reason) for data, answer in bad]
+    for start in range(0, len(good), 16):
+        images, rows = zip(*good[start : start + 16], strict=True)
+        for path, options in _batches(images):
+            response = client.post(path, **options)
+            assert response.status_code == 200, response.text
+            np.testing.assert_allclose(_rows(response), rows, atol=1e-5)
+    for index, (data, answer) in enumerate(bad):
+        images = [GOOD] * len(bad)
+        images[index] = data
+        for path, options in _batches(images):
+            response = client.post(path, **options)
+            assert response.status_code == STATUS_BY_REASON.get(answer.reason, 422)
+            assert response.json()["error"].startswith(f"The image at index {index} cannot be used: {answer.reason}")
+
+
+def test_a_missing_image_or_one_of_another_kind_is_refused_by_its_index(client):
+    pixels, good = np.zeros((SIZE, SIZE, 3), int).tolist(), {"b64": TEXT}
+    for instances in (
+        [good, good, None], [good, good, {"b64": None}], [good, good, pixels], [pixels, pixels, None],
+        [pixels, pixels, good], [pixels, pixels, pixels[1:]], [pixels, pixels, [[[0, 1, 2], [3]]]], [good, good, {}],
+        [{"image": pixels}, {"image": pixels}, {"image": [[[256, 0, 0]]]}],
+    ):  # fmt: skip
+        for content in ({"instances": instances}, {"inputs": instances}):
+            response = client.post("/v1/models/colours:predict", json=content)
+            assert response.status_code == 400
+            assert "at index 2 " in response.json()["error"], response.text
+
+
+ZEROS = [0] * SIZE * SIZE * 3
+JSON_ROUTES = {
+    "an image": ("/predict", {"image": TEXT}),
+    "images": ("/predict", {"images": [TEXT]}),
+    "v2, encoded": ("/v2/models/colours/infer", _infer_request("image_bytes", "BYTES", [1], TEXT)),
+    "v2, pixels": (
+        "/v2/models/colours/versions/{}/infer",
+        _infer_request("image", "UINT8", [1, SIZE, SIZE, 3], *ZEROS),
+    ),
+    "v2, parameters": (
+        "/v2/models/colours/infer",
+        _infer_request("image_bytes", "BYTES", [1], TEXT)
+        | {
+            "parameters": {"binary_data_output": False},
+            "outputs": [{"name": "probabilities", "parameters": {"binary_data": False, "classification": 1}}],
+        },
+    ),
+    "v1, rows": ("/v1/models/colours:predict", {"signature_name": "encoded", "instances": [{"b64": TEXT}]}),
+    "v1, columns": ("/v1/models/colours/versions/{}:predict", {"inputs": {"image_bytes": [{"b64": TEXT}]}}),
+    "v1, pixels": ("/v1/models/colours:predict", {"instances": [np.reshape(ZEROS, (SIZE, SIZE, 3)).tolist()]}),
+}
+
+
+@pytest.mark.parametrize("route", JSON_ROUTES)
+def test_malformed_json_is_refused_on_every_route(route, client, bundle):
+    path, valid = JSON_ROUTES[route]
+    path, headers = path.format(Bundle.load(bundle).version), {"content-type": "application/json"}
+    assert client.post(path, json=valid).status_code == 200
+    for name, body in malformed_json(valid).items():
+        response = client.post(path, content=body, headers=headers)
+        if name in OPTIONAL:
+            assert response.status_code == 200, name
+            continue
+        answer = response.json()
+        if response.status_code == 200 and path == "/predict":
+            assert [entry["status"] for entry in answer] == [400], name  # an image that is no base64, in a list
+            continue
+        assert response.status_code in (400, 413), (name, response.text)
+        assert answer["error"] == "No image provided" or answer["error"].endswith("."), name
+        assert len(answer["error"]) < 300, name
+
+
+OPTIONAL = {
+    "no keys at parameters", "null at outputs", "no list elements at outputs", "no keys at outputs.0.parameters",
+    "null at outputs.0.parameters.binary_data", "null at outputs.0.parameters.classification",
+    "true at outputs.0.parameters.binary_data", "true at parameters.binary_data_output",
+    "an object at parameters", "an object at outputs.0.parameters",
+}  # fmt: skip
+"""Values of JSON_ROUTES that may be left out."""
+
+
+def test_a_malformed_header_before_binary_data_is_refused(client):
+    (path, options) = _batches([GOOD])[1]
+    length = int(options["headers"]["Inference-Header-Content-Length"])
+    for text in ("x", "-1", str(length - 1), str(length + 1), "9" * 5000, "0"):
+        headers = {"Inference-Header-Content-Length": text}
+        assert client.post(path, content=options["content"], headers=headers).status_code == 400, text
+    deep = b"[" * 5000
+    headers = {"Inference-Header-Content-Length": "5000"}
+    assert client.post(path, content=deep + options["content"], headers=headers).status_code == 400

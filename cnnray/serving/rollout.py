@@ -1,0 +1,129 @@
+"""The wait for a service that was deployed: until its replicas have room, have loaded the models, and report them."""
+
+import functools
+import json
+import os
+import threading
+import time
+import urllib.request
+from typing import Any
+
+from cnnray import cluster
+from cnnray.errors import PermanentError
+from cnnray.serving.config import ServeConfig
+
+APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
+_PLACING_SECONDS = 30.0
+"""Seconds in which a node starts the process of a replica for which it has room."""
+_ANSWER_SECONDS = 120.0
+"""Seconds in which a service whose replicas have started must report its models."""
+
+Versions = dict[str, list[tuple[str, float]]]
+"""By name of a model: its versions, older ones first, and their shares."""
+
+
+class ServingError(PermanentError, RuntimeError):
+    """The service cannot be started; the message is one sentence for the user."""
+
+
+def wait_until_served(
+    client: Any, address: str, config: ServeConfig, versions: Versions, stop: threading.Event
+) -> int:
+    """Wait until the service runs and its replicas report these versions, or until `stop` is set.
+
+    Args:
+        client: a `ServeSubmissionClient`, through which the service was deployed.
+        address: where the service answers.
+        config: says how many replicas are needed, their resources, and how long to wait for room.
+        versions: what the replicas must report.
+        stop: ends the wait.
+
+    Returns:
+        The number of replicas.
+
+    Raises:
+        ServingError: the service cannot start, cannot load the models or does not report them.
+        ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
+    """
+    agreed, needed = 0, max(1, config.min_replicas)
+    placed: list[dict[str, Any]] = []
+    shortage = cluster.Shortage(config.wait_minutes)
+    placed_at = progressed_at = time.monotonic()
+    while not stop.wait(0.3):
+        application = client.get_serve_details().get("applications", {}).get(APPLICATION, {})
+        status, now = application.get("status"), time.monotonic()
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServingError(f"The service does not start: {_failure_reason(application)}")
+        replicas = application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+        placed = [replica for replica in replicas if replica.get("node_id")]
+        states = {replica["state"] for replica in placed}
+        # A replica that is being stopped still holds the room for its successor.
+        if len(placed) == len(replicas) or "STOPPING" in states:
+            placed_at = now
+        lacks_room = now - placed_at > _PLACING_SECONDS
+        if lacks_room and len(placed) < needed:
+            shortage.try_plan(functools.partial(_check_room, config, replicas))
+        # Autoscaling may ask for more replicas than there is room for. Those are not waited for.
+        started = states <= {"RUNNING"} and (len(placed) >= needed if lacks_room else status == "RUNNING")
+        if not started and status in ("DEPLOYING", "RUNNING"):
+            progressed_at = now
+        elif now - progressed_at > _ANSWER_SECONDS:
+            raise ServingError(
+                f"{address} has not reported the new models for {_ANSWER_SECONDS:g} seconds, and the service is "
+                f"{status or 'not there'}: Serve listens elsewhere, or has another CNNRAY_API_KEY, or somebody else "
+                "changes the service."
+            )
+        if started or status == "RUNNING":
+            served, problem = _fetch_versions(address)
+            if problem:
+                raise ServingError(f"The models cannot be served: {problem}")
+            # Each request may reach another replica.
+            agreed = agreed + 1 if served == versions else 0
+            if agreed > 2 * len(placed):
+                break
+    return len(placed)
+
+
+def _check_room(config: ServeConfig, replicas: list[dict[str, Any]], total: cluster.Resources) -> bool:
+    """Check that a node has room for a replica that has no node yet.
+
+    Raises:
+        ClusterError: no node has.
+    """
+    free = cluster.free_resources()
+    if not free.room_for(config.cpus_per_replica, config.gpus_per_replica):
+        waiting = sum(not replica.get("node_id") for replica in replicas)
+        raise cluster.ClusterError(
+            f"{waiting} of {len(replicas)} replicas have no room: each needs {config.cpus_per_replica:g} CPUs and "
+            f"{config.gpus_per_replica:g} GPUs on one node, and {free.cpus:g} of the cluster's {total.cpus:g} CPUs "
+            f"and {free.gpus:g} of its {total.gpus:g} GPUs are free: end other jobs, or give --wait-minutes."
+        )
+    return True
+
+
+def _fetch_versions(address: str) -> tuple[Versions | None, str | None]:
+    """The versions that a replica reports, and why its last change failed; None, None if it does not answer."""
+    key = os.environ.get("CNNRAY_API_KEY")
+    request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            metadata = json.loads(answer.read())
+    except (OSError, ValueError):  # the replica is starting or stopping
+        return None, None
+    served = {
+        name: [(version["version"], version["share"]) for version in versions]
+        for name, versions in metadata["models"].items()
+    }
+    return served, metadata["problem"]
+
+
+def _failure_reason(application: dict[str, Any]) -> str:
+    """Why Serve could not start the application, in one line."""
+    messages: list[str] = [
+        application.get("message", ""),
+        *(deployment.get("message", "") for deployment in application.get("deployments", {}).values()),
+    ]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    # If there is a traceback, its last line.
+    errors = [line for line in lines if "Error" in line and not line.startswith(("File", "Traceback"))]
+    return (errors or lines or ["no reason is given"])[-1]

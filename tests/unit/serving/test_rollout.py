@@ -1,0 +1,99 @@
+"""The wait for a service's replicas, with an imitation of Serve."""
+
+import functools
+import types
+
+import pytest
+
+from cnnray import cluster
+from cnnray.cluster import ClusterError, Node, Resources, Shortage
+from cnnray.serving import rollout
+from cnnray.serving.config import ServeConfig
+from cnnray.serving.rollout import ServingError, wait_until_served
+
+VERSIONS = {"model": [("1", 1.0)]}
+
+
+class Serve:
+    """Reports these replicas, (state, node), again and again; time passes by a second with each report."""
+
+    def __init__(self, status, *replicas, free=0.0, served=VERSIONS):
+        self.now, self.served, self._free = 0.0, served, free
+        self._details = {
+            "status": status,
+            "deployments": {
+                "Classifier": {"replicas": [{"state": state, "node_id": node} for state, node in replicas]}
+            },
+        }
+
+    def get_serve_details(self):
+        self.now += 1.0
+        assert self.now < 1000, "the wait has no end"
+        return {"applications": {"cnnray": self._details} if self._details["status"] else {}}
+
+    def wait(self, monkeypatch, **flags):
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(rollout, "time", clock)
+        monkeypatch.setattr(cluster, "Shortage", functools.partial(Shortage, clock=clock.monotonic))
+        monkeypatch.setattr(rollout, "_fetch_versions", lambda address: (self.served, None))
+        total = Resources((Node(cpus=4.0),))
+        monkeypatch.setattr(cluster, "resources", lambda: total)
+        monkeypatch.setattr(cluster, "free_resources", lambda: Resources((Node(cpus=self._free),)))
+        never = types.SimpleNamespace(wait=lambda seconds: False)
+        return wait_until_served(self, "http://127.0.0.1:8000", ServeConfig(bundle="/b", **flags), VERSIONS, never)
+
+
+RUNNING, UNPLACED = ("RUNNING", "node"), ("STARTING", None)
+
+
+def test_it_ends_when_all_replicas_report_the_versions(monkeypatch):
+    serve = Serve("RUNNING", RUNNING, RUNNING)
+    assert serve.wait(monkeypatch, min_replicas=2) == 2
+    assert serve.now < 10
+
+
+def test_replicas_for_which_others_leave_no_room_end_it(monkeypatch):
+    serve = Serve("DEPLOYING", RUNNING, UNPLACED, free=0.5)
+    with pytest.raises(ClusterError, match=r"^1 of 2 replicas have no room: .* 0\.5 of the cluster's 4 CPUs .* free"):
+        serve.wait(monkeypatch, min_replicas=2)
+    assert 30 < serve.now < 60
+    # Scaled to zero, and there is no room for the first request's replica.
+    with pytest.raises(ClusterError, match=r"^1 of 1 replicas have no room"):
+        Serve("RUNNING", UNPLACED, served=None).wait(monkeypatch, min_replicas=0)
+
+
+def test_wait_minutes_is_how_long_it_waits_for_room(monkeypatch):
+    serve = Serve("DEPLOYING", UNPLACED)
+    with pytest.raises(ClusterError, match=r"Waited 2 minutes"):
+        serve.wait(monkeypatch, wait_minutes=2)
+    assert 150 <= serve.now < 170
+
+
+def test_a_replica_whose_process_starts_slowly_is_waited_for(monkeypatch):
+    serve = Serve("DEPLOYING", UNPLACED, free=1.0)
+    with pytest.raises(AssertionError, match="has no end"):
+        serve.wait(monkeypatch)
+    # While one that drains holds the room for its successor, there is no shortage.
+    with pytest.raises(AssertionError, match="has no end"):
+        Serve("DEPLOYING", ("STOPPING", "node"), UNPLACED).wait(monkeypatch)
+
+
+def test_more_replicas_than_the_smallest_number_are_not_waited_for(monkeypatch):
+    serve = Serve("DEPLOYING", RUNNING, UNPLACED)
+    assert serve.wait(monkeypatch) == 1
+    assert serve.now < 60
+
+
+@pytest.mark.parametrize("status", ["RUNNING", None, "DELETING"])
+def test_a_service_that_does_not_report_the_models_is_not_waited_for(status, monkeypatch):
+    serve = Serve(status, *([RUNNING] if status == "RUNNING" else []), served={"model": [("0", 1.0)]})
+    with pytest.raises(ServingError, match=f"has not reported the new models .* is {status or 'not there'}"):
+        serve.wait(monkeypatch)
+    assert 120 < serve.now < 130
+
+
+def test_a_service_that_cannot_start_ends_it(monkeypatch):
+    serve = Serve("DEPLOY_FAILED")
+    serve._details["message"] = "Traceback ...\nBundleError: /b is not a bundle."
+    with pytest.raises(ServingError, match=r"does not start: BundleError: /b is not a bundle\."):
+        serve.wait(monkeypatch)

@@ -22,7 +22,7 @@ from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.parts import Collector, PartError, Parts, list_part_files
 from cnnray.prediction.pool import Pool, plan_pool
-from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summarize
+from cnnray.prediction.summary import ErrorList, Tally, summarize
 from tests.awkward import awkward_images, bad_images
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
@@ -247,15 +247,6 @@ def test_a_damaged_part_is_reported(kind, tmp_path):
 
 
 # -- the summary ----------------------------------------------------------------------------------------------
-
-
-def test_population_stability_index():
-    assert population_stability_index({"a": 10, "b": 30}, {"a": 100, "b": 300}) == pytest.approx(0, abs=1e-3)
-    # By hand, without the added half images, which hardly change large counts: 2 * 0.2 * ln(0.6 / 0.4).
-    index = population_stability_index({"a": 60_000, "b": 40_000}, {"a": 40_000, "b": 60_000})
-    assert index == pytest.approx(2 * 0.2 * np.log(1.5), rel=1e-3)
-    assert population_stability_index({"a": 50}, {"a": 25, "b": 25}) > 0.25
-    assert population_stability_index({}, {"a": 1}) is None
 
 
 def test_the_summary_counts_every_row(tmp_path, bundle):

@@ -28,6 +28,7 @@ from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import find_unusable
 from cnnray.prediction import parts as prediction_parts
 from cnnray.prediction.job import run as predict
 
@@ -253,7 +254,8 @@ def _read_rows(folder: str) -> tuple[pa.Table, Any]:
 def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Predictions:
     """
     Raises:
-        EvaluationError: all images have errors, or probabilities are not finite.
+        EvaluationError: all images have errors, or an earlier version of cnnray wrote predictions without
+            probabilities.
     """
     names = bundle.info.class_names
     good = rows.filter(pc.is_null(rows["error"]))
@@ -261,8 +263,12 @@ def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Pre
         raise EvaluationError(
             f"None of the {len(rows)} images has a prediction; the first error: {rows['error'][0]}."
         )
-    if bad := int((~np.isfinite(probabilities)).any(1).sum()):
-        raise EvaluationError(f"The network's probabilities for {bad} of {len(good)} images are NaN or infinite.")
+    if unusable := find_unusable(probabilities):
+        error = next(iter(unusable.values()))
+        raise EvaluationError(
+            f"{len(unusable)} of {len(good)} predictions of an earlier version of cnnray are none ({error}): give "
+            "--overwrite."
+        )
     targets = pc.index_in(good["label"], pa.array(names, pa.string())).to_numpy().astype(np.int64)
     return Predictions(names, targets, metrics.normalise(probabilities))
 

@@ -62,14 +62,13 @@ def normalise(probabilities: npt.NDArray[np.float32]) -> Floats:
     """Scale each row to sum 1, in float64.
 
     Args:
-        probabilities: float32 (N, classes). Rows sum to 1 up to float32's rounding. Where an int8 engine has rounded
-            a whole row to 0, all of its classes become equally probable.
+        probabilities: float32 (N, classes), none of whose rows `predictor.find_unusable` finds. They sum to 1 up to
+            the engine's rounding.
 
     Returns:
         float64 (N, classes).
     """
     wide = probabilities.astype(np.float64)
-    wide[wide.sum(1) == 0] = 1.0
     return np.asarray(wide / wide.sum(1, keepdims=True), np.float64)
 
 

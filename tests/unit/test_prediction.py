@@ -174,6 +174,38 @@ def test_rows_have_the_same_columns_when_all_images_are_bad(bundle, files):
     assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_image_without_probabilities_is_an_error(embeddings, bundle, files, monkeypatch):
+    """A network with damaged weights gives values that are not finite, int8 rounding only zeros."""
+    _, manifest = files
+    worker = _worker(bundle, probabilities=True, embeddings=embeddings)
+    before = pa.concat_tables(worker(manifest)).to_pylist()
+    name = "all_outputs" if embeddings else "probabilities"
+    original, calls = getattr(worker._predictor, name), []
+
+    def damaged(images):
+        outputs = original(images)
+        if not calls and len(images) > 3:
+            calls.append(len(images))
+            values = np.array(outputs[0] if embeddings else outputs)
+            values[[0, 2]] = [[np.nan, 0.5, 0.5], [0, 0, 0]]
+            outputs = outputs._replace(probabilities=values) if embeddings else values
+        return outputs
+
+    monkeypatch.setattr(worker._predictor, name, damaged)
+    after = pa.concat_tables(worker(manifest)).to_pylist()
+    assert calls
+    first, _, third = [row["id"] for row in before if row["status"] == "ok"][:3]
+    changed = {row["id"]: row["error"] for row, other in zip(after, before, strict=True) if row != other}
+    assert changed == {
+        first: "no probabilities: the network's output is not finite",
+        third: "no probabilities: the network's output is zero for each class",
+    }
+    for row in after:
+        assert (row["status"] == "error") == bool(row["error"]) == (row["prediction"] is None)
+        assert (row["probabilities"] is None) == bool(row["error"])
+
+
 def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
     plan = dataclasses.replace(_plan(bundle), digest="other")
     with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):

@@ -384,22 +384,3 @@ def _coverage_points(predictions: Predictions) -> Floats:
     # A threshold keeps or withholds all predictions of the same confidence.
     ends = np.flatnonzero(np.append(np.diff(confidences) != 0, True))
     return np.stack([confidences[ends], (ends + 1) / len(order), hits[ends] / (ends + 1)])
-
-
-# -- two networks ---------------------------------------------------------------------------------------------
-
-
-def mcnemar(correct: npt.NDArray[np.bool_], other_correct: npt.NDArray[np.bool_]) -> dict[str, float]:
-    """McNemar's exact test for two networks on the same images.
-
-    Args:
-        correct: bool (N,), which images the first network classifies correctly.
-        other_correct: bool (N,), the same for the second network.
-
-    Returns:
-        `only_this` and `only_other`, the images that only one of the two classifies correctly, and `p_value`, the
-        two-sided probability of two counts so different by chance (SciPy's binomial test).
-    """
-    only_this, only_other = int((correct & ~other_correct).sum()), int((~correct & other_correct).sum())
-    p = scipy.stats.binomtest(only_this, only_this + only_other).pvalue if only_this + only_other else 1.0
-    return {"only_this": only_this, "only_other": only_other, "p_value": float(p)}

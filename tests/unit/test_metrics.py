@@ -190,12 +190,3 @@ def test_coverage_and_the_threshold_for_an_accuracy():
     assert metrics.find_threshold(predictions, 1.0)["coverage"] == pytest.approx(0.2)
     wrong = Predictions(["a", "b"], np.asarray([1]), np.asarray([[0.9, 0.1]]))
     assert metrics.find_threshold(wrong, 0.5) is None
-
-
-def test_mcnemar_by_hand():
-    this = np.asarray([True, *[False] * 9, True, False])
-    other = np.asarray([False, *[True] * 9, True, False])
-    result = metrics.mcnemar(this, other)
-    assert (result["only_this"], result["only_other"]) == (1, 9)
-    assert result["p_value"] == pytest.approx(2 * (1 + 10) / 2**10)
-    assert metrics.mcnemar(this, this)["p_value"] == 1.0

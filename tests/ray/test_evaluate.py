@@ -117,25 +117,12 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
     assert (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns == before
 
 
-def test_predictions_of_an_earlier_version_that_are_none_are_refused(evaluated, onnx_bundle, labelled, tmp_path):
-    line, output = evaluated
-    output = shutil.copytree(output, tmp_path / "out")
-    (part,) = (output / "predictions").glob("part-*")
-    rows = pyarrow.parquet.read_table(part)
-    place = rows["error"].to_pylist().index(None)
-    values = rows["probabilities"].to_pylist()
-    values[place] = [float("nan")] * 3
-    column = rows.column_names.index("probabilities")
-    pyarrow.parquet.write_table(
-        rows.set_column(column, "probabilities", pa.array(values, rows.schema.field(column).type)), part
-    )
-    config = EvaluateConfig(
-        bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", batch_size=7, max_workers=2,
-        data_checks=False,
-    )  # fmt: skip
+@pytest.mark.parametrize("values", [[np.nan, 0.5, 0.5], [0, 0, 0]])
+def test_predictions_of_an_earlier_version_that_are_none_are_refused(values, evaluated, onnx_bundle):
+    rows, probabilities = job._read_rows(str(evaluated[1] / "predictions"))
+    probabilities[7] = values
     with pytest.raises(EvaluationError, match=r"1 of 101 predictions of an earlier version .* --overwrite"):
-        evaluate(config)
-    assert evaluate(dataclasses.replace(config, overwrite=True))["accuracy"] == line["accuracy"]
+        job._make_predictions(rows, probabilities, Bundle.load(onnx_bundle))
 
 
 def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, tmp_path):

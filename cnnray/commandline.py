@@ -109,7 +109,7 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job. Its result becomes the last line of stdout, an error one sentence on stderr.
 
     Raises:
-        SystemExit: 0, 1 for an error that has a sentence (`CnnrayError`, `OSError`), 130 for Ctrl-C, 143 for SIGTERM
+        SystemExit: 0, `exit_code` of a `CnnrayError`, 1 for an `OSError`, 130 for Ctrl-C, 143 for SIGTERM
             (`ray job stop`). Other errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
@@ -131,7 +131,7 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
         sys.exit(EXIT_STOPPED)
     except (CnnrayError, OSError) as error:
         sys.stderr.write(f"Error: {error}\n")
-        sys.exit(EXIT_FAILURE)
+        sys.exit(error.exit_code if isinstance(error, CnnrayError) else EXIT_FAILURE)
     sys.stderr.flush()
     sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()

@@ -9,6 +9,9 @@ its traceback.
 class CnnrayError(Exception):
     """Base class; the message is one sentence for the user."""
 
+    exit_code = 1
+    """Exit code of a job that this error ends."""
+
 
 class TransientError(CnnrayError):
     """Trouble that may pass by itself, such as throttling or a lost connection: trying again may help."""

@@ -42,8 +42,11 @@ class EvaluateConfig(InferenceOptions):
     """Repeat those parts of an earlier evaluation in which images could not be read."""
     compare: str | None = None
     """The metrics.json of another evaluation of the same images, to compare with."""
-    max_drop: float = 0.0
-    """With --compare: largest accepted loss of accuracy; a larger loss ends the job with exit code 1."""
+    max_drop: float = 0.01
+    """With --compare: largest accepted loss of accuracy. The job ends with exit code 0 if the whole 95 % confidence
+    interval of the loss is at most this, 1 if it is more than this, and 3 (undecided) if this lies inside it."""
+    max_error_fraction: float = 0.01
+    """With --compare: refuse to compare if a larger share of the images has no prediction, in either evaluation."""
     check_data: bool = False
     """Only look for images in two splits or under two labels, unreadable images, odd sizes and small classes."""
     overwrite: bool = False
@@ -56,7 +59,7 @@ class EvaluateConfig(InferenceOptions):
         """
         if not 1 <= self.samples <= 100:
             raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
-        flags.check_share(self, "wanted_accuracy", "max_drop")
+        flags.check_share(self, "wanted_accuracy", "max_drop", "max_error_fraction")
         flags.make_absolute(self, "data", "bundle", "output", "compare")
         if not self.check_data:
             for flag in ("bundle", "output"):

@@ -28,6 +28,7 @@ from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
+from cnnray.models.predictor import find_unusable
 from cnnray.prediction import parts as prediction_parts
 from cnnray.prediction.job import run as predict
 
@@ -39,6 +40,8 @@ _FILES, _FOLDERS = (METRICS, REPORT, ROWS), (PLOTS, PREDICTIONS)
 _HISTORY = "history.csv"
 """Training writes it, and its manifest, to the folder that holds the bundle."""
 _ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
+_LINE = ("images", "errors", "accuracy", "top_5_accuracy", "expected_calibration_error", "split")
+"""Figures that `evaluate` returns."""
 _MAX_ERRORS_SHOWN, _MIN_FITTED = 100, 50
 
 
@@ -47,11 +50,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     itself, `predictions/`, to `config.output`.
 
     Returns:
-        `images`, `errors`, `accuracy`, `top_5_accuracy`, `expected_calibration_error`, `report` (its uri), `engine`,
-        `temperature` (of the bundle, after calibration) and `seconds`.
+        `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `expected_calibration_error`,
+        `split`, `report` (its uri), `engine`, `temperature` (of the bundle, after calibration) and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError, EvaluationError: with a sentence for the user.
+        UndecidedError: with `config.compare`, there are too few images to say whether accuracy fell too far.
     """
     started = time.monotonic()
     assert config.bundle is not None
@@ -62,8 +66,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             engines.check_exported(bundle, config.engine)
         other = comparison.read_evaluation(config.compare) if config.compare else None
         everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
-        manifest = _select_split(everything, config)
+        split, manifest = _select_split(everything, config)
         _check_classes(manifest, bundle, config)
+        if other is not None:
+            comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
         _warn_about_training_images(manifest, bundle)
         with cluster.connected():
             # All checks have passed: only now is anything written or deleted.
@@ -73,21 +79,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             checked = _check_images(everything, config, cluster.resources()) if config.data_checks else None
         rows, probabilities = _read_rows(predict_config.folder)
         predictions = _make_predictions(rows, probabilities, bundle)
-        results = _measure(config, bundle, prediction["engine"], rows, predictions, checked)
+        results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
         if other is not None:
-            results["comparison"] = comparison.compare(rows, results, other)
+            results["comparison"] = comparison.compare(
+                rows, results, other, config.max_drop, config.max_error_fraction
+            )
         _write_results(config, rows, results)
         pictures = make_pictures(bundle, rows, predictions, results, _read_history(bundle), config.samples)
         _write_report(config.output, rows, results, pictures)
         _log_results(results)
         if other is not None:
-            comparison.check_accuracy(results["comparison"], config.max_drop)
+            comparison.check(results["comparison"])
         if config.calibrate:
             _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"])
         return {
-            **{name: results[name] for name in ("images", "errors", "accuracy")},
-            "top_5_accuracy": results.get("top_5_accuracy", 1.0),
-            "expected_calibration_error": results["expected_calibration_error"],
+            **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
             "engine": prediction["engine"],
             "temperature": bundles.read_info(bundle.uri).temperature,
@@ -140,8 +146,8 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
 # -- images and output ----------------------------------------------------------------------------------------
 
 
-def _select_split(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
-    """The rows of the split to evaluate.
+def _select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.Table]:
+    """The split to evaluate, and its rows; `all` where the data have no splits.
 
     Raises:
         EvaluationError: no image has this split.
@@ -153,12 +159,12 @@ def _select_split(manifest: pa.Table, config: EvaluateConfig) -> pa.Table:
     else:
         selected = config.split
     if selected == "all":
-        return manifest
+        return selected, manifest
     if selected not in splits:
         existing = ", ".join(sorted(filter(None, splits))) or "none"
         raise EvaluationError(f"{config.data} has no images of the split {selected} (it has {existing}).")
     log.info("evaluating the split %s", selected)
-    return manifests.select_split(manifest, selected)
+    return selected, manifests.select_split(manifest, selected)
 
 
 def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -> None:
@@ -253,7 +259,8 @@ def _read_rows(folder: str) -> tuple[pa.Table, Any]:
 def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Predictions:
     """
     Raises:
-        EvaluationError: all images have errors, or probabilities are not finite.
+        EvaluationError: all images have errors, or an earlier version of cnnray wrote predictions without
+            probabilities.
     """
     names = bundle.info.class_names
     good = rows.filter(pc.is_null(rows["error"]))
@@ -261,8 +268,12 @@ def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Pre
         raise EvaluationError(
             f"None of the {len(rows)} images has a prediction; the first error: {rows['error'][0]}."
         )
-    if bad := int((~np.isfinite(probabilities)).any(1).sum()):
-        raise EvaluationError(f"The network's probabilities for {bad} of {len(good)} images are NaN or infinite.")
+    if unusable := find_unusable(probabilities):
+        error = next(iter(unusable.values()))
+        raise EvaluationError(
+            f"{len(unusable)} of {len(good)} predictions of an earlier version of cnnray are none ({error}): give "
+            "--overwrite."
+        )
     targets = pc.index_in(good["label"], pa.array(names, pa.string())).to_numpy().astype(np.int64)
     return Predictions(names, targets, metrics.normalise(probabilities))
 
@@ -271,6 +282,7 @@ def _measure(
     config: EvaluateConfig,
     bundle: Bundle,
     engine: str,
+    split: str,
     rows: pa.Table,
     predictions: Predictions,
     checked: CheckResult | None,
@@ -291,6 +303,7 @@ def _measure(
         "model": bundle.version,
         "engine": engine,
         "data": config.data,
+        "split": split,
         "images": len(rows),
         "errors": reasons.total(),
         "errors_by_reason": dict(reasons.most_common()),

@@ -62,14 +62,13 @@ def normalise(probabilities: npt.NDArray[np.float32]) -> Floats:
     """Scale each row to sum 1, in float64.
 
     Args:
-        probabilities: float32 (N, classes). Rows sum to 1 up to float32's rounding. Where an int8 engine has rounded
-            a whole row to 0, all of its classes become equally probable.
+        probabilities: float32 (N, classes), none of whose rows `predictor.find_unusable` finds. They sum to 1 up to
+            the engine's rounding.
 
     Returns:
         float64 (N, classes).
     """
     wide = probabilities.astype(np.float64)
-    wide[wide.sum(1) == 0] = 1.0
     return np.asarray(wide / wide.sum(1, keepdims=True), np.float64)
 
 
@@ -84,9 +83,11 @@ def overall_metrics(predictions: Predictions) -> dict[str, Any]:
 
     Returns:
         `accuracy`, `top_K_accuracy`, `balanced_accuracy`, `matthews_correlation`, `log_loss` (nats), and the macro
-        and weighted means of precision, recall and F1. The means leave out classes without images, and count
-        precision 0 for a class that was never predicted. A class is among the top k if fewer than k others have a
-        higher probability, or the same probability and a smaller index, as everywhere in this project.
+        and weighted means of precision, recall and F1. There is a top-k accuracy for each k of `TOP_K` that is less
+        than the number of classes. The means leave out classes without images, and count precision 0 for a class that
+        was never predicted. A class is among the top k if fewer than k others have a higher probability, or the same
+        probability and a smaller index, as everywhere in this project. The log loss takes probabilities below
+        2.2e-16 as 2.2e-16 (the epsilon of float64), as scikit-learn's does.
     """
     targets, predicted = predictions.targets, predictions.classes
     present, every_class = np.unique(targets), np.arange(len(predictions.class_names))
@@ -98,7 +99,7 @@ def overall_metrics(predictions: Predictions) -> dict[str, Any]:
             sklearn.metrics.recall_score(targets, predicted, labels=present, average="macro", zero_division=0)
         ),
         "matthews_correlation": float(sklearn.metrics.matthews_corrcoef(targets, predicted)),
-        "log_loss": float(sklearn.metrics.log_loss(targets, predictions.probabilities, labels=every_class)),
+        "log_loss": float(_losses(predictions).mean()),
     }
     for average in ("macro", "weighted"):
         values = sklearn.metrics.precision_recall_fscore_support(
@@ -117,6 +118,13 @@ def _ranks(predictions: Predictions) -> Integers:
     return np.asarray(before.sum(1), np.int64)
 
 
+def _losses(predictions: Predictions) -> Floats:
+    """float64 (N,), the log loss of each image in nats, with scikit-learn's bounds of probabilities."""
+    epsilon = np.finfo(np.float64).eps
+    true_scores = _true_class_values(predictions.probabilities, predictions.targets)
+    return np.asarray(-np.log(np.clip(true_scores, epsilon, 1 - epsilon)), np.float64)
+
+
 def _true_class_values(values: Floats, targets: Integers) -> Floats:
     """(N,), of values (N, classes) those of the true classes."""
     return np.asarray(np.take_along_axis(values, targets[:, None], 1)[:, 0])
@@ -124,13 +132,17 @@ def _true_class_values(values: Floats, targets: Integers) -> Floats:
 
 def confidence_intervals(predictions: Predictions) -> dict[str, list[float]]:
     """95 % confidence intervals: Wilson's for `accuracy` and `top_K_accuracy`; for `macro_f1`, `log_loss` and
-    `expected_calibration_error` percentiles of 200 bootstrap samples of the images (SciPy's)."""
+    `expected_calibration_error` percentiles of 200 bootstrap samples of the images (SciPy's).
+
+    The percentiles are moved by the difference between the figure and the mean of the samples. The calibration error
+    of a sample is larger than that of all images, by so much that it would often lie outside its own interval.
+    """
     count, ranks = len(predictions.targets), _ranks(predictions)
     intervals = {"accuracy": list(wilson_interval(int(predictions.correct.sum()), count))}
     for k in TOP_K:
         if k < len(predictions.class_names):
             intervals[f"top_{k}_accuracy"] = list(wilson_interval(int((ranks < k).sum()), count))
-    losses = -np.log(np.maximum(_true_class_values(predictions.probabilities, predictions.targets), _TINY))
+    losses = _losses(predictions)
 
     def macro_f1(rows: Integers) -> float:
         targets = predictions.targets[rows]
@@ -140,16 +152,18 @@ def confidence_intervals(predictions: Predictions) -> dict[str, list[float]]:
             )
         )
 
-    for name, metric in (
-        ("macro_f1", macro_f1),
-        ("log_loss", lambda rows: float(losses[rows].mean())),
-        ("expected_calibration_error", lambda rows: _calibration_error(predictions, rows)),
+    for name, metric, largest in (
+        ("macro_f1", macro_f1, 1.0),
+        ("log_loss", lambda rows: float(losses[rows].mean()), np.inf),
+        ("expected_calibration_error", lambda rows: _calibration_error(predictions, rows), 1.0),
     ):
         if count > 1:
-            interval = scipy.stats.bootstrap(
-                (np.arange(count),), metric, n_resamples=_RESAMPLES, vectorized=False, method="percentile", rng=0
-            ).confidence_interval
-            intervals[name] = [float(interval.low), float(interval.high)]
+            every = np.arange(count)
+            result = scipy.stats.bootstrap(
+                (every,), metric, n_resamples=_RESAMPLES, vectorized=False, method="percentile", rng=0
+            )
+            bounds = np.asarray(result.confidence_interval) + metric(every) - result.bootstrap_distribution.mean()
+            intervals[name] = np.clip(bounds, 0, largest).tolist()
     return intervals
 
 
@@ -370,22 +384,3 @@ def _coverage_points(predictions: Predictions) -> Floats:
     # A threshold keeps or withholds all predictions of the same confidence.
     ends = np.flatnonzero(np.append(np.diff(confidences) != 0, True))
     return np.stack([confidences[ends], (ends + 1) / len(order), hits[ends] / (ends + 1)])
-
-
-# -- two networks ---------------------------------------------------------------------------------------------
-
-
-def mcnemar(correct: npt.NDArray[np.bool_], other_correct: npt.NDArray[np.bool_]) -> dict[str, float]:
-    """McNemar's exact test for two networks on the same images.
-
-    Args:
-        correct: bool (N,), which images the first network classifies correctly.
-        other_correct: bool (N,), the same for the second network.
-
-    Returns:
-        `only_this` and `only_other`, the images that only one of the two classifies correctly, and `p_value`, the
-        two-sided probability of two counts so different by chance (SciPy's binomial test).
-    """
-    only_this, only_other = int((correct & ~other_correct).sum()), int((~correct & other_correct).sum())
-    p = scipy.stats.binomtest(only_this, only_this + only_other).pvalue if only_this + only_other else 1.0
-    return {"only_this": only_this, "only_other": only_other, "p_value": float(p)}

@@ -25,7 +25,7 @@ from cnnray.cluster import Resources
 from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
-from cnnray.models.predictor import Predictor, rank_classes
+from cnnray.models.predictor import Predictor, find_unusable, rank_classes
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.ledger import MAX_CRASHES, create_ledger, finish_attempt, start_attempt
 from cnnray.prediction.pool import Pool, plan_pool
@@ -42,6 +42,7 @@ _PIXELS, _ERROR = "__pixels", "__error"
 _MIN_ROWS_PER_TASK, _MAX_ROWS_PER_TASK = 32, 512
 
 Images = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 Sources = Iterator[containers.Source] | None
 
 
@@ -328,6 +329,7 @@ class Worker:
             errors: why an image could not be decoded; empty where it could.
         """
         rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
+        probabilities, embeddings, errors = self._classify(images, errors)
         good = np.asarray([not error for error in errors])
         # Index of each row in the predictions, which only good images have; null for the others.
         place = pa.array(np.cumsum(good) - 1, mask=~good)
@@ -335,19 +337,39 @@ class Worker:
             "status": pa.array(np.where(good, "ok", "error").tolist(), pa.string()),
             "error": pa.array([error or None for error in errors], pa.string()),
         }
-        columns |= {name: values.take(place) for name, values in self._prediction_columns(images[good]).items()}
+        predictions = self._prediction_columns(probabilities, embeddings)
+        columns |= {name: values.take(place) for name, values in predictions.items()}
         columns["model"] = pa.array([self._model] * len(rows), pa.string())
         for name in COLUMNS:
             if name in columns:
                 rows = rows.append_column(name, columns[name])
         return rows
 
-    def _prediction_columns(self, images: Images) -> dict[str, pa.Array]:
-        options, embeddings = self._options, None
-        if options.embeddings:
-            probabilities, _, embeddings = self._predictor.all_outputs(images)
+    def _classify(self, images: Images, errors: list[str]) -> tuple[Floats, Floats | None, list[str]]:
+        """Run the network on the images that could be decoded.
+
+        Args:
+            images, errors: as in `_with_predictions`.
+
+        Returns:
+            the probabilities and, if the options ask for them, the embeddings of images with a prediction; and the
+            errors, now also of images for which the network gives no probabilities.
+        """
+        decoded, embeddings = np.flatnonzero([not error for error in errors]), None
+        if self._options.embeddings:
+            probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
         else:
-            probabilities = self._predictor.probabilities(images)
+            probabilities = self._predictor.probabilities(images[decoded])
+        if unusable := find_unusable(probabilities):
+            errors = [*errors]
+            for index, error in unusable.items():
+                errors[decoded[index]] = str(error)
+            usable = np.delete(np.arange(len(decoded)), list(unusable))
+            probabilities, embeddings = probabilities[usable], None if embeddings is None else embeddings[usable]
+        return probabilities, embeddings, errors
+
+    def _prediction_columns(self, probabilities: Floats, embeddings: Floats | None) -> dict[str, pa.Array]:
+        options = self._options
         order = rank_classes(probabilities, options.top_k)
         scores = np.take_along_axis(probabilities, order, 1)
         offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)

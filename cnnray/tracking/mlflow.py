@@ -206,7 +206,7 @@ class Tracker:
         else:
             version, model_id = mlflow_flavor.log(bundle, run_id=self._run_id or "", name=name)
         metrics = summary["metrics"]
-        best = [row["epoch"] for row in self._history() if all(row.get(key) == metrics[key] for key in metrics)]
+        best = [row["epoch"] for row in self._history() if all(row.get(k, v) == v for k, v in metrics.items())]
         step = best[0] if best else summary["epochs"]
         self._log_best(step, metrics, model_id)
         self.end("FINISHED")

@@ -66,11 +66,11 @@ class ProgressLogger(keras.callbacks.Callback):
         """Show the epoch's line."""
         logs = logs or {}
         left = (self._epochs - epoch - 1) * logs["seconds"]
+        shown = ("loss", "accuracy", "val_loss", "val_accuracy", "val_top_5_accuracy")
+        values = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
         log.info(
-            "%sepoch %d/%d  loss %.4f  accuracy %.4f  val_loss %.4f  val_accuracy %.4f  val_top_5_accuracy %.4f  "
-            "%.0f images/s  %s left",
-            self._prefix, epoch + 1, self._epochs, logs["loss"], logs["accuracy"], logs["val_loss"],
-            logs["val_accuracy"], logs["val_top_5_accuracy"], logs["images_per_second"], duration(left),
+            "%sepoch %d/%d  %s  %.0f images/s  %s left",
+            self._prefix, epoch + 1, self._epochs, values, logs["images_per_second"], duration(left),
         )  # fmt: skip
         self._shown = time.monotonic()
 
@@ -105,8 +105,8 @@ def write_history(history: list[dict[str, Any]], uri: str) -> None:
     if not history:
         return
     text = io.StringIO()
-    # The first epochs may be of a version that wrote fewer columns.
-    writer = csv.DictWriter(text, fieldnames=list(history[-1]))
+    # The first epochs may be of a version that wrote other columns.
+    writer = csv.DictWriter(text, fieldnames=list(history[-1]), extrasaction="ignore")
     writer.writeheader()
     writer.writerows(history)
     storage.write_bytes(uri, text.getvalue().encode())

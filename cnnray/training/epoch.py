@@ -85,11 +85,13 @@ class Sums:
         """The sums in the order of the fields."""
         return self.count, self.loss, self.correct, self.top_k, self.bad
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
-        """Means over the images: `loss` in nats, `accuracy` and `top_5_accuracy` as shares."""
+    def metrics(self, classes: int, prefix: str = "") -> dict[str, float]:
+        """Means over the images: `loss` in nats, `accuracy` and `top_5_accuracy` as shares.
+
+        There is no top-5 accuracy for five classes or fewer: it would always be 1.
+        """
         count = max(self.count, 1.0)
-        return {
-            f"{prefix}loss": self.loss / count,
-            f"{prefix}accuracy": self.correct / count,
-            f"{prefix}top_5_accuracy": self.top_k / count,
-        }
+        values = {f"{prefix}loss": self.loss / count, f"{prefix}accuracy": self.correct / count}
+        if classes > TOP_K:
+            values[f"{prefix}top_{TOP_K}_accuracy"] = self.top_k / count
+        return values

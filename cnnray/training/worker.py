@@ -84,6 +84,7 @@ class _Worker:
         self.metrics = TrainingMetrics(self.config.output) if self.rank == 0 else None
         self.phases = self.config.resolved_phases
         names, counts = assignment.info.class_names, assignment.info.class_counts
+        self.classes = len(names)
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
         with _local_file(assignment.weights) as weights:
             self.steps = Steps(
@@ -234,7 +235,7 @@ class _Worker:
             took, clock = now - clock, now
             progress.sums += sums
             if self.metrics:
-                self.metrics.step(sums.count, sums.bad, progress.sums.metrics())
+                self.metrics.step(sums.count, sums.bad, progress.sums.metrics(self.classes))
             progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
             progress.step += 1
             progress.epoch_seconds += took
@@ -244,7 +245,8 @@ class _Worker:
             elif not progress.seconds_to_first_step:
                 progress.seconds_to_first_step = time.time() - self.assignment.started
             self.compiled = True
-            logs = progress.sums.metrics() | {"images_per_second": progress.images / max(progress.seconds, 1e-9)}
+            rate = progress.images / max(progress.seconds, 1e-9)
+            logs = progress.sums.metrics(self.classes) | {"images_per_second": rate}
             shown.on_train_batch_end(progress.step - 1, logs)
             self._check_bad(progress.sums.bad)
             if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
@@ -270,7 +272,7 @@ class _Worker:
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
                     f"(it was {self.phases[progress.phase].learning_rate:g}), or use --precision float32."
                 )
-        logs = trained.metrics() | validation.metrics("val_")
+        logs = trained.metrics(self.classes) | validation.metrics(self.classes, "val_")
         logs |= {
             "learning_rate": float(keras.ops.convert_to_numpy(self.steps.optimizer.learning_rate)),
             "images": trained.count,

@@ -5,13 +5,16 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import sklearn.metrics
 from PIL import Image
 
-from cnnray.evaluation import comparison, job
-from cnnray.evaluation.comparison import EvaluationError
+from cnnray.evaluation import job
+from cnnray.evaluation.comparison import EvaluationError, UndecidedError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.job import check_data, evaluate
 from cnnray.images.manifest import ManifestError, build_manifest
@@ -53,7 +56,8 @@ def evaluated(labelled, onnx_bundle, tmp_path_factory):
 
 def test_every_image_has_a_row_and_images_with_errors_do_not_count_in_the_accuracy(evaluated, labelled):
     line, output = evaluated
-    assert (line["images"], line["errors"]) == (IMAGES + 2, 2)
+    assert (line["images"], line["errors"], line["split"]) == (IMAGES + 2, 2, "all")
+    assert "top_5_accuracy" not in line  # of three classes
     rows = pyarrow.parquet.read_table(output / "predictions.parquet").to_pylist()
     assert {row["uri"] for row in rows} == {str(path) for path in labelled.rglob("*.png")}
     assert len(rows) == IMAGES + 2
@@ -113,6 +117,14 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
     assert (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("values", [[np.nan, 0.5, 0.5], [0, 0, 0]])
+def test_predictions_of_an_earlier_version_that_are_none_are_refused(values, evaluated, onnx_bundle):
+    rows, probabilities = job._read_rows(str(evaluated[1] / "predictions"))
+    probabilities[7] = values
+    with pytest.raises(EvaluationError, match=r"1 of 101 predictions of an earlier version .* --overwrite"):
+        job._make_predictions(rows, probabilities, Bundle.load(onnx_bundle))
+
+
 def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, tmp_path):
     bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
     line = evaluate(
@@ -159,18 +171,67 @@ def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bun
         "engine": "onnx",
         "compare": str(output / "metrics.json"),
         "data_checks": False,
+        "max_error_fraction": 0.02,
     }
-    same = evaluate(EvaluateConfig(bundle=onnx_bundle, output=str(tmp_path / "same"), **arguments))
+    config = EvaluateConfig(bundle=onnx_bundle, output=str(tmp_path / "same"), max_drop=0.05, **arguments)
+    same = evaluate(config)
     saved = json.loads((tmp_path / "same" / "metrics.json").read_text())["comparison"]
     assert saved["images"] == IMAGES
     assert saved["accuracy"] == saved["other_accuracy"] == same["accuracy"]
     assert saved["mcnemar"] == {"only_this": 0, "only_other": 0, "p_value": 1.0}
-    with pytest.raises(EvaluationError, match=r"Accuracy fell by 0\.\d+ against .*, more than --max-drop 0\.1\."):
+    assert (saved["decision"], saved["drop"]) == ("passed", 0)
+    assert saved["drop_interval"] == pytest.approx([-0.0366, 0.0366], abs=1e-4)
+    with pytest.raises(UndecidedError, match=r"Undecided: .* may be more than --max-drop 0\.01 or not"):
+        evaluate(dataclasses.replace(config, max_drop=0.01))
+    with pytest.raises(EvaluationError, match=r"Failed: .* a loss of 0\.\d+ .*, more than --max-drop 0\.1\."):
         evaluate(EvaluateConfig(bundle=str(worse), output=str(tmp_path / "out"), max_drop=0.1, **arguments))
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
     assert saved["mcnemar"]["p_value"] < 1e-6
-    assert "McNemar" in (tmp_path / "out" / "report.html").read_text()
-    comparison.check_accuracy(saved, max_drop=1.0)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "McNemar" in report
+    assert saved["sentence"] in report
+
+
+@pytest.mark.parametrize("side", ["here", "there"])
+@pytest.mark.parametrize("trouble", ["one common image", "other labels", "errors"])
+def test_what_cannot_be_compared_does_not_pass(trouble, side, evaluated, onnx_bundle, tmp_path):
+    """The other evaluation has all images wrong, so that a comparison of what is left would pass."""
+    _, output = evaluated
+    rows = pyarrow.parquet.read_table(output / "predictions.parquet")
+    images = rows.filter(pyarrow.compute.is_null(rows["error"])).select(["uri", "label"]).to_pylist()
+    there = [row | {"prediction": NAMES[(NAMES.index(row["label"]) + 1) % 3], "error": None} for row in images]
+    here = [dict(row) for row in images]
+    changed = {"here": here, "there": there}[side]
+    if trouble == "one common image":
+        del changed[1:]
+        if side == "here":  # two classes are needed
+            changed.append(next(row for row in images if row["label"] != changed[0]["label"]))
+    elif trouble == "other labels":
+        changed[0]["label"] = NAMES[(NAMES.index(changed[0]["label"]) + 1) % 3]
+    elif side == "there":
+        for row in there[1:]:
+            row |= {"prediction": None, "error": "throttled: slow down"}
+    else:
+        for number, row in enumerate(here[1:-1]):
+            row["uri"] = there[number + 1]["uri"] = str(tmp_path / f"missing-{number}.png")
+    (tmp_path / "there").mkdir()
+    schema = pa.schema({name: pa.string() for name in ("uri", "label", "prediction", "error")})
+    pyarrow.parquet.write_table(pa.Table.from_pylist(there, schema), tmp_path / "there" / "predictions.parquet")
+    shutil.copy(output / "metrics.json", tmp_path / "there")
+    pyarrow.csv.write_csv(pa.Table.from_pylist(here), tmp_path / "here.csv")
+    sentences = {
+        "one common image": "is of other images", "other labels": "has other labels for 1 of 101 images",
+        "errors": r"\d+ of 101 images have no prediction, more than --max-error-fraction 0\.01",
+    }  # fmt: skip
+    with pytest.raises(EvaluationError, match=sentences[trouble]):
+        evaluate(
+            EvaluateConfig(
+                bundle=onnx_bundle, data=str(tmp_path / "here.csv"), output=str(tmp_path / "out"), engine="onnx",
+                compare=str(tmp_path / "there" / "metrics.json"), data_checks=False, max_drop=1.0,
+            )
+        )  # fmt: skip
+    # What is wrong with the data or the other evaluation is found before anything is classified.
+    assert (tmp_path / "out" / "report.html").exists() == (trouble == "errors" and side == "here")
 
 
 def test_splits_class_names_too_few_predictions_and_retried_images(onnx_bundle, tmp_path):
@@ -193,13 +254,15 @@ def test_splits_class_names_too_few_predictions_and_retried_images(onnx_bundle, 
     assert not (tmp_path / "out" / "config.yaml").exists()
     manifest = build_manifest(str(table), labelled=True)
     for split, count in (("auto", 10), ("all", 13), ("train", 3)):
-        assert len(job._select_split(manifest, dataclasses.replace(config, split=split))) == count
+        selected, rows = job._select_split(manifest, dataclasses.replace(config, split=split))
+        assert (selected, len(rows)) == ("validation" if split == "auto" else split, count)
     with pytest.raises(EvaluationError, match="9 predictions, 0 of them wrong, do not determine a temperature"):
         evaluate(dataclasses.replace(config, calibrate=True))
     assert Bundle.load(str(bundle)).info.temperature == 1
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (results["images"], results["errors"]) == (10, 1)  # the split validation
+    assert (results["images"], results["errors"], results["split"]) == (10, 1, "validation")
     report = (tmp_path / "out" / "report.html").read_text()
+    assert "images.csv (split validation)" in report
     for name in ("<i>late", "<script>$"):
         assert name not in report
         assert name.replace("<", "&lt;").replace(">", "&gt;") in report
@@ -248,6 +311,8 @@ def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
         ({"output": "/d/out"}, "lies in --data"),
         ({"engine": "x"}, "--engine 'x'"),
         ({"wanted_accuracy": 2}, "--wanted-accuracy must be 0 to 1"),
+        ({"max_drop": -0.1}, "--max-drop must be 0 to 1"),
+        ({"max_error_fraction": 2}, "--max-error-fraction must be 0 to 1"),
         ({"samples": 0}, "--samples must be 1 to 100"),
         ({"output": "/b"}, "--output is the bundle itself"),
         ({"calibrate": True, "engine": "onnx-int8"}, "--calibrate needs finer probabilities"),

@@ -32,7 +32,7 @@ def _validate(rank, world, assignments):
         rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
         images = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
         probabilities = np.asarray(worker.steps.inference(np.stack(images), training=False))
-        results[size] = sums.metrics(), sums.count, probabilities, [int(row["label"]) for row in rows]
+        results[size] = sums.metrics(10), sums.count, probabilities, [int(row["label"]) for row in rows]
     return results
 
 

@@ -1,5 +1,7 @@
 """Callbacks that decide: they resume where they were, and show readable durations."""
 
+import logging
+
 import keras
 import pytest
 
@@ -38,6 +40,23 @@ def test_restored_callbacks_decide_as_if_uninterrupted():
     assert decisions[True] == decisions[False]
     assert [stop for stop, _ in decisions[False]] == [False] * 5 + [True] * 2
     assert decisions[False][-1][1] == pytest.approx(0.00025)
+
+
+def test_the_line_of_an_epoch_has_a_top_5_accuracy_where_there_is_one(caplog):
+    logs = {"loss": 1, "accuracy": 0.5, "val_loss": 2, "val_accuracy": 0.25, "images_per_second": 9, "seconds": 1}
+    with caplog.at_level(logging.INFO, "cnnray"):
+        callbacks.ProgressLogger(2, 1, 9).on_epoch_end(0, logs)
+        callbacks.ProgressLogger(2, 1, 9).on_epoch_end(0, logs | {"val_top_5_accuracy": 1})
+    first, second = (record.message for record in caplog.records)
+    assert "loss 1.0000  accuracy 0.5000  val_loss 2.0000  val_accuracy 0.2500  9 images/s" in first
+    assert "val_accuracy 0.2500  val_top_5_accuracy 1.0000  9 images/s" in second
+
+
+def test_a_history_continues_with_other_columns(tmp_path):
+    uri = str(tmp_path / "history.csv")
+    rows = [{"epoch": 1, "loss": 2, "top_5_accuracy": 1}, {"epoch": 2, "loss": 1, "workers": 2}]
+    callbacks.write_history(rows, uri)
+    assert (tmp_path / "history.csv").read_text().split() == ["epoch,loss,workers", "1,2,", "2,1,2"]
 
 
 @pytest.mark.parametrize(

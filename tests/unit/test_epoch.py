@@ -6,6 +6,12 @@ import pytest
 from cnnray.training import epoch
 
 
+@pytest.mark.parametrize(("classes", "names"), [(2, 2), (5, 2), (6, 3), (1000, 3)])
+def test_there_is_a_top_5_accuracy_for_more_than_five_classes(classes, names):
+    metrics = epoch.Sums(count=4, loss=2, correct=1, top_k=3).metrics(classes, "val_")
+    assert metrics == dict(list({"val_loss": 0.5, "val_accuracy": 0.25, "val_top_5_accuracy": 0.75}.items())[:names])
+
+
 @pytest.mark.parametrize("images", [1, 2, 7, 64, 65, 1438])
 @pytest.mark.parametrize("batch_size", [2, 7, 64])
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -9,6 +9,7 @@ import pytest
 
 import cnnray
 from cnnray import commandline, errors
+from cnnray.evaluation.comparison import UndecidedError
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
@@ -48,15 +49,19 @@ def test_each_is_of_one_kind_and_can_be_pickled():
 
 
 @pytest.mark.parametrize(
-    "error", [ManifestError("No images."), storage.NotFoundError("x does not exist."), OSError("No space left.")]
-)
-def test_a_job_prints_one_sentence(error, capsys):
+    ("error", "code"),
+    [
+        (ManifestError("No images."), 1), (storage.NotFoundError("x does not exist."), 1),
+        (OSError("No space left."), 1), (UndecidedError("Undecided."), 3),
+    ],
+)  # fmt: skip
+def test_a_job_prints_one_sentence(error, code, capsys):
     def job():
         raise error
 
     with pytest.raises(SystemExit) as stopped:
         commandline.run(job)
-    assert stopped.value.code == commandline.EXIT_FAILURE
+    assert stopped.value.code == code
     assert capsys.readouterr() == ("", f"Error: {error}\n")
 
 

@@ -23,7 +23,7 @@ from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.parts import Collector, PartError, Parts, list_part_files
 from cnnray.prediction.pool import Pool, plan_pool
-from cnnray.prediction.summary import ErrorList, Tally, population_stability_index, summarize
+from cnnray.prediction.summary import ErrorList, Tally, summarize
 from tests.awkward import awkward_images, bad_images
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
@@ -175,6 +175,38 @@ def test_rows_have_the_same_columns_when_all_images_are_bad(bundle, files):
     assert pa.concat_tables(worker(bad)).schema == pa.concat_tables(worker(manifest)).schema
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_image_without_probabilities_is_an_error(embeddings, bundle, files, monkeypatch):
+    """A network with damaged weights gives values that are not finite, int8 rounding only zeros."""
+    _, manifest = files
+    worker = _worker(bundle, probabilities=True, embeddings=embeddings)
+    before = pa.concat_tables(worker(manifest)).to_pylist()
+    name = "all_outputs" if embeddings else "probabilities"
+    original, calls = getattr(worker._predictor, name), []
+
+    def damaged(images):
+        outputs = original(images)
+        if not calls and len(images) > 3:
+            calls.append(len(images))
+            values = np.array(outputs[0] if embeddings else outputs)
+            values[[0, 2]] = [[np.nan, 0.5, 0.5], [0, 0, 0]]
+            outputs = outputs._replace(probabilities=values) if embeddings else values
+        return outputs
+
+    monkeypatch.setattr(worker._predictor, name, damaged)
+    after = pa.concat_tables(worker(manifest)).to_pylist()
+    assert calls
+    first, _, third = [row["id"] for row in before if row["status"] == "ok"][:3]
+    changed = {row["id"]: row["error"] for row, other in zip(after, before, strict=True) if row != other}
+    assert changed == {
+        first: "no probabilities: the network's output is not finite",
+        third: "no probabilities: the network's output is zero for each class",
+    }
+    for row in after:
+        assert (row["status"] == "error") == bool(row["error"]) == (row["prediction"] is None)
+        assert (row["probabilities"] is None) == bool(row["error"])
+
+
 def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
     plan = dataclasses.replace(_plan(bundle), digest="other")
     with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):
@@ -273,15 +305,6 @@ def test_a_damaged_part_is_reported(kind, tmp_path):
 
 
 # -- the summary ----------------------------------------------------------------------------------------------
-
-
-def test_population_stability_index():
-    assert population_stability_index({"a": 10, "b": 30}, {"a": 100, "b": 300}) == pytest.approx(0, abs=1e-3)
-    # By hand, without the added half images, which hardly change large counts: 2 * 0.2 * ln(0.6 / 0.4).
-    index = population_stability_index({"a": 60_000, "b": 40_000}, {"a": 40_000, "b": 60_000})
-    assert index == pytest.approx(2 * 0.2 * np.log(1.5), rel=1e-3)
-    assert population_stability_index({"a": 50}, {"a": 25, "b": 25}) > 0.25
-    assert population_stability_index({}, {"a": 1}) is None
 
 
 def test_the_summary_counts_every_row(tmp_path, bundle):

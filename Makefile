@@ -58,7 +58,7 @@ test-cluster: .venv/installed  ## Several nodes, Prometheus, MLflow; installs ip
 lock: .venv/installed  ## Write requirements.lock and requirements-gpu.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
 		--no-header --quiet --upgrade --output-file requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra openvino --constraint requirements.lock \
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra heic --extra openvino --constraint requirements.lock \
 		--generate-hashes --universal --python-version 3.11 \
 		--no-header --quiet --upgrade --output-file requirements-gpu.lock
 

@@ -59,7 +59,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
         repeated = pa.concat_tables([manifest] * repetitions)
 
         def run() -> float:
-            dataset = pipeline.predict(repeated, planned, stream.split_rows(paths * repetitions, 128))
+            dataset = pipeline.predict(repeated, planned, stream.split_rows(repeated["uri"], 128))
             return steady_rate(
                 (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")),
                 count * repetitions,

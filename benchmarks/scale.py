@@ -97,7 +97,7 @@ def measure_prediction(photos: Photos, resources: Resources, images: int = 1000)
             decoding="workers",
         )  # fmt: skip
         planned = pipeline.plan(bundle, options, resources)
-        dataset = pipeline.predict(manifest, planned, stream.split_rows(manifest["uri"].to_pylist(), 128))
+        dataset = pipeline.predict(manifest, planned, stream.split_rows(manifest["uri"], 128))
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         rates.append((str(workers), workers, steady_rate(map(len, batches), len(manifest))))
         log.info("prediction, %s workers: %.0f images/s", *rates[-1][::2])
@@ -176,7 +176,7 @@ def _measure_manifest(folder: str) -> tuple[float, float]:
     start = time.process_time()
     manifest = manifests.manifest_from_uris(uris)
     del uris
-    stream.split_rows(manifest["uri"].to_pylist(), _ROWS_PER_TASK)
+    stream.split_rows(manifest["uri"], _ROWS_PER_TASK)
     manifests.write(manifest, storage.join(folder, _MANIFEST))
     return time.process_time() - start, _peak_memory() - before
 

@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+import cnnray.images.decode  # noqa: F401 - lets Pillow write HEIC
+
 _ORIENTATION = 0x0112
 
 
@@ -26,6 +28,24 @@ def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[_ORIENTATION] = orientation
     return exif
+
+
+def _with_orientation(image: Image.Image, orientation: int) -> Image.Image:
+    """An image which HEIC turns by its container."""
+    image = image.copy()
+    image.info["exif"] = _exif(orientation).tobytes()
+    return image
+
+
+def _ten_bit_heic(pixels: np.ndarray) -> bytes:
+    import pillow_heif
+
+    height, width, _ = pixels.shape
+    buffer = io.BytesIO()
+    pillow_heif.from_bytes("RGB;16", (width, height), (pixels.astype(np.uint16) * 257).tobytes()).save(
+        buffer, quality=90
+    )
+    return buffer.getvalue()
 
 
 def awkward_images() -> dict[str, bytes]:
@@ -61,6 +81,16 @@ def awkward_images() -> dict[str, bytes]:
         "bitmap.bmp": _encoded(colour, "BMP"),
         "wrong_ending.gif": _encoded(colour, "PNG"),
     }
+    images |= {
+        "rgb.heic": _encoded(colour, "HEIF", quality=90),
+        "grey.heic": _encoded(colour.convert("L"), "HEIF", quality=90),
+        "alpha.heic": _encoded(alpha, "HEIF", quality=90),
+        "tiles.heic": _encoded(colour, "HEIF", quality=90, tile_size=64),  # as phones write them
+        "turned.heic": _encoded(_with_orientation(colour, 6), "HEIF", quality=90),
+        "mirrored.heic": _encoded(_with_orientation(colour, 5), "HEIF", quality=90),
+        "exif_6.heic": _encoded(colour, "HEIF", quality=90, exif=_exif(6)),  # not turned: only EXIF says so
+        "ten_bit.heic": _ten_bit_heic(_pixels(60, 90)),
+    }
     images |= {f"exif_{value}.jpg": _encoded(colour, "JPEG", quality=95, exif=_exif(value)) for value in range(2, 9)}
     images["exif_6.png"] = _encoded(colour, "PNG", exif=_exif(6))
     return images
@@ -83,5 +113,6 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
         "header_only.png": (png[:33], "not an image"),
         "bomb.png": (bytes(bomb), "too many pixels"),
         "large.png": (large, "too many pixels"),
+        "jpeg2000.jpg": (_encoded(Image.fromarray(_pixels(60, 90)), "JPEG2000"), "unsupported"),
         "float.tif": (_encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), "unsupported"),
     }

@@ -124,10 +124,11 @@ def fuzzed(seed: int) -> bytes:
 @functools.cache
 def _whole() -> dict[str, bytes]:
     colour = Image.fromarray((np.random.default_rng(0).random((40, 60, 3)) * 255).astype(np.uint8))
-    whole = {name: awkward_images()[name] for name in ("progressive.jpg", "cmyk.jpg", "alpha.png", "animated.webp")}
-    for kind in ("jpg", "png", "gif", "bmp", "webp", "tif", "ppm", "avif"):
+    awkward = awkward_images()
+    whole = {name: awkward[name] for name in ("progressive.jpg", "cmyk.jpg", "alpha.png", "animated.webp")}
+    for kind in ("jpg", "png", "gif", "bmp", "webp", "tif", "ppm", "avif", "heic"):
         buffer = io.BytesIO()
-        colour.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind.upper()))
+        colour.save(buffer, {"jpg": "JPEG", "tif": "TIFF", "heic": "HEIF"}.get(kind, kind.upper()))
         whole[f"rgb.{kind}"] = buffer.getvalue()
     return whole
 
@@ -144,6 +145,9 @@ def _places(name: str, data: bytes) -> list[int]:
         while place < len(data):
             borders |= {place, place + 4, place + 8}
             place += 12 + struct.unpack(">I", data[place : place + 4])[0]
+    if name.endswith("heic"):
+        borders = {place - 4 for kind in (b"meta", b"iinf", b"iloc", b"iprp", b"ipco", b"hvcC", b"ipma", b"mdat")
+                   for place in [data.find(kind)] if place > 0}  # fmt: skip
     if name.endswith("webp"):
         borders = {4, 8, 12, 16, 20, 30}
     even = {len(data) * part // _CUTS for part in range(_CUTS)}

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray.errors import CnnrayError, PermanentError, TransientError
@@ -28,9 +30,12 @@ from cnnray.images.retries import Attempts
 ENDINGS = (".parquet", ".tar")
 
 _ADDRESS = re.compile(r"(.+\.parquet)#(\d{6,})-(\d{9,})", re.IGNORECASE | re.DOTALL)
+_END_OF_ADDRESS = r"(?i)\.parquet#\d{6,}-\d{9}$"
+_ROW_LENGTH = len("-000000000")
 _TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
+_ROWS_OF_A_SLICE = 2**16
 _BYTES_AT_ONCE = 8 * 2**20
 """Most bytes that one request reads, unless a single image is larger."""
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
@@ -48,6 +53,21 @@ def row_group(uri: str) -> tuple[str, int] | None:
     """The Parquet file and row group that hold an image; None for an image that is a file of its own."""
     match = _ADDRESS.fullmatch(uri)
     return (match[1], int(match[2])) if match else None
+
+
+def row_group_runs(uris: pa.ChunkedArray) -> Iterator[tuple[str | None, int]]:
+    """Neighbouring images of the same row group, or of none: its name, and the number of images."""
+    for group, runs in itertools.groupby(_runs_of_slices(uris), lambda run: run[0]):
+        yield group, sum(length for _, length in runs)
+
+
+def _runs_of_slices(uris: pa.ChunkedArray) -> Iterator[tuple[str | None, int]]:
+    for chunk in uris.chunks:
+        for start in range(0, len(chunk), _ROWS_OF_A_SLICE):
+            part = chunk.slice(start, _ROWS_OF_A_SLICE)
+            is_in_group = pc.match_substring_regex(part, _END_OF_ADDRESS)
+            runs = pc.run_end_encode(pc.if_else(is_in_group, pc.utf8_slice_codeunits(part, 0, -_ROW_LENGTH), None))
+            yield from zip(runs.values.to_pylist(), np.diff(runs.run_ends, prepend=0).tolist(), strict=True)
 
 
 def containing_file(uri: str) -> str:
@@ -99,15 +119,21 @@ def _rows_of_parquet(file: str) -> pa.Table | None:
             return None
         groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
         table = parquet.read(columns=[name for name in schema.names if name != column])
-    uris = [f"{file}#{group:06d}-{row:09d}" for group, rows in enumerate(groups) for row in range(rows)]
+    uris = pa.chunked_array([_row_uris(file, group, rows) for group, rows in enumerate(groups)], pa.string())
     if "uri" in table.column_names:
         table = table.rename_columns({"uri": "original_uri"})
     table = table.replace_schema_metadata(None)
     if "label" in table.column_names and (names := _label_names(schema)):
-        labels = [None if label is None or label < 0 else names[label] for label in table["label"].to_pylist()]
-        table = table.set_column(table.column_names.index("label"), "label", pa.array(labels, pa.string()))
+        numbers = table["label"].combine_chunks()
+        labels = pa.array(names, pa.string()).take(pc.if_else(pc.less(numbers, 0), None, numbers))
+        table = table.set_column(table.column_names.index("label"), "label", labels)
     # A table without columns has no rows.
-    return table.add_column(0, "uri", pa.array(uris, pa.string())) if table.column_names else pa.table({"uri": uris})
+    return table.add_column(0, "uri", uris) if table.column_names else pa.table({"uri": uris})
+
+
+def _row_uris(file: str, group: int, rows: int) -> pa.Array:
+    numbers = pc.utf8_lpad(pa.array(np.arange(rows)).cast(pa.string()), 9, "0")
+    return pc.binary_join_element_wise(f"{file}#{group:06d}", numbers, "-")
 
 
 def image_error(error: Exception, place: str = "") -> CnnrayError:

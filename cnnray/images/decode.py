@@ -7,21 +7,43 @@ The rules, the same from training to HTTP:
 - Transparency (alpha, or a transparent palette entry) is composited over white.
 - 16-bit grey is scaled to 8 bits by 1/257; 16-bit colour keeps its high byte.
 - Floating-point images have no defined range and are refused.
-- The first frame of an animated image is used.
+- The first frame of an animated image is used; of a HEIC file with several images, the primary one.
+- Of HEIC, the turns of the container are applied and EXIF orientation is ignored, as the format says; 10 and 12 bits
+  keep the high eight.
 - JPEGs with both sides at least twice the target size are decoded at 1/2, 1/4 or 1/8 scale.
 - Resizing is bilinear with anti-aliasing.
 """
 
 import contextlib
+import ctypes
+import importlib.util
 import io
+import logging
 import threading
+import warnings
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from cnnray.errors import BadInputError
+
+# Messages of Pillow and libtiff about odd files do not name them. What cannot be decoded becomes a BadImage.
+warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # a Pillow without libtiff
+    _pillow = ctypes.CDLL(_imaging.__file__)
+    _pillow.TIFFSetErrorHandler(None)
+    _pillow.TIFFSetWarningHandler(None)
+
+_FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF"]
+if importlib.util.find_spec("pillow_heif"):  # the extra `heic`
+    import pillow_heif
+
+    # The pixels of the image, not of a thumbnail, and decoded in the calling thread, as those of other formats.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=0)
+    _FORMATS.append("HEIF")
 
 ResizeRule = Literal["stretch", "crop", "pad"]
 RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)
@@ -38,11 +60,15 @@ _one_large_image = threading.Lock()
 """Larger images are decoded one at a time in each process, which bounds its memory."""
 
 EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
-)
+    {
+        ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic",
+        ".heif", ".hif",
+    }
+)  # fmt: skip
 """File name extensions of images in a folder, in lower case."""
 
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+_HEAD = 2**18
+"""Bytes at the start of a file in which the name of an unsupported format is looked for."""
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -80,7 +106,7 @@ def decode(
     """Decode one image.
 
     Args:
-        data: an encoded image (JPEG, PNG, GIF, BMP, WebP, TIFF, PPM or AVIF).
+        data: an encoded image: JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF, or, with the extra `heic`, HEIC.
         size: height and width of the result in pixels.
         resize: `stretch` changes the aspect ratio, `crop` keeps it and cuts the longer side around the
             centre, `pad` keeps it and fills the shorter side with black.
@@ -102,8 +128,9 @@ def decode(
             image.draft(None, (size, size))
             if image.width * image.height > max_pixels:
                 raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {max_pixels}")
-            orientation = image.getexif().get(_ORIENTATION)
             with _one_large_image if is_large else contextlib.nullcontext():
+                # Of a PNG, `getexif` decodes all pixels, because EXIF data may stand behind them.
+                orientation = image.getexif().get(_ORIENTATION)
                 rgb = _to_rgb(image)
                 if orientation in _TRANSPOSE:
                     rgb = rgb.transpose(_TRANSPOSE[orientation])
@@ -111,7 +138,7 @@ def decode(
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not an image", f"starts with {data[:8]!r}") from None
+        raise _unidentified(data) from None
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels", str(error)) from None
     except MemoryError:
@@ -119,6 +146,16 @@ def decode(
     except Exception as error:
         # Pillow's plugins raise whatever their parsers run into (OSError, SyntaxError, struct.error, ...).
         raise BadImage("corrupt", str(error) or type(error).__name__) from None
+
+
+def _unidentified(data: bytes) -> BadImage:
+    """The error for bytes in none of `_FORMATS`; it names the format if it is known."""
+    if "HEIF" not in _FORMATS and data[4:8] == b"ftyp" and b"hei" in data[8:64]:  # brands heic, heix, ...
+        return BadImage("unsupported", "HEIC is read with the extra heic: pip install 'cnnray[heic]'")
+    # Some of Pillow's parsers walk through all that they are given.
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data[:_HEAD])) as image:
+        return BadImage("unsupported", str(image.format))
+    return BadImage("not an image", f"starts with {data[:8]!r}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,40 +10,31 @@ A manifest is a pyarrow table with the columns
 and the other columns of a table of images.
 """
 
-import fnmatch
 import hashlib
 import io
 import logging
-import os
-import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
-from cnnray.errors import BadInputError
-from cnnray.images import containers, storage
+from cnnray.images import listing, storage
 from cnnray.images.decode import EXTENSIONS
+from cnnray.images.listing import SPLITS, TABLES, shorten
+from cnnray.images.listing import ManifestError as ManifestError
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation", "test")
-_TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
-_LISTING_THREADS = 8
 
 FORMAT = 1
 """Number of the manifest format (columns and their meaning), kept in the metadata of the schema."""
 _FORMAT_KEY = b"cnnray.manifest_format"
-
-
-class ManifestError(BadInputError, ValueError):
-    """An input that no manifest can be built from; the message is one sentence for the user."""
+_ROWS_AT_ONCE = 2**16
+_PLAIN = r"^[ -&(-\[\]-~]*$"
+"""Matches strings of printable ASCII without ' and \\, whose `repr` is the string between two '."""
 
 
 def build_manifest(source: str, *, labelled: bool) -> pa.Table:
@@ -53,13 +44,16 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
         source: a local path or remote address of
 
             - a folder of class folders (`root/class/*`, or `root/{train,validation,test}/class/*`);
-            - any folder, searched at all depths, or a glob, where no labels are needed;
+            - any folder, searched at all depths, or a glob (see `listing.from_glob`), where no labels are needed;
             - a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and `split`, whose relative paths
               are relative to the folder of the table;
             - a Parquet or tar file that holds the images themselves (see `containers`), or a folder or glob of such
               files; without a column `split`, the beginning of a file's name decides it
-              (`train-00000-of-00002.parquet`).
-        labelled: whether every image must have a label; those of a folder are the names of its class folders.
+              (`train-00000-of-00002.parquet`), or else the name of its folder (`train/0000.parquet`).
+
+            Splits may be called as people do: `Train`, `val`, `valid`, `testing` (see `listing.split_named`).
+        labelled: whether every image must have a label; those of a folder are the names of its class folders. Where
+            no image of the split `test` has a label, as in many published data sets, these images are left out.
 
     Returns:
         the manifest, sorted by uri.
@@ -70,24 +64,22 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
         OSError: storage that cannot be read (see `storage`).
     """
     source = storage.absolute(source)
-    if source.lower().endswith(_TABLES) and storage.is_file(source):
-        table = _from_table(source)
-    elif any(character in source for character in "*?["):
-        table = _from_uris([uri for uri in _glob(source) if _is_image(uri)])
-        if not len(table):
-            table = _from_shards(_glob(source))
-    elif not storage.exists(source):
-        raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
-    elif storage.is_file(source):
-        raise ManifestError(f"{source} is a file; expected a folder, or a {', '.join(_TABLES)} table.")
+    if source.lower().endswith(TABLES) and storage.is_file(source):
+        table = listing.from_table(source)
+    elif storage.exists(source):
+        if storage.is_file(source):
+            raise ManifestError(f"{source} is a file; expected a folder, or a {', '.join(TABLES)} table.")
+        table = listing.from_folder(source, labelled=labelled)
+    elif listing.is_glob(source):
+        table = listing.from_glob(source)
     else:
-        table = _from_folder(source, labelled)
+        raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
     if not len(table):
         raise ManifestError(f"{source} holds no images (looked for {', '.join(sorted(EXTENSIONS))}).")
-    _check_unique(table, source)
     if labelled:
+        table = _without_unlabelled_test(table, source)
         _check_labels(table, source)
-    return _with_ids(table)
+    return _with_ids(table, source)
 
 
 def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
@@ -97,25 +89,40 @@ def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
         ManifestError: the list is empty, or names an image twice.
         OSError: the scheme of an address is unknown.
     """
-    table = _from_uris([storage.absolute(uri) for uri in uris])
+    table = listing.from_uris([storage.absolute(uri) for uri in uris])
     if not len(table):
         raise ManifestError("The list of images is empty.")
-    _check_unique(table, "The list of images")
-    return _with_ids(table)
+    return _with_ids(table, "The list of images")
 
 
 def class_names(manifest: pa.Table) -> list[str]:
     """The distinct labels in sorted order: the order of a model's outputs."""
-    return sorted(label for label in pc.unique(manifest["label"]).to_pylist() if label is not None)
+    return sorted(pc.unique(manifest["label"]).drop_null().to_pylist())
 
 
 def fingerprint(manifest: pa.Table) -> str:
-    """A hash of the manifest's ids, uris, labels and splits, in hexadecimal."""
+    """A hash of the manifest's ids, uris, labels and splits, in hexadecimal.
+
+    It is the SHA-256 of the values' `repr`, column by column. Outputs of earlier versions hold it.
+    """
     digest = hashlib.sha256()
     for column in ("id", "uri", "label", "split"):
-        for value in manifest[column].to_pylist():
-            digest.update(repr(value).encode())
+        for chunk in manifest[column].chunks:
+            for start in range(0, len(chunk), _ROWS_AT_ONCE):
+                values = _reprs(chunk.slice(start, _ROWS_AT_ONCE))
+                joined = pc.binary_join(pa.ListArray.from_arrays([0, len(values)], values), "")
+                digest.update(joined[0].as_buffer())
     return digest.hexdigest()[:32]
+
+
+def _reprs(values: pa.Array) -> pa.Array:
+    """Python's `repr` of integers, strings and nulls."""
+    if not pa.types.is_string(values.type):
+        return pc.fill_null(values.cast(pa.string()), "None")
+    reprs = pc.fill_null(pc.binary_join_element_wise("'", values, "'", ""), "None")
+    is_other = pc.fill_null(pc.invert(pc.match_substring_regex(values, _PLAIN)), False)
+    others = [repr(value) for value in values.filter(is_other).to_pylist()]
+    return pc.replace_with_mask(reprs, is_other, pa.array(others, pa.string())) if others else reprs
 
 
 def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.Table:
@@ -125,43 +132,68 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.T
     (scikit-learn's stratified splitters refuse classes of one image and small fractions.)
 
     Args:
-        manifest: labelled; a `split` that it has is replaced.
+        manifest: labelled; rows of the split `test` keep it and are not counted, any other split is replaced.
         fraction: of the images, 0 to 1.
         seed: the same seed gives the same split.
 
     Raises:
         ManifestError: no image would be in `validation`.
     """
-    labels = np.asarray(manifest["label"].to_pylist(), dtype=object)
-    split = np.full(len(manifest), "train", dtype=object)
+    train, validation, test = range(len(SPLITS))
+    splits = _split_numbers(manifest)
+    rows = np.flatnonzero(splits != test)
+    labels = manifest["label"].filter(pa.array(splits != test))
+    names = pa.array(sorted(pc.unique(labels).to_pylist()), pa.string())
+    classes: npt.NDArray[np.int32] = pc.index_in(labels, names).to_numpy()
+    splits[rows] = train
     generator = np.random.default_rng([seed, 0x5711])
-    for label in class_names(manifest):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        split[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = "validation"
-    if not (split == "validation").any():
-        raise ManifestError(
-            f"A validation fraction of {fraction} of {len(manifest)} images leaves none for validation."
-        )
-    return _with_split(manifest, pa.array(split, pa.string()))
+    rows_by_class = np.split(rows[np.argsort(classes, kind="stable")], np.cumsum(np.bincount(classes))[:-1])
+    for rows_of_class in rows_by_class:
+        shuffled = generator.permutation(rows_of_class)
+        splits[shuffled[: min(round(fraction * len(shuffled)), len(shuffled) - 1)]] = validation
+    if not (splits == validation).any():
+        raise ManifestError(f"A validation fraction of {fraction} of {len(rows)} images leaves none for validation.")
+    return _with_splits(manifest, splits)
 
 
-def with_validation(train: pa.Table, validation: pa.Table) -> pa.Table:
-    """Join two manifests, `train` as the split `train` and `validation` as `validation`, with new ids.
+def with_validation(data: pa.Table, validation: pa.Table) -> pa.Table:
+    """Join the manifest of a data set with one of other images, which take the place of its validation images.
+
+    The rows of `data` with the split `train` are trained on, and the rows of `validation` with the split `validation`
+    validate. Where no row has that split, all but those of `test` serve. Rows of `test` stay what they are, unless
+    there are no others. Rows that are left out are logged.
+
+    Returns:
+        `id` (new), `uri`, `label` and `split`.
 
     Raises:
-        ManifestError: a uri is in both, or a label of `validation` is not in `train`.
+        ManifestError: an image is in both, or no training image has the label of a validation image.
     """
-    unknown = sorted(set(class_names(validation)) - set(class_names(train)))
-    if unknown:
-        raise ManifestError(f"The validation images have labels that no training image has: {_shorten(unknown)}.")
-    columns = ["uri", "label"]
-    parts = [
-        _with_split(part.select(columns), pa.array([split] * len(part), pa.string()))
-        for part, split in ((train, "train"), (validation, "validation"))
-    ]
-    table = pa.concat_tables(parts)
-    _check_unique(table, "The training and validation images together")
-    return _with_ids(table)
+    data, validation = (part.select(["uri", "label", "split"]) for part in (data, validation))
+    train, rest = _divided(data, "train")
+    validating, other_rest = _divided(validation, "validation")
+    if unknown := sorted(set(class_names(validating)) - set(class_names(train))):
+        raise ManifestError(f"The validation images have labels that no training image has: {shorten(unknown)}.")
+    parts, left_out = [train, validating], 0
+    for rows in (rest, other_rest):
+        test = select_split(rows, "test")
+        left_out += len(rows) - len(test)
+        seen = pc.is_in(pa.concat_tables(parts)["uri"], test["uri"].combine_chunks())
+        repeated = pa.concat_tables(parts)["uri"].filter(seen).combine_chunks()
+        parts.append(test.filter(pc.invert(pc.is_in(test["uri"], repeated))))
+    if left_out:
+        log.info("%d images of other splits are left out, because the validation images are given", left_out)
+    return _with_ids(pa.concat_tables(parts), "The training and validation images together")
+
+
+def _divided(manifest: pa.Table, split: str) -> tuple[pa.Table, pa.Table]:
+    """The rows that serve as `split`, which they get, and the other rows."""
+    numbers, wanted, test = _split_numbers(manifest), SPLITS.index(split), SPLITS.index("test")
+    serving = next(mask for mask in (numbers == wanted, numbers != test, numbers == test) if mask.any())
+    return (
+        _with_splits(manifest.filter(pa.array(serving)), np.full(serving.sum(), wanted, np.int8)),
+        manifest.filter(pa.array(~serving)),
+    )
 
 
 def with_targets(manifest: pa.Table) -> pa.Table:
@@ -198,150 +230,45 @@ def read(uri: str) -> pa.Table:
     return manifest
 
 
-def _with_ids(table: pa.Table) -> pa.Table:
-    table = table.sort_by("uri")
+def _with_ids(table: pa.Table, source: str) -> pa.Table:
+    """Sort by uri, and number the rows.
+
+    Raises:
+        ManifestError: a uri is there twice.
+    """
+    if not pc.all(_neighbours(pc.less, table["uri"])).as_py():
+        table = _sorted(table)
+        is_repeated = _neighbours(pc.equal, table["uri"])
+        if twice := pc.unique(table["uri"].slice(1).filter(is_repeated)).to_pylist():
+            raise ManifestError(f"{source}: the same image is listed more than once: {shorten(twice)}.")
     return table.add_column(0, "id", pa.array(np.arange(len(table), dtype=np.int64)))
 
 
-def _from_folder(root: str, labelled: bool) -> pa.Table:
-    folders = storage.folders(root) if labelled else []
-    if not folders:
-        uris = [file.uri for file in storage.files(root)]
-        images = [uri for uri in uris if _is_image(uri)]
-        if not labelled and images:
-            if shards := [uri for uri in uris if _is_shard(uri)]:
-                log.warning("%s holds images; its Parquet and tar files are ignored: %s", root, _shorten(shards))
-            return _from_uris(images)
-        if not images and any(map(_is_shard, uris)):
-            return _from_shards(uris)
-        if not labelled:
-            return _from_uris([])
-    names = {storage.name(folder) for folder in folders}
-    others = names - set(SPLITS)
-    if "train" in names and (names & {"validation", "test"} or others & {"val", "valid"}) and others:
-        raise ManifestError(
-            f"{root} has the folders {_shorten(sorted(names))}; expected class folders, or only train, validation "
-            "and test with class folders in each."
-        )
-    if "train" not in names or others:
-        return _from_class_folders(root, None)
-    return pa.concat_tables([_from_class_folders(folder, storage.name(folder)) for folder in folders])
+def _sorted(table: pa.Table) -> pa.Table:
+    """Sort by uri. (`Table.sort_by` fails where a column has 2 GiB of strings, which is 30 million uris.)"""
+    fields = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in table.schema]
+    wide = table.cast(pa.schema(fields)).combine_chunks()
+    order = pc.sort_indices(wide["uri"])
+    slices = [order.slice(start, _ROWS_AT_ONCE) for start in range(0, len(order), _ROWS_AT_ONCE)]
+    return pa.concat_tables([wide.take(rows).cast(table.schema) for rows in slices])
 
 
-def _from_class_folders(root: str, split: str | None) -> pa.Table:
-    folders = storage.folders(root)
-    if not folders:
-        raise ManifestError(f"{root} has no sub-folders; expected one sub-folder of images for each class.")
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        images = pool.map(lambda folder: [f.uri for f in storage.files(folder) if _is_image(f.uri)], folders)
-        uris = dict(zip(map(storage.name, folders), images, strict=True))
-    empty = [label for label, images in uris.items() if not images]
-    if len(empty) == len(uris):
-        raise ManifestError(f"{root} holds no images in its sub-folders ({_shorten(list(uris))}).")
-    if empty:
-        raise ManifestError(f"These class folders of {root} hold no images: {_shorten(empty)}.")
-    labels = [label for label, images in uris.items() for _ in images]
-    return _from_uris([uri for images in uris.values() for uri in images], labels, split)
+def _neighbours(compare: Callable[[Any, Any], Any], values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Compare each value with the one after it."""
+    return compare(values.slice(0, max(len(values) - 1, 0)), values.slice(1))
 
 
-def _from_uris(uris: list[str], labels: list[str] | None = None, split: str | None = None) -> pa.Table:
-    nulls = [None] * len(uris)
-    return pa.table(
-        {
-            "uri": pa.array(uris, pa.string()),
-            "label": pa.array(labels or nulls, pa.string()),
-            "split": pa.array([split] * len(uris), pa.string()),
-        }
-    )
-
-
-def _glob(pattern: str) -> list[str]:
-    if storage.is_local(pattern):
-        return [str(path) for path in Path("/").glob(pattern.lstrip("/")) if path.is_file()]
-    fixed = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
-    root = fixed.rpartition("/")[0]
-    return [file.uri for file in storage.files(root) if fnmatch.fnmatchcase(file.uri, pattern)]
-
-
-def _is_image(uri: str) -> bool:
-    return PurePosixPath(uri).suffix.lower() in EXTENSIONS
-
-
-def _is_shard(uri: str) -> bool:
-    return uri.lower().endswith(containers.ENDINGS)
-
-
-def _from_shards(uris: list[str]) -> pa.Table:
-    """The rows of all images in the Parquet and tar files among `uris`."""
-    shards = [uri for uri in uris if _is_shard(uri)]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        tables = list(pool.map(_from_shard, shards))
-    return pa.concat_tables(tables, promote_options="permissive") if tables else _from_uris([])
-
-
-def _from_shard(uri: str) -> pa.Table:
-    table = _from_table(uri)
-    stem = re.split(r"[-_.]", storage.name(uri))[0]
-    if stem in SPLITS and table["split"].null_count == len(table):
-        return _with_split(table, pa.array([stem] * len(table), pa.string()))
-    return table
-
-
-def _from_table(source: str) -> pa.Table:
-    try:
-        table = containers.list_rows(source) if _is_shard(source) else None
-        if table is None:
-            table = _from_table_of_uris(source)
-        for column in ("uri", "label", "split"):
-            exists = column in table.column_names
-            values = table[column].cast(pa.string()) if exists else pa.nulls(len(table), pa.string())
-            table = (table.drop_columns([column]) if exists else table).append_column(column, values)
-    except pa.ArrowException as error:
-        raise ManifestError(f"{source} cannot be read as a table: {str(error).splitlines()[0]}") from None
-    wrong = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, None})
-    if wrong:
-        raise ManifestError(f"{source} names the splits {_shorten(wrong)}; expected {', '.join(SPLITS)}.")
-    return table.rename_columns({"id": "original_id"}) if "id" in table.column_names else table
-
-
-def _from_table_of_uris(source: str) -> pa.Table:
-    """A table with a column `uri`, whose relative paths are made absolute."""
-    data = pa.BufferReader(storage.read_bytes(source))
-    if source.lower().endswith(".csv"):
-        # Labels such as 007 or NA are names, not numbers or nulls.
-        options = pyarrow.csv.ConvertOptions(
-            column_types={column: pa.string() for column in ("uri", "label", "split")},
-            strings_can_be_null=True,
-            null_values=[""],
-            quoted_strings_can_be_null=False,
-        )
-        table = pyarrow.csv.read_csv(data, convert_options=options)
-    elif source.lower().endswith(".parquet"):
-        table = pyarrow.parquet.read_table(data)
-    else:
-        table = pyarrow.json.read_json(data)
-    if "uri" not in table.column_names:
-        wanted = "'uri' and no column of images" if source.lower().endswith(".parquet") else "'uri'"
-        raise ManifestError(f"{source} has no column {wanted} (it has {_shorten(table.column_names)}).")
-    if table["uri"].null_count:
-        raise ManifestError(f"{source} has {table['uri'].null_count} rows without a uri.")
-    folder = source.rpartition("/")[0]
-    uris = [_resolved(uri, folder) for uri in table["uri"].cast(pa.string()).to_pylist()]
-    return table.set_column(table.column_names.index("uri"), "uri", pa.array(uris, pa.string()))
-
-
-def _resolved(uri: str, folder: str) -> str:
-    if not storage.is_local(uri):
-        return uri
-    path = uri if uri.startswith("/") else storage.join(folder, uri)
-    return os.path.normpath(path) if storage.is_local(path) else path  # ./a.png is a.png
-
-
-def _check_unique(table: pa.Table, source: str) -> None:
-    counts = pc.value_counts(table["uri"])
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    if twice:
-        raise ManifestError(f"{source}: the same image is listed more than once: {_shorten(twice)}.")
+def _without_unlabelled_test(table: pa.Table, source: str) -> pa.Table:
+    """Leave out the rows of the split `test` if none of them has a label (null, or -1 in files of Hugging Face)."""
+    is_test = pc.fill_null(pc.equal(table["split"], "test"), False)
+    labels = set(pc.unique(table["label"].filter(is_test)).to_pylist())
+    if not labels or not labels <= {None, "-1"}:
+        return table
+    others = table.filter(pc.invert(is_test))
+    if not len(others) or "-1" in class_names(others):
+        return table
+    log.info("%s: the %d images of the split test have no labels, and are left out", source, len(table) - len(others))
+    return others
 
 
 def _check_labels(table: pa.Table, source: str) -> None:
@@ -356,14 +283,13 @@ def _check_labels(table: pa.Table, source: str) -> None:
         raise ManifestError(f"{source} has one class only ({names[0]}); a classifier needs at least two.")
 
 
-def _with_split(table: pa.Table, split: pa.Array) -> pa.Table:
-    position = table.column_names.index("split") if "split" in table.column_names else None
-    if position is None:
-        return table.append_column("split", split)
-    return table.set_column(position, "split", split)
+def _split_numbers(manifest: pa.Table) -> npt.NDArray[np.int8]:
+    """The index of each row's split in `SPLITS`, or -1: int8 (rows,)."""
+    numbers: npt.NDArray[np.int32] = pc.fill_null(pc.index_in(manifest["split"], pa.array(SPLITS)), -1).to_numpy()
+    return numbers.astype(np.int8)
 
 
-def _shorten(values: Sequence[str], most: int = 5) -> str:
-    """The first `most` values and the number of the others, for a message."""
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(repr(value) for value in values[:most]) + more
+def _with_splits(manifest: pa.Table, numbers: npt.NDArray[np.int8]) -> pa.Table:
+    """The manifest with these splits, indices in `SPLITS`, in place of its own."""
+    splits = pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(SPLITS)).cast(pa.string())
+    return manifest.set_column(manifest.column_names.index("split"), "split", splits)

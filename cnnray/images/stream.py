@@ -49,7 +49,7 @@ def decoded(
         `error`, a string, empty where decoding succeeded.
     """
     rows = rows_per_block(size)
-    return from_ranges(manifest, split_rows(manifest["uri"].to_pylist(), rows)).map_batches(
+    return from_ranges(manifest, split_rows(manifest["uri"], rows)).map_batches(
         reading.decoded_blocks,
         fn_kwargs={
             "size": size,
@@ -75,9 +75,9 @@ def check(manifest: pa.Table, cpus_per_task: float = 1.0, *, keep_unavailable: b
     Raises:
         UnavailableError: storage is in trouble, and `keep_unavailable` is not set.
     """
-    examined = from_ranges(
-        manifest.select(["id", "uri"]), split_rows(manifest["uri"].to_pylist(), ROWS_PER_BLOCK)
-    ).map_batches(checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
+    examined = from_ranges(manifest.select(["id", "uri"]), split_rows(manifest["uri"], ROWS_PER_BLOCK)).map_batches(
+        checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task
+    )
     rows = pa.concat_tables(examined.iter_batches(batch_size=None, batch_format="pyarrow"))
     unavailable = rows["error"].filter(reading.is_unavailable(rows["error"]))
     if len(unavailable) and not keep_unavailable:
@@ -113,11 +113,11 @@ def rows_per_block(size: int) -> int:
     return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
 
 
-def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
+def split_rows(uris: pa.ChunkedArray, rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
     """Cut a manifest into ranges of `rows` rows. Row groups stay whole, because a group is read from its start.
 
     Args:
-        uris: the manifest's.
+        uris: the manifest's column.
         rows: rows of a range; the last may have fewer, and ranges with row groups may have more.
         cut_groups: whether to cut row groups of more than 4096 rows into at most 8 ranges; each of these also reads
             the rows before it in the group.
@@ -126,39 +126,33 @@ def split_rows(uris: list[str], rows: int, *, cut_groups: bool = False) -> list[
         the first row of each range, and the row after its last.
     """
     cuts, start = [0], 0
-    for group, run in itertools.groupby(uris, containers.row_group):
-        stop = start + sum(1 for _ in run)
+    for group, length in containers.row_group_runs(uris):
+        stop = start + length
         if group is None:
             cuts += range(max(cuts[-1] + rows, start), stop, rows)
         else:
-            large = cut_groups and stop - start > max(rows, _LARGE_GROUP)
+            large = cut_groups and length > max(rows, _LARGE_GROUP)
             if start > cuts[-1] and (large or start - cuts[-1] >= rows):
                 cuts.append(start)
             if large:
-                step = max(rows, _LARGE_GROUP, math.ceil((stop - start) / _MAX_RANGES_OF_A_GROUP))
+                step = max(rows, _LARGE_GROUP, math.ceil(length / _MAX_RANGES_OF_A_GROUP))
                 cuts += range(start + step, stop, step)
         start = stop
-    return list(itertools.pairwise([*cuts, len(uris)])) if uris else []
+    return list(itertools.pairwise([*cuts, len(uris)])) if len(uris) else []
 
 
-def divide_rows(uris: list[str], count: int) -> list[tuple[int, int]]:
+def divide_rows(uris: pa.ChunkedArray, count: int) -> list[tuple[int, int]]:
     """Cut a manifest into `count` ranges of about the same size. Row groups stay whole.
 
     Returns:
         the first row of each range, and the row after its last; fewer than `count` if row groups are too large.
     """
-    cuts = {0, len(uris)}
-    for number in range(1, count):
-        cut = len(uris) * number // count
-        while 0 < cut < len(uris) and _in_one_group(uris[cut - 1], uris[cut]):
-            cut += 1
-        cuts.add(cut)
+    cuts, wanted, start = {0, len(uris)}, [len(uris) * number // count for number in range(1, count)], 0
+    for group, length in containers.row_group_runs(uris):
+        stop = start + length
+        cuts |= {stop if group is not None and cut > start else cut for cut in wanted if start <= cut < stop}
+        start = stop
     return list(itertools.pairwise(sorted(cuts)))
-
-
-def _in_one_group(uri: str, other: str) -> bool:
-    group = containers.row_group(uri)
-    return group is not None and group == containers.row_group(other)
 
 
 def from_ranges(manifest: pa.Table, ranges: list[tuple[int, int]]) -> ray.data.Dataset:

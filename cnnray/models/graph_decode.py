@@ -3,7 +3,7 @@
 It follows the rules of `images.decode` (EXIF orientation, transparency over white, CMYK, 16 bits, anti-aliased
 resizing) to within one level of 255, with two exceptions. JPEGs are never decoded at reduced scale, so single pixels
 of large JPEGs differ by more. In a PNG without alpha channel and palette, the one transparent colour is opaque. The
-number of pixels is limited only by TensorFlow.
+number of pixels is limited only by TensorFlow. Every other format, such as HEIC, is refused.
 """
 
 from typing import Any

@@ -157,7 +157,7 @@ def build_manifest(config: PredictConfig) -> pa.Table:
     metadata = {resume.INPUT: manifests.fingerprint(manifest)}
     manifest = pipeline.select_columns(manifest)
     if config.shards > 1:
-        ranges = stream.divide_rows(manifest["uri"].to_pylist(), config.shards)
+        ranges = stream.divide_rows(manifest["uri"], config.shards)
         if len(ranges) < config.shards:
             raise ManifestError(
                 f"{config.input} can be split into {len(ranges)} shards only (images in one row group stay together)."
@@ -201,13 +201,11 @@ def _predict_missing_parts(
     progress = ProgressBar(len(manifest), len(manifest) - missing_rows)
     errors, metrics = _ErrorLimit(config, missing_rows), PredictionMetrics(config.folder)
     per_task = pipeline.rows_per_task(missing_rows, pool)
-    uris = manifest["uri"].to_pylist()
     tasks = [
         (first + start, first + stop)
         for first, last in missing
-        for start, stop in stream.split_rows(uris[first:last], per_task)
+        for start, stop in stream.split_rows(manifest["uri"][first:last], per_task)
     ]
-    del uris  # large for millions of images
     dataset = pipeline.predict(manifest.replace_schema_metadata(None), plan, tasks)
     try:
         with cluster.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):

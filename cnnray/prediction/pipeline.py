@@ -138,7 +138,7 @@ def predict(manifest: pa.Table, plan: Plan, ranges: list[tuple[int, int]] | None
     """
     size, resize, pool = plan.bundle.info.image_size, plan.bundle.info.resize, plan.pool
     if ranges is None:
-        ranges = stream.split_rows(manifest["uri"].to_pylist(), rows_per_task(len(manifest), pool))
+        ranges = stream.split_rows(manifest["uri"], rows_per_task(len(manifest), pool))
     dataset, ledger = stream.from_ranges(manifest, ranges), create_ledger()
     if pool.decode_cpus:
         dataset = dataset.map_batches(

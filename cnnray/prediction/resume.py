@@ -42,7 +42,7 @@ class PredictionError(PermanentError, RuntimeError):
 
 def plan_parts(config: PredictConfig, manifest: pa.Table) -> Parts:
     """Divide the rows of a run into parts."""
-    ranges = stream.split_rows(manifest["uri"].to_pylist(), config.rows_per_part, cut_groups=True)
+    ranges = stream.split_rows(manifest["uri"], config.rows_per_part, cut_groups=True)
     return Parts(config.folder, config.format, ranges)
 
 

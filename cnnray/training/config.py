@@ -46,7 +46,8 @@ class DataConfig:
     """Folder or s3:// prefix for the bundle and all else that the run leaves. A run that was interrupted goes on
     when it is given the same output."""
     validation: str | None = None
-    """Labelled images to validate on, in the same forms as --data."""
+    """Labelled images to validate on, in the same forms as --data; of a data set with splits, those of validation.
+    They take the place of the validation images in --data."""
     validation_fraction: float = 0.2
     """Share of each class that is kept for validation where the data brings no validation images."""
     data_checks: bool = field(default=True, metadata=rules(resumable=True))

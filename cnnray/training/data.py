@@ -18,6 +18,7 @@ from cnnray import cluster
 from cnnray.images import containers
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import ResizeRule
+from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch
 from cnnray.training.config import TrainConfig
@@ -33,24 +34,20 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
         ManifestError, OSError: the input gives no manifest that can be trained on.
     """
     manifest = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
+    splits = set(pc.unique(manifest["split"]).to_pylist())
+    if None in splits and splits - {None, "test"}:
+        raise ManifestError(f"{config.data}: some images have a split and some have none.")
     if config.validation is not None:
         if config.validation == config.data:
             raise ManifestError("--validation is the same as --data.")
-        train_rows = manifests.select_split(manifest, "train")
-        train_rows = train_rows if len(train_rows) else manifest
         validation = manifests.build_manifest(config.validation, labelled=True)
-        manifest = manifests.with_validation(train_rows, validation)
-    elif manifest["split"].null_count == len(manifest):
+        manifest = manifests.with_validation(manifest, validation)
+    elif splits == {"test"}:
+        raise ManifestError(f"{config.data} holds no images to train on: all are of the split test.")
+    elif "validation" not in splits:
         manifest = manifests.split_off_validation(manifest, config.validation_fraction, config.seed)
-    elif manifest["split"].null_count:
-        raise ManifestError(f"{config.data}: some images have a split and some have none.")
-    elif not len(manifests.select_split(manifest, "validation")):
-        train_rows = manifests.select_split(manifest, "train").drop_columns(["id"])
-        train_rows = train_rows.add_column(0, "id", pa.array(range(len(train_rows)), pa.int64()))
-        manifest = manifests.split_off_validation(train_rows, config.validation_fraction, config.seed)
-    train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
-    missing = sorted(set(manifests.class_names(manifest)) - set(manifests.class_names(train)))
-    if missing:
+    train = _labels(manifest, "train")
+    if missing := sorted(set(manifests.class_names(manifest)) - set(pc.unique(train).to_pylist())):
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
     if len(train) < config.max_workers:
         raise ManifestError(f"{config.data} holds {len(train)} training images for {config.max_workers} workers.")
@@ -59,9 +56,15 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
 
 def log_counts(manifest: pa.Table) -> None:
     """Log the number of images and classes."""
-    train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
-    classes = len(manifests.class_names(train))
-    log.info("%d training and %d validation images of %d classes", len(train), len(validation), classes)
+    train, validation, test = (_labels(manifest, split) for split in SPLITS)
+    kept = f", and {len(test)} for testing" if len(test) else ""
+    log.info(
+        "%d training and %d validation images of %d classes%s",
+        len(train),
+        len(validation),
+        len(pc.unique(train)),
+        kept,
+    )
 
 
 def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> None:
@@ -99,7 +102,7 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
     )
     if config.cache == "memory" and not fits:
         raise ManifestError(f"--cache memory has to keep {sizes}: use --cache none.")
-    if not any(containers.row_group(uri) for uri in rows["uri"].to_pylist()):
+    if not any(group for group, _ in containers.row_group_runs(rows["uri"])):
         return config.cache == "memory" or (config.cache == "auto" and needed <= shares.cache_bytes)
     if config.cache == "none" or not fits:
         raise ManifestError(
@@ -138,6 +141,10 @@ def decode_splits_into_memory(config: TrainConfig, manifest: pa.Table, shares: S
         "%d decoded images are kept in memory (%.0f MiB)", len(rows), len(rows) * config.image_size**2 * 3 / 2**20
     )
     return cached
+
+
+def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
+    return manifest["label"].filter(pc.equal(manifest["split"], split))
 
 
 def _used(manifest: pa.Table) -> pa.Table:

@@ -7,13 +7,13 @@ import os
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnnray import cluster, configs, paths
 from cnnray.errors import CnnrayError
@@ -240,7 +240,8 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
 
 
 def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
-    counts = Counter(manifests.select_split(manifest, "train")["label"].to_pylist())
+    labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(labels).to_pylist()}
     return BundleInfo(
         class_names=manifests.class_names(manifest),
         image_size=config.image_size,

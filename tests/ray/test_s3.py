@@ -36,6 +36,7 @@ from cnnray.training.job import train
 from cnnray.training.output import TrainingError
 from tests.conftest import write_tar
 from tests.networks import coloured_noise
+from tests.unit import test_layouts as layouts
 
 pytestmark = pytest.mark.s3
 
@@ -58,6 +59,21 @@ def new_clients():
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path):
     return request.getfixturevalue("bucket") + "/some/prefix" if request.param == "s3" else str(tmp_path)
+
+
+def test_globs_find_the_same_files(root):
+    for name in layouts.FILES:
+        storage.write_bytes(storage.join(root, name), b"x")
+    for pattern, expected in layouts.GLOBS.items():
+        assert layouts.glob(root, pattern) == expected, pattern
+
+
+def test_a_folder_that_exists_is_no_glob(root):
+    for name in ("Photos [2023]/cat/1.png", "Photos [2023]/dog/1.png", "Photos 2/cat/9.png"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    assert build_manifest(f"{root}/Photos [2023]", labelled=True)["label"].to_pylist() == ["cat", "dog"]
+    assert layouts.glob(root, "Photos [2023]/*/*.png") == ["Photos [2023]/cat/1.png", "Photos [2023]/dog/1.png"]
+    assert layouts.glob(root, "Photos [0-9]/**") == ["Photos 2/cat/9.png"]
 
 
 def test_write_read_list_copy_delete(root, tmp_path_factory):

@@ -146,25 +146,33 @@ def test_rebatch_refuses_too_few_and_too_many_rows():
         list(stream.rebatch(iter(blocks), iter([4])))
 
 
+def _split(uris, rows, **options):
+    return stream.split_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), rows, **options)
+
+
+def _divide(uris, count):
+    return stream.divide_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), count)
+
+
 def test_split_rows_cuts_only_large_row_groups():
     loose = [f"/{number}.png" for number in range(10)]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
     other = [f"/a.parquet#000001-{number:09d}" for number in range(2)]
-    assert stream.split_rows([], 3) == []
-    assert stream.split_rows(loose, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert stream.split_rows(group + other, 3, cut_groups=True) == [(0, 7), (7, 9)]
-    assert stream.split_rows(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
+    assert _split([], 3) == []
+    assert _split(loose, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert _split(group + other, 3, cut_groups=True) == [(0, 7), (7, 9)]
+    assert _split(other + group + loose, 3) == [(0, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
     large = [f"/b.parquet#000000-{number:09d}" for number in range(50_000)]
-    assert stream.split_rows(other + large, 3) == [(0, 50_002)]
-    ranges = stream.split_rows(other + large, 3, cut_groups=True)
+    assert _split(other + large, 3) == [(0, 50_002)]
+    ranges = _split(other + large, 3, cut_groups=True)
     assert ranges == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
-    assert stream.split_rows(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
+    assert _split(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
 
 
 def test_divide_rows_gives_equal_ranges_and_cuts_no_row_group():
     loose = [f"/{number}.png" for number in range(9)]
-    assert [stop - start for start, stop in stream.divide_rows(loose, 4)] == [2, 2, 2, 3]
+    assert [stop - start for start, stop in _divide(loose, 4)] == [2, 2, 2, 3]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
-    assert stream.divide_rows(group, 3) == [(0, 7)]
-    assert stream.divide_rows(group + loose, 2) == [(0, 8), (8, 16)]
-    assert stream.divide_rows(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]
+    assert _divide(group, 3) == [(0, 7)]
+    assert _divide(group + loose, 2) == [(0, 8), (8, 16)]
+    assert _divide(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]

@@ -1,7 +1,11 @@
 import gzip
+import hashlib
 import json
+import logging
 import os
+import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -171,7 +175,6 @@ def test_parquet_without_images_or_addresses_is_refused(tmp_path):
         (["a/1.png", "b/2.txt"], "hold no images: 'b'"),
         (["a/1.png", "a/2.png"], "one class only"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.txt"], "holds no images"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"], "has the folders 'train', 'val'"),
     ],
 )
 def test_bad_folders_get_one_sentence(tmp_path, files, sentence):
@@ -223,6 +226,65 @@ def test_a_fraction_that_leaves_nothing_is_refused(tmp_path):
         manifests.split_off_validation(build_manifest(str(tmp_path), labelled=True), 0.2, 0)
 
 
+def _earlier_split(labels, fraction, seed):
+    """The split as version 0.1.0 drew it."""
+    labels = np.asarray(labels, dtype=object)
+    split = np.full(len(labels), "train", dtype=object)
+    generator = np.random.default_rng([seed, 0x5711])
+    for label in sorted(set(labels)):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        split[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = "validation"
+    return split.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_seed_gives_the_split_that_earlier_versions_drew(seed):
+    labels = [str(number) for number in np.random.default_rng(seed).zipf(1.5, 500) % 37]
+    labels += ["é", "Z", "a b", ""]
+    manifest = _labelled([f"/{row:04d}.png" for row in range(len(labels))], labels)
+    for fraction in (0.05, 0.2, 0.5):
+        split = manifests.split_off_validation(manifest, fraction, seed)["split"].to_pylist()
+        assert split == _earlier_split(labels, fraction, seed)
+
+
+def _labelled(uris, labels, splits=None):
+    columns = {"uri": uris, "label": labels, "split": splits or [None] * len(uris)}
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    return table.add_column(0, "id", [list(range(len(table)))])
+
+
+def test_the_split_test_is_kept_when_validation_images_are_drawn():
+    splits = ["train", "test", "train", "train", "test", "train"]
+    manifest = _labelled([f"/{row}.png" for row in range(6)], list("aabbab"), splits)
+    split = manifests.split_off_validation(manifest, 0.5, 0)
+    assert split["id"].to_pylist() == list(range(6))
+    assert [row for row, name in enumerate(split["split"].to_pylist()) if name == "test"] == [1, 4]
+    others = [0, 2, 3, 5]
+    assert split.take(others)["split"].to_pylist() == _earlier_split(list("abbb"), 0.5, 0)
+
+
+def test_the_fingerprint_is_that_of_earlier_versions():
+    uris = ["/plain.png", "/it's.png", '/"both" isn\'t.png', "/back\\slash.png", "/é ü.png", "/new\nline\t.png",
+            "/\x7f\u200b\U0001f600.png", "s3://bucket/a+b=c,[d]~.png", ""]  # fmt: skip
+    manifest = _labelled(uris, ["a", None, "c'", "d", "é", "f", "g", "h", ""], ["train", None, "test"] * 3)
+    digest = hashlib.sha256()
+    for column in ("id", "uri", "label", "split"):
+        for value in manifest[column].to_pylist():
+            digest.update(repr(value).encode())
+    for table in (manifest, pa.concat_tables([manifest.slice(0, 4), manifest.slice(4)])):
+        assert manifests.fingerprint(table) == digest.hexdigest()[:32]
+
+
+def test_many_classes_take_no_time_for_each_row():
+    rows, classes = 60_000, 20_000
+    labels = [f"n{row % classes:08d}" for row in range(rows)]
+    manifest = _labelled([f"/{row:06d}.png" for row in range(rows)], labels)
+    started = time.monotonic()
+    split = manifests.split_off_validation(manifest, 0.4, 0)
+    assert split["split"].to_pylist().count("validation") == classes
+    assert time.monotonic() - started < 5  # 38 s when each class was compared with all rows
+
+
 def test_validation_may_not_repeat_or_add_labels(tmp_path):
     _touch(tmp_path, "t/a/0.png", "t/b/0.png", "v/a/1.png", "v/z/1.png")
     train, validation = (build_manifest(str(tmp_path / name), labelled=True) for name in ("t", "v"))
@@ -230,6 +292,45 @@ def test_validation_may_not_repeat_or_add_labels(tmp_path):
         manifests.with_validation(train, validation)
     with pytest.raises(ManifestError, match="more than once"):
         manifests.with_validation(train, train)
+
+
+def test_validation_images_of_their_own_take_the_place_of_those_of_the_data(caplog):
+    data = _labelled(
+        [f"/d/{row}.png" for row in range(7)], list("ababaab"), ["train"] * 4 + ["validation"] + ["test"] * 2
+    )
+    other = _labelled([f"/o/{row}.png" for row in range(4)], list("abab"), ["validation", "train", "train", "test"])
+    with caplog.at_level(logging.INFO, "cnnray"):
+        manifest = manifests.with_validation(data, other)
+    assert manifest["id"].to_pylist() == list(range(8))
+    assert dict(zip(manifest["uri"].to_pylist(), manifest["split"].to_pylist(), strict=True)) == {
+        "/d/0.png": "train", "/d/1.png": "train", "/d/2.png": "train", "/d/3.png": "train", "/d/5.png": "test",
+        "/d/6.png": "test", "/o/0.png": "validation", "/o/3.png": "test",
+    }  # fmt: skip
+    assert "3 images of other splits are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("splits", "other_splits", "expected"),
+    [
+        ([None, None, None], [None], ["train", "train", "train", "validation"]),
+        ([None, None, "test"], [None], ["train", "train", "test", "validation"]),
+        (["test", "test", "test"], ["test"], ["train", "train", "train", "validation"]),
+        (["train", "train", "test"], ["test"], ["train", "train", "test", "validation"]),
+    ],
+)
+def test_all_images_serve_where_none_has_the_split(splits, other_splits, expected):
+    data, other = _labelled(["/0", "/1", "/2"], list("abb"), splits), _labelled(["/3"], ["a"], other_splits)
+    assert manifests.with_validation(data, other)["split"].to_pylist() == expected
+
+
+def test_the_test_images_of_the_data_may_validate():
+    data = _labelled(["/0", "/1", "/2", "/3"], list("abab"), ["train", "train", "test", "test"])
+    assert manifests.with_validation(data, data.slice(3))["split"].to_pylist() == [
+        "train",
+        "train",
+        "test",
+        "validation",
+    ]
 
 
 def test_targets_are_places_among_the_class_names(tmp_path):

@@ -1,5 +1,7 @@
 # make demo, make test: each installs what it needs on first use, into .venv, from requirements.lock.
-PYTHON ?= python3.11
+# The first of PYTHON that is there and supported makes .venv.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
 BIN := .venv/bin
 
 .PHONY: help install demo test lint types bench test-long chaos soak test-cluster test-s3 test-browser lock clean
@@ -10,7 +12,10 @@ help:  ## Show this list.
 install: .venv/installed  ## Make .venv from the lock file.
 
 .venv/installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(BIN)/python $(SUPPORTED) && exit; \
+	for python in $(PYTHON); do $$python $(SUPPORTED) && exec $$python -m venv --clear .venv; done; \
+	echo "cnnray needs Python 3.11 to 3.13 with its module venv (python3.13-venv on Debian): install it, or name it with \
+	PYTHON=/path/to/python" >&2; exit 1
 	$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,13 +1,12 @@
 """Reports of benchmarks: rates measured side by side, and the medians of their ratios over several rounds."""
 
-import os
 import platform
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cnnray import cluster
 from cnnray.cluster import Resources
+from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
 from cnnray.models.bundle import library_versions
 
@@ -65,7 +64,7 @@ class BareLoops:
 
 def plan_bare_loops(resources: Resources) -> BareLoops:
     """Plan bare loops for a comparison with a cluster."""
-    processes = max(1, min(cluster.local_cpus(), int(resources.cpus)))
+    processes = max(1, min(usable_cpus(), int(resources.cpus)))
     return BareLoops(processes, max(1.0, resources.cpus / processes))
 
 
@@ -82,4 +81,4 @@ def describe_machine() -> str:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     versions = ", ".join(f"{library} {version}" for library, version in library_versions().items())
-    return f"{len(os.sched_getaffinity(0))} cores of {model}; {versions}"
+    return f"{usable_cpus()} cores of {model}; {versions}"

@@ -8,6 +8,7 @@ from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray import cluster
 from cnnray.cluster import Resources
+from cnnray.cpus import usable_cpus
 from cnnray.images import stream
 
 _NEEDS_CLUSTER = ("ingest", "train", "predict", "scale", "all")
@@ -66,7 +67,7 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
         result.comparisons += comparisons
         result.tables.append(latencies)
     if measure in ("scale", "all"):
-        result.scaling["serving"] = scale.measure_serving(folder, cluster.local_cpus())
+        result.scaling["serving"] = scale.measure_serving(folder, usable_cpus())
         result.tables.append(scale.table("replicas on this machine", result.scaling["serving"], "requests/s"))
     if result.comparisons:
         result.tables.append(report.table(result.comparisons))

@@ -8,12 +8,15 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError, PermanentError
 from cnnray.images import storage
 from cnnray.progress import duration
@@ -88,14 +91,30 @@ def user_error(error: BaseException | None) -> CnnrayError | None:
 
     if error is None or (isinstance(error, CnnrayError) and not isinstance(error, ray.exceptions.RayTaskError)):
         return error
-    wrapped = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc", "__cause__")]
-    wrapped += getattr(error, "worker_failures", {}).values()
-    for inner in wrapped:
-        if inner is not error and (reason := user_error(inner)):
+    for inner in _wrapped(error):
+        if reason := user_error(inner):
             return reason
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(CnnrayError)}
     raised = re.findall(r"^(cnnray\.[\w.]+): (.+)$", str(error), re.MULTILINE)
     return next((kinds[name](sentence) for name, sentence in reversed(raised) if name in kinds), None)
+
+
+def _wrapped(error: BaseException) -> list[BaseException]:
+    """The errors that an error of Ray holds."""
+    names = ("cause", "controller_failure", "_base_exc", "__cause__")
+    held = [getattr(error, name, None) for name in names] + [*getattr(error, "worker_failures", {}).values()]
+    return [inner for inner in held if isinstance(inner, BaseException) and inner is not error]
+
+
+def full_trace(error: BaseException) -> str:
+    """The traceback of an error, and behind it those of the workers that made it, which Ray keeps as text."""
+    text, left = "".join(traceback.format_exception(error)), [error]
+    while left:
+        inner = left.pop()
+        left += _wrapped(inner)
+        if (worker := str(inner)) not in text:
+            text += f"\n{type(inner).__name__}: {worker}\n"
+    return text
 
 
 def _subclasses(kind: type[CnnrayError]) -> Iterator[type[CnnrayError]]:
@@ -114,11 +133,6 @@ def starts_own() -> bool:
     """Whether `connected` will start Ray on this machine: no RAY_ADDRESS, and no connection of this process."""
     ray = sys.modules.get("ray")  # importing it takes a second
     return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
-
-
-def local_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def submitted_environment() -> dict[str, Any]:
@@ -141,6 +155,36 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
+    with _temporary_folder() if starts_own() else contextlib.nullcontext(), _started() as available:
+        yield available
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """A temporary folder for the processes of the Ray that starts in this context, deleted at its end.
+
+    Ray's dashboard, and workers that are killed, leave their temporary files behind. Ray's session, with its logs, is
+    where it would be otherwise.
+    """
+    from ray._common.utils import get_default_system_temp_dir
+
+    names = ("TMPDIR", "RAY_TMPDIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="cnnray-", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"RAY_TMPDIR": get_default_system_temp_dir(), "TMPDIR": folder}
+        try:
+            yield
+        finally:
+            for name in names:
+                del os.environ[name]
+            os.environ |= {name: value for name, value in before.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _started() -> Iterator[Resources]:
+    """See `connected`, where this process is not connected yet."""
+    import ray
+
     submitted = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
     # Jobs show progress of their own, also for datasets that are read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
@@ -152,7 +196,7 @@ def connected() -> Iterator[Resources]:
         # This machine will not be preempted, and Ray Train's watcher would log an error.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Ray would end idle processes beyond one per CPU, and start them again (1 to 2 s) for every epoch's tasks.
-        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * local_cpus()))
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * usable_cpus()))
         # Ray waits a minute for a restart of its control service, which nobody restarts here.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     try:
@@ -165,7 +209,7 @@ def connected() -> Iterator[Resources]:
         reason = " ".join(str(error).split())[:300]
         address = os.environ.get("RAY_ADDRESS")
         what = f"No Ray cluster at {address}" if address else "Ray cannot be started on this machine"
-        raise ClusterError(f"{what}: {reason}") from None
+        raise ClusterError(f"{what}: {reason}") from (None if address else error)
     if threading.current_thread() is threading.main_thread():
         # Ray's handler prints a stack trace before it calls Python's: install Python's again.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -174,9 +218,51 @@ def connected() -> Iterator[Resources]:
         nodes = len(available.nodes)
         log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, nodes, available.cpus, available.gpus)
         yield available
+    except Exception as error:
+        if dead := _dead_processes():
+            raise ClusterError(
+                f"Ray has died on this machine ({', '.join(dead)}), perhaps for want of memory; the same command "
+                "goes on from what was done."
+            ) from error
+        raise
     finally:
-        ray.shutdown()
+        shut_down()
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
+
+
+def _dead_processes() -> list[str]:
+    """Those of Ray's processes that it cannot live without, that this process has started, and that have ended."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return [
+        name
+        for name in ("gcs_server", "raylet")
+        for started in (node.all_processes.get(name, []) if node else [])
+        if started.process.poll() is not None
+    ]
+
+
+def shut_down(seconds: float = 60.0) -> None:
+    """End the connection to Ray, and the Ray that this process has started, even where its control service is stuck.
+
+    `ray.shutdown` of Ray 2.60 has waited for ever for the answer to its last request (`gcs_error_subscriber.close`,
+    which has no deadline), once in several runs. It continues when the service is gone.
+
+    Args:
+        seconds: the longest wait for `ray.shutdown`, and then again for its end without the service.
+    """
+    import ray
+    from ray._private import worker
+
+    node = worker._global_node
+    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(seconds)
+    if shutdown.is_alive():
+        for service in node.all_processes.get("gcs_server", []) if node else []:
+            service.process.kill()
+        shutdown.join(seconds)
 
 
 def own_address() -> str:

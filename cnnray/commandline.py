@@ -4,23 +4,34 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import re
+import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from cnnray import configs, flags
-from cnnray.errors import CnnrayError
+import cnnray
+from cnnray import cluster, configs, flags
+from cnnray.errors import CnnrayError, TransientError
+from cnnray.images import storage
+from cnnray.supervisor import SIGNALS, Ending, supervised
 
 Config = TypeVar("Config", bound=configs.Config)
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_STOPPED = 128 + signal.SIGTERM
+
+LOG = "error.log"
+"""The file in an output that holds the trace of the error that ended the last run; no job reads it."""
 
 _NOISE = r"ray/issues/53727|Created TensorFlow Lite XNNPACK delegate"
 """Lines of workers that are not about the job: logs of Ray's own actors, and the first line of LiteRT."""
@@ -102,15 +113,28 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
 def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str, Any]]) -> NoReturn:
     """Parse the command line, and run a job with its config: see `parse` and `run`."""
     config = parse(config_class, prog)
-    run(lambda: job(config))
+    run(lambda: job(config), getattr(config, "folder", None) or getattr(config, "output", None))
 
 
-def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
-    """Run a job. Its result becomes the last line of stdout, an error one sentence on stderr.
+def run(job: Callable[[], dict[str, Any]], output: str | None = None) -> NoReturn:
+    """Run a job in a process of its own (see `supervisor`), and end as it ends.
+
+    Args:
+        job: returns the result.
+        output: folder or s3:// prefix of the job's results, where the trace of an error belongs.
 
     Raises:
-        SystemExit: 0, `exit_code` of a `CnnrayError`, 1 for an `OSError`, 130 for Ctrl-C, 143 for SIGTERM
-            (`ray job stop`). Other errors keep their traceback.
+        SystemExit: with the code of the `ending`.
+    """
+    supervised(lambda: ending(job, output), _NOISE).leave()
+
+
+def ending(job: Callable[[], dict[str, Any]], output: str | None = None) -> Ending:
+    """Run a job in this process.
+
+    Returns:
+        0 and its result as a line of stdout; or else a sentence for stderr, and 1 for an error (or the
+        `exit_code` of a `CnnrayError`), 130 for Ctrl-C, 143 for SIGTERM (`ray job stop`).
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # Ray reads these variables when it is imported, and when it prints a line of a worker.
@@ -118,21 +142,60 @@ def run(job: Callable[[], dict[str, Any]]) -> NoReturn:
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # As Ray's handler does after `ray.init`, raise an exception, so that contexts end and leases are released.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     try:
-        result = job()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return Ending(code=0, out=json.dumps(job()) + "\n")
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; the same command goes on from what was done.\n")
-        sys.exit(130)
+        return Ending(code=EXIT_INTERRUPTED, err="Interrupted; the same command goes on from what was done.\n")
     except SystemExit as stop:
         if stop.code != signal.SIGTERM:
             raise
-        sys.stderr.write("Stopped; the same command goes on from what was done.\n")
-        sys.exit(EXIT_STOPPED)
-    except (CnnrayError, OSError) as error:
-        sys.stderr.write(f"Error: {error}\n")
-        sys.exit(error.exit_code if isinstance(error, CnnrayError) else EXIT_FAILURE)
-    sys.stderr.flush()
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    sys.exit(0)
+        return Ending(code=EXIT_STOPPED, err="Stopped; the same command goes on from what was done.\n")
+    except Exception as error:
+        code = error.exit_code if isinstance(error, CnnrayError) else EXIT_FAILURE
+        return Ending(code=code, err=_report(error, output))
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Signal handler: end the job with an exception, once. Both processes of a job may get the same signal."""
+    signal.signal(number, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(number)
+
+
+def _report(error: Exception, output: str | None) -> str:
+    """The sentence for an error.
+
+    The trace goes into a log file, which the sentence names; an error that the package raised by itself has none, as
+    it says all. Where no log file can be written, the trace comes before the sentence.
+    """
+    if isinstance(error, CnnrayError) and error.__cause__ is None:
+        return f"Error: {error}\n"
+    sentence = str(error) if isinstance(error, CnnrayError) else f"{type(error).__name__}: {cluster.last_line(error)}"
+    text = (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, cnnray {cnnray.__version__}, Python "
+        f"{platform.python_version()}, {platform.platform()}\n{shlex.join(sys.argv)}\n\n{cluster.full_trace(error)}"
+    )
+    log_file = _write_log(text, None if isinstance(error, TransientError) else output)
+    return f"Error: {sentence} (The trace is in {log_file}.)\n" if log_file else f"{text}\nError: {sentence}\n"
+
+
+def _write_log(text: str, output: str | None) -> str | None:
+    """Write a log file into the output, or else into the temporary folder.
+
+    Returns:
+        Its name; None where neither can be written to.
+    """
+    for folder in (output, None):
+        try:
+            name = f"cnnray-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+            uri = storage.join(folder, LOG) if folder else storage.join(tempfile.gettempdir(), name)
+            storage.write_bytes(uri, text.encode(errors="replace"))
+            return uri
+        except Exception:  # the error may be that of the storage itself
+            continue
+    return None

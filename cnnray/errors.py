@@ -1,8 +1,8 @@
 """The errors that a user gets as one sentence, in three kinds that say what can be done about them.
 
 Every error that the package raises on purpose derives from one of the three kinds, and from the built-in exception
-that callers expect (`FileNotFoundError`, `ValueError`, ...). Any other exception that leaves a job is a bug and keeps
-its traceback.
+that callers expect (`FileNotFoundError`, `ValueError`, ...). Any other exception that leaves a job is a bug, whose
+traceback goes into a log file (see `commandline`).
 """
 
 

@@ -72,7 +72,7 @@ def main() -> None:
         show_answers(summary["bundle"], f"{config.output}/manifest.parquet")
         return summary
 
-    commandline.run(job)
+    commandline.run(job, str(folder / "run"))
 
 
 if __name__ == "__main__":

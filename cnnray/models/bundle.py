@@ -21,6 +21,7 @@ import cnnray
 from cnnray.errors import BadInputError
 from cnnray.images import storage
 from cnnray.images.decode import RESIZE_RULES, ResizeRule
+from cnnray.models import startup
 
 if TYPE_CHECKING:
     import keras
@@ -230,11 +231,12 @@ def load_model(path: Path, uri: str) -> "keras.Model":
     Raises:
         BundleError: the file does not exist, or cannot be loaded safely.
     """
-    import keras
-
     if not path.is_file():
         raise BundleError(f"{uri} is not a bundle: it holds no {MODEL}.")
     _check_archive(path, uri)
+    startup.ensure_tensorflow()
+    import keras
+
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # among others ValueError, TypeError, OSError, KeyError

@@ -8,7 +8,6 @@ now. The grouping of images into batches changes a probability by less than 1e-5
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnray.cpus import usable_cpus
 from cnnray.models.bundle import MODEL, Bundle, BundleError
 from cnnray.models.formats import FORMATS
 from cnnray.models.runtimes import (
@@ -87,11 +87,6 @@ ENGINES = (KERAS, *(name for name in RUNNERS if name != SAVED_MODEL))
 """The names that a job accepts besides `auto`. SavedModels are exported for other programs: `keras` is as fast."""
 
 
-def usable_threads() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Engine:
     """Load an engine.
 
@@ -103,7 +98,7 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Engine
     Raises:
         BundleError: the bundle does not hold the file, the file cannot be run, or its shapes contradict the bundle.
     """
-    threads = threads or usable_threads()
+    threads = threads or usable_cpus()
     check_exported(bundle, name)
     if name == KERAS:
         return KerasEngine(bundle, threads)

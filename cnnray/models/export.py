@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import flags
+from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
@@ -121,7 +122,7 @@ class _Export:
         targets: npt.NDArray[np.int64] | None,
     ) -> None:
         self._config, self._bundle, self._images, self._targets = config, bundle, images, targets
-        self._threads = config.threads or engines.usable_threads()
+        self._threads = config.threads or usable_cpus()
         self._network = Network(bundle, calibration)
         keras = engines.load_engine(bundle, engines.KERAS, self._threads)
         self._expected = engines.predict_in_batches(keras, images)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cnnray.models import startup
 from cnnray.models.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class KerasEngine:
     """The Keras model as one compiled TensorFlow function. It runs on a GPU if TensorFlow sees one."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
+        startup.ensure_tensorflow()
         import keras
         import tensorflow as tf
 

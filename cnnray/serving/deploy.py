@@ -22,6 +22,7 @@ from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.rollout import APPLICATION, DEPLOYMENT, ServingError, Versions, wait_until_served
+from cnnray.serving.settings import API_KEY, API_KEY_FILE, api_key
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,13 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
     Raises:
         BundleError, OSError: a bundle cannot be read.
+        ApiKeyError, OSError: the API key cannot be read.
         ClusterError: the cluster cannot be reached, or has no room for the replicas, or others hold it.
         ServingError: the service does not start.
     """
     import ray
 
+    api_key()  # before Ray starts
     versions = check_bundles(config)
     started = time.monotonic()
     stop = threading.Event()
@@ -203,8 +206,8 @@ def _prepare_environment(folder: Path) -> None:
         f"{prefix}SERVER_STATE_BASE": str(folder),
         f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
         f"{prefix}METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        f"{prefix}METRICS_PORT": str(_free_port()),
-        f"{prefix}STATS_PORT": str(_free_port()),
+        f"{prefix}METRICS_PORT": str(cluster.free_port()),
+        f"{prefix}STATS_PORT": str(cluster.free_port()),
     }
     # Serve imports the application in another process.
     home = str(Path(cnnray.__file__).parents[1])
@@ -224,12 +227,6 @@ def _check_port(config: ServeConfig) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise ServingError(f"{config.host}:{config.port} is in use: give another --port.") from None
             raise ServingError(f"{config.host}:{config.port} cannot be listened on: {error.strerror}.") from None
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _dashboard_address() -> str:
@@ -275,7 +272,8 @@ def _deploy(config: ServeConfig, versions: Versions, max_replicas: int, stop: th
 def _runtime_environment() -> dict[str, Any]:
     """Ray's runtime environment for the replicas, which Serve starts outside of this job.
 
-    It has the code, packages and variables that the job was submitted with, and the variables that reach the same S3.
+    It has the code, packages and variables that the job was submitted with, and the variables that reach the same S3
+    and name the file of the API key.
     """
     from ray._private.runtime_env.packaging import pin_runtime_env_uri
 
@@ -283,7 +281,11 @@ def _runtime_environment() -> dict[str, Any]:
     if environment.get("working_dir", "").startswith("gcs://"):
         # Otherwise Ray deletes the job's code after the last process that uses it, and no replica could start.
         pin_runtime_env_uri(environment["working_dir"], expiration_s=_PIN_SECONDS)
+    if API_KEY in environment.get("env_vars", {}):
+        log.warning("`ray job list` shows %s to everybody who may list jobs: give %s instead", API_KEY, API_KEY_FILE)
     variables = storage.cluster_environment() | environment.get("env_vars", {})
+    if file := os.environ.get(API_KEY_FILE):
+        variables[API_KEY_FILE] = storage.absolute(file)
     return environment | ({"env_vars": variables} if variables else {})
 
 

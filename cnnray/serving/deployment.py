@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from typing import Any
 
 import ray
@@ -11,10 +10,7 @@ from starlette.types import ASGIApp
 
 from cnnray.serving.application import create_application
 from cnnray.serving.service import Service
-from cnnray.serving.settings import Settings
-
-API_KEY = "CNNRAY_API_KEY"
-"""Environment variable with the API key. If it is set, requests must send the key."""
+from cnnray.serving.settings import Settings, api_key
 
 
 @serve.deployment
@@ -32,7 +28,7 @@ class Classifier:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once, after the constructor."""
-        return create_application(self._service, os.environ.get(API_KEY) or None, adds_request_ids=False)
+        return create_application(self._service, api_key(), adds_request_ids=False)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request, and whenever `user_config` has changed."""

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import threading
 import time
 import urllib.request
@@ -11,6 +10,7 @@ from typing import Any
 from cnnray import cluster
 from cnnray.errors import PermanentError
 from cnnray.serving.config import ServeConfig
+from cnnray.serving.settings import api_key
 
 APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
 _PLACING_SECONDS = 30.0
@@ -45,7 +45,7 @@ def wait_until_served(
         ServingError: the service cannot start, cannot load the models or does not report them.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
-    agreed, needed = 0, max(1, config.min_replicas)
+    agreed, needed, key = 0, max(1, config.min_replicas), api_key()
     placed: list[dict[str, Any]] = []
     shortage = cluster.Shortage(config.wait_minutes)
     placed_at = progressed_at = time.monotonic()
@@ -74,7 +74,7 @@ def wait_until_served(
                 "changes the service."
             )
         if started or status == "RUNNING":
-            served, problem = _fetch_versions(address)
+            served, problem = _fetch_versions(address, key)
             if problem:
                 raise ServingError(f"The models cannot be served: {problem}")
             # Each request may reach another replica.
@@ -101,9 +101,8 @@ def _check_room(config: ServeConfig, replicas: list[dict[str, Any]], total: clus
     return True
 
 
-def _fetch_versions(address: str) -> tuple[Versions | None, str | None]:
+def _fetch_versions(address: str, key: str | None) -> tuple[Versions | None, str | None]:
     """The versions that a replica reports, and why its last change failed; None, None if it does not answer."""
-    key = os.environ.get("CNNRAY_API_KEY")
     request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:

@@ -1,8 +1,41 @@
-"""Settings of a replica, sent as Serve's `user_config`. They can change while replicas run."""
+"""Settings of a replica, sent as Serve's `user_config`, which can change while replicas run; and the API key."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
+
+from cnnray.errors import BadInputError
+from cnnray.images import storage
+
+API_KEY, API_KEY_FILE = "CNNRAY_API_KEY", "CNNRAY_API_KEY_FILE"
+"""Environment variables with the API key, and with the name of a file that holds it: see `api_key`."""
+
+
+class ApiKeyError(BadInputError, ValueError):
+    """An API key that is stated twice, or a file of it that is empty; the message is one sentence for the user."""
+
+
+def api_key() -> str | None:
+    """The key that requests must send; None: requests need no key.
+
+    It is the value of the environment variable `CNNRAY_API_KEY`, or the content of the file that
+    `CNNRAY_API_KEY_FILE` names, a path or s3:// (without the white space around it). The variables of a submitted job
+    are no place for a secret: Ray shows them to everybody who may list jobs.
+
+    Raises:
+        ApiKeyError: both variables are set, or the file is empty.
+        OSError: the file cannot be read.
+    """
+    key, file = os.environ.get(API_KEY), os.environ.get(API_KEY_FILE)
+    if not file:
+        return key or None
+    if key:
+        raise ApiKeyError(f"{API_KEY} and {API_KEY_FILE} are both set: set one of them.")
+    key = storage.read_bytes(storage.absolute(file)).decode(errors="replace").strip()
+    if not key:
+        raise ApiKeyError(f"{file}, which {API_KEY_FILE} names, is empty.")
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)

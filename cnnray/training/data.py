@@ -107,7 +107,8 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
     if config.cache == "none" or not fits:
         raise ManifestError(
             f"{config.data} holds images in Parquet, which training must keep in memory, as it takes them in another "
-            f"order every epoch ({sizes}): use --cache auto, a smaller --image-size, or a folder of the images."
+            f"order every epoch ({sizes}): use --cache auto, or begin anew, with --overwrite or another --output, "
+            "with a smaller --image-size or a folder of the images."
         )
     return True
 

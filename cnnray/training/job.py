@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster, configs, paths
+from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
@@ -54,7 +55,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     started = time.time()
     if cluster.starts_own():
-        check_cpus(config, cluster.local_cpus())
+        check_cpus(config, usable_cpus())
     with lease(config.output) as held:
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
@@ -160,8 +161,8 @@ def _run(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
         if config.checkpoint_every_steps is None:
             log.info(
-                "When workers are lost or added, the epoch starts again; with --checkpoint-every-steps it would go "
-                "on from the last checkpoint."
+                "When workers are lost or added, the epoch starts again; a run that is begun with "
+                "--checkpoint-every-steps goes on from the last checkpoint."
             )
     filesystem, path = storage.arrow_filesystem(config.output)
     trainer = DataParallelTrainer(

@@ -122,7 +122,9 @@ class _Worker:
         Raises:
             TrainingError: on all workers alike.
         """
-        with tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") as events:
+        # Workers that Ray kills leave their folders behind.
+        temporary = tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") if self.rank == 0 else None
+        with temporary or contextlib.nullcontext("") as events:
             shown: list[keras.callbacks.Callback] = []
             self.lines = callbacks.ProgressLogger(self.config.all_epochs, len(self.bounds) - 1, self.images)
             if self.rank == 0:
@@ -269,8 +271,7 @@ class _Worker:
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
                 raise TrainingError(
-                    f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: lower --learning-rate "
-                    f"(it was {self.phases[progress.phase].learning_rate:g}), or use --precision float32."
+                    f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: {self._cure()}"
                 )
         logs = trained.metrics(self.classes) | validation.metrics(self.classes, "val_")
         logs |= {
@@ -287,6 +288,16 @@ class _Worker:
         progress.step = 0
         progress.sums, progress.seen, progress.epoch_seconds = Sums(), [0, 0, 0], 0.0
         return logs
+
+    def _cure(self) -> str:
+        """What to do about a loss that is not finite. The output refuses to go on with another recipe."""
+        phase = self.phases[self.progress.phase]
+        flag = "--learning-rate" if self.config.phases is None else f"learning_rate of {phase.name!r} in --phases"
+        precision = "" if self.config.precision == "float32" else ", or --precision float32"
+        return (
+            f"begin anew, with --overwrite or another --output, with a lower {flag} (it was {phase.learning_rate:g})"
+            f"{precision}."
+        )
 
     def _validate(self) -> Sums:
         rows = np.arange(self.rank, self.validation_images, self.world)

@@ -14,6 +14,7 @@ import yaml
 
 from cnnray import cluster, configs
 from cnnray.cluster import Resources
+from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
 from cnnray.images import storage
 from cnnray.images.lease import lease
@@ -52,19 +53,25 @@ def search(config: SearchConfig) -> dict[str, Any]:
     started = time.time()
     spaces = _spaces(config)
     if cluster.starts_own():
-        check_cpus(config, cluster.local_cpus())
+        check_cpus(config, usable_cpus())
     with lease(config.output):
         tracker = make_tracker(config)
         if tracker:
             tracker.reach()
         # Each trial would find the same fault.
-        recipe.check(config, data.build_run_manifest(config))
-        _begin(config)
-        with cluster.connected(), tracker.following() if tracker else contextlib.nullcontext():
+        manifest = data.build_run_manifest(config)
+        recipe.check(config, manifest)
+        goes_on = _goes_on(config)
+        with cluster.connected():
             available = cluster.wait_for_resources(
                 functools.partial(_fit, config), resource_requests(config), config.wait_minutes
             )
-            results = _results(config, spaces, available)
+            # Nothing is written or deleted before all checks have passed.
+            if not goes_on:
+                data.check_images(config, manifest, share_out(config, available))
+                _begin(config)
+            with tracker.following() if tracker else contextlib.nullcontext():
+                results = _results(_for_trials(config, available), spaces)
         rows = _rows(config, results)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
@@ -75,7 +82,9 @@ def search(config: SearchConfig) -> dict[str, Any]:
         if not scored:
             errors = [cluster.user_error(error) or cluster.last_line(error) for error in results.errors]
             reason = errors[-1] if errors else "no reason is known"
-            raise SearchError(f"None of the {len(rows)} trials finished an epoch: {reason}")
+            raise SearchError(f"None of the {len(rows)} trials finished an epoch: {reason}") from (
+                results.errors[-1] if results.errors else None
+            )
         sign = 1 if _MODES[config.metric] == "min" else -1
         best = min(scored, key=lambda row: sign * row[config.metric])
         if tracker:
@@ -141,8 +150,8 @@ def _spaces(config: SearchConfig) -> dict[str, Any]:
     return spaces
 
 
-def _begin(config: SearchConfig) -> None:
-    """Make the output that of this search, unless it holds an earlier run of it.
+def _goes_on(config: SearchConfig) -> bool:
+    """Whether the output holds an earlier run of this search.
 
     Raises:
         SearchError: the output holds something else.
@@ -155,16 +164,22 @@ def _begin(config: SearchConfig) -> None:
             raise SearchError(f"{config.output} holds another job's {CONFIG}; give another --output.")
         # The scheduler of an interrupted search was made for its number of epochs.
         differences = configs.differences(config, earlier, {"epochs"})
-        if not differences:
-            return
-        if not config.overwrite:
+        if differences and not config.overwrite:
             raise SearchError(
                 f"{config.output} holds a search with {', '.join(differences)}; give another --output, or "
                 "--overwrite."
             )
-        _delete(config)
-    elif storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
+        return not differences
+    if storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
         raise SearchError(f"{config.output} holds {TRIALS}, but no {CONFIG} of a search; give another --output.")
+    return False
+
+
+def _begin(config: SearchConfig) -> None:
+    """Make the output that of this search, in place of the one that it may hold."""
+    uri = storage.join(config.output, CONFIG)
+    if storage.is_file(uri):
+        _delete(config)
     storage.write_bytes(uri, configs.dump(config, overwrite=False))
 
 
@@ -176,7 +191,7 @@ def _delete(config: SearchConfig) -> None:
         storage.delete_file(storage.join(config.output, part))
 
 
-def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources) -> Any:
+def _results(config: SearchConfig, spaces: dict[str, Any]) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -186,7 +201,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], available: Resources)
     # Ray Tune would print its tables to stdout, which holds the job's JSON line only.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     filesystem, path = storage.arrow_filesystem(config.output)
-    trainable = tune.with_resources(functools.partial(_run_trial, _with_shares(config, available)), {"CPU": 0.001})
+    trainable = tune.with_resources(functools.partial(_run_trial, config), {"CPU": 0.001})
     experiment = f"{path}/{STATE}"
     tuner = None
     if tune.Tuner.can_restore(experiment, filesystem):
@@ -236,8 +251,11 @@ def _fit(config: SearchConfig, available: Resources) -> Resources:
     return available
 
 
-def _with_shares(config: SearchConfig, available: Resources) -> SearchConfig:
-    """The config with each trial's share of the cluster, if several run side by side."""
+def _for_trials(config: SearchConfig, available: Resources) -> SearchConfig:
+    """The config with each trial's share of the cluster, if several run side by side, and without a second check of
+    the images that the search has checked."""
+    if not {"data", "validation"} & set(config.search):
+        config = dataclasses.replace(config, data_checks=False)
     if config.parallel == 1:
         return config
     each = available.cpus / config.parallel

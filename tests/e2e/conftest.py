@@ -43,6 +43,11 @@ class Job:
     def children(self):
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def driver(self):
+        """The process that runs the job, a child of the one that was started (see `cnnray.supervisor`)."""
+        (driver,) = psutil.Process(self.process.pid).children()
+        return driver
+
     def named_children(self):
         """Its children and their command lines, without those that have ended meanwhile."""
         named = []
@@ -50,6 +55,14 @@ class Job:
             with contextlib.suppress(psutil.NoSuchProcess):
                 named.append((child, " ".join(child.cmdline()) or child.name()))
         return named
+
+    def lose(self, name):
+        """Kill one of Ray's own processes, and check that the job then ends with one sentence."""
+        assert kill(child for child in self.children() if child.name() == name) == 1
+        assert self.wait(60) == 1, self.err.read_text()
+        last = self.err.read_text().splitlines()[-1]
+        assert last.startswith(("Error: Ray has died", "Error: The job's process died")), last
+        assert "the same command goes on" in last
 
     def end(self):
         """End the job and all its children."""

@@ -127,13 +127,26 @@ def test_a_run_writes_rows_and_logs_a_summary(start_job, command):
     assert _line(again)["resumed"] == IMAGES
 
 
-@pytest.mark.parametrize("kind", ["driver", "worker", "cluster"])
+@pytest.mark.parametrize("kind", ["driver", "worker"])
 def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, command):
     arguments, output = command
     line, before = _kill_and_finish(start_job, arguments, output, kind, 2, 0)
     _check(output, line)
     if kind not in ON_RAY:
         assert line["resumed"] >= 64 * before > 0
+
+
+def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, command):
+    arguments, output = command
+    for name in ("raylet", "gcs_server"):
+        job, before = start_job(*arguments), _parts(output)
+        until(lambda job=job, n=before: _parts(output) >= n + 2 or job.process.poll() is not None, WATCHDOG, "parts")
+        job.lose(name)
+    job = start_job(*arguments)
+    assert job.wait(WATCHDOG) == 0, job.err.read_text()
+    _check(output, _line(job))
+    assert _line(job)["resumed"] >= 64 * 4
+    assert "53727" not in job.err.read_text()  # a line of Ray about an actor that it starts
 
 
 @pytest.mark.chaos

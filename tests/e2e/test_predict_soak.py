@@ -92,7 +92,7 @@ class Memory(threading.Thread):
     def run(self):
         while not self._ended.wait(2):
             try:
-                driver = psutil.Process(self._job.process.pid)
+                driver = self._job.driver()
                 workers = [child for child, name in self._job.named_children() if "MapWorker" in name]
                 sizes = [child.memory_full_info().uss / 2**20 for child in workers]
                 self.driver.append(driver.memory_full_info().uss / 2**20)

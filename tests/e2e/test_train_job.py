@@ -44,6 +44,17 @@ def test_a_killed_driver_is_resumed_by_the_same_command(start_job, digits, tmp_p
     assert metrics == pytest.approx(summary["metrics"], rel=1e-5)
 
 
+@pytest.mark.timeout(600)
+def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, digits, tmp_path):
+    command = ("train", "--data", digits, "--output", tmp_path, *FAST, "--epochs", "500", "--max-workers", "1")
+    job = start_job(*command)
+    until(lambda: job.process.poll() is not None or checkpoints(tmp_path), 120, "a checkpoint")
+    job.lose("raylet")
+    job = start_job(*command)
+    until(lambda: "going on from epoch" in job.err.read_text(), 120, "the run")
+    job.lose("gcs_server")
+
+
 def test_ctrl_c_ends_the_job_with_a_sentence_and_a_run_that_can_be_resumed(start_job, digits, tmp_path):
     job = start_job(
         "train", "--data", digits, "--output", tmp_path / "out", *FAST, "--epochs", "500", "--max-workers", "1"

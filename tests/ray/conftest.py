@@ -1,7 +1,5 @@
 import os
-import threading
 
-import psutil
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
@@ -53,21 +51,5 @@ def ray_cluster(s3_proxy):
     )
     os.environ.pop("RAY_GCS_SERVER_PORT")
     yield
-    _shut_down()
-
-
-def _shut_down():
-    """Shut Ray down, even where its control service does not answer.
-
-    Ray 2.60 has waited for ever for the answer to its last request (`gcs_error_subscriber.close`, which has no
-    deadline), once in several runs. It continues when the service is gone.
-    """
-    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
-    shutdown.start()
-    shutdown.join(60)
-    if shutdown.is_alive():
-        for process in psutil.Process().children(recursive=True):
-            if process.name() == "gcs_server":
-                process.kill()
-        shutdown.join(60)
-    assert not shutdown.is_alive()
+    cluster.shut_down()
+    assert not ray.is_initialized()

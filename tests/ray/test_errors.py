@@ -78,6 +78,7 @@ def test_it_is_the_same_at_the_driver(run, error, tmp_path):
         run(fail, str(tmp_path))
     received = cluster.user_error(raised.value)
     assert (type(received), str(received)) == (type(error), str(error))
+    assert "in fail\n" in cluster.full_trace(raised.value)
 
 
 def test_other_errors_are_not_the_users():
@@ -88,3 +89,18 @@ def test_other_errors_are_not_the_users():
         _in_a_task(fail, None)
     assert cluster.user_error(raised.value) is None
     assert cluster.last_line(raised.value) == "ZeroDivisionError: division by zero"
+
+
+def test_the_trace_of_a_training_worker_is_whole(tmp_path):
+    """Ray Train's own message has the last lines of it."""
+
+    def fail(left=20):
+        if left % 2 or left:  # two lines in turn, which Python writes out
+            fail(left - 1)
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ray.train.TrainingFailedError) as raised:
+        _on_a_training_worker(lambda: fail(), str(tmp_path))
+    trace = cluster.full_trace(raised.value)
+    assert trace.count("in fail\n") >= 21
+    assert "in test_the_trace_of_a_training_worker_is_whole" in trace

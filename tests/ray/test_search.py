@@ -1,11 +1,17 @@
 """Searches on the session's cluster: their outputs, and the flags and spaces that they refuse."""
 
 import csv
+import shutil
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 
+from cnnray.images import stream
+from cnnray.images.manifest import ManifestError
 from cnnray.training.config import TrainConfig
+from cnnray.tuning import job
 from cnnray.tuning.config import SearchConfig
 from cnnray.tuning.job import SearchError, search
 
@@ -80,3 +86,48 @@ def test_spaces_with_values_that_training_refuses_are_refused(space, sentence, d
     assert _config(digits, tmp_path, search=["augmentations.zoom=choice([0,0.1])"]).trial(
         {"augmentations.zoom": 0.1}, "/o"
     ).augmentations.zoom == pytest.approx(0.1)
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Replaces the trials of a search by results; holds the configs that trials would have had."""
+    configs = []
+    rows = pd.DataFrame([{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}])
+
+    def results(config, spaces):
+        configs.append(config)
+        values = dict.fromkeys(spaces, 0.01)
+        return [SimpleNamespace(metrics={"trial_id": "a"}, metrics_dataframe=rows, error=None, config=values)]
+
+    monkeypatch.setattr(job, "_results", results)
+    return configs
+
+
+def test_images_are_checked_once_for_all_trials(trials, digits, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        stream, "check", lambda *arguments, check=stream.check: checked.append(1) or check(*arguments)
+    )
+    config = _config(digits, tmp_path / "out", data_checks=True)
+    search(config)
+    assert (len(checked), [trial.data_checks for trial in trials]) == (1, [False])
+    assert yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["data_checks"] is True
+    search(config)  # goes on, with the same images
+    assert len(checked) == 1
+
+
+def test_trials_on_other_images_check_them(trials, digits, tmp_path):
+    spaces = {"data": {"choice": [str(digits)]}}
+    search(_config(digits, tmp_path / "out", data_checks=True, search=spaces))
+    assert [trial.data_checks for trial in trials] == [True]
+
+
+def test_too_many_unreadable_images_end_a_search_before_anything_is_written(trials, digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    for number in range(5):
+        (data / "3" / f"damaged {number}.png").write_bytes(b"not an image")
+    with pytest.raises(ManifestError, match="5 of 205 images cannot be read"):
+        search(_config(data, tmp_path / "out", data_checks=True))
+    assert not (tmp_path / "out").exists()
+    assert not trials

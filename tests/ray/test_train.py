@@ -24,7 +24,7 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import job
+from cnnray.training import job, output
 from cnnray.training.config import TrainConfig
 from cnnray.training.job import train
 from cnnray.training.output import TrainingError
@@ -290,9 +290,18 @@ def test_early_stopping_ends_a_run_that_gets_worse(digits, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(digits, tmp_path):
     config = _simple(digits, tmp_path / "out", optimizer="sgd", learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"The loss became .* in epoch 1: lower --learning-rate"):
+    with pytest.raises(
+        TrainingError, match=r"The loss became .* in epoch 1: begin anew, .* a lower --learning-rate"
+    ) as e:
         train(config)
     assert not (tmp_path / "out" / "bundle").exists()
+    # What the sentence advises works, and needs what it names.
+    lower = replace(config, learning_rate=0.01)
+    with pytest.raises(TrainingError, match=r"holds a run with --learning-rate"):
+        output.earlier_run(lower)
+    assert "--overwrite" in str(e.value)
+    assert output.earlier_run(replace(lower, overwrite=True)) is None
+    assert "--precision" not in str(e.value)
 
 
 def test_an_output_with_other_files_is_refused(digits, tmp_path):

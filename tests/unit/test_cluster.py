@@ -3,9 +3,11 @@
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray.autoscaler.sdk
+from ray._private import worker
 
 from cnnray import cluster
 from cnnray.cluster import ClusterError, Node, Resources, Shortage
@@ -111,3 +113,67 @@ def test_training_is_watched_while_it_runs(monkeypatch):
 
 def _times_out():
     raise TimeoutError("its own")
+
+
+class _Process:
+    """One of Ray's processes."""
+
+    def __init__(self, exit_code=None):
+        self.exit_code, self.killed = exit_code, threading.Event()
+
+    def poll(self):
+        return self.exit_code
+
+    def kill(self):
+        self.killed.set()
+
+
+@pytest.fixture
+def own_ray(monkeypatch):
+    """A Ray that `connected` starts: its processes by name."""
+    processes = {name: _Process() for name in ("gcs_server", "raylet", "log_monitor")}
+    node = SimpleNamespace(all_processes={name: [SimpleNamespace(process=p)] for name, p in processes.items()})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: monkeypatch.setattr(worker, "_global_node", node))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "resources", lambda: Resources((Node(cpus=2),)))
+    return processes
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_an_error_of_a_ray_that_has_died_says_so(name, own_ray):
+    def job():
+        with cluster.connected():
+            own_ray[name].exit_code = -9
+            raise ray.exceptions.RayError("pages")
+
+    with pytest.raises(ClusterError, match=rf"Ray has died .*\({name}\).*the same command goes on") as raised:
+        job()
+    assert str(raised.value.__cause__) == "pages"
+
+
+def test_an_error_of_a_ray_that_lives_stays_as_it_is(own_ray):
+    def job():
+        with cluster.connected():
+            own_ray["log_monitor"].exit_code = 1
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        job()
+
+
+def test_a_shutdown_that_hangs_ends_with_the_control_service(own_ray, monkeypatch):
+    service = own_ray["gcs_server"]
+    monkeypatch.setattr(ray, "shutdown", service.killed.wait)
+    ray.init()
+    started = time.monotonic()
+    cluster.shut_down(0.2)
+    assert service.killed.is_set()
+    assert time.monotonic() - started < 5
+
+
+def test_a_shutdown_that_hangs_for_ever_is_left(own_ray, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(ray, "shutdown", ended.wait)
+    cluster.shut_down(0.2)  # of a cluster that this process has not started
+    ended.set()

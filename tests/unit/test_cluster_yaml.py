@@ -445,3 +445,12 @@ def test_the_heads_role_is_enough_to_start_and_end_nodes(autoscaler, aws):
             boto3.client("ec2", **credentials).describe_vpcs()
 
     set_initial_no_auth_action_count(0)(as_the_head)()
+
+
+def test_nodes_get_the_clusters_tag_with_the_request_that_starts_them(autoscaler, aws):
+    """So that the head's policy can ask for it."""
+    _launch(autoscaler, aws, "cpu-workers", 1)
+    (request,) = autoscaler.requests
+    (tags,) = [spec["Tags"] for spec in request["TagSpecifications"] if spec["ResourceType"] == "instance"]
+    assert {"Key": "ray-cluster-name", "Value": written()["cluster_name"]} in tags
+    assert len(request["TagSpecifications"]) == 1

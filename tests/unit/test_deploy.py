@@ -267,8 +267,8 @@ def _sent_to_docker(path: str) -> bool:
 
 def test_the_image_holds_the_locked_packages_and_the_code():
     (base,), (argument,) = _arguments("FROM"), _arguments("ARG")
-    python = (REPOSITORY / "Makefile").read_text().split("PYTHON ?= python")[1].split()[0]
-    assert base[0].startswith(f"python:{python}-")
+    supported = re.findall(r"python(3\.\d+)", re.search(r"PYTHON \?= .*", (REPOSITORY / "Makefile").read_text())[0])
+    assert re.fullmatch(r"python:(3\.\d+)-.+", base[0])[1] in supported
     assert argument == ["LOCK=requirements.lock"]
     (install,) = [words for words in _arguments("RUN") if words[:2] == ["pip", "install"]]
     assert install[-2:] == ["--requirement", "${LOCK}"]

@@ -4,7 +4,9 @@ import importlib
 import json
 import pickle
 import pkgutil
+import tempfile
 
+import pyarrow as pa
 import pytest
 
 import cnnray
@@ -21,7 +23,7 @@ ARGUMENTS = {BadImage: ("corrupt", "it ends early"), RequestError: (413, "It is 
 
 @pytest.fixture(autouse=True)
 def this_process_stays_as_it_is(monkeypatch):
-    """Undo the signal handler and the two variables that `commandline.run` sets."""
+    """Undo the signal handlers and the two variables that `commandline.ending` sets."""
     monkeypatch.setattr(commandline.signal, "signal", lambda *arguments: None)
     for name in ("RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_COLOR_PREFIX"):
         monkeypatch.setenv(name, "")
@@ -48,27 +50,103 @@ def test_each_is_of_one_kind_and_can_be_pickled():
         assert (type(copy), str(copy), vars(copy)) == (cls, str(error), vars(error))
 
 
+def _run(job, output=None, code=commandline.EXIT_FAILURE):
+    """What a job writes to stderr, and the last line of it."""
+    ending = commandline.ending(job, output)
+    assert (ending.code, ending.out) == (code, "")
+    return ending.err, ending.err.splitlines()[-1]
+
+
+def _raising(error):
+    def job_that_fails():
+        raise error
+
+    return job_that_fails
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (ManifestError("No images."), 1), (storage.NotFoundError("x does not exist."), 1),
-        (OSError("No space left."), 1), (UndecidedError("Undecided."), 3),
+        (UndecidedError("Undecided."), 3),
     ],
 )  # fmt: skip
-def test_a_job_prints_one_sentence(error, code, capsys):
+def test_a_mistake_is_one_sentence_and_leaves_nothing(error, code, tmp_path):
+    err, _ = _run(_raising(error), str(tmp_path / "out"), code)
+    assert err == f"Error: {error}\n"
+    assert not (tmp_path / "out").exists()
+
+
+UNEXPECTED = {
+    "OSError: No space left.": OSError("No space left."),
+    "ArrowInvalid: Not a Parquet file.": pa.ArrowInvalid("Not a Parquet file."),
+    "JSONDecodeError: not JSON: line 1 column 1 (char 0)": json.JSONDecodeError("not JSON", "x", 0),
+    "KeyError: 'x'": KeyError("x"),
+    "RuntimeError: last": RuntimeError("first\nlast"),
+    "RuntimeError: RuntimeError": RuntimeError(),
+}
+
+
+@pytest.mark.parametrize("sentence", UNEXPECTED)
+def test_the_trace_of_another_error_is_in_the_output(sentence, tmp_path):
+    log = tmp_path / "out" / "error.log"
+    err, _ = _run(_raising(UNEXPECTED[sentence]), str(tmp_path / "out"))
+    assert err == f"Error: {sentence} (The trace is in {log}.)\n"
+    assert "in job_that_fails\n" in log.read_text()
+    assert f"cnnray {cnnray.__version__}" in log.read_text()
+
+
+def test_an_error_with_a_cause_keeps_its_sentence_and_the_trace_of_both(tmp_path):
     def job():
-        raise error
+        try:
+            _raising(ZeroDivisionError("division by zero"))()
+        except ZeroDivisionError as error:
+            raise ManifestError("It failed.") from error
 
-    with pytest.raises(SystemExit) as stopped:
-        commandline.run(job)
-    assert stopped.value.code == code
-    assert capsys.readouterr() == ("", f"Error: {error}\n")
+    err, _ = _run(job, str(tmp_path))
+    assert err == f"Error: It failed. (The trace is in {tmp_path / 'error.log'}.)\n"
+    text = (tmp_path / "error.log").read_text()
+    assert text.index("in job_that_fails\n") < text.index("ManifestError: It failed.")
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, NotImplementedError, json.JSONDecodeError])
-def test_faults_of_the_program_keep_their_traceback(error):
-    def job():
-        raise error(*(("not JSON", "x", 0) if error is json.JSONDecodeError else ("x",)))
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
-    with pytest.raises(error):
-        commandline.run(job)
+
+def test_a_log_that_the_output_does_not_take_is_in_the_temporary_folder(temporary, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (None, str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        _, last = _run(_raising(KeyError("x")), output)
+        (log,) = temporary.iterdir()
+        assert last.endswith(f"(The trace is in {log}.)")
+        assert "in job_that_fails\n" in log.read_text()
+        log.unlink()
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_bucket_gets_the_log_unless_it_is_the_trouble(temporary, monkeypatch):
+    written = {}
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: written.update({uri: data}))
+    _run(_raising(KeyError("x")), "s3://bucket/out")
+    assert list(written) == ["s3://bucket/out/error.log"]
+    written.clear()
+    throttled = storage.ThrottledError("S3 asks for fewer requests.")
+    throttled.__cause__ = RuntimeError("of Ray")
+    _, last = _run(_raising(throttled), "s3://bucket/out")
+    (log,) = written
+    assert log.startswith(str(temporary))
+    assert last == f"Error: S3 asks for fewer requests. (The trace is in {log}.)"
+
+
+def test_where_no_log_can_be_written_the_trace_comes_before_the_sentence(tmp_path, monkeypatch):
+    def full(uri, data):
+        raise storage.StorageError("No space left on device.")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    err, last = _run(_raising(KeyError("x")), str(tmp_path))
+    assert last == "Error: KeyError: 'x'"
+    assert "in job_that_fails\n" in err

@@ -16,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from cnnray.commandline import parse
+from cnnray.cpus import usable_cpus
 from cnnray.images.decode import BadImage
 from cnnray.images.lease import OutputInUseError, lease
 from cnnray.images.manifest import ManifestError
@@ -119,7 +120,7 @@ def test_the_files_and_reports_of_an_export(exported):
         assert report["bytes"] == sum(file.stat().st_size for file in files)
         assert (report["accuracy"], report["images"], report["temperature"]) == (1.0, 96, 1.5)
         assert set(report["images_per_second"]) == set(report["times_keras"]) == {"1", "32"}
-        assert (report["keras_accuracy"], report["threads"]) == (1.0, engines.usable_threads())
+        assert (report["keras_accuracy"], report["threads"]) == (1.0, usable_cpus())
     table = (folder / "export.md").read_text().splitlines()
     assert {line.split("|")[1].strip() for line in table[2:]} >= {"keras", *FORMATS, "openvino-int8"}
     assert {path.name for path in folder.iterdir()} == {

@@ -38,7 +38,7 @@ def test_images_in_containers_are_refused_because_the_peers_cannot_read_them(tmp
 
 
 def test_bare_loops_run_on_one_machine_and_are_scaled_to_the_clusters_cores(monkeypatch):
-    monkeypatch.setattr("cnnray.cluster.local_cpus", lambda: 2)
+    monkeypatch.setattr("benchmarks.report.usable_cpus", lambda: 2)
     single = plan_bare_loops(Resources((Node(cpus=2),)))
     assert (single.processes, single.scale, single.label("a loop")) == (2, 1.0, "a loop")
     three = plan_bare_loops(Resources((Node(cpus=2), Node(cpus=2), Node(cpus=1))))

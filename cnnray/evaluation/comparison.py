@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 
 from cnnray.errors import PermanentError
 from cnnray.evaluation import paired
@@ -60,7 +59,7 @@ def read_evaluation(uri: str) -> OtherEvaluation:
         results = json.loads(storage.read_bytes(uri))
         _ = results["model"], _class_names(results)  # are used later
         data = storage.read_bytes(storage.join(uri.rpartition("/")[0], ROWS))
-        rows = pyarrow.parquet.read_table(pa.BufferReader(data)).select(_COLUMNS.names).cast(_COLUMNS)
+        rows = storage.parse_parquet(data).select(_COLUMNS.names).cast(_COLUMNS)
         return OtherEvaluation(uri, results, rows)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise EvaluationError(f"--compare {uri} is no metrics.json of an evaluation: {error}.") from None

@@ -248,7 +248,7 @@ def _read_rows(folder: str) -> tuple[pa.Table, Any]:
     """
     tables, probabilities = [], []
     for uri in sorted(prediction_parts.list_part_files(folder)):
-        part = pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        part = storage.parse_parquet(storage.read_bytes(uri))
         tables.append(part.select(list(_ROWS_COLUMNS)))
         good = part["probabilities"].combine_chunks().drop_null()
         if len(good):

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-import pyarrow.parquet
 
 from cnnray.errors import BadInputError
 from cnnray.images import containers, storage
@@ -256,7 +255,7 @@ def from_table(source: str) -> pa.Table:
 
 def _from_table_of_uris(source: str) -> pa.Table:
     """A table with a column `uri`, whose relative paths are made absolute."""
-    data = pa.BufferReader(storage.read_bytes(source))
+    data = storage.read_bytes(source)
     if source.lower().endswith(".csv"):
         # Labels such as 007 or NA are names, not numbers or nulls.
         options = pyarrow.csv.ConvertOptions(
@@ -265,11 +264,11 @@ def _from_table_of_uris(source: str) -> pa.Table:
             null_values=[""],
             quoted_strings_can_be_null=False,
         )
-        table = pyarrow.csv.read_csv(data, convert_options=options)
+        table = pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=options)
     elif source.lower().endswith(".parquet"):
-        table = pyarrow.parquet.read_table(data)
+        table = storage.parse_parquet(data)
     else:
-        table = pyarrow.json.read_json(data)
+        table = pyarrow.json.read_json(pa.BufferReader(data))
     if "uri" not in table.column_names:
         wanted = "'uri' and no column of images" if source.lower().endswith(".parquet") else "'uri'"
         raise ManifestError(f"{source} has no column {wanted} (it has {shorten(table.column_names)}).")

@@ -222,7 +222,7 @@ def read(uri: str) -> pa.Table:
         ManifestError: a later version of cnnray wrote it.
         OSError: storage that cannot be read.
     """
-    manifest = pyarrow.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    manifest = storage.parse_parquet(storage.read_bytes(uri))
     # The first manifests of format 1 have no number.
     number = int((manifest.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
     if number > FORMAT:

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import obstore
+import pyarrow
+import pyarrow.parquet
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from cnnray.images.object_stores import BadFileError as BadFileError
@@ -127,6 +129,20 @@ def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -
 def _check_size(size: int, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
         raise TooLargeError(f"{size} bytes, at most {max_bytes}")
+
+
+def parse_parquet(data: bytes, columns: list[str] | None = None) -> pyarrow.Table:
+    """The table in a Parquet file that was read, or some of its columns.
+
+    `pyarrow.parquet.read_table`, and `ParquetFile.read` with threads, leave tasks behind that release `data` a moment
+    later in a thread of Arrow. If the interpreter is ending by then, the process aborts.
+
+    Raises:
+        pyarrow.ArrowException: the file is damaged.
+        KeyError: it lacks a column.
+    """
+    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read(columns, use_threads=False)
+    return table.select(columns) if columns else table
 
 
 def exists(uri: str) -> bool:

@@ -195,7 +195,7 @@ def _encode_csv(rows: pa.Table) -> bytes:
 
 
 def _decode_parquet(data: bytes) -> pa.Table:
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=_SCHEMA.names)
+    return storage.parse_parquet(data, _SCHEMA.names)
 
 
 def _decode_jsonl(data: bytes) -> pa.Table:

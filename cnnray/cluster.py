@@ -10,27 +10,16 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError, PermanentError
 from cnnray.images import storage
-from cnnray.progress import duration
 
 log = logging.getLogger(__name__)
-
-Planned = TypeVar("Planned")
-
-POLL_SECONDS = 5.0
-"""Seconds between two readings of the resources of a cluster that lacks nodes or may lose some."""
-_LOG_SECONDS = 60.0
-"""Seconds between two log lines of a wait for nodes."""
-LOST_MINUTES = 10.0
-"""Minutes that a running job waits for lost nodes, unless --wait-minutes says otherwise."""
 
 
 class ClusterError(PermanentError, RuntimeError):
@@ -311,126 +300,3 @@ def free_resources() -> Resources:
 
     nodes = available_resources_per_node().values()
     return Resources(tuple(Node(cpus=node.get("CPU", 0.0), gpus=node.get("GPU", 0.0)) for node in nodes))
-
-
-class Shortage:
-    """The wait of a job for missing nodes: logged when it begins and every minute, and limited in time."""
-
-    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """
-        Args:
-            minutes: the longest wait.
-            clock: returns seconds.
-        """
-        self._minutes, self._clock = minutes, clock
-        self._since: float | None = None
-        self._logged = -_LOG_SECONDS
-
-    def try_plan(self, plan: Callable[[Resources], Planned]) -> Planned | None:
-        """Plan with the present resources.
-
-        Args:
-            plan: raises `ClusterError` if the resources are too small.
-
-        Returns:
-            What `plan` returns; None if the resources are too small.
-
-        Raises:
-            ClusterError: they have been too small for too long.
-        """
-        try:
-            planned = plan(resources())
-        except ClusterError as error:
-            self._wait_for(error)
-            return None
-        if self._since is not None:
-            log.info("the nodes have come, after %s", duration(self._clock() - self._since))
-        self._since, self._logged = None, -_LOG_SECONDS
-        return planned
-
-    def _wait_for(self, error: ClusterError) -> None:
-        """Log what is missing, at most once a minute.
-
-        Raises:
-            ClusterError: the wait has lasted too long.
-        """
-        if not self._minutes:
-            raise error
-        now = self._clock()
-        self._since = now if self._since is None else self._since
-        left = self._since + 60 * self._minutes - now
-        if left <= 0:
-            raise ClusterError(f"{error} (Waited {self._minutes:g} minutes for nodes.)")
-        if now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            log.info("waiting for nodes, at most %s: %s", duration(left), error)
-
-
-def wait_for_resources(
-    plan: Callable[[Resources], Planned], requests: list[dict[str, float]], minutes: float | None
-) -> Planned:
-    """Plan a job with the cluster's resources; if they are too small, ask the autoscaler for more, and wait.
-
-    Args:
-        plan: returns a plan, or raises `ClusterError` if the resources are too small.
-        requests: the resources of each process that the job would like to run.
-        minutes: the longest wait; None or 0: do not wait.
-
-    Raises:
-        ClusterError: the resources are still too small.
-    """
-    shortage = Shortage(minutes or 0.0)
-    if (planned := shortage.try_plan(plan)) is not None:
-        return planned
-    from ray.autoscaler import sdk
-
-    try:
-        while planned is None:
-            # Each request replaces all others of the cluster, such as those of other jobs, so it is repeated.
-            sdk.request_resources(
-                bundles=[{name: amount for name, amount in request.items() if amount} for request in requests]
-            )
-            time.sleep(POLL_SECONDS)
-            planned = shortage.try_plan(plan)
-        return planned
-    finally:
-        # Without this the request would keep the nodes for ever. Running jobs make requests of their own.
-        sdk.request_resources(bundles=[])
-
-
-@contextlib.contextmanager
-def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterator[None]:
-    """Watch the resources while the main thread runs something that might wait for lost nodes for ever.
-
-    Args:
-        check: raises `ClusterError` if the resources are too small to continue.
-        minutes: how long they may be too small; None: `LOST_MINUTES`.
-
-    Raises:
-        ClusterError: they were too small for longer; the main thread was interrupted.
-    """
-    shortage, ended = Shortage(LOST_MINUTES if minutes is None else minutes), threading.Event()
-    errors: list[ClusterError] = []
-
-    def interrupt(*_: object) -> None:
-        if not ended.is_set():
-            raise errors[0]
-
-    def poll() -> None:
-        while not errors and not ended.wait(POLL_SECONDS):
-            try:
-                shortage.try_plan(check)
-            except ClusterError as error:
-                errors.append(error)
-                # Jobs that a shell runs in its background ignore SIGINT.
-                signal.pthread_kill(main, signal.SIGUSR1)
-
-    main, before = threading.get_ident(), signal.signal(signal.SIGUSR1, interrupt)
-    watcher = threading.Thread(target=poll, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join(POLL_SECONDS)
-        signal.signal(signal.SIGUSR1, before)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray import cluster, paths
+from cnnray import cluster, paths, waiting
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, reading, storage, stream
 from cnnray.images import manifest as manifests
@@ -208,7 +208,7 @@ def _predict_missing_parts(
     ]
     dataset = pipeline.predict(manifest.replace_schema_metadata(None), plan, tasks)
     try:
-        with cluster.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+        with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
             for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
                 collector.add(rows)
                 metrics.add_rows(rows)

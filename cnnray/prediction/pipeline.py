@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from cnnray import cluster
+from cnnray import waiting
 from cnnray.cluster import Resources
 from cnnray.images import containers, reading, stream
 from cnnray.models import engines, startup
@@ -88,7 +88,7 @@ def plan_when_resources_allow(bundle: Bundle, options: PredictOptions, engine: s
         BundleError, ClusterError: see `plan`.
     """
     worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
-    return cluster.wait_for_resources(
+    return waiting.wait_for_resources(
         lambda resources: plan(bundle, options, resources, engine),
         [worker] * (options.max_workers or options.min_workers or 1),
         options.wait_minutes,

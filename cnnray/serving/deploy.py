@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 import cnnray
-from cnnray import cluster, paths
+from cnnray import cluster, paths, waiting
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
@@ -154,7 +154,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
             replica = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
-            max_replicas = cluster.wait_for_resources(
+            max_replicas = waiting.wait_for_resources(
                 functools.partial(_count_replicas, config),
                 [replica] * max(1, config.min_replicas),
                 config.wait_minutes,

@@ -7,7 +7,7 @@ import time
 import urllib.request
 from typing import Any
 
-from cnnray import cluster
+from cnnray import cluster, waiting
 from cnnray.errors import PermanentError
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.settings import api_key
@@ -47,7 +47,7 @@ def wait_until_served(
     """
     agreed, needed, key = 0, max(1, config.min_replicas), api_key()
     placed: list[dict[str, Any]] = []
-    shortage = cluster.Shortage(config.wait_minutes)
+    shortage = waiting.Shortage(config.wait_minutes)
     placed_at = progressed_at = time.monotonic()
     while not stop.wait(0.3):
         application = client.get_serve_details().get("applications", {}).get(APPLICATION, {})

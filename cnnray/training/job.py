@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray import cluster, configs, paths
+from cnnray import cluster, configs, paths, waiting
 from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
@@ -76,7 +76,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected():
-            shares = cluster.wait_for_resources(
+            shares = waiting.wait_for_resources(
                 functools.partial(share_out, config), resource_requests(config), config.wait_minutes
             )
             weights_file = None if config.weights in ("none", "imagenet") else config.weights
@@ -187,7 +187,7 @@ def _run(
             ),
         ),
     )
-    shortage = cluster.Shortage(cluster.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
+    shortage = waiting.Shortage(waiting.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
 
     def watch() -> None:
         held.raise_if_lost()
@@ -235,7 +235,7 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
             outcome.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    while not wait([outcome], timeout=cluster.POLL_SECONDS).done:
+    while not wait([outcome], timeout=waiting.POLL_SECONDS).done:
         watch()
     return outcome.result()
 

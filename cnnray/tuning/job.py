@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cnnray import cluster, configs
+from cnnray import cluster, configs, waiting
 from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
@@ -63,7 +63,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         recipe.check(config, manifest)
         goes_on = _goes_on(config)
         with cluster.connected():
-            available = cluster.wait_for_resources(
+            available = waiting.wait_for_resources(
                 functools.partial(_fit, config), resource_requests(config), config.wait_minutes
             )
             # Nothing is written or deleted before all checks have passed.

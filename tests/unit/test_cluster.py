@@ -9,9 +9,10 @@ import pytest
 import ray.autoscaler.sdk
 from ray._private import worker
 
-from cnnray import cluster
-from cnnray.cluster import ClusterError, Node, Resources, Shortage
+from cnnray import cluster, waiting
+from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.training.job import interruptible
+from cnnray.waiting import Shortage
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def growing(monkeypatch):
         return Resources((Node(cpus=2),) * min(len(readings), 3))
 
     monkeypatch.setattr(cluster, "resources", resources)
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: requests.append(bundles))
     return requests
 
@@ -39,20 +40,20 @@ def _needing(cpus):
 
 
 def test_a_job_that_fits_requests_nothing(growing):
-    assert cluster.wait_for_resources(_needing(2), [{"CPU": 1.0}], 10) == 2
+    assert waiting.wait_for_resources(_needing(2), [{"CPU": 1.0}], 10) == 2
     assert growing == []
 
 
 @pytest.mark.parametrize("minutes", [None, 0])
 def test_without_minutes_a_job_does_not_wait(growing, minutes):
     with pytest.raises(ClusterError, match=r"^2 CPUs are not 6\.$"):
-        cluster.wait_for_resources(_needing(6), [{"CPU": 1.0}], minutes)
+        waiting.wait_for_resources(_needing(6), [{"CPU": 1.0}], minutes)
     assert growing == []
 
 
 def test_a_job_repeats_its_request_until_it_fits_and_then_withdraws_it(growing, caplog):
     caplog.set_level(logging.INFO)
-    assert cluster.wait_for_resources(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
+    assert waiting.wait_for_resources(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
     assert growing == [[{"CPU": 2.0}] * 3, [{"CPU": 2.0}] * 3, []]
     messages = [record.message for record in caplog.records]
     assert messages[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
@@ -62,7 +63,7 @@ def test_a_job_repeats_its_request_until_it_fits_and_then_withdraws_it(growing, 
 
 def test_the_wait_ends_with_an_error_that_says_what_is_missing(growing):
     with pytest.raises(ClusterError, match=r"^6 CPUs are not 8\. \(Waited 0\.002 minutes for nodes\.\)$"):
-        cluster.wait_for_resources(_needing(8), [{"CPU": 1.0}], 0.002)
+        waiting.wait_for_resources(_needing(8), [{"CPU": 1.0}], 0.002)
     assert growing[-1] == []
 
 
@@ -88,11 +89,11 @@ def test_a_shortage_is_logged_every_minute_and_each_has_its_own_limit(monkeypatc
 
 
 def test_a_wait_for_lost_nodes_is_interrupted(growing):
-    with pytest.raises(ClusterError, match="Waited"), cluster.watch(_needing(8), 0.001):
+    with pytest.raises(ClusterError, match="Waited"), waiting.watch(_needing(8), 0.001):
         time.sleep(30)
-    with pytest.raises(KeyboardInterrupt), cluster.watch(_needing(2), None):
+    with pytest.raises(KeyboardInterrupt), waiting.watch(_needing(2), None):
         raise KeyboardInterrupt
-    with cluster.watch(_needing(2), 0):
+    with waiting.watch(_needing(2), 0):
         pass
 
 
@@ -102,7 +103,7 @@ def test_training_is_watched_while_it_runs(monkeypatch):
     def shortage():
         raise ClusterError("2 workers do not fit.")
 
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
     with pytest.raises(ClusterError, match="2 workers do not fit"):
         interruptible(lambda: ended.wait(30), shortage)
     ended.set()

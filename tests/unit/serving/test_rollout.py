@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from cnnray import cluster
-from cnnray.cluster import ClusterError, Node, Resources, Shortage
+from cnnray import cluster, waiting
+from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.serving import rollout
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.rollout import ServingError, wait_until_served
@@ -34,8 +34,8 @@ class Serve:
     def wait(self, monkeypatch, **flags):
         clock = types.SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(rollout, "time", clock)
-        monkeypatch.setattr(cluster, "Shortage", functools.partial(Shortage, clock=clock.monotonic))
-        monkeypatch.setattr(rollout, "_fetch_versions", lambda address: (self.served, None))
+        monkeypatch.setattr(waiting, "Shortage", functools.partial(waiting.Shortage, clock=clock.monotonic))
+        monkeypatch.setattr(rollout, "_fetch_versions", lambda *_: (self.served, None))
         total = Resources((Node(cpus=4.0),))
         monkeypatch.setattr(cluster, "resources", lambda: total)
         monkeypatch.setattr(cluster, "free_resources", lambda: Resources((Node(cpus=self._free),)))

@@ -95,8 +95,8 @@ def _kill_and_finish(start_job, command, output, kind, parts, seconds):
     job = start_job(*command)
     until(lambda: _parts(output) >= parts or job.process.poll() is not None, WATCHDOG, f"{parts} parts")
     time.sleep(seconds)
-    if kind in ON_RAY:
-        until(lambda: _victims(job, kind), 30, kind)
+    if kind != "driver":
+        until(lambda: _victims(job, kind), 60, kind)  # Ray, or this process of it, may not have started yet
     before = _parts(output)
     assert kill(_victims(job, kind)), job.err.read_text()
     if kind not in ON_RAY:

@@ -101,8 +101,9 @@ def full_trace(error: BaseException) -> str:
     while left:
         inner = left.pop()
         left += _wrapped(inner)
-        if (worker := str(inner)) not in text:
-            text += f"\n{type(inner).__name__}: {worker}\n"
+        for worker in (str(inner), *getattr(inner, "__notes__", ())):
+            if worker not in text:
+                text += f"\n{type(inner).__name__}: {worker}\n"
     return text
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -259,4 +260,8 @@ def train_on_worker(assignment: Assignment) -> CnnrayError | None:
     startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
     from cnnray.training import worker
 
-    return worker.run(assignment)
+    try:
+        return worker.run(assignment)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # Ray Train keeps 1000 characters of it
+        raise

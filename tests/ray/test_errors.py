@@ -1,14 +1,17 @@
 """An error of a worker reaches the driver with its class and its message."""
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from cnnray import cluster
+from cnnray import cluster, training
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
 from cnnray.models.bundle import BundleError
+from cnnray.training import job
 
 ERRORS = [
     storage.ThrottledError("S3 asks for fewer requests."),
@@ -92,15 +95,23 @@ def test_other_errors_are_not_the_users():
 
 
 def test_the_trace_of_a_training_worker_is_whole(tmp_path):
-    """Ray Train's own message has the last lines of it."""
+    """Ray Train's own message has its first and its last 500 characters."""
 
-    def fail(left=20):
-        if left % 2 or left:  # two lines in turn, which Python writes out
-            fail(left - 1)
+    def fail(_, left=20):
+        if left % 2:  # Python leaves out lines that repeat the one before
+            fail(_, left - 1)
+        elif left:
+            fail(_, left - 1)
         raise ZeroDivisionError("division by zero")
 
+    def train():
+        job.startup.load_tensorflow = lambda **_: None
+        training.worker = SimpleNamespace(run=fail)
+        job.train_on_worker(SimpleNamespace(config=SimpleNamespace(gpus_per_worker=0.0)))
+
     with pytest.raises(ray.train.TrainingFailedError) as raised:
-        _on_a_training_worker(lambda: fail(), str(tmp_path))
+        _on_a_training_worker(train, str(tmp_path))
     trace = cluster.full_trace(raised.value)
     assert trace.count("in fail\n") >= 21
     assert "in test_the_trace_of_a_training_worker_is_whole" in trace
+    assert cluster.last_line(raised.value) == "ZeroDivisionError: division by zero"

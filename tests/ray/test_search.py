@@ -96,7 +96,7 @@ def trials(monkeypatch):
 
     def results(config, spaces):
         configs.append(config)
-        values = dict.fromkeys(spaces, 0.01)
+        values = {name: config.search[name][kind][0] for name in spaces for kind in config.search[name]}
         return [SimpleNamespace(metrics={"trial_id": "a"}, metrics_dataframe=rows, error=None, config=values)]
 
     monkeypatch.setattr(job, "_results", results)

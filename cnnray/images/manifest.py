@@ -63,7 +63,7 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
             or the same uri twice.
         OSError: storage that cannot be read (see `storage`).
     """
-    source = storage.absolute(source)
+    source, endings = storage.absolute(source), ", ".join(sorted(EXTENSIONS))
     if source.lower().endswith(TABLES) and storage.is_file(source):
         table = listing.from_table(source)
     elif storage.exists(source):
@@ -72,10 +72,12 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
         table = listing.from_folder(source, labelled=labelled)
     elif listing.is_glob(source):
         table = listing.from_glob(source)
+        if not len(table):
+            raise ManifestError(f"{source} does not exist, and no images match it (looked for {endings}).")
     else:
         raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
     if not len(table):
-        raise ManifestError(f"{source} holds no images (looked for {', '.join(sorted(EXTENSIONS))}).")
+        raise ManifestError(f"{source} holds no images (looked for {endings}).")
     if labelled:
         table = _without_unlabelled_test(table, source)
         _check_labels(table, source)

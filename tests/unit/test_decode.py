@@ -155,7 +155,7 @@ noise = Image.effect_noise((60, 40), 99)
 decode_damaged(noise, range(140), format="TIFF")
 for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg"):
     decode_damaged(noise, range(8, 2000, 60), format="TIFF", compression=compression)
-decode_damaged(Image.new("1", (11_000, 11_000)), [40], format="PNG")
+decode_damaged(noise.resize((60, 300)), range(18, 26), format="BMP")
 """
 
 

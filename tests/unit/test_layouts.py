@@ -171,7 +171,7 @@ def glob(root, pattern):
     """The paths below `root` that a pattern finds."""
     try:
         uris = build_manifest(f"{root}/{pattern}", labelled=False)["uri"].to_pylist()
-    except ManifestError:  # holds no images
+    except ManifestError:  # no images
         uris = []
     return [uri.removeprefix(f"{root}/") for uri in uris]
 
@@ -188,6 +188,11 @@ def test_a_folder_that_exists_is_no_glob(tmp_path):
     assert glob(tmp_path, "Photos [2023]/*/1*.png") == ["Photos [2023]/cat/1.png", "Photos [2023]/dog/1*.png"]
     assert glob(tmp_path, "Photos [2023]") == ["Photos [2023]/cat/1.png", "Photos [2023]/dog/1*.png"]
     assert glob(tmp_path, "Photos [0-9]/*/*.png") == ["Photos 2/cat/9.png"]
+
+
+def test_a_folder_with_brackets_that_does_not_exist_gets_a_sentence(tmp_path):
+    with pytest.raises(ManifestError, match=r"Photos \[2023\] does not exist, and no images match it"):
+        build_manifest(f"{tmp_path}/Photos [2023]", labelled=True)
 
 
 def test_a_file_name_that_is_not_utf_8_gets_a_sentence(tmp_path):

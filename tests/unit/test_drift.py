@@ -52,6 +52,7 @@ def test_undrifted_images_give_no_drift_warning(images, classes, long_tail, capl
         ({"a": 1_000_000}, {str(number): 20 for number in range(9)} | {"a": 20}),
         ({f"{number:04d}": 3 for number in range(100)}, {f"{number:04d}": 50 for number in range(1000)}),
         ({"new": 100, "a": 100}, {"a": 1000, "b": 1000, "new": 0}),
+        ({str(number): 2 * 10**9 for number in range(4)}, {str(number): 3 for number in range(9)}),
     ],
 )
 def test_a_drift_warning(predicted, trained, caplog):

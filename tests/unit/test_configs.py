@@ -151,11 +151,11 @@ def test_every_flag_of_a_training_belongs_to_exactly_one_of_five_groups():
 
 
 def test_the_rules_are_those_of_version_0_1_0():
-    """The sets are the lists of that version, with `workers` as `min_workers` and `max_workers`."""
+    """The sets are the lists of that version, with `workers` as `min_workers` and `max_workers`, and later flags."""
     assert configs.names(TrainConfig, resumable=True) == {
         "epochs", "min_workers", "max_workers", "wait_minutes", "cpus_per_worker", "gpus_per_worker", "decode_cpus",
         "data_checks", "cache", "max_bad_fraction", "max_failures", "overwrite", "output", "preview_augmentations",
-        "mlflow", "mlflow_experiment", "mlflow_model",
+        "mlflow", "mlflow_experiment", "mlflow_model", "skip_unreadable",
     }  # fmt: skip
     assert configs.names(SearchConfig, searchable=False) == {
         "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",

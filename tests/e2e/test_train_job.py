@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +22,11 @@ FAST = (
 @pytest.mark.timeout(900)
 def test_a_killed_driver_is_resumed_by_the_same_command(start_job, digits, tmp_path):
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
-    job = start_job("train", "--data", digits, "--output", undisturbed, *FAST)
-    assert job.wait(240) == 0, job.err.read_text()
+    with tempfile.TemporaryDirectory() as temporary:  # not in tmp_path, which is too long for sockets
+        variables = {"TMPDIR": temporary, "RAY_TMPDIR": tempfile.gettempdir()}
+        job = start_job("train", "--data", digits, "--output", undisturbed, *FAST, environment=variables)
+        assert job.wait(240) == 0, job.err.read_text()
+        assert not [*Path(temporary).iterdir()]
     summary = json.loads(job.out.read_text().splitlines()[-1])
     assert summary["epochs"] == 2
 

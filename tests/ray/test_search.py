@@ -94,7 +94,7 @@ def trials(monkeypatch):
     configs = []
     rows = pd.DataFrame([{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}])
 
-    def results(config, spaces):
+    def results(config, spaces, *_):
         configs.append(config)
         values = {name: config.search[name][kind][0] for name in spaces for kind in config.search[name]}
         return [SimpleNamespace(metrics={"trial_id": "a"}, metrics_dataframe=rows, error=None, config=values)]

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
@@ -145,36 +144,6 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    with _temporary_folder() if starts_own() else contextlib.nullcontext(), _started() as available:
-        yield available
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[None]:
-    """A temporary folder for the processes of the Ray that starts in this context, deleted at its end.
-
-    Ray's dashboard, and workers that are killed, leave their temporary files behind. Ray's session, with its logs, is
-    where it would be otherwise.
-    """
-    from ray._common.utils import get_default_system_temp_dir
-
-    names = ("TMPDIR", "RAY_TMPDIR")
-    before = {name: os.environ.get(name) for name in names}
-    with tempfile.TemporaryDirectory(prefix="cnnray-", ignore_cleanup_errors=True) as folder:
-        os.environ |= {"RAY_TMPDIR": get_default_system_temp_dir(), "TMPDIR": folder}
-        try:
-            yield
-        finally:
-            for name in names:
-                del os.environ[name]
-            os.environ |= {name: value for name, value in before.items() if value is not None}
-
-
-@contextlib.contextmanager
-def _started() -> Iterator[Resources]:
-    """See `connected`, where this process is not connected yet."""
-    import ray
-
     submitted = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
     # Jobs show progress of their own, also for datasets that are read in an actor.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()

@@ -10,8 +10,10 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -56,7 +58,9 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
     On Linux only; elsewhere the job runs in this process, because a child cannot be tied to its parent's life, and
     system libraries of macOS do not work in a forked process.
 
-    `SIGNALS` are passed on. If this process is killed, so is the child.
+    `SIGNALS` are passed on. If this process is killed, so is the child. The processes that the job starts get a
+    temporary folder, which is deleted with what they leave there: Ray's dashboard and workers that are killed do not
+    clean up. (Ray's own session, with its logs, is where it would be otherwise.)
 
     Args:
         job: run by the child, before threads and clients of object stores exist. It unblocks `SIGNALS` once it can
@@ -65,6 +69,10 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
     """
     if sys.platform != "linux":
         return job()
+    try:
+        folder = tempfile.mkdtemp(prefix="cnnray-")
+    except OSError as error:
+        return Ending(code=1, err=f"Error: No temporary folder can be made: {error}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     (ending_in, ending_out), (native_in, native_out) = os.pipe(), os.pipe()
@@ -79,6 +87,8 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         if os.getppid() != parent:
             os._exit(1)
         _redirect_native_stderr(native_out)
+        os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
+        os.environ["TMPDIR"] = folder  # not for this process, in which tempfile knows its folder already
         ending = job()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -88,7 +98,10 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         sys.exit(ending.code)  # with the interpreter's clean-up
     os.close(ending_out)
     os.close(native_out)
-    return _watch(child, ending_in, native_in, noise)
+    try:
+        return _watch(child, ending_in, native_in, noise)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _redirect_native_stderr(native: int) -> None:

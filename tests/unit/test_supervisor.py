@@ -1,12 +1,16 @@
 """A job's last word, whatever ends its process."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
+
+from cnnray import supervisor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="jobs have a process of their own on Linux")
 
@@ -70,6 +74,31 @@ def test_what_happens_behind_the_last_word_changes_nothing(end):
 
 def test_processes_that_are_left_behind_are_not_waited_for():
     assert _run("subprocess.Popen(['sleep', '20'], stdout=subprocess.DEVNULL)")[0] == 0
+
+
+@pytest.mark.parametrize("end", ["pass", "os.abort()", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_what_its_processes_leave_in_their_temporary_folder_is_deleted(end, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    _, out, _ = _run(
+        "import tempfile\n"
+        "left = subprocess.run(['mktemp'], capture_output=True, text=True, check=True).stdout.strip()\n"
+        f"print(left, os.environ['RAY_TMPDIR'], tempfile.gettempdir(), os.path.exists(left), flush=True)\n{end}"
+    )
+    left, *others = out.splitlines()[0].split()
+    assert left.startswith(f"{tmp_path}/cnnray-")
+    assert others == [str(tmp_path), str(tmp_path), "True"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_a_temporary_folder_there_is_a_sentence(monkeypatch):
+    def full(prefix):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    ending = supervisor.supervised(lambda: None, "x")
+    assert (ending.code, ending.out) == (1, "")
+    assert ending.err == "Error: No temporary folder can be made: [Errno 28] No space left on device\n"
 
 
 def test_known_lines_of_native_libraries_are_left_out():

@@ -106,7 +106,9 @@ def trials(monkeypatch):
 def test_images_are_checked_once_for_all_trials(trials, digits, tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(
-        stream, "check", lambda *arguments, check=stream.check: checked.append(1) or check(*arguments)
+        stream,
+        "check",
+        lambda *arguments, check=stream.check, **options: checked.append(1) or check(*arguments, **options),
     )
     config = _config(digits, tmp_path / "out", data_checks=True)
     search(config)

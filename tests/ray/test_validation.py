@@ -59,6 +59,7 @@ def validated(digits, tmp_path_factory):
             stream_bytes=2**28,
             cached={},
             started=0.0,
+            lease_holder="",
         )
     return run_on_workers(_validate, 2, folder, assignments)
 

@@ -135,6 +135,9 @@ def own_ray(monkeypatch):
     processes = {name: _Process() for name in ("gcs_server", "raylet", "log_monitor")}
     node = SimpleNamespace(all_processes={name: [SimpleNamespace(process=p)] for name, p in processes.items()})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # This process may be connected to the Ray of other tests.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(worker, "_global_node", None)
     monkeypatch.setattr(ray, "init", lambda **_: monkeypatch.setattr(worker, "_global_node", node))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(cluster, "resources", lambda: Resources((Node(cpus=2),)))

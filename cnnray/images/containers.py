@@ -45,7 +45,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 )
 """The reason of an image that cannot be read by the class of the error; all other errors give `unreadable`."""
 
-Source = str | bytes | BadImage | CnnrayError
+Source = str | bytes | CnnrayError
 """Where an image comes from: the uri of its file, its encoded bytes, or the error of reading them."""
 
 

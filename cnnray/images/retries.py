@@ -4,7 +4,9 @@ The storage layer itself repeats a request a few times within seconds. Throttlin
 last longer, and no image is bad because of them.
 """
 
+import contextlib
 import logging
+import math
 import os
 import random
 import time
@@ -25,11 +27,18 @@ _given_up: set[str] = set()
 
 
 def retry_seconds() -> float:
-    """How long an image is tried again: the environment variable CNNRAY_STORAGE_RETRY_SECONDS, or else 300."""
-    try:
-        return float(os.environ[_SECONDS])
-    except (KeyError, ValueError):
+    """How long an image is tried again: the environment variable CNNRAY_STORAGE_RETRY_SECONDS, or else 300.
+
+    Raises:
+        StorageError: the variable is not a number of seconds.
+    """
+    text = os.environ.get(_SECONDS)
+    if not text:
         return _DEFAULT_SECONDS
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise storage.StorageError(f"{_SECONDS} is {text!r}; expected a number of seconds.")
 
 
 class Attempts:
@@ -47,6 +56,9 @@ class Attempts:
 
         Returns:
             Whether to try again.
+
+        Raises:
+            StorageError: see `retry_seconds`.
         """
         if not isinstance(error, TransientError | storage.CredentialsError):
             return False

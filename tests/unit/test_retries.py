@@ -75,6 +75,14 @@ def test_trouble_that_stays_is_raised_and_the_next_images_do_not_wait(pauses, an
     assert len(pauses) == 9
 
 
+@pytest.mark.parametrize("text", ["5 min", "-1", "nan", "inf"])
+def test_a_time_that_is_no_number_of_seconds_is_refused(text, pauses, answers, monkeypatch):
+    monkeypatch.setenv("CNNRAY_STORAGE_RETRY_SECONDS", text)
+    answers.append(THROTTLED)
+    with pytest.raises(storage.StorageError, match=f"CNNRAY_STORAGE_RETRY_SECONDS is '{text}'; expected a number"):
+        reading.load_bytes("s3://a/1.png")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -20,8 +20,11 @@ _SECONDS = "CNNRAY_STORAGE_RETRY_SECONDS"
 _DEFAULT_SECONDS = 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
-_failing: set[str] = set()
-"""The buckets whose trouble has been logged."""
+_LOG_SECONDS = 60.0
+"""Seconds between two log lines about the same bucket: under throttling, single images fail all the time."""
+
+_logged_at: dict[str, float] = {}
+"""When trouble of a bucket was last logged, by `time.monotonic`."""
 _given_up: set[str] = set()
 """The buckets whose trouble has outlasted all attempts at an image: each image has one attempt until one succeeds."""
 
@@ -68,8 +71,8 @@ class Attempts:
         if now >= self._until:
             _given_up.add(self._place)
             return False
-        if self._place not in _failing:
-            _failing.add(self._place)
+        if now - _logged_at.get(self._place, -math.inf) >= _LOG_SECONDS:
+            _logged_at[self._place] = now
             log.warning("%s Trying again for %.0f s.", error, self._until - now)
         time.sleep(min(self._pause * random.uniform(0.5, 1.5), self._until - now))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -77,8 +80,5 @@ class Attempts:
 
     def succeeded(self) -> None:
         """Record that storage answered."""
-        if self._place in _failing:
-            log.warning("Files of %s can be read again.", self._place)
-        _failing.discard(self._place)
         _given_up.discard(self._place)
         self._pause, self._until = _FIRST_PAUSE, 0.0

@@ -30,7 +30,7 @@ def pauses(monkeypatch):
     monkeypatch.setattr(retries.time, "sleep", sleep)
     monkeypatch.setattr(retries.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(retries.random, "uniform", lambda low, high: 1.0)
-    monkeypatch.setattr(retries, "_failing", set())
+    monkeypatch.setattr(retries, "_logged_at", {})
     monkeypatch.setattr(retries, "_given_up", set())
     monkeypatch.setenv("CNNRAY_STORAGE_RETRY_SECONDS", "100")
     return taken
@@ -55,7 +55,16 @@ def test_images_are_read_again_after_growing_pauses(pauses, answers, caplog):
     answers += [THROTTLED, storage.UnavailableError("No answer."), storage.CredentialsError("Expired."), b"image"]
     assert reading.load_bytes("s3://a/1.png") == b"image"
     assert pauses == [1.0, 2.0, 4.0]
-    assert caplog.messages == [f"{THROTTLED} Trying again for 100 s.", "Files of s3://a can be read again."]
+    assert caplog.messages == [f"{THROTTLED} Trying again for 100 s."]
+
+
+def test_trouble_of_a_bucket_is_logged_once_a_minute(pauses, answers, caplog):
+    for number in range(100):
+        answers += [THROTTLED, b"image"]
+        reading.load_bytes(f"s3://a/{number}.png")  # pauses for a second
+    answers += [THROTTLED, b"image"]
+    reading.load_bytes("s3://b/1.png")
+    assert len(caplog.messages) == 2 + 1
 
 
 def test_trouble_that_stays_is_raised_and_the_next_images_do_not_wait(pauses, answers):

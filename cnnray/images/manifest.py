@@ -225,11 +225,25 @@ def read(uri: str) -> pa.Table:
         OSError: storage that cannot be read.
     """
     manifest = storage.parse_parquet(storage.read_bytes(uri))
-    # The first manifests of format 1 have no number.
-    number = int((manifest.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
+    _checked_metadata(manifest.schema, uri)
+    return manifest
+
+
+def read_metadata(uri: str) -> dict[bytes, bytes]:
+    """The metadata of a manifest that `write` wrote, without its rows.
+
+    Raises:
+        ManifestError, OSError: as `read`.
+    """
+    return _checked_metadata(pyarrow.parquet.read_schema(pa.BufferReader(storage.read_bytes(uri))), uri)
+
+
+def _checked_metadata(schema: pa.Schema, uri: str) -> dict[bytes, bytes]:
+    metadata: dict[bytes, bytes] = schema.metadata or {}
+    number = int(metadata.get(_FORMAT_KEY, b"1"))  # the first manifests of format 1 have no number
     if number > FORMAT:
         raise ManifestError(f"{uri} has format {number}, and this cnnray reads up to {FORMAT}: update cnnray.")
-    return manifest
+    return metadata
 
 
 def _with_ids(table: pa.Table, source: str) -> pa.Table:

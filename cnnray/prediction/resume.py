@@ -82,7 +82,7 @@ def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
 def _read_identity(folder: str) -> dict[bytes, str] | None:
     """The metadata that identifies the run in a folder; None if it was killed before it wrote its manifest."""
     try:
-        metadata = manifests.read(storage.join(folder, MANIFEST)).schema.metadata or {}
+        metadata = manifests.read_metadata(storage.join(folder, MANIFEST))
     except FileNotFoundError:
         return None
     return {key: metadata.get(key, b"").decode() for key in (_MODEL, _FILE, INPUT)}

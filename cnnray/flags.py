@@ -66,7 +66,7 @@ def _check(config: Any, fields: Iterable[str], valid: Callable[[Any], bool], exp
 
 
 def check_choices(config: Any, **choices: Any) -> None:
-    """Check that each field has one of the values of its `Literal`.
+    """Check that each field is None or has one of the values of its `Literal`.
 
     Args:
         config: a dataclass.
@@ -77,7 +77,7 @@ def check_choices(config: Any, **choices: Any) -> None:
     """
     for field, literal in choices.items():
         value = getattr(config, field)
-        if value not in get_args(literal):
+        if value is not None and value not in get_args(literal):
             raise ValueError(f"{flag_name(field)} {value!r} is not known; there are {', '.join(get_args(literal))}.")
 
 

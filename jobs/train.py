@@ -11,6 +11,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         from cnnray.training.preview import preview
 
         return preview(config)
+    if config.sanity or config.find_learning_rate:
+        from cnnray.training import probes
+
+        return probes.check_sanity(config) if config.sanity else probes.find_learning_rate(config)
     from cnnray.training.job import train
 
     return train(config)

@@ -1,6 +1,7 @@
 """Read and decode manifest rows in one process: every row gets an image or an error."""
 
 import functools
+import io
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
@@ -88,6 +90,27 @@ def prefetched(items: Iterator[Item]) -> Iterator[Item]:
         while (item := upcoming.result()) is not None:
             upcoming = pool.submit(next, items, None)
             yield item
+
+
+def image_sizes(table: pa.Table) -> list[tuple[int, int]]:
+    """The width and height in pixels of a manifest's images, read from their headers; without bad images.
+
+    Raises:
+        CnnrayError: storage is in trouble, also after several attempts.
+    """
+
+    def size(source: Source) -> tuple[int, int] | None:
+        try:
+            with Image.open(io.BytesIO(load_bytes(source))) as image:
+                return image.size
+        except (BadImage, OSError, Image.DecompressionBombError):
+            return None
+
+    uris = table["uri"].to_pylist()
+    if not uris:
+        return []
+    with ThreadPoolExecutor(threads_for(uris[0])) as pool:
+        return [found for found in pool.map(size, containers.encoded(uris)) if found is not None]
 
 
 def unavailable(error: CnnrayError) -> str:

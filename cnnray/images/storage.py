@@ -17,6 +17,7 @@ import itertools
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -323,6 +324,21 @@ def write_if(uri: str, data: bytes, expected: Version | None, *, quick: bool = F
         if not expected:
             raise  # the bucket does not exist
     return None
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local path of a file or folder; a copy from a bucket is deleted when the context ends."""
+    if is_local(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="cnnray-copy-") as folder:
+        path = Path(folder, name(uri))
+        if is_file(uri):
+            path.write_bytes(read_bytes(uri))
+        else:
+            copy_folder(uri, str(path))
+        yield path
 
 
 def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:

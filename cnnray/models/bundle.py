@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -132,16 +131,7 @@ class Bundle:
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         """A local path of a file or folder of the bundle; a copy from a bucket is deleted when the context ends."""
-        uri = storage.join(self.uri, name)
-        if storage.is_local(uri):
-            yield Path(uri)
-            return
-        with tempfile.TemporaryDirectory(prefix="cnnray-bundle-") as folder:
-            path = Path(folder, name)
-            if storage.is_file(uri):
-                path.write_bytes(storage.read_bytes(uri))
-            else:
-                storage.copy_folder(uri, str(path))
+        with storage.local_copy(storage.join(self.uri, name)) as path:
             yield path
 
 

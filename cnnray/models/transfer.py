@@ -1,6 +1,6 @@
 """Transfer learning: loading the weights of a trained backbone, and freezing its layers.
 
-The backbone is everything before the global average pooling, the head everything after it.
+The backbone is everything before the global pooling, the head everything after it.
 """
 
 import math
@@ -25,8 +25,13 @@ def check(uri: str) -> None:
         WeightsError: the path is neither a file nor a bundle.
         OSError: the storage cannot be read.
     """
-    if not storage.is_file(uri) and not storage.is_file(storage.join(uri, bundle.MODEL)):
+    if not storage.is_file(weights_file(uri)):
         raise WeightsError(f"--weights {uri} is neither a weights file nor a bundle.")
+
+
+def weights_file(uri: str) -> str:
+    """The file of weights that `--weights` names: itself, or the network of a bundle."""
+    return uri if storage.is_file(uri) else storage.join(uri, bundle.MODEL)
 
 
 def load(model: "keras.Model", path: Path) -> None:
@@ -113,10 +118,11 @@ def write_imagenet_weights(architecture: str, image_size: int, path: Path) -> No
 def _layers_before_pooling(model: "keras.Model") -> list[Any]:
     from keras import layers
 
-    layer_types = [type(layer) for layer in model.layers]
-    if layers.GlobalAveragePooling2D not in layer_types:
-        raise WeightsError(f"{model.name} has no global average pooling between its backbone and its head.")
-    return list(model.layers[: layer_types.index(layers.GlobalAveragePooling2D)])
+    pooling = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D)
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer, pooling):
+            return list(model.layers[:index])
+    raise WeightsError(f"{model.name} has no global pooling between its backbone and its head.")
 
 
 def _flatten(layers: list[Any]) -> list[Any]:

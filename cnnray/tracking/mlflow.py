@@ -78,7 +78,9 @@ class Tracker:
         for name, value in _VARIABLES.items():
             os.environ.setdefault(name, value)
         self._config, self._parent = config, parent
-        self._output, self._params, self._history_uri = output, params, history
+        self._output, self._history_uri = output, history
+        self.params = params
+        """The run's parameters; they may change until `following`."""
         self._client: Any = None
         self._run_id: str | None = None
         self._sent: set[int] = set()
@@ -259,7 +261,7 @@ class Tracker:
             self._keep(run_id=run.info.run_id)
         elif run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
-        known, flags = run.data.params, self._params
+        known, flags = run.data.params, self.params
         new = [Param(name, value) for name, value in flags.items() if name not in known]
         # Parameters cannot be changed: resumable flags with another value, such as --max-workers, become tags.
         tags = [

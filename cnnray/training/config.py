@@ -6,6 +6,7 @@ for the group that it needs. What a resume may change, a search may vary and a t
 """
 
 import itertools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -26,12 +27,9 @@ SIXTEENTHS = 16
 Precision = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "plateau"]
+Effort = Literal["quick", "default", "accurate"]
 ClassWeights = Literal["none", "balanced"]
 Cache = Literal["auto", "memory", "none"]
-
-# What null stands for, by measurement (README, "Recipes, measured"): for the article's networks, and for backbones.
-_DEFAULTS = {"learning_rate": (0.003, 0.001), "dropout": (0.1, 0.5)}
-_ADAMW_WEIGHT_DECAY = 0.01
 
 
 @configs.group(resumable=False)
@@ -82,22 +80,24 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    architecture: str = "vgg_bn"
-    """vgg_bn, small_cnn, or a backbone of keras.applications in lower case, such as resnet50."""
+    architecture: str | None = None
+    """resnet9, resnet9_small, resnet9_large, vgg_bn, small_cnn, or a backbone of keras.applications in lower case,
+    such as resnet50; null: that of --weights, or one of the first three, by --preset."""
     weights: str = "none"
     """Initial weights of the backbone: none, imagenet (as keras.applications publishes them), or a path or s3://
     of a bundle, a .keras file, or a .weights.h5 or .h5 file (of keras.applications' networks without the
     classification layers). The head always begins anew."""
-    head: Head = "dense"
-    """Layers behind the backbone: dense (512 and 256 units for those of keras.applications, the article's own for its
-    networks), or linear."""
-    image_size: int = 64
-    """Height and width in pixels that images are brought to."""
+    head: Head | None = None
+    """Layers between the pooled features and the logits: linear (none), or dense (512 and 256 units; for vgg_bn and
+    small_cnn one layer, as in the article); null: linear for the resnet9 networks, dense for the others."""
+    image_size: int | None = None
+    """Height and width in pixels that images are brought to; null: by their own size."""
     resize: ResizeRule = "stretch"
     """How images are brought to that size: stretch to the square, crop the centre, or pad with black."""
     dropout: float | None = None
     """Share of units dropped in front of the last layer, or behind the first of a head's two; after each block of
-    vgg_bn and small_cnn half of it. null: 0.1 for these two, 0.5 for the heads of others."""
+    vgg_bn and small_cnn half of it. null: 0.5 for backbones of keras.applications, 0.1 for vgg_bn and small_cnn, else
+    0."""
     synchronized_batch_norm: bool = False
     """Compute the statistics of batch norm over the images of all workers; otherwise over each worker's own, averaged
     over the workers at every checkpoint."""
@@ -108,19 +108,20 @@ class ModelConfig:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
         flags.check_choices(self, head=Head, resize=ResizeRule)
-        if self.architecture not in architectures.NAMES:
+        if self.architecture not in (None, *architectures.NAMES):
             raise ValueError(
                 f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}."
             )
-        smallest = architectures.smallest_image_size(self.architecture)
-        if not smallest <= self.image_size <= LARGEST_IMAGE_SIZE:
+        smallest = architectures.smallest_image_size(self.architecture) if self.architecture else 1
+        if self.image_size is not None and not smallest <= self.image_size <= LARGEST_IMAGE_SIZE:
+            of_network = f" for {self.architecture}" if self.architecture else ""
             raise ValueError(
-                f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels for {self.architecture}, "
-                f"not {self.image_size}."
+                f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels{of_network}, not {self.image_size}."
             )
         flags.check_below_one(self, "dropout")
         if self.weights == "imagenet" and self.architecture not in architectures.BACKBONES:
-            raise ValueError(f"--weights imagenet: there are none of {self.architecture}.")
+            missing = f"there are none of {self.architecture}" if self.architecture else "give --architecture, too"
+            raise ValueError(f"--weights imagenet: {missing}.")
         if self.weights not in ("none", "imagenet"):
             flags.make_absolute(self, "weights")
 
@@ -130,26 +131,34 @@ class ModelConfig:
 class RecipeConfig:
     """How the network is trained."""
 
-    augment: Strength = "light"
+    preset: Effort = "default"
+    """How much computing the flags that are null are chosen for: quick, default, or accurate."""
+    augment: Strength | None = None
     """How much training images are changed at random: none, light (turned, shifted, zoomed a little), standard (for
-    photographs: also mirrored), strong (also mixed)."""
+    photographs: also mirrored), strong (also mixed); null: light."""
     augmentations: Augmentations = field(default_factory=Augmentations)
     """Single switches on top of that."""
     preview_augmentations: int | None = field(
         default=None, metadata=rules(resumable=True, searchable=False, tracked=False)
     )
     """Write a picture of as many training images beside their changed versions into the output, and stop."""
-    epochs: int = field(default=10, metadata=rules(resumable=True))
-    """Passes over the training images, of each phase that does not state its own."""
+    sanity: bool = field(default=False, metadata=rules(resumable=True, searchable=False, tracked=False))
+    """Check in seconds that the network can learn the first 64 images by heart, and stop."""
+    find_learning_rate: bool = field(default=False, metadata=rules(resumable=True, searchable=False, tracked=False))
+    """Train a few steps with a learning rate that rises until the loss grows, write a plot into the output, and
+    stop."""
+    epochs: int | None = field(default=None, metadata=rules(resumable=True))
+    """Passes over the training images, of each phase that does not state its own; null: by the number of images, the
+    fewer the more."""
     phases: Preset | list[Phase] | None = None
     """article (the head, then the top 20 % of the backbone, then the top 50 %), prune (all, then zeros in 50 %, then
     in 80 % of each kernel), or a list in the YAML; null: one phase that trains all."""
-    batch_size: int = 64
-    """Images of a step, over all workers together. An epoch is cut into equal steps of at most as many."""
+    batch_size: int | None = None
+    """Images of a step, over all workers together. An epoch is cut into equal steps of at most as many. null: 64."""
     accumulate: int = 1
     """Steps whose gradients are averaged for one update."""
     learning_rate: float | None = None
-    """Highest step size of the optimizer; null: 0.003 for vgg_bn and small_cnn, 0.001 for others."""
+    """Highest step size of the optimizer; null: 0.001 for backbones of keras.applications, else 0.003."""
     schedule: Schedule = "cosine"
     """How the learning rate changes: constant; cosine (up from zero, then down to zero, over each phase); or plateau
     (halved where the validation loss no longer falls, down to 1e-7)."""
@@ -169,10 +178,11 @@ class RecipeConfig:
     """Share of the learning rate by which kernels shrink at each update; null: 0.01 with adamw, else 0."""
     clip_norm: float | None = None
     """Largest norm of the gradient, over all weights together; null: any."""
-    average: float = 0.0
-    """The bundle holds the moving average of the weights with this momentum, such as 0.99; 0: the weights."""
-    label_smoothing: float = 0.0
-    """Share of each label that is spread over all classes."""
+    average: float | None = None
+    """The bundle holds the moving average of the weights with this momentum, such as 0.99; 0: the weights; null:
+    0."""
+    label_smoothing: float | None = None
+    """Share of each label that is spread over all classes; null: 0."""
     class_weights: ClassWeights = "none"
     """balanced: images of rare classes weigh more in the loss, so that all classes weigh the same."""
     teacher: str | None = None
@@ -204,14 +214,15 @@ class RecipeConfig:
             "preview_augmentations",
         )  # fmt: skip
         flags.check_choices(
-            self, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights,
+            self, preset=Effort, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights,
             precision=Precision,
         )  # fmt: skip
         flags.check_more_than_zero(self, "learning_rate", "clip_norm", "distillation_temperature")
         flags.check_not_negative(self, "weight_decay", "warmup_epochs", "warmup_steps", "decay_epochs", "decay_steps")
         flags.check_below_one(self, "average", "label_smoothing")
         flags.check_share(self, "distillation")
-        check_alternatives(self.augment, self.augmentations)
+        if self.augment is not None:
+            check_alternatives(self.augment, self.augmentations)
         if isinstance(self.phases, str) and self.phases not in PRESETS:
             raise ValueError(f"--phases {self.phases!r} is not known; there are {', '.join(PRESETS)}, or a list.")
         if isinstance(self.phases, list) and not self.phases:
@@ -323,16 +334,59 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
         """
         for group in (DataConfig, ModelConfig, RecipeConfig, ClusterConfig, TrackingConfig):
             group.__post_init__(self)
-        if self.batch_size < self.max_workers:
+        if self.batch_size is not None and self.batch_size < self.max_workers:
             raise ValueError(
                 f"--batch-size {self.batch_size} is over all workers: it must be at least --max-workers "
                 f"{self.max_workers}."
             )
 
+    def tracked(self) -> dict[str, str]:
+        """The flags for an experiment tracker, as text; nested ones with a dot."""
+        values: dict[str, Any] = {}
+        for name, value in configs.as_dict(self).items():
+            if isinstance(value, dict):
+                values |= {f"{name}.{inner}": item for inner, item in value.items()}
+            elif name in configs.names(type(self), tracked=True):
+                values[name] = value
+        return {name: "null" if value is None else str(value) for name, value in values.items()}
+
+    def differs_from(self, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
+        """The flags in which this config asks for another training than `earlier` (by `configs.load`) did.
+
+        A flag that is null and would be decided takes the earlier run's value.
+
+        Args:
+            earlier: by field.
+            fixed: fields that may not differ although they are resumable.
+        """
+        stated = [(self.warmup_epochs, self.warmup_steps), (self.decay_epochs, self.decay_steps)]
+        derived = any(lengths == (None, None) for lengths in stated)
+        if self.phases is not None or (self.schedule == "cosine" and derived):
+            # The learning rate of each step, or what it trains, depends on how many there are.
+            fixed = {"epochs", *fixed}
+        undecided = {name: None for name in DECIDED if getattr(self, name) is None}
+        return configs.differences(self, {**earlier, **undecided}, fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecidedConfig(TrainConfig):
+    """A config without flags that are still to be decided (see `decisions.decide`): what a run is trained with."""
+
+    architecture: str
+    head: Head
+    image_size: int
+    dropout: float
+    augment: Strength
+    epochs: int = field(metadata=rules(resumable=True))
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    average: float
+    label_smoothing: float
+
     @property
     def resolved_phases(self) -> tuple[Phase, ...]:
         """The phases, each with its epochs, its learning rate, and at least the zeros of the one before."""
-        learning_rate = self.decided("learning_rate")
         phases: list[Phase] | tuple[Phase, ...]
         if self.phases is None:
             phases = (Phase(name="all"),)
@@ -343,41 +397,17 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
             replace(
                 phase,
                 epochs=phase.epochs or self.epochs,
-                learning_rate=phase.learning_rate or learning_rate,
+                learning_rate=phase.learning_rate or self.learning_rate,
                 sparsity=sparsity,
             )
             for phase, sparsity in zip(phases, sparsities, strict=True)
         )
-
-    def decided(self, flag: Literal["learning_rate", "dropout", "weight_decay"]) -> float:
-        """The value of a flag, or what its null stands for."""
-        value: float | None = getattr(self, flag)
-        if value is not None:
-            return value
-        if flag == "weight_decay":
-            return _ADAMW_WEIGHT_DECAY if self.optimizer == "adamw" else 0.0
-        return _DEFAULTS[flag][self.architecture in architectures.BACKBONES]
-
-    def tracked(self) -> dict[str, str]:
-        """The flags for an experiment tracker, as text: decided values in place of null, nested ones with a dot."""
-        decided = {name: self.decided(name) for name in ("learning_rate", "dropout", "weight_decay")}
-        values: dict[str, Any] = {}
-        for name, value in (configs.as_dict(self) | decided).items():
-            if isinstance(value, dict):
-                values |= {f"{name}.{inner}": item for inner, item in value.items()}
-            elif name in configs.names(type(self), tracked=True):
-                values[name] = value
-        return {name: "null" if value is None else str(value) for name, value in values.items()}
 
     @property
     def all_epochs(self) -> int:
         """The epochs of all phases together."""
         return sum(phase.passes for phase in self.resolved_phases)
 
-    def differs_from(self, earlier: dict[str, Any]) -> list[str]:
-        """The flags in which this config asks for another training than `earlier` (by `configs.load`) did."""
-        stated = [(self.warmup_epochs, self.warmup_steps), (self.decay_epochs, self.decay_steps)]
-        derived = any(lengths == (None, None) for lengths in stated)
-        # Whether the learning rate of each step, or what it trains, depends on how many there are.
-        fixed = self.phases is not None or (self.schedule == "cosine" and derived)
-        return configs.differences(self, earlier, {"epochs"} if fixed else set())
+
+DECIDED: tuple[str, ...] = tuple(DecidedConfig.__annotations__)
+"""The fields that are decided where they are null."""

@@ -21,7 +21,7 @@ from cnnray.images.decode import ResizeRule
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch
-from cnnray.training.config import TrainConfig
+from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.plan import Shares
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> Non
                 )
 
 
-def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
+def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool:
     """Whether to keep the decoded images in memory.
 
     Raises:
@@ -113,7 +113,7 @@ def is_cached(config: TrainConfig, manifest: pa.Table, shares: Shares) -> bool:
     return True
 
 
-def decode_splits_into_memory(config: TrainConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
+def decode_splits_into_memory(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
     """References to the decoded blocks of each split in memory.
 
     Raises:

@@ -22,11 +22,11 @@ from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import Lease, lease
-from cnnray.models import bundle, startup, transfer
+from cnnray.models import startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
-from cnnray.training import data, output, recipe
-from cnnray.training.config import TrainConfig
+from cnnray.training import data, decisions, output, recipe
+from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.output import TrainingError
 from cnnray.training.plan import Assignment, Shares, check_cpus, check_fit, resource_requests, share_out
 
@@ -66,6 +66,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             if not config.overwrite:
                 log.info("%s is finished already; nothing was run.", config.output)
                 if tracker:
+                    tracker.params = decisions.as_before(config, earlier).tracked()
                     tracker.finish(summary)
                 return summary
             earlier = None
@@ -74,6 +75,9 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         manifest_uri = storage.join(config.output, output.MANIFEST)
         manifest = manifests.read(manifest_uri) if earlier else data.build_run_manifest(config)
         data.log_counts(manifest)
+        config = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
+        if tracker:
+            tracker.params = config.tracked()
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
         with cluster.connected():
@@ -121,7 +125,7 @@ def make_tracker(config: TrainConfig) -> Tracker | None:
 
 
 def _run(
-    config: TrainConfig,
+    config: DecidedConfig,
     manifest: pa.Table,
     shares: Shares,
     cached: bool,
@@ -204,7 +208,7 @@ def _run(
     return result.get_best_checkpoint("score", "min"), result.checkpoint
 
 
-def _imagenet_weights(config: TrainConfig) -> bytes:
+def _imagenet_weights(config: DecidedConfig) -> bytes:
     startup.load_tensorflow(gpus=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, output.IMAGENET)
@@ -212,12 +216,12 @@ def _imagenet_weights(config: TrainConfig) -> bytes:
         return path.read_bytes()
 
 
-def _weights_file(config: TrainConfig) -> str | None:
+def _weights_file(config: DecidedConfig) -> str | None:
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
         return storage.join(config.output, output.IMAGENET)
-    return config.weights if storage.is_file(config.weights) else storage.join(config.weights, bundle.MODEL)
+    return transfer.weights_file(config.weights)
 
 
 def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambda: None) -> Any:
@@ -241,7 +245,7 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
     return outcome.result()
 
 
-def _bundle_info(config: TrainConfig, manifest: pa.Table) -> BundleInfo:
+def _bundle_info(config: DecidedConfig, manifest: pa.Table) -> BundleInfo:
     labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
     counts = {row["values"]: row["counts"] for row in pc.value_counts(labels).to_pylist()}
     return BundleInfo(

@@ -13,8 +13,8 @@ from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.models import bundle
 from cnnray.tracking.mlflow import RECORD
-from cnnray.training import checkpoint
-from cnnray.training.config import TrainConfig
+from cnnray.training import checkpoint, recipe
+from cnnray.training.config import DecidedConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def finished(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, Any] | N
         summary: dict[str, Any] = json.loads(storage.read_bytes(storage.join(config.output, SUMMARY)))
     except FileNotFoundError:
         return None
-    return None if config.epochs > int(earlier["epochs"]) else summary
+    asks_for_more = config.epochs is not None and config.epochs > int(earlier["epochs"])
+    return None if asks_for_more else summary
 
 
 def delete_run(output: str) -> None:
@@ -77,7 +78,7 @@ def delete_run(output: str) -> None:
         storage.delete_folder(storage.join(output, part))
 
 
-def write_config(config: TrainConfig) -> None:
+def write_config(config: DecidedConfig) -> None:
     """Make the output that of this run, which is not finished."""
     storage.delete_file(storage.join(config.output, SUMMARY))
     storage.write_bytes(storage.join(config.output, CONFIG), configs.dump(config))
@@ -97,7 +98,7 @@ def drop_torn_checkpoints(output: str) -> None:
         storage.delete_folder(storage.join(output, CHECKPOINTS))
 
 
-def finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
+def finish(config: DecidedConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
     """Write what a run ends with: the bundle, the list of bad images, and last the summary.
 
     Args:
@@ -122,10 +123,20 @@ def finish(config: TrainConfig, best: Any, latest: Any, started: float) -> dict[
         writer.writerows(bad[key] for key in sorted(bad))
         storage.write_bytes(storage.join(config.output, BAD_IMAGES), text.getvalue().encode())
         log.warning("%d images could not be read; they are listed in %s", len(bad), BAD_IMAGES)
+    info = bundle.read_info(target)
+    counts = [info.class_counts.get(name, 0) for name in info.class_names]
+    loss = state["history"][-1]["loss"]
+    has_learned = recipe.has_learned(config, loss, counts)
+    if not has_learned:
+        log.warning(
+            "The network has learned nothing: its training loss at the end (%.4f) is that of guessing (%.4f). %s",
+            loss, recipe.guessing_loss(config, counts), recipe.advice(config),
+        )  # fmt: skip
     summary = {
         "bundle": target,
         "epochs": state["epoch"],
-        "metrics": bundle.read_info(target).metrics,
+        "has_learned": has_learned,
+        "metrics": info.metrics,
         "images_per_second": round(state["images"] / max(state["seconds"], 1e-9), 2),
         "seconds_to_first_step": round(state["seconds_to_first_step"], 2),
         "seconds": round(time.time() - started, 2),

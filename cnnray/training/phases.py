@@ -23,7 +23,7 @@ class Phase:
 
     @property
     def passes(self) -> int:
-        """The epochs of a phase of `TrainConfig.resolved_phases`, where they are never null."""
+        """The epochs of a phase of `DecidedConfig.resolved_phases`, where they are never null."""
         assert self.epochs is not None
         return self.epochs
 

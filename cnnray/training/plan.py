@@ -9,7 +9,7 @@ from typing import Any
 
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.config import SIXTEENTHS, TrainConfig
+from cnnray.training.config import SIXTEENTHS, DecidedConfig, TrainConfig
 
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2
@@ -37,7 +37,7 @@ class Shares:
 class Assignment:
     """What each worker of a run needs to know."""
 
-    config: TrainConfig
+    config: DecidedConfig
     info: BundleInfo
     """Info of the future bundle, without metrics."""
     manifest: str

@@ -10,8 +10,8 @@ from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import startup
-from cnnray.training import data
-from cnnray.training.config import TrainConfig
+from cnnray.training import data, decisions
+from cnnray.training.config import DecidedConfig, TrainConfig
 
 PREVIEW = "augmentations.png"
 _VERSIONS = 7
@@ -29,8 +29,9 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ManifestError, OSError: with a sentence for the user.
     """
-    assert config.preview_augmentations is not None
-    rows = manifests.select_split(data.build_run_manifest(config), "train")
+    manifest = data.build_run_manifest(config)
+    config = decisions.for_images(config, manifest)
+    rows = manifests.select_split(manifest, "train")
     chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.preview_augmentations]
     rows = rows.take(np.sort(chosen))
     batch = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))
@@ -47,7 +48,7 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     return {"preview": uri, "images": len(images)}
 
 
-def _versions(config: TrainConfig, images: Any) -> list[Any]:
+def _versions(config: DecidedConfig, images: Any) -> list[Any]:
     """Augmented versions of all images: `_VERSIONS` arrays like `images`."""
     import keras
 

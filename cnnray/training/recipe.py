@@ -8,14 +8,16 @@ import pyarrow as pa
 
 from cnnray.errors import BadInputError
 from cnnray.images import manifest as manifests
-from cnnray.models import bundle
+from cnnray.models import architectures, bundle
 from cnnray.training import epoch
-from cnnray.training.config import TrainConfig
+from cnnray.training.config import DecidedConfig
 from cnnray.training.phases import Phase
 
 if TYPE_CHECKING:
     import keras
 
+_GUESSING = 0.99
+"""Share of the loss of guessing below which a network has learned something."""
 _NO_DECAY = ("bias", "gamma", "beta")
 """Names of variables without weight decay, which is meant for kernels."""
 
@@ -24,7 +26,7 @@ class RecipeError(BadInputError, ValueError):
     """A recipe that does not fit the data; the message is one sentence for the user."""
 
 
-def check(config: TrainConfig, manifest: pa.Table) -> None:
+def check(config: DecidedConfig, manifest: pa.Table) -> None:
     """Check, before anything starts, that the flags fit the images.
 
     Raises:
@@ -47,7 +49,7 @@ def check(config: TrainConfig, manifest: pa.Table) -> None:
             )
 
 
-def lengths(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> tuple[int, int]:
+def lengths(config: DecidedConfig, phase: Phase, steps_per_epoch: int) -> tuple[int, int]:
     """The steps of a phase's warm-up, and of the cosine decay that follows it.
 
     Defaults: a tenth of the phase, at most five epochs, for the warm-up, and all the rest for the decay.
@@ -74,7 +76,7 @@ def lengths(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> tuple[in
     return warmup, decay
 
 
-def learning_rate(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> Any:
+def learning_rate(config: DecidedConfig, phase: Phase, steps_per_epoch: int) -> Any:
     """A phase's learning rate: a number, which callbacks may change, or a Keras schedule over its steps."""
     import keras
 
@@ -89,24 +91,22 @@ def learning_rate(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> An
     return keras.optimizers.schedules.CosineDecay(0.0, decay, warmup_target=phase.learning_rate, warmup_steps=warmup)
 
 
-def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
+def optimizer(config: DecidedConfig, phase: Phase, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
     """The optimizer of a phase, for gradients that are summed over the workers already."""
     import keras
 
-    weight_decay = config.decided("weight_decay")
     options: dict[str, Any] = {
         "learning_rate": learning_rate(config, phase, steps_per_epoch),
         "global_clipnorm": config.clip_norm,
-        "weight_decay": weight_decay or None,
     }
     optimizer: Any
     if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(momentum=0.9, **options)
+        optimizer = keras.optimizers.SGD(momentum=0.9, weight_decay=config.weight_decay or None, **options)
     elif config.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(**options)
+        optimizer = keras.optimizers.AdamW(weight_decay=config.weight_decay, **options)
     else:
         optimizer = keras.optimizers.Adam(**options)
-    if weight_decay:
+    if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=list(_NO_DECAY))
     # Keras would sum the workers' gradients after clipping and checking them for overflow. `Steps` sums them before
     # that, as it should be.
@@ -116,7 +116,40 @@ def optimizer(config: TrainConfig, phase: Phase, steps_per_epoch: int) -> "keras
     return optimizer
 
 
-def class_weights(config: TrainConfig, counts: list[int]) -> npt.NDArray[np.float32]:
+def guessing_loss(config: DecidedConfig, counts: list[int]) -> float:
+    """The lowest training loss in nats of a network that gives each image the same answer.
+
+    It is the entropy of the classes' shares of the loss, after label smoothing. A teacher's part of the loss is left
+    out.
+
+    Args:
+        config: class weights and label smoothing.
+        counts: training images of each class.
+    """
+    shares = np.asarray(counts, np.float64) * class_weights(config, counts)
+    weight = shares.sum() / sum(counts)
+    shares = shares / shares.sum() * (1 - config.label_smoothing) + config.label_smoothing / len(counts)
+    shares = shares[shares > 0]
+    return float(-weight * (shares * np.log(shares)).sum())
+
+
+def has_learned(config: DecidedConfig, loss: float, counts: list[int]) -> bool:
+    """Whether a training loss is below that of guessing. True with a teacher, whose part of the loss is not known."""
+    return config.teacher is not None or loss < _GUESSING * guessing_loss(config, counts)
+
+
+def advice(config: DecidedConfig) -> str:
+    """What to change where a network does not learn: a sentence."""
+    is_plain = config.architecture in architectures.PLAIN
+    network = f"--architecture resnet9 (it was {config.architecture}), " if is_plain else ""
+    return (
+        f"Try {network}more --epochs (it was {config.epochs}), or another --learning-rate (it was "
+        f"{config.learning_rate:g}; --find-learning-rate shows what is possible). --sanity tells in seconds whether "
+        "the network can learn these images at all."
+    )
+
+
+def class_weights(config: DecidedConfig, counts: list[int]) -> npt.NDArray[np.float32]:
     """The weight of an image of each class in the loss: float32 (classes,).
 
     Args:

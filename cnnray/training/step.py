@@ -18,7 +18,7 @@ import tensorflow as tf
 from cnnray.models import architectures, augment, transfer
 from cnnray.models.augment import Augmenter
 from cnnray.training import recipe
-from cnnray.training.config import TrainConfig
+from cnnray.training.config import DecidedConfig
 from cnnray.training.epoch import TOP_K, Sums
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.pruning import Pruning
@@ -38,10 +38,10 @@ class Steps:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: DecidedConfig,
         classes: int,
         *,
-        weights: str | None = None,
+        weights: Path | None = None,
         teacher: keras.Model | None = None,
         class_weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class Steps:
         self._strategy = tf.distribute.get_strategy()
         self.model = self._build(config, classes, _POLICIES[config.precision])
         if weights is not None:
-            transfer.load(self.model, Path(weights))
+            transfer.load(self.model, weights)
         self._averages = config.average > 0
         self.inference = self.model
         if config.precision != "float32" or self._averages:
@@ -92,13 +92,13 @@ class Steps:
         )
 
     @staticmethod
-    def _build(config: TrainConfig, classes: int, policy: str) -> Any:
+    def _build(config: DecidedConfig, classes: int, policy: str) -> Any:
         return architectures.build(
             config.architecture,
             config.image_size,
             classes,
             head=config.head,
-            dropout=config.decided("dropout"),
+            dropout=config.dropout,
             synchronized=config.synchronized_batch_norm,
             dtype=policy,
         )
@@ -107,7 +107,7 @@ class Steps:
         """Begin a phase, with an optimizer of its own; to be called inside the strategy's scope.
 
         Args:
-            phase: of `TrainConfig.resolved_phases`.
+            phase: of `DecidedConfig.resolved_phases`.
             steps_per_epoch: steps of an epoch.
         """
         transfer.set_trainable(self.model, phase.trainable)

@@ -6,7 +6,6 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,14 +84,17 @@ class _Worker:
         self.phases = self.config.resolved_phases
         names, counts = assignment.info.class_names, assignment.info.class_counts
         self.classes = len(names)
+        self.counts = [counts.get(name, 0) for name in names]
+        self.has_learned = False
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
-        with _local_file(assignment.weights) as weights:
+        source = assignment.weights
+        with storage.local_copy(source) if source else contextlib.nullcontext() as weights:
             self.steps = Steps(
                 self.config,
                 len(names),
                 weights=weights,
                 teacher=teacher,
-                class_weights=recipe.class_weights(self.config, [counts.get(name, 0) for name in names]),
+                class_weights=recipe.class_weights(self.config, self.counts),
             )
 
     def _source(self, split: str, manifest: pa.Table) -> Source:
@@ -282,12 +284,29 @@ class _Worker:
             "seconds": progress.epoch_seconds,
         }
         named = {"phase": self.phases[progress.phase].name} if len(self.phases) > 1 else {}
+        self._check_learning(logs["loss"])
         progress.history.append({"epoch": progress.epoch + 1, **named, **logs, "workers": self.world})
         progress.epoch += 1
         progress.phase_epoch += 1
         progress.step = 0
         progress.sums, progress.seen, progress.epoch_seconds = Sums(), [0, 0, 0], 0.0
         return logs
+
+    def _check_learning(self, loss: float) -> None:
+        """Warn where the loss is still that of guessing after the warm-up of the first phase."""
+        progress, per_epoch = self.progress, len(self.bounds) - 1
+        if progress.phase or self.has_learned or self.rank:
+            return
+        self.has_learned = recipe.has_learned(self.config, loss, self.counts)
+        warmup = recipe.lengths(self.config, self.phases[0], per_epoch)[0] if self.config.schedule == "cosine" else 0
+        first = math.ceil(warmup / per_epoch)  # the first epoch without warm-up
+        if not self.has_learned and progress.phase_epoch == first and first + 1 < self.phases[0].passes:
+            guessing = recipe.guessing_loss(self.config, self.counts)
+            log.warning(
+                "After the warm-up, the training loss is still that of guessing (%.4f; guessing: %.4f): the network "
+                "has learned nothing yet. %s",
+                loss, guessing, recipe.advice(self.config),
+            )  # fmt: skip
 
     def _cure(self) -> str:
         """What to do about a loss that is not finite. The output refuses to go on with another recipe."""
@@ -355,15 +374,3 @@ class _Worker:
             report = {"epoch": progress.epoch, "step": progress.step, "score": score}
             self.check_lease()  # Ray Train writes the checkpoint
             ray.train.report(report | metrics, checkpoint=saved)
-
-
-@contextlib.contextmanager
-def _local_file(uri: str | None) -> Iterator[str | None]:
-    """A local copy of a file, for as long as the context lasts."""
-    if uri is None or storage.is_local(uri):
-        yield uri
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, storage.name(uri))
-        path.write_bytes(storage.read_bytes(uri))
-        yield str(path)

@@ -57,8 +57,9 @@ class SearchConfig(TrainConfig):
         flags.check_at_least_one(self, "trials", "parallel")
         if self.is_elastic:
             raise ValueError("--min-workers: the trials of a search have a fixed number of workers (--max-workers).")
-        if self.preview_augmentations is not None:
-            raise ValueError("--preview-augmentations is a flag of jobs/train.py.")
+        for name in ("preview_augmentations", "sanity", "find_learning_rate"):
+            if getattr(self, name):
+                raise ValueError(f"{flags.flag_name(name)} is a flag of jobs/train.py.")
         if self.mlflow_model is not None:
             raise ValueError("--mlflow-model is a flag of jobs/train.py: a search registers no bundle.")
         if not self.search:

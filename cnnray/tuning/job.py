@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from cnnray import cluster, configs, waiting
@@ -20,8 +21,8 @@ from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.tracking.mlflow import RECORD
 from cnnray.tracking.mlflow_search import SearchTracker
-from cnnray.training import data, recipe
-from cnnray.training.config import TrainConfig
+from cnnray.training import data, decisions, recipe
+from cnnray.training.config import DECIDED, TrainConfig
 from cnnray.training.output import CONFIG, HISTORY
 from cnnray.training.plan import check_cpus, resource_requests, share_out
 from cnnray.tuning.config import LISTS, SearchConfig
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 BEST, TRIALS_TABLE, TRIALS, STATE = "best.yaml", "trials.csv", "trials", "search"
 _ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
 """MLflow's status for each state of a trial."""
+_DECISIVE = {"data", "validation", "preset", "architecture", "weights", "optimizer"}
+"""Searched flags on which the values of flags that are null depend."""
 _MODES = {"val_accuracy": "max", "val_loss": "min"}
 
 
@@ -60,19 +63,20 @@ def search(config: SearchConfig) -> dict[str, Any]:
             tracker.reach()
         # Each trial would find the same fault.
         manifest = data.build_run_manifest(config)
-        recipe.check(config, manifest)
-        goes_on = _goes_on(config)
+        earlier = _earlier_search(config)
+        config, epochs = _decide(config, manifest, earlier)
+        recipe.check(decisions.decide(config, decisions.data_facts(config, manifest))[0], manifest)
         with cluster.connected():
             available = waiting.wait_for_resources(
                 functools.partial(_fit, config), resource_requests(config), config.wait_minutes
             )
             # Nothing is written or deleted before all checks have passed.
-            if not goes_on:
+            if earlier is None:
                 data.check_images(config, manifest, share_out(config, available))
                 _begin(config)
             with tracker.following() if tracker else contextlib.nullcontext():
-                results = _results(_for_trials(config, available), spaces)
-        rows = _rows(config, results)
+                results = _results(_for_trials(config, available), spaces, epochs)
+        rows = _rows(config, results, epochs)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -150,8 +154,8 @@ def _spaces(config: SearchConfig) -> dict[str, Any]:
     return spaces
 
 
-def _goes_on(config: SearchConfig) -> bool:
-    """Whether the output holds an earlier run of this search.
+def _earlier_search(config: SearchConfig) -> dict[str, Any] | None:
+    """The config of the search that the output holds, by field, if this one goes on with it; else None.
 
     Raises:
         SearchError: the output holds something else.
@@ -163,16 +167,29 @@ def _goes_on(config: SearchConfig) -> bool:
         if "search" not in earlier:
             raise SearchError(f"{config.output} holds another job's {CONFIG}; give another --output.")
         # The scheduler of an interrupted search was made for its number of epochs.
-        differences = configs.differences(config, earlier, {"epochs"})
+        differences = config.differs_from(earlier, {"epochs"})
         if differences and not config.overwrite:
             raise SearchError(
                 f"{config.output} holds a search with {', '.join(differences)}; give another --output, or "
                 "--overwrite."
             )
-        return not differences
+        return None if differences else earlier
     if storage.exists(storage.join(config.output, TRIALS)) or storage.exists(storage.join(config.output, STATE)):
         raise SearchError(f"{config.output} holds {TRIALS}, but no {CONFIG} of a search; give another --output.")
-    return False
+    return None
+
+
+def _decide(config: SearchConfig, manifest: pa.Table, earlier: dict[str, Any] | None) -> tuple[SearchConfig, int]:
+    """Decide the flags that are null and the same for all trials.
+
+    Returns:
+        The config, and the epochs of a trial that is not stopped early.
+    """
+    decided = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
+    # Each trial decides what depends on the flags that are searched; the scheduler needs the same epochs for all.
+    names = ("epochs",) if _DECISIVE & set(config.search) else DECIDED
+    values = {name: getattr(decided, name) for name in names if name not in config.search}
+    return dataclasses.replace(config, **values), decided.all_epochs
 
 
 def _begin(config: SearchConfig) -> None:
@@ -191,7 +208,7 @@ def _delete(config: SearchConfig) -> None:
         storage.delete_file(storage.join(config.output, part))
 
 
-def _results(config: SearchConfig, spaces: dict[str, Any]) -> Any:
+def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -201,7 +218,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any]) -> Any:
     # Ray Tune would print its tables to stdout, which holds the job's JSON line only.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     filesystem, path = storage.arrow_filesystem(config.output)
-    trainable = tune.with_resources(functools.partial(_run_trial, config), {"CPU": 0.001})
+    trainable = tune.with_resources(functools.partial(_run_trial, config, epochs), {"CPU": 0.001})
     experiment = f"{path}/{STATE}"
     tuner = None
     if tune.Tuner.can_restore(experiment, filesystem):
@@ -228,14 +245,14 @@ def _results(config: SearchConfig, spaces: dict[str, Any]) -> Any:
                 mode=_MODES[config.metric],
                 num_samples=config.trials,
                 search_alg=BasicVariantGenerator(max_concurrent=config.parallel, random_state=config.seed),
-                scheduler=ASHAScheduler("epoch", max_t=max(2, config.all_epochs), grace_period=1, reduction_factor=2),
+                scheduler=ASHAScheduler("epoch", max_t=max(2, epochs), grace_period=1, reduction_factor=2),
             ),
             run_config=tune.RunConfig(
                 name=STATE,
                 storage_path=path,
                 storage_filesystem=filesystem,
                 verbose=0,
-                callbacks=[_trial_logger(config)],
+                callbacks=[_trial_logger(config, epochs)],
             ),
         )
     return interruptible(tuner.fit)
@@ -266,7 +283,7 @@ def _for_trials(config: SearchConfig, available: Resources) -> SearchConfig:
     )
 
 
-def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
+def _run_trial(config: SearchConfig, epochs: int, values: dict[str, Any]) -> None:
     """Run a trial in an actor of Ray Tune."""
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -275,19 +292,19 @@ def _run_trial(config: SearchConfig, values: dict[str, Any]) -> None:
 
     class AtEpochs(TuneReportCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            if config.metric in metrics[0] and metrics[0]["epoch"] < config.all_epochs:
+            if config.metric in metrics[0] and metrics[0]["epoch"] < epochs:
                 super().after_report(run_context, metrics, None)
 
     output = storage.join(config.output, TRIALS, tune.get_context().get_trial_id())
     train(config.trial(values, output), callbacks=[AtEpochs()])
     # The last epoch is reported after everything is written, because Ray Tune then ends the trial's process.
     last = list(csv.DictReader(io.StringIO(storage.read_bytes(storage.join(output, HISTORY)).decode())))[-1]
-    if int(last["epoch"]) == config.all_epochs:
+    if int(last["epoch"]) == epochs:
         scores = {name: float(value) for name, value in last.items() if name.startswith("val_")}
-        tune.report({"epoch": config.all_epochs} | scores)
+        tune.report({"epoch": epochs} | scores)
 
 
-def _trial_logger(config: SearchConfig) -> Any:
+def _trial_logger(config: SearchConfig, epochs: int) -> Any:
     from ray import tune
 
     class TrialLogger(tune.Callback):
@@ -295,7 +312,7 @@ def _trial_logger(config: SearchConfig) -> Any:
             ended = sum(other.is_finished() for other in trials)
             log.info(
                 "trial %s  epoch %d/%d  val_loss %.4f  val_accuracy %.4f  %s  (%d of %d trials ended)",
-                trial.trial_id, result["epoch"], config.all_epochs, result["val_loss"], result["val_accuracy"],
+                trial.trial_id, result["epoch"], epochs, result["val_loss"], result["val_accuracy"],
                 trial.config, ended, max(len(trials), config.trials),
             )  # fmt: skip
 
@@ -305,7 +322,7 @@ def _trial_logger(config: SearchConfig) -> Any:
     return TrialLogger()
 
 
-def _rows(config: SearchConfig, results: Any) -> list[dict[str, Any]]:
+def _rows(config: SearchConfig, results: Any, all_epochs: int) -> list[dict[str, Any]]:
     rows = []
     for result in results:
         history = result.metrics_dataframe
@@ -314,7 +331,7 @@ def _rows(config: SearchConfig, results: Any) -> list[dict[str, Any]]:
             sign = 1 if _MODES[config.metric] == "min" else -1
             best = history.iloc[int((sign * history[config.metric]).to_numpy().argmin())]
         epochs = 0 if best is None else int(history["epoch"].max())
-        state = "failed" if result.error else "finished" if epochs >= config.all_epochs else "stopped early"
+        state = "failed" if result.error else "finished" if epochs >= all_epochs else "stopped early"
         rows.append(
             {
                 "trial": result.metrics.get("trial_id", "") if result.metrics else "",

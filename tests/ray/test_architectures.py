@@ -6,10 +6,11 @@ import pytest
 from cnnray.models import architectures
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
+from tests.configs import decided
 from tests.ray.workers import run_on_workers
 
 CLASSES = 3
-QUICK = ("small_cnn",)
+QUICK = ("small_cnn", "resnet9_small")
 GIANTS = ("convnextxlarge",)
 """Networks for which two workers need 24 GiB: 350 million weights with gradients, momenta, and copies of them."""
 
@@ -25,13 +26,12 @@ def _step(rank, world, architecture, size, folder):
 
     from cnnray.models import bundle
     from cnnray.models.bundle import BundleInfo
-    from cnnray.training.config import TrainConfig
     from cnnray.training.step import Steps
 
     # SGD, because with Adam's two moments the largest network would not fit into memory twice. Gradients are clipped,
     # because they explode where many batch norms divide by the variance of only two images.
-    config = TrainConfig(
-        data="/d", output="/o", architecture=architecture, image_size=size, optimizer="sgd", max_workers=world,
+    config = decided(
+        architecture=architecture, image_size=size, optimizer="sgd", max_workers=world,
         epochs=1, schedule="constant", learning_rate=0.1, clip_norm=1.0,
     )  # fmt: skip
     strategy = tf.distribute.MultiWorkerMirroredStrategy()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnray.training.config import TrainConfig
+from tests.configs import decided
 from tests.ray.workers import run_on_workers
 from tests.runs import largest_difference
 
@@ -22,6 +22,7 @@ CASES = {
     },
     "adam": {"architecture": "small_cnn", "learning_rate": 1e-4, "synchronized_batch_norm": True},
     "plain": {"architecture": "small_cnn", "learning_rate": 1e-4},
+    "residual": {"architecture": "resnet9_small", "learning_rate": 1e-4, "synchronized_batch_norm": True},
     # Everything that is applied to the summed gradients, and to the weights after the update.
     "recipe": {
         "architecture": "small_cnn",
@@ -61,8 +62,8 @@ def _train(rank, world, cases, batches):
     results = {}
     for name, case in cases.items():
         keras.backend.clear_session()
-        config = TrainConfig(
-            data="/d", output="/o", image_size=SIZE, dropout=0.0, max_workers=world, augment="none",
+        config = decided(
+            image_size=SIZE, dropout=0.0, max_workers=world, augment="none",
             schedule="constant", **{"optimizer": "adam"} | case,
         )  # fmt: skip
         with strategy.scope():

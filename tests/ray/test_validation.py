@@ -10,8 +10,8 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import build_manifest
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.config import TrainConfig
 from cnnray.training.plan import Assignment
+from tests.configs import decided
 from tests.ray.workers import run_on_workers
 
 SIZES = (1, 7, 64, 65)
@@ -48,9 +48,7 @@ def validated(digits, tmp_path_factory):
         path = str(folder / f"{size}.parquet")
         manifests.write(table, path)
         assignments[size] = Assignment(
-            config=TrainConfig(
-                data=str(digits), output=str(folder), architecture="small_cnn", image_size=16, batch_size=16
-            ),
+            config=decided(data=str(digits), output=str(folder), image_size=16, batch_size=16),
             info=BundleInfo(class_names=manifests.class_names(manifest), image_size=16),
             manifest=path,
             weights=None,

@@ -155,14 +155,15 @@ def test_the_rules_are_those_of_version_0_1_0():
     assert configs.names(TrainConfig, resumable=True) == {
         "epochs", "min_workers", "max_workers", "wait_minutes", "cpus_per_worker", "gpus_per_worker", "decode_cpus",
         "data_checks", "cache", "max_bad_fraction", "max_failures", "overwrite", "output", "preview_augmentations",
-        "mlflow", "mlflow_experiment", "mlflow_model", "skip_unreadable",
+        "mlflow", "mlflow_experiment", "mlflow_model", "skip_unreadable", "sanity", "find_learning_rate",
     }  # fmt: skip
     assert configs.names(SearchConfig, searchable=False) == {
         "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
-        "mlflow_experiment", "mlflow_model",
+        "mlflow_experiment", "mlflow_model", "sanity", "find_learning_rate",
     }  # fmt: skip
     assert configs.names(TrainConfig, tracked=False) == {
-        "overwrite", "preview_augmentations", "mlflow", "mlflow_experiment", "mlflow_model",
+        "overwrite", "preview_augmentations", "mlflow", "mlflow_experiment", "mlflow_model", "sanity",
+        "find_learning_rate",
     }  # fmt: skip
     assert configs.names(PredictConfig, resumable=True) == {
         "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding",

@@ -21,7 +21,7 @@ def _with_patch(count, seed=0):
     return images, targets, corners
 
 
-@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenetv2"])
+@pytest.mark.parametrize("architecture", ["small_cnn", "resnet9_small", "mobilenetv2"])
 def test_heat_is_highest_at_the_patch_that_decides_the_class(architecture, tmp_path):
     images, targets, _ = _with_patch(60)
     bundles.save(

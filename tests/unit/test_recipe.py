@@ -12,15 +12,15 @@ from cnnray.models import architectures, bundle
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import recipe
-from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.recipe import RecipeError
 from cnnray.training.step import Steps
+from tests.configs import decided
 from tests.networks import coloured_noise
 
 
 def _config(**changes):
-    return TrainConfig(data="/d", output="/o", architecture="small_cnn", image_size=32, **changes)
+    return decided(**{"epochs": 10} | changes)
 
 
 def _rates(config, per_epoch):

@@ -27,6 +27,7 @@ from cnnray.training.config import TrainConfig
 from cnnray.training.job import make_tracker, train
 from cnnray.tuning.job import make_tracker as make_search_tracker
 from tests.awkward import awkward_images
+from tests.configs import decided
 
 pytest.importorskip("mlflow")
 
@@ -58,7 +59,7 @@ def run(tmp_path, store):
             writer.writerows([epoch, "all", 1 / epoch, *metrics.values(), 0.001] for epoch in range(1, epochs + 1))
         return {"bundle": str(output / "bundle"), "epochs": epochs, "metrics": metrics}
 
-    return TrainConfig(data="/d", output=str(output), mlflow=store), write_epochs
+    return decided(output=str(output), architecture="vgg_bn", mlflow=store), write_epochs
 
 
 def _runs(store):
@@ -218,7 +219,7 @@ def test_a_search_is_a_run_with_its_trials_as_children(run, store, tmp_path):
         for name in ("a", "b"):
             folder = tmp_path / "search" / "trials" / name
             shutil.copytree(tmp_path / "runs" / "digits", folder)
-            trial = TrainConfig(data="/d", output=str(folder), learning_rate=0.1)
+            trial = decided(output=str(folder), learning_rate=0.1)
             (folder / "config.yaml").write_text(yaml.safe_dump(configs.as_dict(trial)))
     tracker.finish_search({"a": "FINISHED", "b": "KILLED"}, {"val_accuracy": 0.8})
     client, runs = _runs(store)

@@ -8,9 +8,9 @@ import pytest
 from cnnray.models import architectures, bundle, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.models.transfer import WeightsError
-from cnnray.training.config import TrainConfig
 from cnnray.training.phases import Phase
 from cnnray.training.step import Steps
+from tests.configs import decided
 from tests.networks import coloured_noise
 
 SIZE = 32
@@ -36,7 +36,7 @@ def test_weights_of_keras_applications_are_loaded_from_a_file_and_must_fit(tmp_p
             transfer.load(architectures.build(other, SIZE, 3), path)
 
 
-@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenetv2"])
+@pytest.mark.parametrize("architecture", ["small_cnn", "resnet9_small", "mobilenetv2"])
 def test_weights_of_a_bundle_go_into_a_network_of_other_classes(architecture, tmp_path):
     source = architectures.build(architecture, SIZE, 5)
     bundle.save(source, BundleInfo(class_names=list("abcde"), image_size=SIZE), tmp_path)
@@ -101,7 +101,7 @@ def test_imagenet_weights_are_written_or_the_error_says_where_to_get_them(tmp_pa
 )
 def test_a_phase_changes_only_its_trainable_layers(architecture, precision):
     images, targets = coloured_noise(16, SIZE)
-    config = TrainConfig(data="/d", output="/o", architecture=architecture, image_size=SIZE, precision=precision)
+    config = decided(architecture=architecture, image_size=SIZE, precision=precision)
     steps = Steps(config, 3)
     layers = transfer.backbone_layers(steps.model)
     for phase in (Phase(name="head", trainable=0.0), Phase(name="top", trainable=0.2), Phase(name="all")):

@@ -19,15 +19,6 @@ from tests.awkward import awkward_images, bad_images
 TESTED = (
     "resnet9_small", "vgg_bn", "small_cnn", "resnet50", "efficientnetb0", "vgg16", "mobilenetv2", "efficientnetv2b0",
 )  # fmt: skip
-    "resnet9_small",
-    "vgg_bn",
-    "small_cnn",
-    "resnet50",
-    "efficientnetb0",
-    "vgg16",
-    "mobilenetv2",
-    "efficientnetv2b0",
-)
 
 
 def _save(folder, architecture="small_cnn", size=32, **info):

@@ -48,6 +48,12 @@ def table(comparisons: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def accuracy_line(setup: str, label: str, accuracies: list[float]) -> str:
+    """A table row of the accuracies by seed and their mean."""
+    by_seed = ", ".join(f"{value:.4f}" for value in accuracies)
+    return f"| {setup} | {label} | {by_seed} | **{statistics.mean(accuracies):.4f}** |"
+
+
 @dataclass(frozen=True)
 class BareLoops:
     """How bare loops run: only on the machine of the benchmark, with one process per core."""

@@ -10,7 +10,8 @@ import yaml
 
 from cnnray.images import stream
 from cnnray.images.manifest import ManifestError
-from cnnray.training.config import TrainConfig
+from cnnray.training import decisions
+from cnnray.training.config import DecidedConfig
 from cnnray.tuning import job
 from cnnray.tuning.config import SearchConfig
 from cnnray.tuning.job import SearchError, search
@@ -36,7 +37,10 @@ def test_the_best_trial_becomes_a_config(digits, tmp_path):
     assert rows[0.01]["state"] == "finished"
     assert summary["val_accuracy"] == float(rows[0.01]["val_accuracy"])
     best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
-    assert TrainConfig(output="/o", **best) == config.trial({"learning_rate": 0.01}, "/o")
+    assert DecidedConfig(output="/o", **best) == decisions.as_before(
+        config.trial({"learning_rate": 0.01}, "/o"), best
+    )
+    assert (best["head"], best["dropout"]) == ("dense", 0.1)  # decided once for all trials
     trials = list((tmp_path / "out" / "trials").iterdir())
     assert len(trials) == 2
     assert (

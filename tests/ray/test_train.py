@@ -24,8 +24,8 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from cnnray.training import job, output
-from cnnray.training.config import TrainConfig
+from cnnray.training import decisions, job, output
+from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.job import train
 from cnnray.training.output import TrainingError
 from cnnray.training.phases import Phase
@@ -152,7 +152,7 @@ def test_the_outputs_of_a_run(undisturbed, digits):
     }  # fmt: skip
     assert json.loads((output / "summary.json").read_text()) == summary
     assert set(summary) == {
-        "bundle", "epochs", "metrics", "images_per_second", "seconds_to_first_step", "seconds",
+        "bundle", "epochs", "has_learned", "metrics", "images_per_second", "seconds_to_first_step", "seconds",
     }  # fmt: skip
     assert summary["epochs"] == EPOCHS
     assert summary["images_per_second"] > 0
@@ -163,7 +163,9 @@ def test_the_outputs_of_a_run(undisturbed, digits):
     assert summary["metrics"] == {name: float(best[name]) for name in summary["metrics"]}
     assert set(summary["metrics"]) == {"val_loss", "val_accuracy", "val_top_5_accuracy"}
     config = configs.load(TrainConfig, (output / "config.yaml").read_bytes(), "config.yaml")
-    assert TrainConfig(**config) == _config(digits, output)
+    decided = DecidedConfig(**config)
+    assert decided == decisions.as_before(_config(digits, output), config)
+    assert (decided.head, decided.dropout, decided.learning_rate) == ("dense", 0.1, 0.003)
     assert list((output / "tensorboard").glob("*/events*"))
 
 
@@ -237,7 +239,7 @@ def test_a_finished_run_is_not_repeated(undisturbed, digits, tmp_path):
     config = _config(digits, tmp_path / "out")
     assert train(config) == summary
     for changes, sentence in (
-        ({"learning_rate": 0.1}, r"--learning-rate None \(now 0.1\)"),
+        ({"learning_rate": 0.1}, r"--learning-rate 0.003 \(now 0.1\)"),
         ({"phases": None}, "--phases"),
         ({"augmentations": Augmentations(zoom=0.5)}, "--augmentations"),
     ):

@@ -74,6 +74,30 @@ def test_vgg_bn_is_the_articles_network():
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet9_small", 414_074), ("resnet9", 1_648_362), ("resnet9_large", 6_577_610)]
+)
+def test_resnet9_has_the_same_weights_for_all_image_sizes(name, parameters):
+    shapes = set()
+    for size, features in ((8, 1), (16, 2), (32, 4), (48, 6), (64, 4), (96, 6), (128, 4), (224, 7)):
+        model = architectures.build(name, size, 10, head="linear")
+        pooling = next(layer for layer in model.layers if isinstance(layer, keras.layers.GlobalMaxPooling2D))
+        assert pooling.input.shape[1:3] == (features, features)
+        shapes.add(tuple(tuple(weight.shape) for weight in model.weights))
+        assert model.count_params() == parameters
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet9", "vgg_bn", "small_cnn"])
+def test_the_first_convolution_begins_with_edges(name):
+    grounds = np.broadcast_to(np.linspace(0, 255, 5, dtype=np.uint8)[:, None, None, None], (5, 32, 32, 3))
+    model = architectures.build(name, 32, 10)
+    first = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
+    outputs = np.asarray(keras.Model(model.input, first.output)(grounds))[:, 1:-1, 1:-1]
+    np.testing.assert_allclose(outputs, 0, atol=1e-5)
+    assert first.kernel.numpy().std() > 0.01
+
+
+@pytest.mark.parametrize(
     ("head", "expected"),
     [
         (

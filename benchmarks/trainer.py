@@ -1,0 +1,128 @@
+"""Training in this process, without Ray, with the same decisions and steps as on training's workers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.data_sets import SIZE, Labelled
+from cnnray.training import decisions, epoch, recipe
+from cnnray.training.config import DecidedConfig, TrainConfig
+
+_AT_ONCE = 500
+"""Images that are evaluated at once."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The state of a training after an epoch."""
+
+    images: int
+    """Trained on so far."""
+    seconds: float
+    """Of training so far, without evaluation."""
+    loss: float
+    """Of the epoch's training images, in nats."""
+    held_out_loss: float
+    """In nats."""
+    accuracy: float
+    """On the held-out images."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network."""
+
+    model: Any
+    """With the weights of the epoch with the lowest loss on the held-out images, as in a bundle."""
+    accuracy: float
+    """Of these weights, on the held-out images."""
+    epochs: list[Passed]
+    config: DecidedConfig
+
+
+def make_config(**flags: Any) -> TrainConfig:
+    """A config without data and output, with one worker."""
+    defaults: dict[str, Any] = {"data": "/none", "output": "/nowhere", "image_size": SIZE, "max_workers": 1}
+    return TrainConfig(**defaults | flags)
+
+
+def train_network(
+    config: TrainConfig,
+    train: Labelled,
+    held_out: Labelled,
+    *,
+    weights: Path | None = None,
+    teacher: Any = None,
+    variant: Callable[[Any], Any] = lambda model: model,
+) -> Trained:
+    """Train like a run with one worker. Flags that are null are decided as in a run.
+
+    Args:
+        config: the flags.
+        train: training images.
+        held_out: images to validate on.
+        weights: file of weights that the backbone begins with.
+        teacher: a network to learn from, too.
+        variant: gives another network in place of the one that the config describes.
+    """
+    import keras
+
+    from cnnray.training.step import Steps
+
+    class VariantSteps(Steps):
+        @staticmethod
+        def _build(config: DecidedConfig, classes: int, policy: str) -> Any:
+            return variant(Steps._build(config, classes, policy))
+
+    keras.backend.clear_session()
+    counts = np.bincount(train.targets).tolist()
+    facts = decisions.DataFacts(images=len(train.targets), classes=len(counts), side=train.images.shape[1])
+    decided, _ = decisions.decide(config, facts)
+    class_weights = recipe.class_weights(decided, counts)
+    steps = VariantSteps(decided, len(counts), weights=weights, teacher=teacher, class_weights=class_weights)
+    bounds = epoch.step_bounds(len(train.targets), decided.batch_size)
+    per_epoch, zeros, seconds = len(bounds) - 1, 0.0, 0.0
+    passed: list[Passed] = []
+    best: tuple[float, Any] = (np.inf, None)
+    phases = decided.resolved_phases
+    for phase in phases:
+        steps.begin(phase, per_epoch)
+        for phase_epoch in range(phase.passes):
+            number, started, losses = len(passed), time.perf_counter(), 0.0
+            order = epoch.order(decided.seed, number, len(train.targets))
+            for step in range(per_epoch):
+                steps.prune_at(phase_epoch * per_epoch + step, per_epoch, phase, zeros)
+                rows = order[bounds[step] : bounds[step + 1]]
+                losses += steps.train(train.images[rows], train.targets[rows], position=(number, step, 0)).loss
+            steps.update_inference()
+            seconds += time.perf_counter() - started
+            loss, accuracy = _evaluate(steps, held_out)
+            images = (number + 1) * len(train.targets)
+            passed.append(Passed(images, seconds, losses / len(train.targets), loss, accuracy))
+            if phase is phases[-1] and not (phase.sparsity and phase_epoch < phase.passes / 2) and loss < best[0]:
+                best = loss, steps.inference.get_weights()
+        zeros = max(zeros, phase.sparsity)
+    if best[1] is not None:  # no loss was a number
+        steps.inference.set_weights(best[1])
+    return Trained(steps.inference, _evaluate(steps, held_out)[1], passed, decided)
+
+
+def _evaluate(steps: Any, data: Labelled) -> tuple[float, float]:
+    """The mean loss in nats, and the accuracy."""
+    count = len(data.targets)
+    size = min(_AT_ONCE, count)
+    parts = [
+        steps.evaluate(data.images[start : start + size], data.targets[start : start + size], size)
+        for start in range(0, count, size)
+    ]
+    return sum(part.loss for part in parts) / count, sum(part.correct for part in parts) / count
+
+
+def measure_accuracy(model: Any, data: Labelled) -> float:
+    """Share of the images whose most probable class is the right one."""
+    parts = [model(data.images[start : start + 256], training=False) for start in range(0, len(data.targets), 256)]
+    return float((np.concatenate(parts).argmax(-1) == data.targets).mean())

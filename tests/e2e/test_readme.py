@@ -35,7 +35,7 @@ def test_marked_blocks_run(tmp_path):
         assert completed.returncode == 0, completed.stderr
         printed.append(completed.stdout.splitlines())
     trained, answers, evaluated, exported, answers_of_int8, predicted, counted = printed
-    assert json.loads(trained[-1])["epochs"] == 6
+    assert json.loads(trained[-1])["epochs"] == 14
     assert answers[0].startswith("Prediction(label=")
     assert answers[-1].startswith("not an image")
     assert json.loads(evaluated[-1])["accuracy"] == pytest.approx(

@@ -90,41 +90,37 @@ def _replaced(kind: str, **changes: Any) -> Callable[[Any], Any]:
 
 
 def _pooling(kind: str) -> Callable[[Any], Any]:
-    import keras
+    """Another global pooling."""
 
     def change(layer: Any) -> Any:
-        if not type(layer).__name__.startswith("Global"):
-            return None
-        return getattr(keras.layers, kind)(name=layer.name)
+        import keras
+
+        return getattr(keras.layers, kind)(name=layer.name) if type(layer).__name__.startswith("Global") else None
 
     return _with(change)
 
 
-def _without_normalization(model: Any) -> Any:
-    import keras
+def _removed(kind: str) -> Callable[[Any], Any]:
+    """Without the layers of a kind; of several inputs, the last one is passed on."""
 
     def change(layer: Any) -> Any:
-        if not isinstance(layer, keras.layers.BatchNormalization):
-            return None
-        return keras.layers.Activation("linear", name=layer.name)
+        import keras
 
-    return _with(change)(model)
+        class PassOn(keras.layers.Layer):
+            def call(self, inputs: Any, mask: Any = None) -> Any:
+                return inputs[-1] if isinstance(inputs, list) else inputs
 
+        return PassOn(name=layer.name) if type(layer).__name__ == kind else None
 
-def _without_shortcuts(model: Any) -> Any:
-    import keras
-
-    class Second(keras.layers.Layer):
-        def call(self, inputs: Any) -> Any:
-            return inputs[1] + 0 * inputs[0]
-
-    return _with(lambda layer: Second(name=layer.name) if isinstance(layer, keras.layers.Add) else None)(model)
+    return _with(change)
 
 
 def _activation(name: str) -> Callable[[Any], Any]:
-    import keras
+    """Another activation in place of ReLU."""
 
     def change(layer: Any) -> Any:
+        import keras
+
         return keras.layers.Activation(name, name=layer.name) if isinstance(layer, keras.layers.ReLU) else None
 
     return _with(change)
@@ -139,17 +135,15 @@ def _then(*variants: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return variant
 
 
-_MAX_POOLING = lambda model: _pooling("GlobalMaxPooling2D")(model)  # noqa: E731 - imports Keras when it is called
-_AVERAGE_POOLING = lambda model: _pooling("GlobalAveragePooling2D")(model)  # noqa: E731
 _PLAIN_CHANGES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "as it was: usual first kernels": (_usual_kernels, {}),
     "first kernels of mean zero (as it is)": (_same, {}),
-    "as it was, with global max pooling": (_then(_MAX_POOLING, _usual_kernels), {}),
+    "as it was, with global max pooling": (_then(_pooling("GlobalMaxPooling2D"), _usual_kernels), {}),
     "as it was, with a linear head": (_usual_kernels, {"head": "linear"}),
     "as it was, without dropout": (_usual_kernels, {"dropout": 0.0}),
     "as it was, without augmentation": (_usual_kernels, {"augment": "none"}),
     "as it was, learning rate 0.001": (_usual_kernels, {"learning_rate": 0.001}),
-    "mean zero, and global max pooling": (_MAX_POOLING, {}),
+    "mean zero, and global max pooling": (_pooling("GlobalMaxPooling2D"), {}),
     "mean zero, and a linear head": (_same, {"head": "linear"}),
     "mean zero, and no dropout": (_same, {"dropout": 0.0}),
 }
@@ -159,10 +153,10 @@ _CHANGES: dict[str, dict[str, tuple[Callable[[Any], Any], dict[str, Any]]]] = {
     "resnet9_small": {
         "nothing": (_same, {}),
         "usual first kernels": (_usual_kernels, {}),
-        "global average pooling": (_AVERAGE_POOLING, {}),
-        "no batch norm": (_without_normalization, {}),
+        "global average pooling": (_pooling("GlobalAveragePooling2D"), {}),
+        "no batch norm": (_removed("BatchNormalization"), {}),
         "batch norm with momentum 0.99": (_replaced("BatchNormalization", momentum=0.99), {}),
-        "no shortcuts": (_without_shortcuts, {}),
+        "no shortcuts": (_removed("Add"), {}),
         "GELU": (_activation("gelu"), {}),
         "pixels in -1 to 1": (_replaced("Rescaling", scale=1 / 127.5, offset=-1.0), {}),
         "dropout 0.2": (_same, {"dropout": 0.2}),

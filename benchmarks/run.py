@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import export, ingest, load, predict, projection, recipes, report, scale, serve, train
+from benchmarks import causes, export, ingest, load, predict, projection, recipes, report, scale, serve, train
 from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray import cluster
@@ -46,6 +46,8 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     result = Result()
     if measure == "formats":
         result.tables.append(export.measure_formats(folder))
+    if measure == "causes":
+        result.tables.append(causes.measure())
     if measure == "recipes":
         result.tables.append(recipes.measure(folder, data))
     if measure in ("serve", "scale", "all"):

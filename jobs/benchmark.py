@@ -9,8 +9,8 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "all")
-_WITH_OWN_IMAGES = ("export", "serve", "formats")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "causes", "all")
+_WITH_OWN_IMAGES = ("export", "serve", "formats", "causes")
 """Measurements that always use their own images."""
 
 
@@ -21,8 +21,8 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="scale: increasing numbers of workers, and a projection; all: everything except formats and recipes, "
-        "which take 20 to 30 minutes each",
+        help="scale: increasing numbers of workers, and a projection; all: everything except formats, recipes and "
+        "causes, which take 20 to 60 minutes each",
     )
     parser.add_argument(
         "--data",

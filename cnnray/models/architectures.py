@@ -150,7 +150,7 @@ def _remove_mean_of_first_kernels(model: "keras.Model") -> None:
 
     With the usual random kernels, its outputs are mostly the colour of the ground, which varies far more than edges
     do. Where colours say nothing about the class, networks then learn nothing for thousands of steps
-    (docs/recipes.md, "Causes").
+    (`jobs/benchmark.py causes` measures it).
     """
     from keras import layers, ops
 

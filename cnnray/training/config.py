@@ -21,6 +21,9 @@ from cnnray.training.phases import PRESETS, Phase, Preset
 
 LARGEST_IMAGE_SIZE = 4096
 
+DEFAULT_AUGMENT: Strength = "light"
+"""What null stands for; it mirrors nothing."""
+
 SIXTEENTHS = 16
 """Ray adds up shares of a CPU or GPU as floating-point numbers; sixteenths add up without rounding."""
 
@@ -91,7 +94,8 @@ class ModelConfig:
     """Layers between the pooled features and the logits: linear (none), or dense (512 and 256 units; for vgg_bn and
     small_cnn one layer, as in the article); null: linear for the resnet9 networks, dense for the others."""
     image_size: int | None = None
-    """Height and width in pixels that images are brought to; null: by their own size."""
+    """Height and width in pixels that images are brought to; null: 32 where the shorter side of the images is at most
+    48, else 64, or the smallest that the network takes."""
     resize: ResizeRule = "stretch"
     """How images are brought to that size: stretch to the square, crop the centre, or pad with black."""
     dropout: float | None = None
@@ -132,7 +136,8 @@ class RecipeConfig:
     """How the network is trained."""
 
     preset: Effort = "default"
-    """How much computing the flags that are null are chosen for: quick, default, or accurate."""
+    """How long to train for the sake of accuracy: quick, default or accurate; it decides the epochs and the network
+    where they are null."""
     augment: Strength | None = None
     """How much training images are changed at random: none, light (turned, shifted, zoomed a little), standard (for
     photographs: also mirrored), strong (also mixed); null: light."""
@@ -154,7 +159,8 @@ class RecipeConfig:
     """article (the head, then the top 20 % of the backbone, then the top 50 %), prune (all, then zeros in 50 %, then
     in 80 % of each kernel), or a list in the YAML; null: one phase that trains all."""
     batch_size: int | None = None
-    """Images of a step, over all workers together. An epoch is cut into equal steps of at most as many. null: 64."""
+    """Images of a step, over all workers together. An epoch is cut into equal steps of at most as many. null: 64, or
+    one for each worker."""
     accumulate: int = 1
     """Steps whose gradients are averaged for one update."""
     learning_rate: float | None = None
@@ -221,8 +227,7 @@ class RecipeConfig:
         flags.check_not_negative(self, "weight_decay", "warmup_epochs", "warmup_steps", "decay_epochs", "decay_steps")
         flags.check_below_one(self, "average", "label_smoothing")
         flags.check_share(self, "distillation")
-        if self.augment is not None:
-            check_alternatives(self.augment, self.augmentations)
+        check_alternatives(self.augment or DEFAULT_AUGMENT, self.augmentations)
         if isinstance(self.phases, str) and self.phases not in PRESETS:
             raise ValueError(f"--phases {self.phases!r} is not known; there are {', '.join(PRESETS)}, or a list.")
         if isinstance(self.phases, list) and not self.phases:

@@ -1,7 +1,7 @@
 """The flags that are null: their values, decided by the training images and by the other flags.
 
-`decide` is a pure function, so that a run can be explained and repeated. Its rules were chosen by the study in
-docs/recipes.md. A run writes the values into its `config.yaml`, and a run that goes on takes them from there.
+`decide` depends on the config, a few facts about the images, and the bundle of `weights` alone, so that a run can be
+explained and repeated. A run writes the values into its `config.yaml`, and a run that goes on takes them from there.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from cnnray import flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.models import architectures, bundle
-from cnnray.training.config import DECIDED, DecidedConfig, Effort, TrainConfig
+from cnnray.training.config import DECIDED, DEFAULT_AUGMENT, DecidedConfig, Effort, TrainConfig
+from cnnray.training.recipe import RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
         The config, and the reason for each value that was chosen, by field.
 
     Raises:
-        ValueError, BundleError, OSError: the flags contradict one another, or the bundle of `weights` cannot be read;
-            in one sentence.
+        RecipeError, BundleError, OSError: a flag does not fit the values that were chosen, or the bundle of `weights`
+            cannot be read; in one sentence.
     """
     reasons: dict[str, str] = {}
     values = {name: getattr(config, name) for name in DECIDED}
@@ -88,32 +89,32 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
     is_plain = architecture in architectures.PLAIN
 
     smallest = architectures.smallest_image_size(architecture)
-    if facts.side is None:
-        choose("image_size", max(64, smallest), "the size of the images is not known")
-    elif facts.side <= _SMALL_IMAGES:
-        choose("image_size", max(32, smallest), f"the images have about {facts.side} pixels")
-    else:
-        choose("image_size", max(64, smallest), f"the images have about {facts.side} pixels")
+    size = 32 if facts.side is not None and facts.side <= _SMALL_IMAGES else 64
+    known = "is not known" if facts.side is None else f"is about {facts.side} pixels"
+    choose("image_size", max(size, smallest), f"the shorter side of the images {known}")
 
     choose("head", "dense" if is_backbone or is_plain else "linear", f"that of {architecture}")
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")
     choose("weight_decay", 0.01 if config.optimizer == "adamw" else 0.0, f"that of {config.optimizer}")
     choose("batch_size", max(64, config.max_workers), "64, or one image for each worker")
-    choose("augment", "light", "safe for all kinds of images: nothing is mirrored")
+    choose("augment", DEFAULT_AUGMENT, "safe for all kinds of images: nothing is mirrored")
     choose("average", 0.0, preset)
     choose("label_smoothing", 0.0, preset)
     fewest, most = _EPOCHS[config.preset]
     epochs = min(most, max(fewest, math.ceil(_IMAGES_SEEN[config.preset] / facts.images)))
     choose("epochs", epochs, f"{preset}, and {facts.images:,} images: the fewer, the more epochs")
-    return DecidedConfig(**_fields(config) | values), reasons
+    try:
+        return DecidedConfig(**_fields(config) | values), reasons
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def for_images(config: TrainConfig, manifest: pa.Table) -> DecidedConfig:
     """Decide by the images of a manifest, and log what was decided.
 
     Raises:
-        ValueError, CnnrayError, OSError: as `decide` and `data_facts`.
+        CnnrayError, OSError: as `decide` and `data_facts`.
     """
     decided, reasons = decide(config, data_facts(config, manifest))
     for name, reason in reasons.items():

@@ -8,7 +8,9 @@ import signal
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.e2e.conftest import checkpoints, survivors, until
 from tests.runs import final_state, largest_difference
@@ -70,6 +72,23 @@ def test_ctrl_c_ends_the_job_with_a_sentence_and_a_run_that_can_be_resumed(start
     assert "Interrupted; the same command goes on" in job.err.read_text().splitlines()[-1]
     assert job.out.read_text() == ""
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_run_that_learns_nothing_says_so(start_job, tmp_path):
+    generator = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(100):
+            pixels = generator.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels // 128).save(tmp_path / "data" / label / f"{index}.png")  # all but black
+    command = ["train", "--data", tmp_path / "data", "--output", tmp_path / "out", "--max-workers", "1"]
+    job = start_job(*command, "--preset", "quick", "--epochs", "3", "--learning-rate", "1e-9")
+    assert job.wait(240) == 0, job.err.read_text()
+    assert json.loads(job.out.read_text().splitlines()[-1])["has_learned"] is False
+    text = job.err.read_text()
+    assert "After the warm-up, the training loss is still that of guessing" in text
+    assert "The network has learned nothing: its training loss at the end" in text
+    assert text.count("--find-learning-rate shows what is possible") == 2
 
 
 def _snapshot(output):

@@ -12,6 +12,7 @@ from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, decisions
 from cnnray.training.config import DECIDED, DecidedConfig, TrainConfig
 from cnnray.training.decisions import DataFacts
+from cnnray.training.recipe import RecipeError
 from tests.configs import decided
 
 
@@ -67,6 +68,20 @@ def test_images_are_brought_to_a_size_near_their_own(architecture, side, image_s
 def test_the_recipe_is_that_of_the_network(architecture, expected):
     config = _decide(architecture=architecture)[0]
     assert (config.head, config.dropout, config.learning_rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"image_size": 4}, "--image-size must be 8 to 4096 pixels for resnet9, not 4"),
+        ({"max_workers": 3, "batch_size": 2}, "at least --max-workers 3"),
+    ],
+)
+def test_a_flag_that_does_not_fit_the_chosen_values_gets_a_sentence(flags, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        _decide(**flags)
+    if "image_size" in flags:  # not known before the network was chosen
+        assert isinstance(raised.value, RecipeError)
 
 
 def test_a_batch_has_an_image_for_each_worker():

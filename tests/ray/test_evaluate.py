@@ -131,9 +131,8 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
         EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
     )
     info = Bundle.load(str(bundle)).info
-    calibration = json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"]
-    assert line["temperature"] == info.temperature == calibration["fitted_temperature"] != 1
-    assert calibration["expected_calibration_error_after"] < line["expected_calibration_error"]
+    before_it = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert line["temperature"] == info.temperature == before_it["calibration"]["fitted_temperature"] != 1
     images = [path.read_bytes() for path in sorted(labelled.rglob("0*.png"))]
     for engine in ("keras", "onnx"):
         before = Predictor(Bundle.load(onnx_bundle), engine=engine)(images)
@@ -156,8 +155,10 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
             bundle=str(bundle), data=str(labelled), output=str(tmp_path / "again"), engine="keras", data_checks=False
         )
     )
-    again = json.loads((tmp_path / "again" / "metrics.json").read_text())["calibration"]
-    assert again["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["calibration"]["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
+    # The temperature is the one of the lowest log loss; the calibration error of few images may rise with it.
+    assert again["log_loss"] < before_it["log_loss"]
 
 
 def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bundle, labelled, tmp_path):

@@ -1,122 +1,138 @@
-"""Comparison of training recipes by held-out accuracy over several seeds, on data sets that come with packages.
+"""The study of training recipes: networks and flags, by held-out accuracy after the same time, on nine data sets.
 
-Networks train in this process, without Ray, with the same steps as on training's workers.
+Networks train in this process's children, without Ray, with the same steps as on training's workers. A run is told by
+the images that it sees in the time, at the rate of its recipe on all cores, so that other load does not change results.
 """
 
+import functools
 import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import few_images, report, small_networks
-from benchmarks.data_sets import SIZE, Labelled, load_digits, load_small_mnist, split
-from benchmarks.trainer import make_config, train_network
-from cnnray.images import manifest as manifests
-from cnnray.images import storage
-from cnnray.images.reading import decoded_blocks
-from cnnray.models import startup
+from benchmarks import data_sets, networks, runs
+from benchmarks.data_sets import DataSet
+from benchmarks.trainer import Trained, make_config, train_network
 from cnnray.models.augment import Augmentations
 
 log = logging.getLogger(__name__)
 
+SECONDS = 60
+"""Time to train, on all cores."""
 SEEDS = (0, 1, 2)
-EPOCHS = {"digits": 12, "mnist": 5}
-ARTICLE: dict[str, Any] = {
-    # The article's recipe: Adam at a constant rate, and four augmentations.
-    "augment": "none",
-    "augmentations": Augmentations(rotation=0.1, zoom=0.1, contrast=0.1, translation=0.1),
-    "optimizer": "adam",
-    "schedule": "constant",
-    "learning_rate": 0.001,
-    "label_smoothing": 0.0,
-    "average": 0.0,
-    "clip_norm": None,
-}
 
 
-def load_user_images(source: str) -> Labelled:
-    """The user's labelled images, resized to SIZE.
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how it is trained."""
 
-    Raises:
-        ManifestError, OSError: there are no images, there is only one class, or an image cannot be decoded.
-    """
-    manifest = manifests.with_targets(manifests.build_manifest(source, labelled=True))
-    blocks = list(decoded_blocks(manifest, SIZE, "stretch", 1024))
-    errors = np.concatenate([block["error"] for block in blocks])
-    for uri, error in zip(manifest["uri"].to_pylist(), errors, strict=True):
-        if error:
-            raise manifests.ManifestError(f"{uri}: {error}")
-    return Labelled(*(np.concatenate([block[name] for block in blocks]) for name in ("image", "target")))
+    flags: dict[str, Any]
+    """Of jobs/train.py, except the epochs."""
+    warmup: float = 0.1
+    """Share of the steps."""
+    variant: Callable[[Any, DataSet], Any] = field(default=lambda model, data: model)
+    """Gives another network in place of the one of the flags."""
 
 
-def measure(folder: Path, data: str | None = None) -> str:
-    """Measure the default recipe against the article's, transfer, and smaller networks, in half an hour on 2 cores.
+_LIGHT: dict[str, Any] = {"augment": "light", "learning_rate": 0.003, "weight_decay": 0.01, "batch_size": 64}
+_SMALL = {"architecture": "resnet9_small", **_LIGHT}
+_COLOURS = {"contrast": 0.2, "brightness": 0.1, "saturation": 0.2}
+_PHOTOGRAPHS = {"rotation": 0.03, "crop": 0.8, **_COLOURS}
+
+RECIPES: dict[str, Recipe] = {
+    "before": Recipe({"architecture": "vgg_bn", **_LIGHT}, variant=lambda model, data: networks.usual_first_kernels(model)),
+    "resnet9_small": Recipe(_SMALL),
+    "resnet9": Recipe({"architecture": "resnet9", **_LIGHT}),
+    "article": Recipe(
+        {"architecture": "vgg_bn", "augment": "none", "learning_rate": 0.001, "optimizer": "adam",
+         "schedule": "constant",
+         "augmentations": Augmentations(rotation=0.1, zoom=0.1, contrast=0.1, translation=0.1)},
+        variant=lambda model, data: networks.usual_first_kernels(model),
+    ),
+    # timm's train.py with its defaults: SGD of 0.1 for 256 images, five epochs of warm-up, random crops, half mirrored.
+    "timm": Recipe(
+        {"architecture": "resnet9", "augment": "none", "optimizer": "sgd", "learning_rate": 0.025,
+         "weight_decay": 2e-5, "label_smoothing": 0.1,
+         "augmentations": Augmentations(
+             crop=0.08, horizontal_flip=True, contrast=0.4, brightness=0.4, saturation=0.4)},
+    ),
+    # airbench94 (Jordan 2024), for batches of 64 instead of 1,024, its learning rate in proportion.
+    "airbench": Recipe(
+        {"architecture": "resnet9", "augment": "none", "optimizer": "sgd", "learning_rate": 0.1,
+         "weight_decay": 0.005, "label_smoothing": 0.2, "average": 0.99,
+         "augmentations": Augmentations(translation=0.0625, horizontal_flip=True)},
+        warmup=0.2,
+        variant=lambda model, data: networks.airbench(data.train.images, model.output_shape[1]),
+    ),
+    "no augmentation": Recipe(_SMALL | {"augment": "none"}),
+    "shifts": Recipe(_SMALL | {"augment": "none", "augmentations": Augmentations(translation=0.1)}),
+    "light, colours": Recipe(_SMALL | {"augmentations": Augmentations(**_COLOURS)}),
+    "crops, colours": Recipe(_SMALL | {"augment": "none", "augmentations": Augmentations(**_PHOTOGRAPHS)}),
+    "label smoothing 0.1": Recipe(_SMALL | {"label_smoothing": 0.1}),
+    "learning rate 0.006": Recipe(_SMALL | {"learning_rate": 0.006}),
+    "warm-up 0.2": Recipe(_SMALL, warmup=0.2),
+    "weight decay 0.05": Recipe(_SMALL | {"weight_decay": 0.05}),
+    "average 0.99": Recipe(_SMALL | {"average": 0.99}),
+    "batch 32": Recipe(_SMALL | {"batch_size": 32}),
+    "Haar": Recipe(_SMALL, variant=lambda model, data: networks.haar(model)),
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def _load(name: str, npm: str) -> DataSet:
+    return data_sets.load(name, Path(npm))
+
+
+def _train(recipe: Recipe, data: DataSet, epochs: int, seed: int) -> Trained:
+    flags = dict(recipe.flags)
+    if flags.get("schedule", "cosine") == "cosine":
+        flags["warmup_epochs"] = recipe.warmup * epochs
+    config = make_config(epochs=epochs, seed=seed, **flags)
+    return train_network(config, data.train, data.held_out, variant=lambda model: recipe.variant(model, data))
+
+
+def measure_rate(name: str) -> dict[str, Any]:
+    """The rate at which a recipe trains on all threads of this process, in images/s: the best of eight epochs."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (640, data_sets.SIZE, data_sets.SIZE, 3), np.uint8)
+    some = data_sets.Labelled(images, np.arange(len(images)) % 10)
+    passed = _train(RECIPES[name], DataSet(some, some.subset(slice(64))), 9, 0).epochs
+    seconds = np.diff([each.seconds for each in passed])
+    return {"images_per_second": float(len(images) / seconds.min())}
+
+
+def measure_accuracy(set_: str, name: str, seed: int, epochs: int, *, npm: str) -> dict[str, Any]:
+    """Train on a set, and give the accuracy of the bundle, and what stood after each epoch."""
+    trained = _train(RECIPES[name], _load(set_, npm), epochs, seed)
+    passed = [[each.images, each.loss, each.held_out_loss, each.accuracy] for each in trained.epochs]
+    return {"accuracy": trained.accuracy, "epochs": passed}
+
+
+def epochs_in(seconds: float, images_per_second: float, images: int) -> int:
+    """The epochs that fill the time, at least one."""
+    return max(1, math.ceil(seconds * images_per_second / images - 0.5))
+
+
+def measure(folder: Path) -> str:
+    """Run what is left of the study.
 
     Args:
-        folder: bundles are written here.
-        data: the user's labelled images. If given, only the two recipes are compared, with `vgg_bn` on these images.
+        folder: holds npm's packages (see `data_sets.NPM`); results are kept here, and the study goes on with them.
 
     Returns:
         Markdown tables.
     """
-    startup.load_tensorflow(gpus=False)
-    if data:
-        return _compare_with_article([(storage.name(data), load_user_images(data), "vgg_bn", 5)], SEEDS[:1])
-    loaders = (("digits", load_digits), ("mnist", load_small_mnist))
-    data_sets = [(name, load(), "small_cnn", EPOCHS[name]) for name, load in loaders]
-    tables = [
-        _compare_with_article(data_sets, SEEDS),
-        _compare_single_changes(),
-        few_images.transfer_table(folder),
-        small_networks.measure(folder),
-    ]
-    return "\n\n".join(tables)
-
-
-def _compare_with_article(data_sets: list[tuple[str, Labelled, str, int]], seeds: tuple[int, ...]) -> str:
-    """Compare the default recipe with the article's.
-
-    Args:
-        data_sets: name, images, architecture and epochs of each.
-        seeds: one training each.
-    """
-    lines = ["| data, network, epochs | recipe | held-out accuracy, by seed | mean |", "|---|---|---|---|"]
-    for name, data, network, epochs in data_sets:
-        for label, flags in (("the article's", ARTICLE), ("default", {})):
-            accuracies = []
-            for seed in seeds:
-                train, held_out = split(data, seed)
-                config = make_config(architecture=network, epochs=epochs, seed=seed, **flags)
-                accuracies.append(train_network(config, train, held_out).accuracy)
-                log.info("%s, %s, seed %d: %.4f", name, label, seed, accuracies[-1])
-            lines.append(
-                report.accuracy_line(f"{name} ({len(data.targets):,}), {network}, {epochs}", label, accuracies)
-            )
-    return "\n".join(lines)
-
-
-def _compare_single_changes() -> str:
-    """Compare the default recipe with variants that differ in one flag, on MNIST with two seeds."""
-    data, epochs = load_small_mnist(), EPOCHS["mnist"]
-    changes: dict[str, dict[str, Any]] = {
-        "nothing": {},
-        "--learning-rate 0.001": {"learning_rate": 1e-3},
-        "--learning-rate 0.01": {"learning_rate": 1e-2},
-        "--schedule constant": {"schedule": "constant"},
-        "--augment none": {"augment": "none"},
-        "--augment standard": {"augment": "standard"},
-        "--dropout 0.5": {"dropout": 0.5},
-        "--dropout 0.2": {"dropout": 0.2},
-        "--label-smoothing 0.1": {"label_smoothing": 0.1},
-        "--average 0.98": {"average": 0.98},
-    }
-    lines = ["| data, network, epochs | default, but | held-out accuracy, by seed | mean |", "|---|---|---|---|"]
-    for label, flags in changes.items():
-        accuracies = []
-        for seed in SEEDS[:2]:
-            config = make_config(architecture="small_cnn", epochs=epochs, seed=seed, **flags)
-            accuracies.append(train_network(config, *split(data, seed)).accuracy)
-        lines.append(report.accuracy_line(f"mnist, small_cnn, {epochs}", label, accuracies))
-        log.info("%s", lines[-1])
-    return "\n".join(lines)
+    rates = runs.complete(folder / "rates.jsonl", [(name,) for name in RECIPES], measure_rate, processes=1)
+    keys = []
+    for seed in SEEDS:
+        for name in RECIPES:
+            for set_ in data_sets.NAMES:
+                images = len(_load(set_, str(folder)).train.targets)
+                epochs = epochs_in(SECONDS, rates[name,]["images_per_second"], images)
+                keys.append((set_, name, seed, epochs))
+    runs.complete(folder / "recipes.jsonl", keys, functools.partial(measure_accuracy, npm=str(folder)))
+    return ""

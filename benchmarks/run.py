@@ -49,7 +49,7 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     if measure == "causes":
         result.tables.append(causes.measure())
     if measure == "recipes":
-        result.tables.append(recipes.measure(folder, data))
+        result.tables.append(recipes.measure(folder))
     if measure in ("serve", "scale", "all"):
         load.require_wrk()
     if measure in _NEEDS_CLUSTER:

@@ -3,6 +3,7 @@
 Nothing is downloaded. The sets of npm's packages need them in a folder: see `NPM`.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import BenchmarkError
+from cnnray.images import manifest as manifests
+from cnnray.images.reading import decoded_blocks
 
 SIZE = 32
 """Height and width of all images, in pixels."""
@@ -51,17 +54,19 @@ class DataSet:
     held_out: Labelled
 
 
+@functools.cache
 def load(name: str, npm: Path) -> DataSet:
-    """Load or draw a set.
+    """Load or draw a set, once for each process.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or where the user's labelled images are, of which a fifth is held out.
         npm: the folder with npm's packages.
 
     Raises:
         BenchmarkError: the set is of a package of npm that is not there.
+        ManifestError, OSError: there are no images, there is only one class, or an image cannot be decoded.
     """
-    return _LOADERS[name](npm)
+    return _LOADERS[name](npm) if name in _LOADERS else DataSet(*split(_load_user_images(name), 0))
 
 
 def split(data: Labelled, seed: int, fraction: float = 0.2) -> tuple[Labelled, Labelled]:
@@ -72,6 +77,17 @@ def split(data: Labelled, seed: int, fraction: float = 0.2) -> tuple[Labelled, L
         np.arange(len(data.targets)), test_size=fraction, random_state=seed, stratify=data.targets
     )
     return data.subset(train), data.subset(held_out)
+
+
+def _load_user_images(source: str) -> Labelled:
+    """The user's labelled images, resized to SIZE."""
+    manifest = manifests.with_targets(manifests.build_manifest(source, labelled=True))
+    blocks = list(decoded_blocks(manifest, SIZE, "stretch", 1024))
+    errors = np.concatenate([block["error"] for block in blocks])
+    for uri, error in zip(manifest["uri"].to_pylist(), errors, strict=True):
+        if error:
+            raise manifests.ManifestError(f"{uri}: {error}")
+    return Labelled(*(np.concatenate([block[name] for block in blocks]) for name in ("image", "target")))
 
 
 # -- sets of packages -----------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def haar(model: Any) -> Any:
 
 
 def airbench(images: Any, classes: int) -> Any:
-    """The network of airbench94 (Jordan, 94 % on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024), 1.97 million weights.
+    """The network of airbench94 (Jordan, 94 % on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024).
 
     Its first kernels whiten patches of 2x2 pixels and stay as they are. Its other kernels begin as identities, as far
     as they go. Left out: the first epochs' training of the whitening's bias alone, and that batch norms' biases learn

@@ -1,11 +1,10 @@
 """The study of training recipes: networks and flags, by held-out accuracy after the same time, on nine data sets.
 
-Networks train in this process's children, without Ray, with the same steps as on training's workers. A run is told by
-the images that it sees in the time, at the rate of its recipe on all cores, so that other load does not change results.
+Networks train in this process's children, without Ray, with the same steps as on training's workers. The time of a
+run is counted in the images that it sees, at its recipe's rate on all cores, so that other load changes no result.
 """
 
 import functools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import data_sets, networks, runs
-from benchmarks.data_sets import DataSet
+from benchmarks import data_sets, networks, recipe_tables, runs
+from benchmarks.data_sets import DataSet, Labelled
+from benchmarks.recipe_tables import Study
 from benchmarks.trainer import Trained, make_config, train_network
 from cnnray.models.augment import Augmentations
-
-log = logging.getLogger(__name__)
+from cnnray.training import decisions
 
 SECONDS = 60
 """Time to train, on all cores."""
 SEEDS = (0, 1, 2)
+BEFORE, DEFAULT = "before", "resnet9_small"
+"""The recipe that was the default, with ten epochs, and the one that is (see `decisions`)."""
+PEERS = ("article", "timm", "airbench")
+_EPOCHS_BEFORE = 10
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ class Recipe:
 
 _LIGHT: dict[str, Any] = {"augment": "light", "learning_rate": 0.003, "weight_decay": 0.01, "batch_size": 64}
 _SMALL = {"architecture": "resnet9_small", **_LIGHT}
-_COLOURS = {"contrast": 0.2, "brightness": 0.1, "saturation": 0.2}
-_PHOTOGRAPHS = {"rotation": 0.03, "crop": 0.8, **_COLOURS}
+_COLOURS: dict[str, Any] = {"contrast": 0.2, "brightness": 0.1, "saturation": 0.2}
 
 RECIPES: dict[str, Recipe] = {
-    "before": Recipe({"architecture": "vgg_bn", **_LIGHT}, variant=lambda model, data: networks.usual_first_kernels(model)),
+    BEFORE: Recipe(
+        {"architecture": "vgg_bn", **_LIGHT}, variant=lambda model, data: networks.usual_first_kernels(model)
+    ),
     "resnet9_small": Recipe(_SMALL),
     "resnet9": Recipe({"architecture": "resnet9", **_LIGHT}),
     "article": Recipe(
@@ -53,7 +57,7 @@ RECIPES: dict[str, Recipe] = {
          "augmentations": Augmentations(rotation=0.1, zoom=0.1, contrast=0.1, translation=0.1)},
         variant=lambda model, data: networks.usual_first_kernels(model),
     ),
-    # timm's train.py with its defaults: SGD of 0.1 for 256 images, five epochs of warm-up, random crops, half mirrored.
+    # timm's train.py with its defaults: SGD of 0.1 for 256 images, random crops, changed colours, half mirrored.
     "timm": Recipe(
         {"architecture": "resnet9", "augment": "none", "optimizer": "sgd", "learning_rate": 0.025,
          "weight_decay": 2e-5, "label_smoothing": 0.1,
@@ -71,7 +75,9 @@ RECIPES: dict[str, Recipe] = {
     "no augmentation": Recipe(_SMALL | {"augment": "none"}),
     "shifts": Recipe(_SMALL | {"augment": "none", "augmentations": Augmentations(translation=0.1)}),
     "light, colours": Recipe(_SMALL | {"augmentations": Augmentations(**_COLOURS)}),
-    "crops, colours": Recipe(_SMALL | {"augment": "none", "augmentations": Augmentations(**_PHOTOGRAPHS)}),
+    "crops, colours": Recipe(
+        _SMALL | {"augment": "none", "augmentations": Augmentations(rotation=0.03, crop=0.8, **_COLOURS)}
+    ),
     "label smoothing 0.1": Recipe(_SMALL | {"label_smoothing": 0.1}),
     "learning rate 0.006": Recipe(_SMALL | {"learning_rate": 0.006}),
     "warm-up 0.2": Recipe(_SMALL, warmup=0.2),
@@ -82,9 +88,66 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
-def _load(name: str, npm: str) -> DataSet:
-    return data_sets.load(name, Path(npm))
+def measure(folder: Path, data: str | None = None) -> str:
+    """Run what is left of the study, ten hours in all on 2 cores.
+
+    Args:
+        folder: holds npm's packages (see `data_sets.NPM`); results are kept here, and the study goes on with them;
+            the chart `recipes.png` is written here.
+        data: the user's labelled images. If given, only they are learned, by the default, the former one and peers.
+
+    Returns:
+        Markdown tables.
+    """
+    compared = [BEFORE, DEFAULT, *PEERS]
+    candidates = [] if data else [name for name in RECIPES if name not in (BEFORE, *PEERS)]
+    recipes = list(dict.fromkeys([*compared, *candidates]))
+    rates = runs.complete(folder / "rates.jsonl", [(name,) for name in recipes], measure_rate, processes=1)
+    sets = [data] if data else data_sets.NAMES
+    images = {set_: len(data_sets.load(set_, folder).train.targets) for set_ in sets}
+
+    def run(recipes: dict[str, Callable[[str], int]]) -> Study:
+        keys = {
+            (set_, name, seed): (set_, name, seed, epochs(set_))
+            for seed in SEEDS
+            for name, epochs in recipes.items()
+            for set_ in images
+        }
+        results = runs.complete(
+            folder / "recipes.jsonl", keys.values(), functools.partial(measure_accuracy, npm=folder)
+        )
+        curves = {of: results[key] for of, key in keys.items()}
+        return Study(curves, {name: rates[name,]["images_per_second"] for name in recipes})
+
+    def in_time(name: str) -> Callable[[str], int]:
+        per_second: float = rates[name,]["images_per_second"]
+        # The nearest number of epochs, rounded up.
+        return lambda set_: max(1, math.ceil(SECONDS * per_second / images[set_] - 0.5))
+
+    same_time = run({name: in_time(name) for name in recipes})
+    own_time = run({BEFORE: lambda set_: _EPOCHS_BEFORE, DEFAULT: lambda set_: _decided_epochs(images[set_])})
+    recipe_tables.draw(same_time, compared, folder / "recipes.png")
+    tables = [recipe_tables.accuracies(same_time), recipe_tables.times(own_time, BEFORE, DEFAULT)]
+    if candidates:
+        tables.append(recipe_tables.leave_one_set_out(same_time, BEFORE, candidates))
+    return "\n\n".join(tables)
+
+
+def measure_rate(name: str) -> dict[str, Any]:
+    """The rate at which a recipe trains on all threads of this process, in images/s: the best of eight epochs."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (640, data_sets.SIZE, data_sets.SIZE, 3), np.uint8)
+    some = Labelled(images, np.arange(len(images)) % 10)
+    passed = _train(RECIPES[name], DataSet(some, some.subset(slice(64))), 9, 0).epochs
+    seconds = np.diff([each.seconds for each in passed])
+    return {"images_per_second": float(len(images) / seconds.min())}
+
+
+def measure_accuracy(set_: str, name: str, seed: int, epochs: int, *, npm: Path) -> dict[str, Any]:
+    """Train on a set; the accuracy of the bundle, and of each epoch the images seen so far, losses and accuracy."""
+    trained = _train(RECIPES[name], data_sets.load(set_, npm), epochs, seed)
+    passed = [[each.images, each.loss, each.held_out_loss, each.accuracy] for each in trained.epochs]
+    return {"accuracy": trained.accuracy, "epochs": passed}
 
 
 def _train(recipe: Recipe, data: DataSet, epochs: int, seed: int) -> Trained:
@@ -95,44 +158,6 @@ def _train(recipe: Recipe, data: DataSet, epochs: int, seed: int) -> Trained:
     return train_network(config, data.train, data.held_out, variant=lambda model: recipe.variant(model, data))
 
 
-def measure_rate(name: str) -> dict[str, Any]:
-    """The rate at which a recipe trains on all threads of this process, in images/s: the best of eight epochs."""
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (640, data_sets.SIZE, data_sets.SIZE, 3), np.uint8)
-    some = data_sets.Labelled(images, np.arange(len(images)) % 10)
-    passed = _train(RECIPES[name], DataSet(some, some.subset(slice(64))), 9, 0).epochs
-    seconds = np.diff([each.seconds for each in passed])
-    return {"images_per_second": float(len(images) / seconds.min())}
-
-
-def measure_accuracy(set_: str, name: str, seed: int, epochs: int, *, npm: str) -> dict[str, Any]:
-    """Train on a set, and give the accuracy of the bundle, and what stood after each epoch."""
-    trained = _train(RECIPES[name], _load(set_, npm), epochs, seed)
-    passed = [[each.images, each.loss, each.held_out_loss, each.accuracy] for each in trained.epochs]
-    return {"accuracy": trained.accuracy, "epochs": passed}
-
-
-def epochs_in(seconds: float, images_per_second: float, images: int) -> int:
-    """The epochs that fill the time, at least one."""
-    return max(1, math.ceil(seconds * images_per_second / images - 0.5))
-
-
-def measure(folder: Path) -> str:
-    """Run what is left of the study.
-
-    Args:
-        folder: holds npm's packages (see `data_sets.NPM`); results are kept here, and the study goes on with them.
-
-    Returns:
-        Markdown tables.
-    """
-    rates = runs.complete(folder / "rates.jsonl", [(name,) for name in RECIPES], measure_rate, processes=1)
-    keys = []
-    for seed in SEEDS:
-        for name in RECIPES:
-            for set_ in data_sets.NAMES:
-                images = len(_load(set_, str(folder)).train.targets)
-                epochs = epochs_in(SECONDS, rates[name,]["images_per_second"], images)
-                keys.append((set_, name, seed, epochs))
-    runs.complete(folder / "recipes.jsonl", keys, functools.partial(measure_accuracy, npm=str(folder)))
-    return ""
+def _decided_epochs(images: int) -> int:
+    facts = decisions.DataFacts(images=images, classes=10, side=data_sets.SIZE)
+    return decisions.decide(make_config(), facts)[0].epochs

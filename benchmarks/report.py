@@ -54,6 +54,12 @@ def accuracy_line(setup: str, label: str, accuracies: list[float]) -> str:
     return f"| {setup} | {label} | {by_seed} | **{statistics.mean(accuracies):.4f}** |"
 
 
+def mean_and_spread(accuracies: list[float]) -> str:
+    """The mean over the seeds, and the standard deviation where there are several."""
+    mean = f"{statistics.mean(accuracies):.3f}"
+    return mean if len(accuracies) < 2 else f"{mean} ± {statistics.stdev(accuracies):.3f}"
+
+
 @dataclass(frozen=True)
 class BareLoops:
     """How bare loops run: only on the machine of the benchmark, with one process per core."""

@@ -3,7 +3,21 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import causes, export, ingest, load, predict, projection, recipes, report, scale, serve, train
+from benchmarks import (
+    causes,
+    export,
+    few_images,
+    ingest,
+    load,
+    predict,
+    projection,
+    recipes,
+    report,
+    scale,
+    serve,
+    small_networks,
+    train,
+)
 from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray import cluster
@@ -11,6 +25,12 @@ from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.images import stream
 
+_STUDIES = {
+    "formats": export.measure_formats,
+    "causes": causes.measure,
+    "few-images": few_images.measure,
+    "small-networks": small_networks.measure,
+}
 _NEEDS_CLUSTER = ("ingest", "train", "predict", "scale", "all")
 
 
@@ -44,12 +64,10 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
             is for the user.
     """
     result = Result()
-    if measure == "formats":
-        result.tables.append(export.measure_formats(folder))
-    if measure == "causes":
-        result.tables.append(causes.measure())
     if measure == "recipes":
-        result.tables.append(recipes.measure(folder))
+        result.tables.append(recipes.measure(folder, data))
+    if measure in _STUDIES:
+        result.tables.append(_STUDIES[measure](folder))
     if measure in ("serve", "scale", "all"):
         load.require_wrk()
     if measure in _NEEDS_CLUSTER:

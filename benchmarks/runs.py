@@ -28,7 +28,7 @@ def complete(
         file: JSON lines, one for each run.
         keys: of the runs, in the order in which they are begun.
         run: a function of a module; its arguments are the parts of a key, its result JSON values.
-        processes: how many run at once, with as many threads each as cores are left for them; None: one for each core.
+        processes: how many run at once, each with its share of the cores as threads; None: one for each core.
 
     Returns:
         The result of each key.

@@ -57,6 +57,7 @@ def train_network(
     *,
     weights: Path | None = None,
     teacher: Any = None,
+    evaluate_every: int = 1,
     variant: Callable[[Any], Any] = lambda model: model,
 ) -> Trained:
     """Train like a run with one worker. Flags that are null are decided as in a run.
@@ -67,6 +68,8 @@ def train_network(
         held_out: images to validate on.
         weights: file of weights that the backbone begins with.
         teacher: a network to learn from, too.
+        evaluate_every: epochs between evaluations on the held-out images; the last epoch of a phase is always
+            evaluated. An epoch that is not evaluated leaves no `Passed`, and cannot be the best.
         variant: gives another network in place of the one that the config describes.
     """
     import keras
@@ -85,14 +88,14 @@ def train_network(
     class_weights = recipe.class_weights(decided, counts)
     steps = VariantSteps(decided, len(counts), weights=weights, teacher=teacher, class_weights=class_weights)
     bounds = epoch.step_bounds(len(train.targets), decided.batch_size)
-    per_epoch, zeros, seconds = len(bounds) - 1, 0.0, 0.0
+    per_epoch, number, zeros, seconds = len(bounds) - 1, 0, 0.0, 0.0
     passed: list[Passed] = []
     best: tuple[float, Any] = (np.inf, None)
     phases = decided.resolved_phases
     for phase in phases:
         steps.begin(phase, per_epoch)
         for phase_epoch in range(phase.passes):
-            number, started, losses = len(passed), time.perf_counter(), 0.0
+            started, losses = time.perf_counter(), 0.0
             order = epoch.order(decided.seed, number, len(train.targets))
             for step in range(per_epoch):
                 steps.prune_at(phase_epoch * per_epoch + step, per_epoch, phase, zeros)
@@ -100,9 +103,11 @@ def train_network(
                 losses += steps.train(train.images[rows], train.targets[rows], position=(number, step, 0)).loss
             steps.update_inference()
             seconds += time.perf_counter() - started
+            number += 1
+            if number % evaluate_every and phase_epoch < phase.passes - 1:
+                continue
             loss, accuracy = _evaluate(steps, held_out)
-            images = (number + 1) * len(train.targets)
-            passed.append(Passed(images, seconds, losses / len(train.targets), loss, accuracy))
+            passed.append(Passed(number * len(train.targets), seconds, losses / len(train.targets), loss, accuracy))
             if phase is phases[-1] and not (phase.sparsity and phase_epoch < phase.passes / 2) and loss < best[0]:
                 best = loss, steps.inference.get_weights()
         zeros = max(zeros, phase.sparsity)

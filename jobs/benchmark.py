@@ -9,8 +9,9 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", "formats", "recipes", "causes", "all")
-_WITH_OWN_IMAGES = ("export", "serve", "formats", "causes")
+_STUDIES = ("formats", "recipes", "causes", "few-images", "small-networks")
+MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
+_WITH_OWN_IMAGES = ("export", "serve", "formats", "causes", "few-images", "small-networks")
 """Measurements that always use their own images."""
 
 
@@ -21,8 +22,9 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="scale: increasing numbers of workers, and a projection; all: everything except formats, recipes and "
-        "causes, which take 20 to 60 minutes each",
+        help="scale: increasing numbers of workers, and a projection; all: everything except formats, recipes, "
+        "causes, few-images and small-networks, which take half an hour to ten hours each; recipes, causes and "
+        "few-images go on with the results in --folder",
     )
     parser.add_argument(
         "--data",

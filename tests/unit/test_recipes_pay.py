@@ -2,14 +2,23 @@
 
 import numpy as np
 
-from benchmarks import few_images
-from benchmarks.data_sets import load_digits, split
+from benchmarks.data_sets import Labelled, load_digits, split
 from benchmarks.trainer import make_config, measure_accuracy, train_network
 
 
 def test_transfer_pays(tmp_path):
-    accuracies = few_images.measure_transfer(tmp_path, (0,), epochs=4, fine_tuning=(8,))
-    from_random, transferred = (values[0] for values in accuracies.values())
+    data = load_digits()
+    low, high = data.subset(data.targets < 5), data.subset(data.targets >= 5)
+    high = Labelled(high.images, high.targets - 5)
+    weights = tmp_path / "model.keras"
+    train_network(make_config(architecture="small_cnn", epochs=4), low, low, evaluate_every=4).model.save(weights)
+    few = np.concatenate([np.flatnonzero(high.targets == target)[:10] for target in range(5)])
+    others = np.setdiff1d(np.arange(len(high.targets)), few)
+    config = make_config(architecture="small_cnn", epochs=8, batch_size=10)
+    from_random, transferred = (
+        train_network(config, high.subset(few), high.subset(others), weights=start).accuracy
+        for start in (None, weights)
+    )
     assert transferred > from_random + 0.05
 
 

@@ -11,7 +11,7 @@ help:  ## Show this list.
 
 install: .venv/installed  ## Make .venv from the lock file.
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock pyproject.toml native/resize.c
 	@$(BIN)/python $(SUPPORTED) && exit; \
 	for python in $(PYTHON); do $$python $(SUPPORTED) && exec $$python -m venv --clear .venv; done; \
 	echo "cnnray needs Python 3.11 to 3.13 with its module venv (python3.13-venv on Debian): install it, or name it with \

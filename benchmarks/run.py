@@ -9,6 +9,7 @@ from benchmarks import (
     few_images,
     ingest,
     load,
+    pixels,
     predict,
     projection,
     recipes,
@@ -80,6 +81,8 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
             stream.silence_progress()
             result.cluster = report.describe_cluster(resources)
             _measure_on_cluster(result, measure, photos, resources)
+    if measure in ("pixels", "all"):
+        result.comparisons += pixels.measure()
     if measure in ("export", "all"):
         result.comparisons += export.measure(folder)
     if measure in ("serve", "all"):

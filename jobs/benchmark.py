@@ -10,8 +10,8 @@ from cnnray import commandline, flags
 from cnnray.images import storage
 
 _STUDIES = ("formats", "recipes", "causes", "few-images", "small-networks")
-MEASURES = ("ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
-_WITH_OWN_IMAGES = ("export", "serve", "formats", "causes", "few-images", "small-networks")
+MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
+_WITH_OWN_IMAGES = ("pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
 """Measurements that always use their own images."""
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images.containers import Source
-from cnnray.images.decode import MAX_BYTES, BadImage, ResizeRule, decode
+from cnnray.images.decode import MAX_BYTES, BadImage, decode
+from cnnray.images.resize import ResizeRule
 from cnnray.images.retries import Attempts
 
 _THREADS = {"local": 4, "remote": 16}

@@ -10,8 +10,8 @@ import pyarrow as pa
 import ray.data
 
 from cnnray.images import checks, containers, reading, storage
-from cnnray.images.decode import ResizeRule
 from cnnray.images.reading import Batch
+from cnnray.images.resize import ResizeRule
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import cnnray
 from cnnray.errors import BadInputError
 from cnnray.images import storage
-from cnnray.images.decode import RESIZE_RULES, ResizeRule
+from cnnray.images.resize import RESIZE_RULES, ResizeRule
 from cnnray.models import startup
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from cnnray.images.decode import ResizeRule
+from cnnray.images.resize import ResizeRule
 
 _ORIENTATIONS = (b"\x12\x01\x03\x00\x01\x00\x00\x00", b"\x01\x12\x00\x03\x00\x00\x00\x01\x00")
 """The bytes before the orientation value in EXIF (tag, type and count), for each byte order."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
-from cnnray.images.decode import ResizeRule
+from cnnray.images.resize import ResizeRule
 from cnnray.models import architectures
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Augmentations, Strength, check_alternatives

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from cnnray import cluster
 from cnnray.images import containers
 from cnnray.images import manifest as manifests
-from cnnray.images.decode import ResizeRule
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch
+from cnnray.images.resize import ResizeRule
 from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.plan import Shares
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -205,11 +206,13 @@ def _tag(instance, key):
 def node(tmp_path):
     """A node's shell as Ray's ssh gives it; what stands for a program notes its arguments and its environment."""
     home, programs = tmp_path / "home", tmp_path / "bin"
-    (home / ".local" / "bin").mkdir(parents=True)
+    for folder in (".local", "venv"):
+        (home / folder / "bin").mkdir(parents=True)
+    (home / "venv" / "bin" / "python").symlink_to(sys.executable)
     (home / ".bashrc").touch()
     programs.mkdir()
     note = tmp_path / "calls"
-    for path in [programs / name for name in ("ray", "sudo", "python3")] + [home / ".local" / "bin" / "uv"]:
+    for path in [programs / name for name in ("ray", "sudo", "python3", "gcc")] + [home / ".local" / "bin" / "uv"]:
         path.write_text(
             f"#!{sys.executable}\nimport json, os, sys\n"
             f"line = json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], dict(os.environ)])\n"
@@ -259,6 +262,11 @@ def test_set_up_installs_what_the_lock_file_says(node):
         assert "--require-hashes" in installs[0]
         assert ["-m", "pip", "install", "--quiet", "--user", f"uv=={locked['uv']}"] in [call[1] for call in calls]
         assert f"~/cnnray/{lock}" in written()["file_mounts"]
+        (compilation,) = [call[1] for call in calls if call[0] == "gcc"]
+        assert compilation[-3:] == [
+            f"{node.home}/cnnray/native/resize.c", "-o", f"{node.home}/cnnray/_cnnray_resize.abi3.so",
+        ]  # fmt: skip
+        assert f"-I{sysconfig.get_path('include')}" in compilation
         # The second time: with a GPU, and after a first set-up.
         (node.programs / "nvidia-smi").write_text("#!/bin/sh\n")
         (node.programs / "nvidia-smi").chmod(0o755)

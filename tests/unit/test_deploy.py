@@ -266,7 +266,8 @@ def _sent_to_docker(path: str) -> bool:
 
 
 def test_the_image_holds_the_locked_packages_and_the_code():
-    (base,), (argument,) = _arguments("FROM"), _arguments("ARG")
+    (compiler, base), (argument,) = _arguments("FROM"), _arguments("ARG")
+    assert compiler == [*base, "AS", "compiler"]
     supported = re.findall(r"python(3\.\d+)", re.search(r"PYTHON \?= .*", (REPOSITORY / "Makefile").read_text())[0])
     assert re.fullmatch(r"python:(3\.\d+)-.+", base[0])[1] in supported
     assert argument == ["LOCK=requirements.lock"]
@@ -274,6 +275,9 @@ def test_the_image_holds_the_locked_packages_and_the_code():
     assert install[-2:] == ["--requirement", "${LOCK}"]
     assert "--require-hashes" in install
     for words in _arguments("COPY"):
+        if words[0] == "--from=compiler":
+            assert f"-o {words[1]}" in (DEPLOY / "Dockerfile").read_text()
+            continue
         for source in words[:-1]:
             for lock in LOCKS:
                 assert (REPOSITORY / source.replace("${LOCK}", lock)).exists(), source
@@ -286,7 +290,7 @@ def test_the_image_holds_the_locked_packages_and_the_code():
 
 
 def test_docker_receives_only_the_files_of_the_image():
-    for path in (*LOCKS, "cnnray/cluster.py", "cnnray/serving/page.html", "jobs/train.py"):
+    for path in (*LOCKS, "cnnray/cluster.py", "cnnray/serving/page.html", "jobs/train.py", "native/resize.c"):
         assert (REPOSITORY / path).exists()
         assert _sent_to_docker(path), path
     for path in (".git/config", ".venv/bin/python", "demo/x.png", "tests/conftest.py", "cnnray/__pycache__/x.pyc"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cnnray.images.decode import RESIZE_RULES, decode
+from cnnray.images.decode import decode
+from cnnray.images.resize import RESIZE_RULES
 from cnnray.models import graph_decode
 from tests.awkward import awkward_images, bad_images
 

@@ -22,8 +22,9 @@ def install(tmp_path):
         (programs / tool).symlink_to(shutil.which(tool))
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
-        shutil.copy(REPOSITORY / name, project)
+    (project / "native").mkdir()
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", "native/resize.c"):
+        shutil.copy(REPOSITORY / name, project / name)
 
     def run(pythons, *arguments, keep=False):
         """

@@ -124,6 +124,13 @@ def starts_own() -> bool:
     return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
 
 
+def is_own() -> bool:
+    """Whether this process has started the Ray that it is connected to, which then ends with it."""
+    from ray._private import worker
+
+    return bool(worker._global_node and worker._global_node.all_processes)
+
+
 def submitted_environment() -> dict[str, Any]:
     """The runtime environment of a job that `ray job submit` started; empty for any other job."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
@@ -131,10 +138,13 @@ def submitted_environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[Resources]:
+def connected(*, dashboard: bool = False) -> Iterator[Resources]:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine for as long as the context lasts.
 
     RAY_ADDRESS is set for jobs of `ray job submit`. An existing connection is used, and left open.
+
+    Args:
+        dashboard: whether to start the dashboard, too, where a cluster is started.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -144,26 +154,10 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    submitted = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
-    # Jobs show progress of their own, also for datasets that are read in an actor.
-    variables = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"} | storage.cluster_environment()
-    # Without the address, Ray Train's own actors look for a cluster on their machine. If there are several, they may
-    # find another one, and the CPUs of a stopped trial then stay reserved for ever.
-    variables["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or own_address()
-    variables = {name: value for name, value in variables.items() if name not in submitted}
-    if starts_own():
-        # This machine will not be preempted, and Ray Train's watcher would log an error.
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # Ray would end idle processes beyond one per CPU, and start them again (1 to 2 s) for every epoch's tasks.
-        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * usable_cpus()))
-        # Ray waits a minute for a restart of its control service, which nobody restarts here.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    # The end of a training is seen so soon; by default after two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            runtime_env={"env_vars": variables},
-            logging_level=logging.ERROR,
-        )
+        context = _start(dashboard) if starts_own() else _connect()
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         address = os.environ.get("RAY_ADDRESS")
@@ -176,6 +170,8 @@ def connected() -> Iterator[Resources]:
         available = resources()
         nodes = len(available.nodes)
         log.info("Ray %s: %d node(s), %g CPUs, %g GPUs", ray.__version__, nodes, available.cpus, available.gpus)
+        if dashboard and context.dashboard_url:
+            log.info("Ray's dashboard: http://%s", context.dashboard_url)
         yield available
     except Exception as error:
         if dead := _dead_processes():
@@ -187,6 +183,49 @@ def connected() -> Iterator[Resources]:
     finally:
         shut_down()
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
+
+
+# Jobs show progress of their own, also for datasets that are read in an actor.
+_OF_WORKERS = {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+
+def _connect() -> Any:
+    """Connect to the cluster of RAY_ADDRESS."""
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    submitted = submitted_environment().get("env_vars", {})  # Ray refuses to set these again
+    # Without the address, Ray Train's own actors look for a cluster on their machine. If there are several, they may
+    # find another one, and the CPUs of a stopped trial then stay reserved for ever.
+    variables = _OF_WORKERS | storage.cluster_environment() | {"RAY_ADDRESS": address}
+    return ray.init(
+        address=address,
+        runtime_env={"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
+        logging_level=logging.ERROR,
+    )
+
+
+def _start(dashboard: bool) -> Any:
+    """Start Ray on this machine. Its processes inherit this one's environment, and need no runtime environment."""
+    import ray
+
+    # This machine will not be preempted, and Ray Train's watcher would log an error.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # as Ray Train sets it for its controller
+    # Ray would end idle processes beyond one per CPU, and start them again (1 to 2 s) for every epoch's tasks.
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * usable_cpus()))
+    # Ray waits a minute for a restart of its control service, which nobody restarts here.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    variables = _OF_WORKERS | {"RAY_ADDRESS": own_address()}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        return ray.init(address="local", include_dashboard=dashboard, logging_level=logging.ERROR)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _dead_processes() -> list[str]:

@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if other is not None:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
         _warn_about_training_images(manifest, bundle)
-        with cluster.connected():
+        with cluster.connected(dashboard=config.dashboard):
             # All checks have passed: only now is anything written or deleted.
             _begin_output(config, manifest.drop_columns(["id"]))
             predict_config = config.predict_config(storage.join(config.output, MANIFEST))
@@ -125,7 +125,7 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
         log.info("checking without labels: %s", error)
         manifest = manifests.build_manifest(config.data, labelled=False)
     log.info("%d images", len(manifest))
-    with cluster.connected() as resources:
+    with cluster.connected(dashboard=config.dashboard) as resources:
         paths.check_shared(resources, [containers.containing_file(manifest["uri"][0].as_py())])
         stream.silence_progress()
         checked = stream.check(manifest, _cpus_per_task(resources), keep_unavailable=config.skip_unreadable)

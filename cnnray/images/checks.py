@@ -1,7 +1,7 @@
 """Find problems of a data set: images in two splits or under two labels, unreadable images, odd sizes, small classes.
 
 Copies are found by a hash of their bytes. Near copies (encoded again, resized) are found by a perceptual hash
-(`imagehash.phash`: the signs of the lowest frequencies), and confirmed by comparing small grey pictures of both.
+(the lowest frequencies, above or below their median), and confirmed by comparing small grey pictures of both.
 """
 
 import hashlib
@@ -14,15 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import imagehash
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import scipy.sparse.csgraph
 from PIL import Image
 
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, reading
+from cnnray.images import containers, reading, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.reading import load_bytes, threads_for
@@ -33,11 +31,16 @@ FEW = 20
 """A class with fewer training images counts as small."""
 MAX_AUTOMATIC = 50_000
 """Images up to which training and evaluation check their data by themselves."""
+FEW_IMAGES = 4096
+"""Images up to which one process reads them itself: Ray's tasks would take longer to start."""
 
 _IMAGES_AT_ONCE = 64
 """Images whose results one table of `examine` holds."""
 _DECODED_SIZE, _PICTURE_SIZE = 64, 16
 """Height and width in pixels that images are decoded to, and of the small grey pictures."""
+_HASHED_SIZE = 32
+_COSINES = np.cos(np.pi / _HASHED_SIZE * np.outer(np.arange(8), np.arange(_HASHED_SIZE) + 0.5))
+"""The eight lowest frequencies of a discrete cosine transform (type 2)."""
 _MAX_BITS, _MAX_LEVELS = 4, 6.0
 """Largest differences between near copies: bits of the 64-bit hash, and the root mean square in grey levels."""
 _BANDS = _MAX_BITS + 1
@@ -98,18 +101,19 @@ class CheckResult:
 # -- one image ------------------------------------------------------------------------------------------------
 
 
-def examine(table: pa.Table) -> Iterator[pa.Table]:
+def examine(table: pa.Table, sources: Iterator[Source] | None = None) -> Iterator[pa.Table]:
     """Read images, and extract what the checks need of each, in order.
 
     Args:
         table: rows of a manifest.
+        sources: one for each row (see `containers.encoded`); None for those of the table's uris.
 
     Yields:
         tables of `SCHEMA`.
     """
     if not len(table):
         return
-    sources = containers.encoded(table["uri"].to_pylist())
+    sources = containers.encoded(table["uri"].to_pylist()) if sources is None else sources
     ids = table["id"].to_pylist()
     with ThreadPoolExecutor(threads_for(table["uri"][0].as_py())) as pool:
         for start in range(0, len(ids), _IMAGES_AT_ONCE):
@@ -129,12 +133,11 @@ def _examine_image(source: Source) -> dict[str, Any]:
     except CnnrayError as error:
         return {"error": reading.unavailable(error)}
     grey = Image.fromarray(pixels).convert("L")
-    bits = np.packbits(imagehash.phash(grey).hash)
     return {
         "width": width,
         "height": height,
         "digest": hashlib.blake2b(data, digest_size=16).digest(),
-        "hash": int(bits.view(">u8")[0]),
+        "hash": _perceptual_hash(grey),
         "picture": grey.resize((_PICTURE_SIZE, _PICTURE_SIZE), Image.Resampling.BOX).tobytes(),
     }
 
@@ -142,13 +145,27 @@ def _examine_image(source: Source) -> dict[str, Any]:
 # -- all images ----------------------------------------------------------------------------------------------
 
 
-def check(manifest: pa.Table, examined: pa.Table) -> CheckResult:
+def _perceptual_hash(grey: Image.Image) -> int:
+    """Which of the 64 lowest frequencies of an image are above their median, as 64 bits: pHash (Zauner 2010)."""
+    pixels = np.asarray(grey.resize((_HASHED_SIZE, _HASHED_SIZE), Image.Resampling.LANCZOS), np.float64)
+    low = _COSINES @ pixels @ _COSINES.T
+    return int(np.packbits(low > np.median(low)).view(">u8")[0])
+
+
+def check(manifest: pa.Table, examined: pa.Table, *, keep_unavailable: bool = False) -> CheckResult:
     """Find out what is wrong with the images of a manifest.
 
     Args:
         manifest: rows with `id`, `uri`, `label` and `split`.
         examined: the rows that `examine` gave for them, in any order.
+        keep_unavailable: whether images whose storage is in trouble count as unreadable.
+
+    Raises:
+        UnavailableError: storage is in trouble, and `keep_unavailable` is not set.
     """
+    unavailable = examined["error"].filter(reading.is_unavailable(examined["error"]))
+    if len(unavailable) and not keep_unavailable:
+        raise storage.UnavailableError(f"{len(unavailable)} of {len(examined)} images are {unavailable[0]}")
     examined = examined.sort_by("id")
     assert examined["id"].equals(manifest["id"])
     uris, labels, splits = (manifest[name].to_pylist() for name in ("uri", "label", "split"))
@@ -229,6 +246,8 @@ def _near_copies(
                     # A few links for each image are enough to connect a large group.
                     others = others[np.sqrt((difference**2).mean(1)) <= _MAX_LEVELS][:_MAX_LINKS]
                     links.append(np.stack([np.full(len(others), row), others], 1))
+    import scipy.sparse.csgraph  # half a second
+
     first, second = np.concatenate(links).T
     size = max(len(rows), 1)
     graph = scipy.sparse.coo_array((np.ones(len(first), np.bool_), (first, second)), (size, size))

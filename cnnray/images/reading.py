@@ -79,6 +79,33 @@ def decoded_blocks(
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
 
+def loaded(table: pa.Table, rows: int) -> Iterator[tuple[pa.Table, list[Source]]]:
+    """Read the images of a manifest in this process, some rows at a time, for several uses of the same bytes.
+
+    Args:
+        table: rows with `uri`.
+        rows: most rows at a time; their encoded images are held in memory.
+
+    Yields:
+        the rows, and their encoded images, or what is wrong with them, as sources.
+    """
+    if not len(table):
+        return
+    uris = table["uri"].to_pylist()
+    sources = containers.encoded(uris)
+    with ThreadPoolExecutor(threads_for(uris[0])) as pool:
+        for start in range(0, len(table), rows):
+            part = table.slice(start, rows)
+            yield part, list(pool.map(_bytes_or_error, itertools.islice(sources, len(part))))
+
+
+def _bytes_or_error(source: Source) -> Source:
+    try:
+        return load_bytes(source)
+    except CnnrayError as error:
+        return error
+
+
 def threads_for(uri: str) -> int:
     """The number of threads that read images from the storage of this one."""
     return _THREADS["local" if storage.is_local(uri) else "remote"]
@@ -91,6 +118,14 @@ def prefetched(items: Iterator[Item]) -> Iterator[Item]:
         while (item := upcoming.result()) is not None:
             upcoming = pool.submit(next, items, None)
             yield item
+
+
+def concatenated(parts: list[Batch]) -> Batch:
+    """Several batches, at least one, as one."""
+    filled = [part for part in parts if len(part["id"])] or parts[-1:]
+    if len(filled) == 1:
+        return filled[0]
+    return {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}
 
 
 def image_sizes(table: pa.Table) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from cnnray.images import checks, containers, reading, storage
+from cnnray.images import checks, containers, reading
 from cnnray.images.reading import Batch
 from cnnray.images.resize import ResizeRule
 
@@ -75,14 +75,15 @@ def check(manifest: pa.Table, cpus_per_task: float = 1.0, *, keep_unavailable: b
     Raises:
         UnavailableError: storage is in trouble, and `keep_unavailable` is not set.
     """
-    examined = from_ranges(manifest.select(["id", "uri"]), split_rows(manifest["uri"], ROWS_PER_BLOCK)).map_batches(
-        checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task
-    )
-    rows = pa.concat_tables(examined.iter_batches(batch_size=None, batch_format="pyarrow"))
-    unavailable = rows["error"].filter(reading.is_unavailable(rows["error"]))
-    if len(unavailable) and not keep_unavailable:
-        raise storage.UnavailableError(f"{len(unavailable)} of {len(rows)} images are {unavailable[0]}")
-    return checks.check(manifest, rows)
+    rows = manifest.select(["id", "uri"])
+    if len(rows) <= checks.FEW_IMAGES:
+        examined = pa.concat_tables(checks.examine(rows))
+    else:
+        dataset = from_ranges(rows, split_rows(rows["uri"], ROWS_PER_BLOCK)).map_batches(
+            checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task
+        )
+        examined = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return checks.check(manifest, examined, keep_unavailable=keep_unavailable)
 
 
 def check_if_small(
@@ -191,13 +192,6 @@ def rebatch(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
             held = block
         parts.append({name: values[:size] for name, values in held.items()})
         held = {name: values[size:] for name, values in held.items()}
-        yield _concatenated(parts)
+        yield reading.concatenated(parts)
     if len(held["id"]) or next(blocks, None) is not None:
         raise RuntimeError("The stream has more rows than the sizes ask for.")
-
-
-def _concatenated(parts: list[Batch]) -> Batch:
-    filled = [part for part in parts if len(part["id"])] or parts[-1:]
-    if len(filled) == 1:
-        return filled[0]
-    return {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}

@@ -37,6 +37,8 @@ class InferenceOptions:
     skip_unreadable: bool = False
     """Give images whose storage is in trouble after several attempts (throttled, not reachable, credentials that do
     not work) a row with an error. Otherwise they have no row, and the same command goes on with them."""
+    dashboard: bool = False
+    """Start Ray's dashboard where the job starts a Ray of its own, and log its address."""
 
     def __post_init__(self) -> None:
         """

@@ -72,7 +72,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
         log.info("%d images, %d of them done", len(manifest), resumed)
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
-            with cluster.connected():
+            with cluster.connected(dashboard=config.dashboard):
                 plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
                 paths.check_shared(
                     cluster.resources(), [config.bundle, containers.containing_file(manifest["uri"][0].as_py())]
@@ -113,7 +113,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     manifest = resume.read_manifest(config) if earlier else build_manifest(config)
     parts = resume.plan_parts(config, manifest)
     resumed = parts.row_count(parts.written() if earlier else set())
-    with cluster.connected():
+    with cluster.connected(dashboard=config.dashboard):
         plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
     sample = _sample(manifest)
     worker = pipeline.Worker(plan, bundle.version)

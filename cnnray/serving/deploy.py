@@ -148,7 +148,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
         if own_ray:
             _prepare_environment(Path(folder))
-        with cluster.connected() as resources:
+        with cluster.connected(dashboard=True) as resources:
             paths.check_shared(resources, [model.uri for model in config.settings.models])
             if own_ray:
                 for number in (signal.SIGINT, signal.SIGTERM):

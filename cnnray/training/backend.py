@@ -1,4 +1,4 @@
-"""Makes Ray Train's workers those of TensorFlow: `TF_CONFIG` gets the addresses of all.
+"""Ray Train's parts: a trainer, and workers that are those of TensorFlow: `TF_CONFIG` gets the addresses of all.
 
 Ray's own `ray.train.tensorflow` does the same, but imports TensorFlow into the driver and the controller too
 (five seconds each) and asks for Keras 2 (`TF_USE_LEGACY_KERAS`).
@@ -13,6 +13,52 @@ from typing import Any
 
 import ray
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from cnnray import cluster
+
+
+class Trainer(DataParallelTrainer):
+    """Ray Train's, without processes that it does not need: each takes one to three seconds of a CPU to start."""
+
+    def __init__(self, *arguments: Any, reads: bool, **options: Any) -> None:
+        """
+        Args:
+            arguments: see `DataParallelTrainer`.
+            reads: whether the workers read with Ray Data.
+            options: see `DataParallelTrainer`.
+        """
+        super().__init__(*arguments, **options)
+        self._is_alone = cluster.is_own() and not reads
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # The workers make their datasets themselves. What frees their resources if the job dies asks the dashboard
+        # whether it lives, and is not needed where Ray ends with the job.
+        unneeded = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.is_own() else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if not self._is_alone or type(options["scaling_policy"]) is not FixedScalingPolicy:
+            return super()._initialize_and_run_controller(**options)
+        options["scaling_policy"] = _AloneScalingPolicy(self.scaling_config)
+        # Without a runtime environment of its own, it takes one of the processes that Ray starts ahead.
+        controller = ray.remote(num_cpus=0)(TrainController).remote(**options)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _AloneScalingPolicy(FixedScalingPolicy):
+    """Does not tell Ray Data's coordinator of the workers: nothing else wants resources, and nobody can add them."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 @dataclass

@@ -278,6 +278,8 @@ class ClusterConfig:
     """Steps between checkpoints inside an epoch; null: at the end of each epoch only."""
     max_failures: int = 3
     """Lost workers that a run survives, each from the last checkpoint."""
+    dashboard: bool = field(default=False, metadata=rules(searchable=False, tracked=False))
+    """Start Ray's dashboard where the job starts a Ray of its own, and log its address."""
 
     def __post_init__(self) -> None:
         """

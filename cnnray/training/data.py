@@ -15,16 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import containers
+from cnnray.images import checks, containers, reading
 from cnnray.images import manifest as manifests
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
-from cnnray.images.reading import Batch
+from cnnray.images.reading import Batch, concatenated
 from cnnray.images.resize import ResizeRule
 from cnnray.training.config import DecidedConfig, TrainConfig
 from cnnray.training.plan import Shares
 
 log = logging.getLogger(__name__)
+
+_USED_SPLITS = ("train", "validation")
+_BLOCK_COLUMNS = ("id", "target", "image", "error", "uri")
+_FEW_BYTES = 2**28
+"""Most bytes of decoded images that `read_few` keeps."""
+_ROWS_AT_ONCE = 64
+"""Encoded images that `read_few` holds."""
 
 
 def build_run_manifest(config: TrainConfig) -> pa.Table:
@@ -67,8 +74,57 @@ def log_counts(manifest: pa.Table) -> None:
     )
 
 
-def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> None:
+@dataclass(frozen=True)
+class FewImages:
+    """What one pass over a small data set in this process finds."""
+
+    examined: pa.Table | None
+    """See `checks.examine`; None where they are not checked."""
+    decoded: Batch | None
+    """The images of all rows, in order (see `reading.decoded_blocks`); None where they take too much memory."""
+
+
+def read_few(config: DecidedConfig, manifest: pa.Table, *, check: bool) -> FewImages | None:
+    """Read the images of a small data set; None for a large one.
+
+    Args:
+        config: the flags.
+        manifest: of the run.
+        check: whether to examine them, if --data-checks asks for it.
+
+    Raises:
+        UnavailableError: storage is in trouble.
+    """
+    if len(manifest) > checks.FEW_IMAGES:
+        return None
+    is_examined = check and config.data_checks
+    is_decoded = config.cache != "none" and _decoded_bytes(config, manifest) <= _FEW_BYTES
+    rows = manifests.with_targets(manifest)
+    examined: list[pa.Table] = []
+    decoded: list[Batch] = []
+    for part, encoded in reading.loaded(rows, _ROWS_AT_ONCE) if is_examined or is_decoded else ():
+        if is_examined:
+            examined += checks.examine(part, iter(encoded))
+        if is_decoded:
+            decoded += reading.decoded_blocks(
+                part,
+                config.image_size,
+                config.resize,
+                len(part),
+                sources=iter(encoded),
+                keep_unavailable=config.skip_unreadable,
+            )
+    return FewImages(pa.concat_tables(examined) if examined else None, concatenated(decoded) if decoded else None)
+
+
+def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares, few: FewImages | None = None) -> None:
     """Check all images, if there are not too many, and log what is wrong with them.
+
+    Args:
+        config: the flags.
+        manifest: of the run.
+        shares: of the cluster.
+        few: what `read_few` found.
 
     Raises:
         ManifestError: too many cannot be read.
@@ -76,16 +132,22 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares) -> Non
     """
     from cnnray.images import stream
 
-    if config.data_checks:
+    if not config.data_checks:
+        return
+    if few and few.examined:
+        checked = checks.check(manifest, few.examined, keep_unavailable=config.skip_unreadable)
+    else:
         stream.silence_progress()
-        checked = stream.check_if_small(manifest, shares.decode_cpus, keep_unavailable=config.skip_unreadable)
-        if checked:
-            checked.warn()
-            if checked.unreadable > config.max_bad_fraction * checked.images:
-                raise ManifestError(
-                    f"{checked.unreadable} of {checked.images} images cannot be read: more than --max-bad-fraction "
-                    f"{config.max_bad_fraction} allows."
-                )
+        found = stream.check_if_small(manifest, shares.decode_cpus, keep_unavailable=config.skip_unreadable)
+        if found is None:
+            return
+        checked = found
+    checked.warn()
+    if checked.unreadable > config.max_bad_fraction * checked.images:
+        raise ManifestError(
+            f"{checked.unreadable} of {checked.images} images cannot be read: more than --max-bad-fraction "
+            f"{config.max_bad_fraction} allows."
+        )
 
 
 def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool:
@@ -95,7 +157,7 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
         ManifestError: they have to be kept, and do not fit.
     """
     rows = _used(manifest)
-    needed = len(rows) * config.image_size**2 * 3
+    needed = _decoded_bytes(config, rows)
     fits = needed <= shares.store_bytes
     sizes = f"{needed / 2**30:.1f} GiB of decoded images, and the smallest object store of the cluster has " + (
         f"{shares.store_bytes / 2**30:.1f} GiB"
@@ -113,35 +175,52 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
     return True
 
 
-def decode_splits_into_memory(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> dict[str, list[Any]]:
+def decode_splits_into_memory(
+    config: DecidedConfig, manifest: pa.Table, shares: Shares, few: FewImages | None = None
+) -> dict[str, list[Any]]:
     """References to the decoded blocks of each split in memory.
+
+    Args:
+        config: the flags.
+        manifest: of the run.
+        shares: of the cluster.
+        few: what `read_few` found.
 
     Raises:
         CnnrayError: storage is in trouble.
     """
-    from ray.exceptions import RayError
+    import ray
 
     from cnnray.images import stream
 
-    stream.silence_progress()
     rows = manifests.with_targets(_used(manifest))
-    try:
+    if few and few.decoded:
+        of_splits = manifest["split"].to_numpy(zero_copy_only=False)
         cached = {
-            split: decode_into_memory(
-                manifests.select_split(rows, split),
-                config.image_size,
-                config.resize,
-                shares.decode_cpus,
-                keep_unavailable=config.skip_unreadable,
-            )
-            for split in ("train", "validation")
+            split: [ray.put({name: few.decoded[name][of_splits == split] for name in _BLOCK_COLUMNS})]
+            for split in _USED_SPLITS
         }
-    except RayError as error:
-        raise cluster.user_error(error) or error from None
-    log.info(
-        "%d decoded images are kept in memory (%.0f MiB)", len(rows), len(rows) * config.image_size**2 * 3 / 2**20
-    )
+    else:
+        stream.silence_progress()
+        try:
+            cached = {
+                split: decode_into_memory(
+                    manifests.select_split(rows, split),
+                    config.image_size,
+                    config.resize,
+                    shares.decode_cpus,
+                    keep_unavailable=config.skip_unreadable,
+                )
+                for split in _USED_SPLITS
+            }
+        except ray.exceptions.RayError as error:
+            raise cluster.user_error(error) or error from None
+    log.info("%d decoded images are kept in memory (%.0f MiB)", len(rows), _decoded_bytes(config, rows) / 2**20)
     return cached
+
+
+def _decoded_bytes(config: DecidedConfig, manifest: pa.Table) -> int:
+    return len(manifest) * config.image_size**2 * 3
 
 
 def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
@@ -149,7 +228,7 @@ def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
 
 
 def _used(manifest: pa.Table) -> pa.Table:
-    return manifest.filter(pc.is_in(manifest["split"], pa.array(["train", "validation"])))
+    return manifest.filter(pc.is_in(manifest["split"], pa.array(_USED_SPLITS)))
 
 
 class Source(Protocol):
@@ -202,11 +281,11 @@ class CachedSource:
     def __init__(self, blocks: list[Any]) -> None:
         """
         Args:
-            blocks: references to the blocks that `decode_into_memory` made.
+            blocks: references to blocks that `decode_splits_into_memory` made.
         """
         import ray
 
-        self._blocks = [_columns(table) for table in ray.get(blocks)]
+        self._blocks = [_columns(block) if isinstance(block, pa.Table) else block for block in ray.get(blocks)]
         lengths = [len(block["id"]) for block in self._blocks]
         self._block_of = np.repeat(np.arange(len(lengths)), lengths)
         self._row_of = np.concatenate([np.arange(length) for length in lengths])
@@ -248,7 +327,7 @@ def decode_into_memory(
 def _columns(table: pa.Table) -> Batch:
     # Tensor columns come as one fixed-shape chunk a block; their NumPy views share the store's memory.
     columns = {}
-    for name in ("id", "target", "image", "error", "uri"):
+    for name in _BLOCK_COLUMNS:
         column = table[name].combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         columns[name] = column.to_numpy(zero_copy_only=False)

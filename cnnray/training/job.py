@@ -80,7 +80,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             tracker.params = config.tracked()
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
-        with cluster.connected():
+        reading = in_background(functools.partial(data.read_few, config, manifest, check=earlier is None))
+        with cluster.connected(dashboard=config.dashboard):
             shares = waiting.wait_for_resources(
                 functools.partial(share_out, config), resource_requests(config), config.wait_minutes
             )
@@ -89,9 +90,10 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             opened = filter(None, [first, config.output, config.teacher, weights_file])
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
+            few = interruptible(reading)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
-                data.check_images(config, manifest, shares)
+                data.check_images(config, manifest, shares, few)
                 output.delete_run(config.output)
                 # The config is written first: an output with other files and no config is refused as foreign.
                 output.write_config(config)
@@ -103,7 +105,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 output.drop_torn_checkpoints(config.output)
                 output.write_config(config)
             with tracker.following() if tracker else contextlib.nullcontext():
-                best, latest = _run(config, manifest, shares, cached, started, held, callbacks)
+                blocks = data.decode_splits_into_memory(config, manifest, shares, few) if cached else {}
+                best, latest = _run(config, manifest, shares, blocks, started, held, callbacks)
                 summary = output.finish(config, best, latest, started)
         if tracker:
             tracker.finish(summary)
@@ -128,7 +131,7 @@ def _run(
     config: DecidedConfig,
     manifest: pa.Table,
     shares: Shares,
-    cached: bool,
+    cached: dict[str, list[Any]],
     started: float,
     held: Lease,
     callbacks: Sequence[Any],
@@ -139,9 +142,8 @@ def _run(
         The best and the latest checkpoint.
     """
     import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from cnnray.training.backend import MultiWorkerConfig
+    from cnnray.training.backend import MultiWorkerConfig, Trainer
 
     workers = f"{config.fewest_workers} to {config.max_workers}" if config.is_elastic else config.max_workers
     log.info(
@@ -157,7 +159,7 @@ def _run(
         threads=shares.threads_per_worker,
         decode_cpus=shares.decode_cpus,
         stream_bytes=shares.stream_bytes,
-        cached=data.decode_splits_into_memory(config, manifest, shares) if cached else {},
+        cached=cached,
         started=started,
         lease_holder=held.holder,
     )
@@ -170,8 +172,9 @@ def _run(
                 "--checkpoint-every-steps goes on from the last checkpoint."
             )
     filesystem, path = storage.arrow_filesystem(config.output)
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         functools.partial(train_on_worker, assignment),
+        reads=not cached,
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=((config.fewest_workers, config.max_workers) if config.is_elastic else config.max_workers),
@@ -199,7 +202,7 @@ def _run(
         shortage.try_plan(functools.partial(check_fit, config, shares))
 
     try:
-        result = interruptible(trainer.fit, watch)
+        result = interruptible(in_background(trainer.fit), watch)
     except ray.train.TrainingFailedError as error:
         reason = cluster.user_error(error)
         raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error
@@ -224,12 +227,22 @@ def _weights_file(config: DecidedConfig) -> str | None:
     return transfer.weights_file(config.weights)
 
 
-def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambda: None) -> Any:
-    """Call a function in a thread, so that Ctrl-C raises here: Ray Train's own handler would end the process with 0.
+def interruptible(outcome: Future[Any], watch: Callable[[], None] = lambda: None) -> Any:
+    """Wait for a function that runs in a thread, so that Ctrl-C raises here.
 
     Args:
-        function: to be called.
+        outcome: of the function (see `in_background`).
         watch: called every few seconds meanwhile; an exception that it raises ends the wait.
+    """
+    while not wait([outcome], timeout=waiting.POLL_SECONDS).done:
+        watch()
+    return outcome.result()
+
+
+def in_background(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a thread, without which the process can end.
+
+    Ray Train's `fit` in the main thread has a handler for Ctrl-C that ends the process with 0.
     """
     outcome: Future[Any] = Future()
 
@@ -240,9 +253,7 @@ def interruptible(function: Callable[[], Any], watch: Callable[[], None] = lambd
             outcome.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    while not wait([outcome], timeout=waiting.POLL_SECONDS).done:
-        watch()
-    return outcome.result()
+    return outcome
 
 
 def _bundle_info(config: DecidedConfig, manifest: pa.Table) -> BundleInfo:

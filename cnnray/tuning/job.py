@@ -66,7 +66,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
         earlier = _earlier_search(config)
         config, epochs = _decide(config, manifest, earlier)
         recipe.check(decisions.decide(config, decisions.data_facts(config, manifest))[0], manifest)
-        with cluster.connected():
+        # Ray Train's actors in the trials ask the dashboard for each other.
+        with cluster.connected(dashboard=True):
             available = waiting.wait_for_resources(
                 functools.partial(_fit, config), resource_requests(config), config.wait_minutes
             )
@@ -213,7 +214,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from cnnray.training.job import interruptible
+    from cnnray.training.job import in_background, interruptible
 
     # Ray Tune would print its tables to stdout, which holds the job's JSON line only.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -255,7 +256,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
                 callbacks=[_trial_logger(config, epochs)],
             ),
         )
-    return interruptible(tuner.fit)
+    return interruptible(in_background(tuner.fit))
 
 
 def _fit(config: SearchConfig, available: Resources) -> Resources:

@@ -5,14 +5,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray.images import stream
+from cnnray.images import checks, stream
 from cnnray.images.decode import decode
 from cnnray.images.manifest import build_manifest
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
+from cnnray.training import data as training_data
 from cnnray.training.data import CachedSource, StreamedSource, decode_into_memory
 from tests.awkward import awkward_images, bad_images
+from tests.configs import decided
 from tests.conftest import write_tar
 
 SIZE = 32
@@ -69,6 +71,23 @@ def test_same_bytes_same_pixels_on_every_path(files, sources, tmp_path):
     predicted = _pixels_that_reach_the_network([contents[rows[index]] for index in good], tmp_path)
     np.testing.assert_array_equal(predicted, streamed["image"][good])
     np.testing.assert_array_equal(predicted[0], decode(contents[rows[good[0]]], SIZE))
+
+
+def test_few_images_are_read_in_one_pass_with_the_same_results(files, sources, monkeypatch):
+    manifest = files[1].append_column("label", pa.array(["a"] * len(files[1])))
+    manifest = manifest.append_column(
+        "split", pa.array((["train", "validation", "test"] * len(manifest))[: len(manifest)])
+    )
+    config = decided(image_size=SIZE, max_bad_fraction=0.9)
+    few = training_data.read_few(config, manifest.drop_columns("target"), check=True)
+    of_tasks = next(sources[1].batches(np.arange(len(manifest)), [len(manifest)]))
+    for name in ("id", "image", "error"):
+        np.testing.assert_array_equal(few.decoded[name], of_tasks[name])
+    found = checks.check(manifest, few.examined)
+    monkeypatch.setattr(checks, "FEW_IMAGES", 0)
+    assert training_data.read_few(config, manifest, check=True) is None
+    assert stream.check(manifest, 0.25) == found
+    assert found.unreadable == len(bad_images()) + 1
 
 
 def test_bad_images_are_rows_with_their_reason(files, sources):

@@ -11,7 +11,7 @@ from ray._private import worker
 
 from cnnray import cluster, waiting
 from cnnray.cluster import ClusterError, Node, Resources
-from cnnray.training.job import interruptible
+from cnnray.training.job import in_background, interruptible
 from cnnray.waiting import Shortage
 
 
@@ -105,11 +105,11 @@ def test_training_is_watched_while_it_runs(monkeypatch):
 
     monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
     with pytest.raises(ClusterError, match="2 workers do not fit"):
-        interruptible(lambda: ended.wait(30), shortage)
+        interruptible(in_background(lambda: ended.wait(30)), shortage)
     ended.set()
-    assert interruptible(lambda: 5, shortage) == 5
+    assert interruptible(in_background(lambda: 5), shortage) == 5
     with pytest.raises(TimeoutError, match="its own"):
-        interruptible(_times_out, shortage)
+        interruptible(in_background(_times_out), shortage)
 
 
 def _times_out():

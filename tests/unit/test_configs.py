@@ -156,19 +156,20 @@ def test_the_rules_are_those_of_version_0_1_0():
         "epochs", "min_workers", "max_workers", "wait_minutes", "cpus_per_worker", "gpus_per_worker", "decode_cpus",
         "data_checks", "cache", "max_bad_fraction", "max_failures", "overwrite", "output", "preview_augmentations",
         "mlflow", "mlflow_experiment", "mlflow_model", "skip_unreadable", "sanity", "find_learning_rate",
+        "dashboard",
     }  # fmt: skip
     assert configs.names(SearchConfig, searchable=False) == {
         "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",
-        "mlflow_experiment", "mlflow_model", "sanity", "find_learning_rate",
+        "mlflow_experiment", "mlflow_model", "sanity", "find_learning_rate", "dashboard",
     }  # fmt: skip
     assert configs.names(TrainConfig, tracked=False) == {
         "overwrite", "preview_augmentations", "mlflow", "mlflow_experiment", "mlflow_model", "sanity",
-        "find_learning_rate",
+        "find_learning_rate", "dashboard",
     }  # fmt: skip
     assert configs.names(PredictConfig, resumable=True) == {
         "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding",
         "batch_size", "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine",
-        "wait_minutes", "skip_unreadable",
+        "wait_minutes", "skip_unreadable", "dashboard",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
     scale,
     serve,
     small_networks,
+    start,
     train,
 )
 from benchmarks.photos import Photos
@@ -27,6 +28,7 @@ from cnnray.cpus import usable_cpus
 from cnnray.images import stream
 
 _STUDIES = {
+    "start": start.measure,
     "formats": export.measure_formats,
     "causes": causes.measure,
     "few-images": few_images.measure,

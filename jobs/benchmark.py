@@ -9,9 +9,9 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-_STUDIES = ("formats", "recipes", "causes", "few-images", "small-networks")
+_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks")
 MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
-_WITH_OWN_IMAGES = ("pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
+_WITH_OWN_IMAGES = ("start", "pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
 """Measurements that always use their own images."""
 
 
@@ -22,9 +22,9 @@ def main() -> None:
         nargs="?",
         default="all",
         choices=MEASURES,
-        help="scale: increasing numbers of workers, and a projection; all: everything except formats, recipes, "
-        "causes, few-images and small-networks, which take half an hour to ten hours each; recipes, causes and "
-        "few-images go on with the results in --folder",
+        help="scale: increasing numbers of workers, and a projection; all: everything except "
+        f"{', '.join(_STUDIES)}, which take ten minutes to ten hours each; recipes, causes and few-images go on with "
+        "the results in --folder",
     )
     parser.add_argument(
         "--data",

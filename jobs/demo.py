@@ -60,9 +60,7 @@ def main() -> None:
         config = TrainConfig(
             data=str(folder / "digits"),
             output=str(folder / "run"),
-            architecture="small_cnn",
-            image_size=32,
-            epochs=12,
+            preset="quick",
             overwrite=True,
         )
         summary = train(config)

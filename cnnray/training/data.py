@@ -134,7 +134,7 @@ def check_images(config: TrainConfig, manifest: pa.Table, shares: Shares, few: F
 
     if not config.data_checks:
         return
-    if few and few.examined:
+    if few is not None and few.examined is not None:
         checked = checks.check(manifest, few.examined, keep_unavailable=config.skip_unreadable)
     else:
         stream.silence_progress()
@@ -194,7 +194,7 @@ def decode_splits_into_memory(
     from cnnray.images import stream
 
     rows = manifests.with_targets(_used(manifest))
-    if few and few.decoded:
+    if few is not None and few.decoded is not None:
         of_splits = manifest["split"].to_numpy(zero_copy_only=False)
         cached = {
             split: [ray.put({name: few.decoded[name][of_splits == split] for name in _BLOCK_COLUMNS})]

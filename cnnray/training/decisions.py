@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _SAMPLED = 32
 """Images whose size is looked at."""
-_ARCHITECTURES: dict[Effort, str] = {"quick": "resnet9_small", "default": "resnet9", "accurate": "resnet9"}
+_ARCHITECTURES: dict[Effort, str] = {"quick": "resnet9_small", "default": "resnet9_small", "accurate": "resnet9"}
 _IMAGES_SEEN: dict[Effort, int] = {"quick": 20_000, "default": 60_000, "accurate": 180_000}
 """Images that all epochs together see, at least."""
 _EPOCHS: dict[Effort, tuple[int, int]] = {"quick": (3, 20), "default": (10, 50), "accurate": (30, 150)}

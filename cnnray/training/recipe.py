@@ -141,7 +141,7 @@ def has_learned(config: DecidedConfig, loss: float, counts: list[int]) -> bool:
 def advice(config: DecidedConfig) -> str:
     """What to change where a network does not learn: a sentence."""
     is_plain = config.architecture in architectures.PLAIN
-    network = f"--architecture resnet9 (it was {config.architecture}), " if is_plain else ""
+    network = f"--architecture resnet9_small (it was {config.architecture}), " if is_plain else ""
     return (
         f"Try {network}more --epochs (it was {config.epochs}), or another --learning-rate (it was "
         f"{config.learning_rate:g}; --find-learning-rate shows what is possible). --sanity tells in seconds whether "

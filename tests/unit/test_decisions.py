@@ -73,7 +73,7 @@ def test_the_recipe_is_that_of_the_network(architecture, expected):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"image_size": 4}, "--image-size must be 8 to 4096 pixels for resnet9, not 4"),
+        ({"image_size": 4}, "--image-size must be 8 to 4096 pixels for resnet9_small, not 4"),
         ({"max_workers": 3, "batch_size": 2}, "at least --max-workers 3"),
     ],
 )

@@ -51,7 +51,7 @@ def measure(folder: Path, *, rounds: int = 5) -> str:
     bundle = folder / "bundle"
     _train(folder)
     shutil.copytree(folder / "trained" / "bundle", bundle, dirs_exist_ok=True)
-    _run("export", "--bundle", bundle, "--formats", "onnx")
+    _run("export", "--bundle", bundle, "--calibration", folder / "digits", "--formats", "onnx")
     images = photos.write(folder / "photos", 100)
     manifest = folder / "trained" / "manifest.parquet"
     methods: dict[str, Callable[[], dict[str, float]]] = {
@@ -105,7 +105,7 @@ def _train(folder: Path) -> dict[str, float]:
 def _export(folder: Path, bundle: Path) -> float:
     copy = _fresh(folder / "exported")
     shutil.copytree(bundle, copy)
-    return _run("export", "--bundle", copy)
+    return _run("export", "--bundle", copy, "--calibration", folder / "digits")
 
 
 def _serve(bundle: Path) -> float:

@@ -1,15 +1,19 @@
-# make demo, make test: each installs what it needs on first use, into .venv, from requirements.lock.
+# make demo, make test: each installs what it needs on first use, into .venv: requirements.lock what cnnray needs,
+# requirements-dev.lock that and what tests, types and benchmarks need.
 # The first of PYTHON that is there and supported makes .venv.
 PYTHON ?= python3.13 python3.12 python3.11 python3
 SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
 BIN := .venv/bin
+COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header --quiet
 
-.PHONY: help install demo test lint types bench test-long chaos soak test-cluster test-s3 test-browser lock clean
+.PHONY: help install develop demo test lint types bench test-long chaos soak test-cluster test-s3 test-browser lock clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
-install: .venv/installed  ## Make .venv from the lock file.
+install: .venv/installed  ## Make .venv with what cnnray needs.
+
+develop: .venv/developed  ## And with what its tests, types and benchmarks need.
 
 .venv/installed: requirements.lock pyproject.toml native/resize.c
 	@$(BIN)/python $(SUPPORTED) && exit; \
@@ -20,52 +24,55 @@ install: .venv/installed  ## Make .venv from the lock file.
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+.venv/developed: requirements-dev.lock | .venv/installed
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
 demo: .venv/installed  ## Train on 1,797 handwritten digits with two workers, and classify a few.
 	@$(BIN)/python jobs/demo.py
 
 test: lint types  ## Lint, types and all tests, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-lint: .venv/installed  ## Style and import rules.
+lint: .venv/developed  ## Style and import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-types: .venv/installed  ## Types.
+types: .venv/developed  ## Types.
 	$(BIN)/mypy
 
-bench: .venv/installed  ## Measure against the peers and bare limits, side by side; installs wrk from Debian's packages.
+bench: .venv/developed  ## Measure against the peers and bare limits, side by side; installs wrk from Debian's packages.
 	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python jobs/benchmark.py
 
-test-long: .venv/installed  ## The tests that take minutes each: the largest networks in every format.
+test-long: .venv/developed  ## The tests that take minutes each: the largest networks in every format.
 	$(BIN)/python -m pytest -m long
 
-chaos: .venv/installed  ## Kill prediction runs at random moments, ten times each way.
+chaos: .venv/developed  ## Kill prediction runs at random moments, ten times each way.
 	$(BIN)/python -m pytest -m chaos -s
 
-soak: .venv/installed  ## A million images with a kill at half; a service under load, faults and nonsense; flat memory.
+soak: .venv/developed  ## A million images with a kill at half; a service under load, faults and nonsense; flat memory.
 	command -v wrk || { apt-get update -qq && apt-get install -y -qq wrk; }
 	$(BIN)/python -m pytest -m soak -s
 
-test-s3: .venv/installed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
+test-s3: .venv/developed  ## The S3 tests against Ceph's gateway, which it installs from Debian's packages.
 	tests/ceph.sh $(BIN)/python -m pytest -m s3 tests
 
-test-browser: .venv/installed  ## The tests in Chromium, which it installs from Debian's packages.
+test-browser: .venv/developed  ## The tests in Chromium, which it installs from Debian's packages.
 	command -v chromium chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	$(BIN)/python -m pytest -m browser tests
 
-test-cluster: .venv/installed  ## Several nodes, Prometheus, MLflow; installs iproute2 and prometheus from Debian's packages.
+test-cluster: .venv/developed  ## Several nodes, Prometheus, MLflow; installs iproute2 and prometheus from Debian's packages.
 	{ command -v ip && command -v prometheus; } || { apt-get update -qq && apt-get install -y -qq iproute2 prometheus; \
 		systemctl disable --now prometheus 2>/dev/null || true; }
 	$(BIN)/python -m pytest -m cluster -s
 
-lock: .venv/installed  ## Write requirements.lock and requirements-gpu.lock anew from pyproject.toml.
-	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
-		--no-header --quiet --upgrade --output-file requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra heic --extra openvino --constraint requirements.lock \
-		--generate-hashes --universal --python-version 3.11 \
-		--no-header --quiet --upgrade --output-file requirements-gpu.lock
+lock: .venv/developed  ## Write the lock files anew from pyproject.toml.
+	$(COMPILE) --extra dev --upgrade --output-file requirements-dev.lock
+	$(COMPILE) --extra heic --extra openvino --constraint requirements-dev.lock --output-file requirements.lock
+	$(COMPILE) --extra gpu --extra heic --extra openvino --constraint requirements-dev.lock --upgrade \
+		--output-file requirements-gpu.lock
 
 clean:  ## Remove what the targets above made.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info demo build

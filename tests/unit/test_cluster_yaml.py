@@ -253,7 +253,7 @@ def test_nodes_start_with_all_that_jobs_and_the_service_need(node, which):
 
 def test_set_up_installs_what_the_lock_file_says(node):
     locked = dict(
-        re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE)
+        re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (REPOSITORY / "requirements-dev.lock").read_text(), re.MULTILINE)
     )
     for lock in ("requirements.lock", "requirements-gpu.lock"):
         calls = [call for command in written()["setup_commands"] for call in node.run(command)]

@@ -297,9 +297,13 @@ def test_docker_receives_only_the_files_of_the_image():
         assert not _sent_to_docker(path), path
 
 
-def test_both_lock_files_hold_the_same_versions():
+def test_all_lock_files_hold_the_same_versions():
     cpu, gpu = (_locked(name) for name in LOCKS)
-    assert {name: version for name, version in gpu.items() if cpu.get(name, version) != version} == {}
+    dev = _locked("requirements-dev.lock")
+    for locked in (cpu, gpu):
+        assert {name: version for name, version in locked.items() if dev.get(name, version) != version} == {}
+    assert cpu.keys() < dev.keys()
+    assert not {"pytest", "moto", "mypy", "ruff", "schemathesis"} & (cpu.keys() | gpu.keys())
     assert "nvidia-cudnn-cu12" in gpu
     assert {"ray", "tensorflow", "keras", "openvino"} <= gpu.keys()
 

@@ -23,7 +23,7 @@ def install(tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     (project / "native").mkdir()
-    for name in ("Makefile", "requirements.lock", "pyproject.toml", "native/resize.c"):
+    for name in ("Makefile", "requirements.lock", "requirements-dev.lock", "pyproject.toml", "native/resize.c"):
         shutil.copy(REPOSITORY / name, project / name)
 
     def run(pythons, *arguments, keep=False):

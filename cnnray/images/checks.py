@@ -31,8 +31,6 @@ FEW = 20
 """A class with fewer training images counts as small."""
 MAX_AUTOMATIC = 50_000
 """Images up to which training and evaluation check their data by themselves."""
-FEW_IMAGES = 4096
-"""Images up to which one process reads them itself: Ray's tasks would take longer to start."""
 
 _IMAGES_AT_ONCE = 64
 """Images whose results one table of `examine` holds."""

@@ -23,7 +23,10 @@ from cnnray.images.retries import Attempts
 _THREADS = {"local": 4, "remote": 16}
 """Threads of one task. They read and decode: Pillow releases the interpreter's lock while it decodes."""
 _SOURCES_AT_ONCE = 64
-"""Images of containers that are held in memory: `map` reads all that it is given before the first is decoded."""
+"""Encoded images that are held in memory: `map` reads all that it is given before the first is decoded."""
+
+FEW_IMAGES, FEW_BYTES = 4096, 2**29
+"""Images, and bytes of them, that a job reads in its own process at most: Ray's tasks would take longer to start."""
 
 UNAVAILABLE = "unavailable"
 """Begins the error of a row whose storage was in trouble, which says nothing about the image."""
@@ -79,24 +82,34 @@ def decoded_blocks(
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
 
-def loaded(table: pa.Table, rows: int) -> Iterator[tuple[pa.Table, list[Source]]]:
-    """Read the images of a manifest in this process, some rows at a time, for several uses of the same bytes.
+def loaded_if_few(table: pa.Table) -> Iterator[tuple[pa.Table, list[Source]]] | None:
+    """Read the images of a small manifest in this process, for several uses of the same bytes.
 
     Args:
         table: rows with `uri`.
-        rows: most rows at a time; their encoded images are held in memory.
 
-    Yields:
-        the rows, and their encoded images, or what is wrong with them, as sources.
+    Returns:
+        an iterator over parts of the rows, each with its encoded images, or what is wrong with them, as sources; None
+        where there are more than `FEW_IMAGES`, or, as far as the first ones tell, more than `FEW_BYTES`.
     """
-    if not len(table):
-        return
+    if len(table) > FEW_IMAGES:
+        return None
+    parts = _loaded(table)
+    first = next(parts, None)
+    if first is None:
+        return parts
+    held = sum(len(source) for source in first[1] if isinstance(source, bytes))
+    return itertools.chain([first], parts) if held * len(table) <= FEW_BYTES * len(first[0]) else None
+
+
+def _loaded(table: pa.Table) -> Iterator[tuple[pa.Table, list[Source]]]:
     uris = table["uri"].to_pylist()
     sources = containers.encoded(uris)
-    with ThreadPoolExecutor(threads_for(uris[0])) as pool:
-        for start in range(0, len(table), rows):
-            part = table.slice(start, rows)
-            yield part, list(pool.map(_bytes_or_error, itertools.islice(sources, len(part))))
+    for start in range(0, len(table), _SOURCES_AT_ONCE):
+        part = table.slice(start, _SOURCES_AT_ONCE)
+        with ThreadPoolExecutor(threads_for(uris[0])) as pool:
+            encoded = list(pool.map(_bytes_or_error, itertools.islice(sources, len(part))))
+        yield part, encoded
 
 
 def _bytes_or_error(source: Source) -> Source:

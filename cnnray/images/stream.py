@@ -76,8 +76,9 @@ def check(manifest: pa.Table, cpus_per_task: float = 1.0, *, keep_unavailable: b
         UnavailableError: storage is in trouble, and `keep_unavailable` is not set.
     """
     rows = manifest.select(["id", "uri"])
-    if len(rows) <= checks.FEW_IMAGES:
-        examined = pa.concat_tables(checks.examine(rows))
+    if (parts := reading.loaded_if_few(rows)) is not None:
+        tables = [table for part, encoded in parts for table in checks.examine(part, iter(encoded))]
+        examined = pa.concat_tables(tables)
     else:
         dataset = from_ranges(rows, split_rows(rows["uri"], ROWS_PER_BLOCK)).map_batches(
             checks.examine, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task

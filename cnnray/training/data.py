@@ -28,10 +28,8 @@ log = logging.getLogger(__name__)
 
 _USED_SPLITS = ("train", "validation")
 _BLOCK_COLUMNS = ("id", "target", "image", "error", "uri")
-_FEW_BYTES = 2**28
+_FEW_DECODED_BYTES = 2**28
 """Most bytes of decoded images that `read_few` keeps."""
-_ROWS_AT_ONCE = 64
-"""Encoded images that `read_few` holds."""
 
 
 def build_run_manifest(config: TrainConfig) -> pa.Table:
@@ -95,14 +93,16 @@ def read_few(config: DecidedConfig, manifest: pa.Table, *, check: bool) -> FewIm
     Raises:
         UnavailableError: storage is in trouble.
     """
-    if len(manifest) > checks.FEW_IMAGES:
-        return None
     is_examined = check and config.data_checks
-    is_decoded = config.cache != "none" and _decoded_bytes(config, manifest) <= _FEW_BYTES
-    rows = manifests.with_targets(manifest)
+    is_decoded = config.cache != "none" and _decoded_bytes(config, manifest) <= _FEW_DECODED_BYTES
+    if not (is_examined or is_decoded):
+        return None
+    parts = reading.loaded_if_few(manifests.with_targets(manifest))
+    if parts is None:
+        return None
     examined: list[pa.Table] = []
     decoded: list[Batch] = []
-    for part, encoded in reading.loaded(rows, _ROWS_AT_ONCE) if is_examined or is_decoded else ():
+    for part, encoded in parts:
         if is_examined:
             examined += checks.examine(part, iter(encoded))
         if is_decoded:

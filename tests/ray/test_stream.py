@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray.images import checks, stream
+from cnnray.images import checks, reading, stream
 from cnnray.images.decode import decode
 from cnnray.images.manifest import build_manifest
 from cnnray.models import architectures, bundle
@@ -84,7 +84,9 @@ def test_few_images_are_read_in_one_pass_with_the_same_results(files, sources, m
     for name in ("id", "image", "error"):
         np.testing.assert_array_equal(few.decoded[name], of_tasks[name])
     found = checks.check(manifest, few.examined)
-    monkeypatch.setattr(checks, "FEW_IMAGES", 0)
+    monkeypatch.setattr(reading, "FEW_BYTES", 0)
+    assert training_data.read_few(config, manifest, check=True) is None
+    monkeypatch.setattr(reading, "FEW_IMAGES", 0)
     assert training_data.read_few(config, manifest, check=True) is None
     assert stream.check(manifest, 0.25) == found
     assert found.unreadable == len(bad_images()) + 1

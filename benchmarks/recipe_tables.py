@@ -97,7 +97,7 @@ def times(study: Study, before: str, after: str) -> str:
         lines.append(
             f"| {name} | {wholes[before]:.0f} | {report.mean_and_spread(study.accuracies(name, before))} "
             f"| {wholes[after]:.0f} | {report.mean_and_spread(study.accuracies(name, after))} "
-            f"| {median:.0f} | {median / wholes[before]:.2f} |"
+            + ("| not reached | |" if math.isinf(median) else f"| {median:.0f} | {median / wholes[before]:.2f} |")
         )
     return "\n".join(lines)
 

@@ -18,14 +18,17 @@ from benchmarks.photos import Photos
 from benchmarks.photos import write as write_photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
-from cnnray.images import storage, stream
+from cnnray.images import storage
 from cnnray.images.decode import decode
+from cnnray.images.ranges import split_rows
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
+from cnnray.prediction.plan import plan_on_cluster
+from cnnray.prediction.worker import select_columns
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
     Raises:
         BenchmarkError: there are too few images.
     """
-    manifest = pipeline.select_columns(photos.manifest(images))
+    manifest = select_columns(photos.manifest(images))
     paths, count = manifest["uri"].to_pylist(), len(manifest)
     bundle = Bundle.load(write_random_bundle(photos.folder))
     bare_loops = plan_bare_loops(resources)
@@ -55,11 +58,11 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
         raise BenchmarkError(f"{count} images are too few to measure prediction: at least {least} are needed.")
 
     def ours(engine: str, repetitions: int = 1) -> Callable[[], float]:
-        planned = pipeline.plan(bundle, PredictOptions(engine=engine), resources)
+        planned = plan_on_cluster(bundle, PredictOptions(engine=engine), resources)
         repeated = pa.concat_tables([manifest] * repetitions)
 
         def run() -> float:
-            dataset = pipeline.predict(repeated, planned, stream.split_rows(repeated["uri"], 128))
+            dataset = pipeline.predict(repeated, planned, split_rows(repeated["uri"], 128))
             return steady_rate(
                 (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")),
                 count * repetitions,

@@ -25,12 +25,15 @@ from benchmarks.serve import make_photo, run_service
 from cnnray.cluster import Resources
 from cnnray.images import manifest as manifests
 from cnnray.images import storage, stream
+from cnnray.images.ranges import split_rows
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.parts import Collector, Parts
+from cnnray.prediction.plan import plan_on_cluster
 from cnnray.prediction.summary import Tally
+from cnnray.prediction.worker import select_columns
 from cnnray.training import epoch
 
 log = logging.getLogger(__name__)
@@ -91,13 +94,13 @@ def measure_prediction(photos: Photos, resources: Resources, images: int = 1000)
     bundle = Bundle.load(write_random_bundle(photos.folder))
     rates: Rates = []
     for workers in doublings(int(resources.cpus)):
-        manifest = pipeline.select_columns(photos.manifest(images * workers))
+        manifest = select_columns(photos.manifest(images * workers))
         options = PredictOptions(
             engine="auto", min_workers=workers, max_workers=workers, cpus_per_worker=1.0, gpus_per_worker=0.0,
             decoding="workers",
         )  # fmt: skip
-        planned = pipeline.plan(bundle, options, resources)
-        dataset = pipeline.predict(manifest, planned, stream.split_rows(manifest["uri"], 128))
+        planned = plan_on_cluster(bundle, options, resources)
+        dataset = pipeline.predict(manifest, planned, split_rows(manifest["uri"], 128))
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         rates.append((str(workers), workers, steady_rate(map(len, batches), len(manifest))))
         log.info("prediction, %s workers: %.0f images/s", *rates[-1][::2])
@@ -176,7 +179,7 @@ def _measure_manifest(folder: str) -> tuple[float, float]:
     start = time.process_time()
     manifest = manifests.manifest_from_uris(uris)
     del uris
-    stream.split_rows(manifest["uri"], _ROWS_PER_TASK)
+    split_rows(manifest["uri"], _ROWS_PER_TASK)
     manifests.write(manifest, storage.join(folder, _MANIFEST))
     return time.process_time() - start, _peak_memory() - before
 
@@ -203,7 +206,7 @@ def _cpu_seconds(work: Callable[[], Any]) -> float:
 def _make_rows(manifest: pa.Table) -> pa.Table:
     """Prediction rows like those that workers return."""
     count = 100 * 4096
-    passed_through = pipeline.select_columns(manifest.slice(0, count))
+    passed_through = select_columns(manifest.slice(0, count))
     scores = np.random.default_rng(0).random((count, 5), np.float32)
     offsets = pa.array(np.arange(0, scores.size + 1, 5, dtype=np.int32))
     names = pa.array([f"class{number}" for number in range(5)] * count)

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cnnray.cpus import usable_cpus
@@ -118,10 +119,20 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to Ray."""
+    ray = sys.modules.get("ray")  # importing it takes a second
+    return bool(ray and ray.is_initialized())
+
+
 def starts_own() -> bool:
     """Whether `connected` will start Ray on this machine: no RAY_ADDRESS, and no connection of this process."""
-    ray = sys.modules.get("ray")  # importing it takes a second
-    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
+    return not os.environ.get("RAY_ADDRESS") and not is_connected()
+
+
+def may_have_gpus() -> bool:
+    """Whether Ray or TensorFlow may find GPUs on this machine: Nvidia's driver is there (/dev/dxg: that of WSL)."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def is_own() -> bool:
@@ -288,7 +299,7 @@ def resources() -> Resources:
     """
     import ray
 
-    if not ray.is_initialized():
+    if not is_connected():
         raise ClusterError("Ray is not connected: call ray.init() first.")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(

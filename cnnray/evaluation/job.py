@@ -1,5 +1,6 @@
 """An evaluation from end to end: prediction over labelled images, metrics, report."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -15,13 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray import cluster, configs, paths
-from cnnray.cluster import Resources
 from cnnray.evaluation import comparison, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
+from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
-from cnnray.images import containers, storage, stream
+from cnnray.images import checks, containers, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
@@ -30,6 +31,7 @@ from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import find_unusable
 from cnnray.prediction import parts as prediction_parts
+from cnnray.prediction import plan as prediction_plans
 from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
@@ -71,21 +73,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if other is not None:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
         _warn_about_training_images(manifest, bundle)
-        with cluster.connected(dashboard=config.dashboard):
-            # All checks have passed: only now is anything written or deleted.
-            _begin_output(config, manifest.drop_columns(["id"]))
-            predict_config = config.predict_config(storage.join(config.output, MANIFEST))
-            prediction = predict(predict_config)
-            checked = _check_images(everything, config, cluster.resources()) if config.data_checks else None
-        rows, probabilities = _read_rows(predict_config.folder)
-        predictions = _make_predictions(rows, probabilities, bundle)
-        results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
-        if other is not None:
-            results["comparison"] = comparison.compare(
-                rows, results, other, config.max_drop, config.max_error_fraction
-            )
-        _write_results(config, rows, results)
-        pictures = make_pictures(bundle, rows, predictions, results, _read_history(bundle), config.samples)
+        with HeatMapProcess(bundle) as heat_maps:
+            with _connected_if_many(config, everything):
+                # All checks have passed: only now is anything written or deleted.
+                _begin_output(config, manifest.drop_columns(["id"]))
+                if not cluster.is_connected():
+                    heat_maps.start()
+                predict_config = config.predict_config(storage.join(config.output, MANIFEST))
+                prediction = predict(predict_config)
+                checked = _check_if_small(everything, config) if config.data_checks else None
+            heat_maps.start()
+            rows, probabilities = _read_rows(predict_config.folder)
+            predictions = _make_predictions(rows, probabilities, bundle)
+            results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
+            if other is not None:
+                results["comparison"] = comparison.compare(
+                    rows, results, other, config.max_drop, config.max_error_fraction
+                )
+            _write_results(config, rows, results)
+            history = _read_history(bundle)
+            pictures = make_pictures(bundle, rows, predictions, results, history, config.samples, heat_maps)
         _write_report(config.output, rows, results, pictures)
         _log_results(results)
         if other is not None:
@@ -101,13 +108,31 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
 
 
-def _check_images(manifest: pa.Table, config: EvaluateConfig, resources: Resources) -> CheckResult | None:
+def _connected_if_many(config: EvaluateConfig, manifest: pa.Table) -> contextlib.AbstractContextManager[object]:
+    """A connection to the cluster; none where the images are so few that this process reads them itself."""
+    if prediction_plans.fits_this_process(config, len(manifest)):
+        return contextlib.nullcontext()
+    return cluster.connected(dashboard=config.dashboard)
+
+
+def _check_if_small(manifest: pa.Table, config: EvaluateConfig) -> CheckResult | None:
+    """Check the images of an evaluation; None if they are too many, or cannot be checked."""
+    if not cluster.is_connected():
+        log.info("checking %d images", len(manifest))
+        return _check_in_process(manifest, config)
+    from cnnray.images import stream
+
     stream.silence_progress()
-    return stream.check_if_small(manifest, _cpus_per_task(resources), keep_unavailable=config.skip_unreadable)
+    return stream.check_if_small(manifest, _cpus_per_task(), keep_unavailable=config.skip_unreadable)
 
 
-def _cpus_per_task(resources: Resources) -> float:
-    return min(1.0, resources.cpus / 2)
+def _check_in_process(manifest: pa.Table, config: EvaluateConfig) -> CheckResult:
+    examined = pa.concat_tables(checks.examine(manifest.select(["id", "uri"])))
+    return checks.check(manifest, examined, keep_unavailable=config.skip_unreadable)
+
+
+def _cpus_per_task() -> float:
+    return min(1.0, cluster.resources().cpus / 2)
 
 
 def check_data(config: EvaluateConfig) -> dict[str, Any]:
@@ -125,10 +150,15 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
         log.info("checking without labels: %s", error)
         manifest = manifests.build_manifest(config.data, labelled=False)
     log.info("%d images", len(manifest))
-    with cluster.connected(dashboard=config.dashboard) as resources:
-        paths.check_shared(resources, [containers.containing_file(manifest["uri"][0].as_py())])
-        stream.silence_progress()
-        checked = stream.check(manifest, _cpus_per_task(resources), keep_unavailable=config.skip_unreadable)
+    with _connected_if_many(config, manifest):
+        if cluster.is_connected():
+            from cnnray.images import stream
+
+            paths.check_shared(cluster.resources(), [containers.containing_file(manifest["uri"][0].as_py())])
+            stream.silence_progress()
+            checked = stream.check(manifest, _cpus_per_task(), keep_unavailable=config.skip_unreadable)
+        else:
+            checked = _check_in_process(manifest, config)
     checked.warn()
     log.info(
         "%d images with sides of %d to %d pixels, median %d; %d copies",

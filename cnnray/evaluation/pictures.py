@@ -1,6 +1,8 @@
 """The pictures of a report: which plots it has, and which images are shown in them."""
 
 import contextlib
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ from cnnray.evaluation.plots import Tile
 from cnnray.images import containers
 from cnnray.images.decode import decode
 from cnnray.images.reading import load_bytes
-from cnnray.models import grad_cam, startup
 from cnnray.models.bundle import Bundle, BundleError
 
+log = logging.getLogger(__name__)
+
+HeatMaps = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+"""Computes the heat maps of images for classes: `grad_cam.heat_maps` of one bundle."""
 _TILE_SIZE = 160
 """Height and width in pixels of the images in a grid."""
 
@@ -29,6 +34,7 @@ def make_pictures(
     results: dict[str, Any],
     history: dict[str, list[float]],
     samples: int,
+    heat_maps: HeatMaps,
 ) -> dict[str, bytes]:
     """Draw the pictures of a report: PNG files by name. A picture without content is left out.
 
@@ -39,6 +45,7 @@ def make_pictures(
         results: content of `metrics.json`.
         history: columns of the training's history; empty if there is none.
         samples: number of images in a grid.
+        heat_maps: of the bundle.
     """
     names, matrix = predictions.class_names, metrics.confusion_matrix(predictions)
     pictures = {
@@ -65,11 +72,11 @@ def make_pictures(
     wrong = np.flatnonzero(~predictions.correct)
     most_confident = wrong[np.argsort(-predictions.confidences[wrong], kind="stable")][:samples]
     for name, indices in (("samples", random), ("mistakes", most_confident)):
-        pictures |= _grids(name, bundle, good.take(pa.array(indices)))
+        pictures |= _grids(name, bundle, good.take(pa.array(indices)), heat_maps)
     return pictures
 
 
-def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
+def _grids(name: str, bundle: Bundle, rows: pa.Table, heat_maps: HeatMaps) -> dict[str, bytes]:
     """A grid of images, and, where the network supports it, a second one with Grad-CAM heat maps."""
     info, uris = bundle.info, rows["uri"].to_pylist()
     order = np.argsort(uris)  # containers are read in the order of their uris
@@ -88,12 +95,12 @@ def _grids(name: str, bundle: Bundle, rows: pa.Table) -> dict[str, bytes]:
             [Tile(pixels[row["index"]], row["label"], row["prediction"], row["confidence"]) for row in images]
         )
 
-    startup.load_tensorflow(gpus=False)
     classes = np.asarray([info.class_names.index(row["prediction"]) for row in images])
     indices = [row["index"] for row in images]
     try:
-        heat_maps = grad_cam.heat_maps(bundle, np.stack([inputs[index] for index in indices]), classes)
-    except BundleError:
+        maps = heat_maps(np.stack([inputs[index] for index in indices]), classes)
+    except BundleError as error:
+        log.info("no heat maps: %s", error)
         return {name: grid(tiles)}
-    heated = {index: plots.with_heat(tiles[index], heat) for index, heat in zip(indices, heat_maps, strict=True)}
+    heated = {index: plots.with_heat(tiles[index], heat) for index, heat in zip(indices, maps, strict=True)}
     return {name: grid(tiles), f"{name}_grad_cam": grid(heated)}

@@ -15,6 +15,8 @@ from cnnray.models.bundle import Bundle, BundleError
 if TYPE_CHECKING:
     import keras
 
+_IMAGES_AT_ONCE = 16
+
 
 def heat_maps(
     bundle: Bundle, images: npt.NDArray[np.uint8], classes: npt.NDArray[np.int64]
@@ -36,18 +38,20 @@ def heat_maps(
 
     network = _features_and_logits(bundle)
     maps = []
-    for image, index in zip(images, classes, strict=True):
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        batch = slice(start, start + _IMAGES_AT_ONCE)
         with tf.GradientTape() as tape:
-            features, logits = network(image[None], training=False)
-            score = logits[0, index]
+            features, logits = network(images[batch], training=False)
+            # The score of one image depends on the features of that image alone, and so does its gradient.
+            score = tf.reduce_sum(tf.gather(logits, classes[batch], axis=1, batch_dims=1))
         # The tape records the features because trainable variables produced them.
         gradient = tape.gradient(score, features)
         if gradient is None:
             raise BundleError(f"{bundle.uri}: the network has no trainable layers, so it has no gradients.")
         weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)
         heat = tf.nn.relu(tf.reduce_sum(tf.cast(weights * features, tf.float32), axis=-1, keepdims=True))
-        maps.append(tf.image.resize(heat, images.shape[1:3])[0, ..., 0].numpy())
-    heat_maps = np.stack(maps)
+        maps.append(tf.image.resize(heat, images.shape[1:3])[..., 0].numpy())
+    heat_maps = np.concatenate(maps)
     return np.asarray(heat_maps / np.maximum(heat_maps.max(axis=(1, 2), keepdims=True), 1e-12), np.float32)
 
 

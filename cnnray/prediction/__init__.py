@@ -22,7 +22,7 @@ def predict(
         options: engine, columns and workers; None: the defaults.
 
     Returns:
-        a lazy dataset with one row for each image (columns: see `prediction.pipeline`), in any order.
+        a lazy dataset with one row for each image (columns: see `prediction.worker`), in any order.
 
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
@@ -31,10 +31,12 @@ def predict(
     from cnnray.models.bundle import Bundle
     from cnnray.prediction import pipeline
     from cnnray.prediction.config import PredictOptions
+    from cnnray.prediction.plan import plan_when_resources_allow
+    from cnnray.prediction.worker import select_columns
 
     if isinstance(images, str):
         manifest = manifests.build_manifest(images, labelled=False)
     else:
         manifest = manifests.manifest_from_uris(images) if isinstance(images, Sequence) else images
-    plan = pipeline.plan_when_resources_allow(Bundle.load(bundle), options or PredictOptions())
-    return pipeline.predict(pipeline.select_columns(manifest), plan)
+    plan = plan_when_resources_allow(Bundle.load(bundle), options or PredictOptions())
+    return pipeline.predict(select_columns(manifest), plan)

@@ -40,6 +40,11 @@ class InferenceOptions:
     dashboard: bool = False
     """Start Ray's dashboard where the job starts a Ray of its own, and log its address."""
 
+    @property
+    def asks_for_workers(self) -> bool:
+        """Whether a flag says how many workers there are, what they get, or what they do."""
+        return any((self.max_workers, self.cpus_per_worker, self.gpus_per_worker))
+
     def __post_init__(self) -> None:
         """
         Raises:
@@ -69,6 +74,11 @@ class PredictOptions(InferenceOptions):
     decoding: Decoding = "auto"
     """Where images are read and decoded: in the workers, or in separate tasks; auto: in tasks where workers have GPUs
     and the cluster has nodes without."""
+
+    @property
+    def asks_for_workers(self) -> bool:
+        """See `InferenceOptions`."""
+        return super().asks_for_workers or self.min_workers is not None or self.decoding != "auto"
 
     def __post_init__(self) -> None:
         """

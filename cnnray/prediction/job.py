@@ -1,9 +1,11 @@
 """A prediction job from end to end: manifest, workers, parts, reconciliation, summary."""
 
+import contextlib
 import functools
 import json
 import logging
 import time
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,22 @@ import pyarrow.compute as pc
 
 from cnnray import cluster, paths, waiting
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, reading, storage, stream
+from cnnray.images import containers, reading, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
+from cnnray.images.ranges import divide_rows, split_rows
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
-from cnnray.prediction import pipeline, resume, summary
+from cnnray.prediction import plan as plans
+from cnnray.prediction import resume, summary
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.parts import Parts
+from cnnray.prediction.plan import Plan
 from cnnray.prediction.pool import check_room
 from cnnray.prediction.resume import PredictionError
+from cnnray.prediction.worker import Worker, select_columns
 from cnnray.progress import ProgressBar, duration
 from cnnray.tracking.prometheus import PredictionMetrics
 
@@ -72,11 +78,10 @@ def run(config: PredictConfig) -> dict[str, Any]:
         log.info("%d images, %d of them done", len(manifest), resumed)
         rate = 0.0
         if not earlier or len(written) < len(parts.ranges):
-            with cluster.connected(dashboard=config.dashboard):
-                plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
-                paths.check_shared(
-                    cluster.resources(), [config.bundle, containers.containing_file(manifest["uri"][0].as_py())]
-                )
+            with _planned(config, bundle, earlier, len(manifest)) as plan:
+                if not plan.in_process:
+                    first = containers.containing_file(manifest["uri"][0].as_py())
+                    paths.check_shared(cluster.resources(), [config.bundle, first])
                 engine = plan.engine
                 # All checks have passed: only now is anything written or deleted.
                 if earlier is None:
@@ -113,10 +118,10 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     manifest = resume.read_manifest(config) if earlier else build_manifest(config)
     parts = resume.plan_parts(config, manifest)
     resumed = parts.row_count(parts.written() if earlier else set())
-    with cluster.connected(dashboard=config.dashboard):
-        plan = pipeline.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
+    with _planned(config, bundle, earlier, len(manifest)) as plan:
+        pass
     sample = _sample(manifest)
-    worker = pipeline.Worker(plan, bundle.version)
+    worker = Worker(plan, bundle.version)
     list(worker(sample.slice(0, 1)))  # the first call is slow
     start = time.monotonic()
     errors = sum(len(rows) - rows["error"].null_count for rows in worker(sample))
@@ -139,6 +144,19 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _planned(config: PredictConfig, bundle: Bundle, earlier: dict[str, Any] | None, images: int) -> Iterator[Plan]:
+    """The plan of a run; where it needs Ray, a connection to the cluster for as long as the context lasts.
+
+    A run that resumes needs Ray: perhaps an image has crashed the process that did the work.
+    """
+    if earlier is None and plans.fits_this_process(config, images):
+        yield plans.plan_in_process(bundle, config)
+        return
+    with cluster.connected(dashboard=config.dashboard):
+        yield plans.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
+
+
 def _sample(manifest: pa.Table) -> pa.Table:
     """Short row ranges from all over a manifest; neighbouring rows, because a run reads containers in order, too."""
     starts = np.linspace(0, max(len(manifest) - _SAMPLE_ROWS, 0), _SAMPLE_RANGES).astype(np.int64)
@@ -155,9 +173,9 @@ def build_manifest(config: PredictConfig) -> pa.Table:
     """
     manifest = manifests.build_manifest(config.input, labelled=False).slice(0, config.limit)
     metadata = {resume.INPUT: manifests.fingerprint(manifest)}
-    manifest = pipeline.select_columns(manifest)
+    manifest = select_columns(manifest)
     if config.shards > 1:
-        ranges = stream.divide_rows(manifest["uri"], config.shards)
+        ranges = divide_rows(manifest["uri"], config.shards)
         if len(ranges) < config.shards:
             raise ManifestError(
                 f"{config.input} can be split into {len(ranges)} shards only (images in one row group stay together)."
@@ -175,7 +193,7 @@ def _predict_missing_parts(
     manifest: pa.Table,
     parts: Parts,
     written: set[int],
-    plan: pipeline.Plan,
+    plan: Plan,
 ) -> float:
     """Classify the images of the parts that are not written, and write these parts.
 
@@ -186,42 +204,70 @@ def _predict_missing_parts(
         UnavailableError: the storage of some images was in trouble; all others have their row.
         PredictionError: see `_ErrorLimit`; or a worker failed.
     """
-    import ray
-
-    stream.silence_progress()
     missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
     missing_rows = sum(stop - start for start, stop in missing)
-    pool = plan.pool
-    log.info(
-        "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
-        pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
-        f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
-    )  # fmt: skip
     collector = output.Collector(parts, manifest["id"].to_numpy(), leave_out=not config.skip_unreadable)
     progress = ProgressBar(len(manifest), len(manifest) - missing_rows)
-    errors, metrics = _ErrorLimit(config, missing_rows), PredictionMetrics(config.folder)
-    per_task = pipeline.rows_per_task(missing_rows, pool)
-    tasks = [
-        (first + start, first + stop)
-        for first, last in missing
-        for start, stop in stream.split_rows(manifest["uri"][first:last], per_task)
-    ]
-    dataset = pipeline.predict(manifest.replace_schema_metadata(None), plan, tasks)
+    errors = _ErrorLimit(config, missing_rows)
+    images = manifest.replace_schema_metadata(None)
+    classified = _in_process(images, missing, plan) if plan.in_process else _on_cluster(config, images, missing, plan)
     try:
-        with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
-            for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        with contextlib.closing(classified):
+            for rows in classified:
                 collector.add(rows)
-                metrics.add_rows(rows)
                 errors.add(rows)
                 progress.add(len(rows), f"{errors.count} errors" if errors.count else "")
-    except ray.exceptions.RayError as error:
-        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command resumes the run.)"
-        raise cluster.user_error(error) or PredictionError(sentence) from error
     finally:
         progress.close()
     if (left_out := collector.left_out) is not None:
         raise _left_out(config, left_out, len(manifest))
     return progress.images_per_second
+
+
+def _in_process(manifest: pa.Table, ranges: list[tuple[int, int]], plan: Plan) -> Generator[pa.Table]:
+    """Classify row ranges of the manifest in this process."""
+    log.info("in this process, with %d threads", plan.pool.threads)
+    worker = Worker(plan, plan.bundle.version)
+    for start, stop in ranges:
+        yield from worker(manifest.slice(start, stop - start))
+
+
+def _on_cluster(
+    config: PredictConfig, manifest: pa.Table, ranges: list[tuple[int, int]], plan: Plan
+) -> Generator[pa.Table]:
+    """Classify row ranges of the manifest with Ray. The rows come in any order.
+
+    Raises:
+        PredictionError: a worker failed.
+        ClusterError: lost nodes did not come back.
+    """
+    import ray
+
+    from cnnray.images import stream
+    from cnnray.prediction import pipeline
+
+    stream.silence_progress()
+    pool, metrics = plan.pool, PredictionMetrics(config.folder)
+    log.info(
+        "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
+        pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
+        f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
+    )  # fmt: skip
+    per_task = pipeline.rows_per_task(sum(stop - start for start, stop in ranges), pool)
+    tasks = [
+        (first + start, first + stop)
+        for first, last in ranges
+        for start, stop in split_rows(manifest["uri"][first:last], per_task)
+    ]
+    dataset = pipeline.predict(manifest, plan, tasks)
+    try:
+        with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+            for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                metrics.add_rows(rows)
+                yield rows
+    except ray.exceptions.RayError as error:
+        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command resumes the run.)"
+        raise cluster.user_error(error) or PredictionError(sentence) from error
 
 
 def _left_out(config: PredictConfig, rows: pa.Table, images: int) -> CnnrayError:

@@ -32,9 +32,11 @@ def create_ledger() -> Any:
 
 def start_attempt(ledger: Any, task: str) -> int:
     """Call `Ledger.start` of an actor; 0 where `ledger` is None."""
+    if ledger is None:
+        return 0
     import ray
 
-    return int(ray.get(ledger.start.remote(task))) if ledger is not None else 0
+    return int(ray.get(ledger.start.remote(task)))
 
 
 def finish_attempt(ledger: Any, task: str) -> None:

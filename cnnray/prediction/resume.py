@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 from cnnray import configs
 from cnnray.errors import PermanentError
 from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage, stream
+from cnnray.images import reading, storage
+from cnnray.images.ranges import split_rows
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import parts as output
-from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.parts import Parts
+from cnnray.prediction.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class PredictionError(PermanentError, RuntimeError):
 
 def plan_parts(config: PredictConfig, manifest: pa.Table) -> Parts:
     """Divide the rows of a run into parts."""
-    ranges = stream.split_rows(manifest["uri"], config.rows_per_part, cut_groups=True)
+    ranges = split_rows(manifest["uri"], config.rows_per_part, cut_groups=True)
     return Parts(config.folder, config.format, ranges)
 
 
@@ -153,7 +154,7 @@ def delete_parts(config: PredictConfig, parts: Parts, numbers: set[int]) -> None
         storage.delete_file(uri)
 
 
-def begin_output(config: PredictConfig, manifest: pa.Table, plan: pipeline.Plan) -> None:
+def begin_output(config: PredictConfig, manifest: pa.Table, plan: Plan) -> None:
     """Delete the files of an earlier run from the output, and write the config and manifest of this run."""
     for name in (SUMMARY, ERRORS, MANIFEST):
         storage.delete_file(storage.join(config.folder, name))

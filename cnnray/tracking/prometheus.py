@@ -2,7 +2,6 @@
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.util import metrics
 
 from cnnray.images import storage
 
@@ -15,6 +14,8 @@ class TrainingMetrics:
         Args:
             output: of the run; its last two parts are its name.
         """
+        from ray.util import metrics  # slow to import
+
         self._tags = {"run": storage.short_name(output)}
         self._images = metrics.Counter(
             "cnnray_train_images", description="Images trained on, by all workers.", tag_keys=("run",)
@@ -83,6 +84,8 @@ class PredictionMetrics:
         Args:
             output: folder of the run; its last two parts are the value of the tag `run`.
         """
+        from ray.util import metrics  # slow to import
+
         self._tags = {"run": storage.short_name(output)}
         self._images = metrics.Counter(
             "cnnray_predict_images",

@@ -13,6 +13,8 @@ from tests.e2e.conftest import kill, until
 from tests.networks import coloured_noise
 from tests.runs import read_rows
 
+ON_WORKERS = ("--max-workers", "2")
+"""So few images are otherwise classified without Ray."""
 IMAGES = 1500
 PARTS = -(-IMAGES // 64)
 WATCHDOG = 240
@@ -46,7 +48,7 @@ def command(bundle, photos, tmp_path):
     """The command line of a run, and its output."""
     output = tmp_path / "out"
     arguments = ["--bundle", bundle, "--input", photos, "--output", output, "--rows-per-part", "64"]
-    return ("predict", *arguments), output
+    return ("predict", *arguments, *ON_WORKERS), output
 
 
 def _line(job):
@@ -63,7 +65,7 @@ def _parts(output):
     return len(list(output.glob("part-*")))
 
 
-ON_RAY = {"worker": "Worker", "ledger": "Ledger", "task": "_decoded"}
+ON_RAY = {"worker": "Worker", "ledger": "Ledger", "task": "decode_rows"}
 """What Ray puts in the names of these processes. A run continues by itself when one of them is killed."""
 
 
@@ -134,6 +136,25 @@ def test_a_run_that_is_killed_ends_with_every_image_once(kind, start_job, comman
     _check(output, line)
     if kind not in ON_RAY:
         assert line["resumed"] >= 64 * before > 0
+
+
+def test_a_few_images_need_no_ray_until_a_run_is_killed(start_job, command):
+    arguments, output = command
+    arguments = arguments[: -len(ON_WORKERS)]
+    job = start_job(*arguments)
+    until(lambda: _parts(output) >= 2 or job.process.poll() is not None, WATCHDOG, "2 parts")
+    assert not _victims(job, "cluster")
+    before = _parts(output)
+    assert kill(_victims(job, "driver"))
+    job.wait(WATCHDOG)
+    job.end()
+    again = start_job(*arguments)
+    assert again.wait(WATCHDOG) == 0, again.err.read_text()
+    _check(output, _line(again))
+    assert _line(again)["resumed"] >= 64 * before
+    # An image may have ended the first one: Ray's workers find out which.
+    assert "in this process" in job.err.read_text()
+    assert "1 to 2 workers of 1 CPUs" in again.err.read_text()
 
 
 def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, command):

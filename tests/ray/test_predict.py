@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from cnnray import cluster
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
@@ -20,6 +21,7 @@ from cnnray.models.predictor import Predictor
 from cnnray.prediction import job, pipeline, predict
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.job import PredictionError
+from cnnray.prediction.worker import CRASHED
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
 from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle, decoded_or_die
@@ -110,11 +112,15 @@ def test_the_files_of_a_finished_run(finished, bundle):
         {"decoding": "tasks", "cpus_per_worker": 0.5},
         {"format": "csv"},
         {"format": "jsonl"},
+        {"max_workers": None},
     ],
-    ids=["one", "many", "tasks", "csv", "jsonl"],
+    ids=["one", "many", "tasks", "csv", "jsonl", "no Ray"],
 )
-def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bundle, images, tmp_path):
+def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bundle, images, tmp_path, monkeypatch):
     expected = read_rows(finished[0])
+    if changes == {"max_workers": None}:
+        monkeypatch.setattr(cluster, "starts_own", lambda: True)
+        monkeypatch.setattr(cluster, "connected", None)
     job.run(_config(bundle, images[0], tmp_path, **changes))
     rows = read_rows(tmp_path, changes.get("format", "parquet"))
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
@@ -345,12 +351,12 @@ def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
         for number, data in enumerate(contents):
             (tmp_path / f"{number:03d}.png").write_bytes(data)
     monkeypatch.setattr(pipeline, "Worker", CrashedByAnImage)
-    monkeypatch.setattr(pipeline, "_decoded", decoded_or_die)
+    monkeypatch.setattr(pipeline, "decode_rows", decoded_or_die)
     output = tmp_path.parent / f"poisoned_{decoding}_{packed}"
     line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
     assert (line["rows"], line["ok"], line["errors"]) == (200, 198, 2)
     for row in read_rows(output):
-        assert row["error"] == (pipeline.CRASHED if row["id"] in poisonous else None)
+        assert row["error"] == (CRASHED if row["id"] in poisonous else None)
         assert (row["prediction"] is None) == (row["id"] in poisonous)
 
 

@@ -8,6 +8,7 @@ import pytest
 from cnnray.images import checks, reading, stream
 from cnnray.images.decode import decode
 from cnnray.images.manifest import build_manifest
+from cnnray.images.ranges import divide_rows, split_rows
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
@@ -168,11 +169,11 @@ def test_rebatch_refuses_too_few_and_too_many_rows():
 
 
 def _split(uris, rows, **options):
-    return stream.split_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), rows, **options)
+    return split_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), rows, **options)
 
 
 def _divide(uris, count):
-    return stream.divide_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), count)
+    return divide_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), count)
 
 
 def test_split_rows_cuts_only_large_row_groups():

@@ -13,7 +13,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cnnray.images import decode, reading
 from cnnray.models import startup
-from cnnray.prediction import pipeline
+from cnnray.prediction import worker
 from cnnray.training.backend import MultiWorkerConfig
 
 
@@ -62,7 +62,7 @@ def decode_or_die(data, size, resize="stretch", decode=decode.decode):
     return decode(data, size, resize)
 
 
-class CrashedByAnImage(pipeline.Worker):
+class CrashedByAnImage(worker.Worker):
     """A prediction worker that decodes with `decode_or_die`."""
 
     def __init__(self, *arguments, **options):
@@ -70,15 +70,15 @@ class CrashedByAnImage(pipeline.Worker):
         reading.decode = decode_or_die
 
 
-class CrashedByItsBundle(pipeline.Worker):
+class CrashedByItsBundle(worker.Worker):
     """A prediction worker that is killed while it loads its bundle, as if it had run out of memory."""
 
     def __init__(self, *arguments, **options):
-        pipeline.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        worker.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         super().__init__(*arguments, **options)
 
 
-def decoded_or_die(*arguments, decoded=pipeline._decoded, **options):
+def decoded_or_die(*arguments, decoded=worker.decode_rows, **options):
     """A decoding task that decodes with `decode_or_die`."""
     reading.decode = decode_or_die
     yield from decoded(*arguments, **options)

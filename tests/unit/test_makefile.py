@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-TOOLS = ("make", "sh", "touch", "mkdir")
+TOOLS = ("make", "sh", "sed", "touch", "mkdir")
 
 
 @pytest.fixture
@@ -66,8 +66,9 @@ def _write_python(path, version, made):
         "    folder = pathlib.Path(sys.argv[-1], 'bin')\n"
         "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    shutil.copy(__file__, folder / 'python')\n"
-        "    (folder / 'pip').write_text('#!/bin/sh\\n')\n"
-        "    (folder / 'pip').chmod(0o755)\n"
+        "    for name in ('pip', 'uv'):\n"
+        "        (folder / name).write_text('#!/bin/sh\\n')\n"
+        "        (folder / name).chmod(0o755)\n"
         f"    pathlib.Path({str(made)!r}).write_text(os.path.basename(__file__))\n"
     )
     path.chmod(0o755)

@@ -14,16 +14,18 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from cnnray import cluster
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.images.manifest import manifest_from_uris
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
-from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.parts import Collector, PartError, Parts, list_part_files
+from cnnray.prediction.plan import fits_this_process, plan_on_cluster
 from cnnray.prediction.pool import Pool, plan_pool
 from cnnray.prediction.summary import ErrorList, Tally, summarize
+from cnnray.prediction.worker import Worker, decode_rows, select_columns
 from tests.awkward import awkward_images, bad_images
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
@@ -100,15 +102,38 @@ def test_pools_that_would_wait_for_ever_are_refused(nodes, options, sentence):
         plan_pool(PredictOptions(**options), "onnx", _cluster(*nodes))
 
 
+@pytest.mark.parametrize(
+    ("images", "options", "environment", "gpus", "fits"),
+    [
+        (4096, {}, {}, False, True),
+        (4097, {}, {}, False, False),
+        (1, {"dashboard": True}, {}, False, False),
+        (1, {"max_workers": 1}, {}, False, False),
+        (1, {"cpus_per_worker": 1.0}, {}, False, False),
+        (1, {"min_workers": 1}, {}, False, False),
+        (1, {"decoding": "tasks"}, {}, False, False),
+        (1, {}, {"RAY_ADDRESS": "auto"}, False, False),
+        (1, {}, {}, True, False),
+    ],
+)
+def test_few_images_are_classified_without_ray(images, options, environment, gpus, fits, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cluster, "is_connected", lambda: False)
+    monkeypatch.setattr(cluster, "may_have_gpus", lambda: gpus)
+    assert fits_this_process(PredictOptions(**options), images) is fits
+
+
 # -- workers --------------------------------------------------------------------------------------------------
 
 
 def _plan(bundle, **options):
-    return pipeline.plan(bundle, PredictOptions(engine="keras", **options), _cluster((1, 0)))
+    return plan_on_cluster(bundle, PredictOptions(engine="keras", **options), _cluster((1, 0)))
 
 
 def _worker(bundle, **options):
-    return pipeline.Worker(_plan(bundle, **options), "model-1")
+    return Worker(_plan(bundle, **options), "model-1")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +154,7 @@ def test_a_worker_predicts_as_predictor_does(decoded_in_tasks, bundle, files):
     worker, predictor = _worker(bundle, top_k=2), Predictor(bundle, top_k=2)
     tables = [manifest]
     if decoded_in_tasks:
-        tables = pipeline._decoded(manifest, SIZE, "stretch", 10)
+        tables = decode_rows(manifest, SIZE, "stretch", 10)
     rows = pa.concat_tables(block for table in tables for block in worker(table))
     assert rows.select(manifest.column_names).equals(manifest)
     assert set(rows["model"].to_pylist()) == {"model-1"}
@@ -210,17 +235,17 @@ def test_an_image_without_probabilities_is_an_error(embeddings, bundle, files, m
 def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
     plan = dataclasses.replace(_plan(bundle), digest="other")
     with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):
-        pipeline.Worker(plan, "model-1")
+        Worker(plan, "model-1")
 
 
 def test_manifest_columns_with_names_of_output_columns_are_renamed():
     manifest = manifest_from_uris(["/a.png"]).append_column("prediction", [["cat"]]).append_column("mine", [[1]])
-    assert pipeline.select_columns(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
+    assert select_columns(manifest).column_names == ["id", "uri", "original_prediction", "mine"]
     twice = manifest.append_column("original_prediction", [["dog"]])
-    assert pipeline.select_columns(twice).column_names[-1] == "original_prediction"
-    assert "original_original_prediction" in pipeline.select_columns(twice).column_names
+    assert select_columns(twice).column_names[-1] == "original_prediction"
+    assert "original_original_prediction" in select_columns(twice).column_names
     labelled = manifest.set_column(2, "label", [["dog"]])
-    assert "label" in pipeline.select_columns(labelled).column_names
+    assert "label" in select_columns(labelled).column_names
 
 
 # -- parts ----------------------------------------------------------------------------------------------------
@@ -337,15 +362,16 @@ def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_
 import json, resource
 from cnnray.images.manifest import manifest_from_uris
 from cnnray.models.bundle import Bundle
-from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
+from cnnray.prediction.plan import Plan
 from cnnray.prediction.pool import Pool
+from cnnray.prediction.worker import Worker
 from pathlib import Path
 pool = Pool(smallest=1, first=1, largest=1)
 bundle = Bundle.load({bundle.uri!r})
 digest = bundle.digest("model.keras")
-plan = pipeline.Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
-worker = pipeline.Worker(plan, "model")
+plan = Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
+worker = Worker(plan, "model")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 manifest = manifest_from_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
 rows = [row for table in worker(manifest) for row in table.select(["uri", "status", "error"]).to_pylist()]

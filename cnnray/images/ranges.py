@@ -1,0 +1,61 @@
+"""Row ranges of a manifest: how its rows are cut into blocks, tasks, parts and shards."""
+
+import itertools
+import math
+
+import pyarrow as pa
+
+from cnnray.images import containers
+
+ROWS_PER_BLOCK = 256
+"""Rows that a task reads and decodes; a block of 224x224 images then has 37 MiB."""
+
+_BLOCK_BYTES = 64 * 2**20
+_LARGE_GROUP, _MAX_RANGES_OF_A_GROUP = 4096, 8
+
+
+def rows_per_block(size: int) -> int:
+    """Rows of one block, for images of this height and width in pixels."""
+    return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
+
+
+def split_rows(uris: pa.ChunkedArray, rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:
+    """Cut a manifest into ranges of `rows` rows. Row groups stay whole, because a group is read from its start.
+
+    Args:
+        uris: the manifest's column.
+        rows: rows of a range; the last may have fewer, and ranges with row groups may have more.
+        cut_groups: whether to cut row groups of more than 4096 rows into at most 8 ranges; each of these also reads
+            the rows before it in the group.
+
+    Returns:
+        the first row of each range, and the row after its last.
+    """
+    cuts, start = [0], 0
+    for group, length in containers.row_group_runs(uris):
+        stop = start + length
+        if group is None:
+            cuts += range(max(cuts[-1] + rows, start), stop, rows)
+        else:
+            large = cut_groups and length > max(rows, _LARGE_GROUP)
+            if start > cuts[-1] and (large or start - cuts[-1] >= rows):
+                cuts.append(start)
+            if large:
+                step = max(rows, _LARGE_GROUP, math.ceil(length / _MAX_RANGES_OF_A_GROUP))
+                cuts += range(start + step, stop, step)
+        start = stop
+    return list(itertools.pairwise([*cuts, len(uris)])) if len(uris) else []
+
+
+def divide_rows(uris: pa.ChunkedArray, count: int) -> list[tuple[int, int]]:
+    """Cut a manifest into `count` ranges of about the same size. Row groups stay whole.
+
+    Returns:
+        the first row of each range, and the row after its last; fewer than `count` if row groups are too large.
+    """
+    cuts, wanted, start = {0, len(uris)}, [len(uris) * number // count for number in range(1, count)], 0
+    for group, length in containers.row_group_runs(uris):
+        stop = start + length
+        cuts |= {stop if group is not None and cut > start else cut for cut in wanted if start <= cut < stop}
+        start = stop
+    return list(itertools.pairwise(sorted(cuts)))

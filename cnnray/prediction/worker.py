@@ -1,0 +1,288 @@
+"""Classifies rows of a manifest in one process: an actor of the pool, or the job itself.
+
+Output rows come in any order. A row has the manifest's columns and
+
+- `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage` or
+  `reading.UNAVAILABLE`, a colon and details);
+- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors;
+- `model`: `Bundle.version` of the network;
+- `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cnnray.images import containers, reading
+from cnnray.images.ranges import rows_per_block
+from cnnray.models import engines, startup
+from cnnray.models.bundle import BundleError
+from cnnray.models.predictor import Predictor, find_unusable, rank_classes
+from cnnray.prediction.ledger import MAX_CRASHES, finish_attempt, start_attempt
+from cnnray.prediction.plan import Plan
+from cnnray.tracking.prometheus import PredictionMetrics
+
+COLUMNS = (
+    "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model", "probabilities",
+    "embedding",
+)  # fmt: skip
+"""The columns that predictions add, in their order."""
+CRASHED = "crashed: the worker process crashed each time it was given this image"
+_PIXELS, _ERROR = "__pixels", "__error"
+"""Columns that decoding tasks add for workers: the pixels of an image, and its error, empty where it was decoded."""
+
+Images = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Sources = Iterator[containers.Source] | None
+
+
+def select_columns(manifest: pa.Table) -> pa.Table:
+    """The manifest with the columns that are copied to the output.
+
+    `label` and `split` are dropped if they are empty. Columns whose names are in `COLUMNS` are renamed to
+    `original_NAME`.
+    """
+    optional = [name for name in ("label", "split") if name in manifest.column_names]
+    manifest = manifest.drop_columns([name for name in optional if manifest[name].null_count == len(manifest)])
+    names = set(manifest.column_names)
+    for name in names & set(COLUMNS):
+        renamed = f"original_{name}"
+        while renamed in names:
+            renamed = f"original_{renamed}"
+        names.add(renamed)
+        manifest = manifest.rename_columns({name: renamed})
+    return manifest
+
+
+def decode_rows(
+    table: pa.Table, size: int, resize: Any, rows_per_block: int, ledger: Any = None
+) -> Iterator[pa.Table]:
+    """Manifest rows with the columns `_PIXELS` and `_ERROR`, for workers that do not decode themselves."""
+
+    def decode(rows: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+        start = 0
+        columns = rows.select(["id", "uri"])
+        blocks = reading.decoded_blocks(columns, size, resize, rows_per_block, sources=sources, keep_unavailable=True)
+        for block in blocks:
+            count = len(block["id"])
+            yield _with_pixels(rows.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
+            start += count
+
+    def crashed(row: pa.Table) -> pa.Table:
+        return _with_pixels(row, np.zeros((1, size, size, 3), np.uint8), pa.array([CRASHED]))
+
+    yield from _isolate_crashes(table, decode, crashed, rows_per_block, ledger, "decode")
+
+
+def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
+    kind, buffer = pa.binary(images[0].size), pa.py_buffer(np.ascontiguousarray(images))
+    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(images), [None, buffer])
+    return rows.append_column(_PIXELS, pixels).append_column(_ERROR, errors)
+
+
+def _isolate_crashes(
+    table: pa.Table,
+    process: Callable[[pa.Table, Sources], Iterator[pa.Table]],
+    crashed: Callable[[pa.Table], pa.Table],
+    rows_per_block: int,
+    ledger: Any,
+    stage: str,
+) -> Iterator[pa.Table]:
+    """Process the rows of a task; if the task has crashed its worker before, row by row, without the rows that crash.
+
+    Both paths yield blocks of equal length, because Ray skips blocks by count when it retries a task.
+
+    Args:
+        table: the rows of the task.
+        process: yields the output of rows, in blocks of `rows_per_block`. It takes the images from the iterator,
+            or reads them itself if that is None.
+        crashed: gives the output for a row that crashes its worker.
+        rows_per_block: rows of each block; the last may have fewer.
+        ledger: the ledger's actor, or None.
+        stage: name of the work, which with the ids names the task in the ledger.
+    """
+    task = f"{stage} {table['id'][0]} to {table['id'][-1]}"
+    if start_attempt(ledger, task) < MAX_CRASHES:
+        yield from process(table, None)
+    else:
+        uris = table["uri"].to_pylist()
+        sources = containers.encoded(uris)  # one iterator for all rows: each row group is read from its start
+        for start in range(0, len(table), rows_per_block):
+            outputs: list[pa.Table] = []
+            for place in range(start, min(start + rows_per_block, len(table))):
+                row = table.slice(place, 1)
+                row_task = f"{stage} {row['id'][0]}"
+                if start_attempt(ledger, row_task) < MAX_CRASHES:
+                    outputs += process(row, sources)
+                    finish_attempt(ledger, row_task)
+                else:
+                    outputs.append(crashed(row))
+                    sources = containers.encoded(uris[place + 1 :])
+            yield pa.concat_tables(outputs).combine_chunks()
+    finish_attempt(ledger, task)
+
+
+def _loading_task() -> str:
+    """The ledger's name for the start of this process's actor."""
+    import ray
+
+    return f"load {ray.get_runtime_context().get_actor_id()}"
+
+
+class Worker:
+    """Holds the network and adds predictions to rows."""
+
+    def __init__(self, plan: Plan, model: str, ledger: Any = None) -> None:
+        """
+        Args:
+            plan: the engine and the workers.
+            model: value of the column `model`.
+            ledger: the ledger's actor of the run, or None.
+
+        Raises:
+            BundleError: the bundle has changed since the plan was made, or this worker crashed each time it loaded
+                the bundle.
+        """
+        loading = _loading_task() if ledger is not None else ""
+        if start_attempt(ledger, loading) >= MAX_CRASHES:
+            raise BundleError(
+                f"A worker crashed {MAX_CRASHES} times while it loaded {plan.bundle.uri} for {plan.engine}: it may "
+                "have too little memory."
+            )
+        if plan.engine == engines.KERAS:
+            startup.load_tensorflow(gpus=plan.pool.gpus > 0)
+        self._options, self._info, self._model, self._ledger = plan.options, plan.bundle.info, model, ledger
+        self._predictor = Predictor(
+            plan.bundle,
+            engine=plan.engine,
+            threads=plan.pool.threads,
+            batch_size=plan.options.batch_size,
+        )
+        if engines.digest(plan.bundle, plan.engine) != plan.digest:
+            raise BundleError(f"{plan.bundle.uri} was changed while the run was going on: run it again.")
+        self._names = pa.array(self._info.class_names, pa.string())
+        self._threads = plan.pool.threads
+        self._metrics = None if plan.in_process else PredictionMetrics(plan.output)
+        finish_attempt(ledger, loading)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Yield rows of a manifest, or of `decode_rows`, with their predictions."""
+        # Rows that come with pixels are one block.
+        rows = len(table) if _PIXELS in table.column_names else rows_per_block(self._info.image_size)
+        yield from _isolate_crashes(table, self._predict, self._crashed_row, max(rows, 1), self._ledger, "predict")
+
+    def _predict(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+        start, clock = 0, time.perf_counter()
+        blocks = self._decoded_images(table) if _PIXELS in table.column_names else self._read_images(table, sources)
+        for images, errors in blocks:
+            rows = table.slice(start, len(errors))
+            start += len(errors)
+            read = time.perf_counter()
+            predictions = self._with_predictions(rows, images, errors)
+            if self._metrics:
+                self._metrics.add_seconds("read", read - clock)
+                self._metrics.add_seconds("predict", time.perf_counter() - read)
+            yield predictions
+            clock = time.perf_counter()
+
+    def _crashed_row(self, row: pa.Table) -> pa.Table:
+        size = self._info.image_size
+        return self._with_predictions(row, np.zeros((1, size, size, 3), np.uint8), [CRASHED])
+
+    def _decoded_images(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
+        """The images and errors in the rows of a decoding task, without a copy."""
+        size = self._info.image_size
+        pixels = table[_PIXELS].combine_chunks()
+        pixels = pixels.chunk(0) if isinstance(pixels, pa.ChunkedArray) else pixels
+        images = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * size * size * 3 :]
+        images = images[: len(table) * size * size * 3].reshape(len(table), size, size, 3)
+        yield images, table[_ERROR].to_pylist()
+
+    def _read_images(self, table: pa.Table, sources: Sources) -> Iterator[tuple[Images, list[str]]]:
+        """Read and decode the images of manifest rows, in blocks of images and their errors."""
+        size = self._info.image_size
+        blocks = reading.decoded_blocks(
+            table.select(["id", "uri"]),
+            size,
+            self._info.resize,
+            rows_per_block(size),
+            threads=max(reading.threads_for(table["uri"][0].as_py()), self._threads),
+            sources=sources,
+            keep_unavailable=True,
+        )
+        for block in reading.prefetched(blocks):
+            yield block["image"], block["error"].tolist()
+
+    def _with_predictions(self, rows: pa.Table, images: Images, errors: list[str]) -> pa.Table:
+        """Append the columns of `COLUMNS`.
+
+        Args:
+            rows: N rows of the manifest.
+            images: uint8 (N, size, size, 3).
+            errors: why an image could not be decoded; empty where it could.
+        """
+        rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])
+        probabilities, embeddings, errors = self._classify(images, errors)
+        good = np.asarray([not error for error in errors])
+        # Index of each row in the predictions, which only good images have; null for the others.
+        place = pa.array(np.cumsum(good) - 1, mask=~good)
+        columns = {
+            "status": pa.array(np.where(good, "ok", "error").tolist(), pa.string()),
+            "error": pa.array([error or None for error in errors], pa.string()),
+        }
+        predictions = self._prediction_columns(probabilities, embeddings)
+        columns |= {name: values.take(place) for name, values in predictions.items()}
+        columns["model"] = pa.array([self._model] * len(rows), pa.string())
+        for name in COLUMNS:
+            if name in columns:
+                rows = rows.append_column(name, columns[name])
+        return rows
+
+    def _classify(self, images: Images, errors: list[str]) -> tuple[Floats, Floats | None, list[str]]:
+        """Run the network on the images that could be decoded.
+
+        Args:
+            images, errors: as in `_with_predictions`.
+
+        Returns:
+            the probabilities and, if the options ask for them, the embeddings of images with a prediction; and the
+            errors, now also of images for which the network gives no probabilities.
+        """
+        decoded, embeddings = np.flatnonzero([not error for error in errors]), None
+        if self._options.embeddings:
+            probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
+        else:
+            probabilities = self._predictor.probabilities(images[decoded])
+        if unusable := find_unusable(probabilities):
+            errors = [*errors]
+            for index, error in unusable.items():
+                errors[decoded[index]] = str(error)
+            usable = np.delete(np.arange(len(decoded)), list(unusable))
+            probabilities, embeddings = probabilities[usable], None if embeddings is None else embeddings[usable]
+        return probabilities, embeddings, errors
+
+    def _prediction_columns(self, probabilities: Floats, embeddings: Floats | None) -> dict[str, pa.Array]:
+        options = self._options
+        order = rank_classes(probabilities, options.top_k)
+        scores = np.take_along_axis(probabilities, order, 1)
+        offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)
+        labels = self._names.take(pa.array(order.ravel()))
+        columns = {
+            "prediction": self._names.take(pa.array(order[:, 0])),
+            "confidence": pa.array(scores[:, 0], pa.float32()),
+            "top_k_labels": pa.ListArray.from_arrays(offsets, labels),
+            "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
+        }
+        if options.probabilities:
+            columns["probabilities"] = _fixed_size_lists(probabilities)
+        if embeddings is not None:
+            columns["embedding"] = _fixed_size_lists(embeddings)
+        return columns
+
+
+def _fixed_size_lists(values: npt.NDArray[np.float32]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])

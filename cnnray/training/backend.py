@@ -5,11 +5,13 @@ Ray's own `ray.train.tensorflow` does the same, but imports TensorFlow into the 
 """
 
 import contextlib
+import importlib
 import json
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.train.backend import Backend, BackendConfig
@@ -17,23 +19,27 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker, Worker
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cnnray import cluster
+from cnnray.models import startup
 
 
 class Trainer(DataParallelTrainer):
     """Ray Train's, without processes that it does not need: each takes one to three seconds of a CPU to start."""
 
-    def __init__(self, *arguments: Any, reads: bool, **options: Any) -> None:
+    def __init__(self, *arguments: Any, reads: bool, ahead: Sequence[Any] = (), **options: Any) -> None:
         """
         Args:
             arguments: see `DataParallelTrainer`.
             reads: whether the workers read with Ray Data.
+            ahead: what `load_ahead` has started.
             options: see `DataParallelTrainer`.
         """
         super().__init__(*arguments, **options)
-        self._is_alone = cluster.is_own() and not reads
+        self._is_alone, self._ahead = cluster.is_own() and not reads, list(ahead)
 
     def _create_default_callbacks(self) -> list[Any]:
         # The workers make their datasets themselves. What frees their resources if the job dies asks the dashboard
@@ -46,7 +52,7 @@ class Trainer(DataParallelTrainer):
             return super()._initialize_and_run_controller(**options)
         options["scaling_policy"] = _AloneScalingPolicy(self.scaling_config)
         # Without a runtime environment of its own, it takes one of the processes that Ray starts ahead.
-        controller = ray.remote(num_cpus=0)(TrainController).remote(**options)
+        controller = ray.remote(num_cpus=0)(_AloneController).remote(self._ahead, **options)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
 
@@ -59,6 +65,61 @@ class _AloneScalingPolicy(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class _AloneWorkerGroup(WorkerGroup):
+    """The first group consists of the workers that `load_ahead` has started."""
+
+    ahead: ClassVar[list[Any]] = []
+
+    def _create_workers(
+        self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
+    ) -> list[Any]:
+        actors, _AloneWorkerGroup.ahead = _AloneWorkerGroup.ahead, []
+        try:
+            metadata = ray.get([actor.get_metadata.remote() for actor in actors])  # answered when they have loaded
+        except ray.exceptions.RayError:
+            metadata = []
+        if len(metadata) != num_workers:
+            created: list[Any] = super()._create_workers(
+                num_workers, placement_group, resources_per_worker, **options
+            )
+            return created
+        workers = [Worker(actor, known, resources_per_worker) for actor, known in zip(actors, metadata, strict=True)]
+        ranked: list[Any] = WorkerGroup._assign_worker_ranks(workers, 0, num_workers, None)
+        return ranked
+
+
+class _AloneController(TrainController):
+    worker_group_cls = _AloneWorkerGroup
+
+    def __init__(self, ahead: list[Any], **options: Any) -> None:
+        _AloneWorkerGroup.ahead = ahead
+        super().__init__(**options)
+
+
+def load_ahead(workers: int) -> list[Any]:
+    """Start workers for a `Trainer`, which import TensorFlow while the job does other things.
+
+    They reserve nothing: the placement group that Ray Train makes for them does.
+
+    Args:
+        workers: their number, which does not change. They have no GPUs, and do not read with Ray Data.
+
+    Returns:
+        Their actors; nothing where this process has not started Ray itself.
+    """
+    if not cluster.is_own():
+        return []
+    actors = [ray.remote(num_cpus=0)(RayTrainWorker).remote() for _ in range(workers)]
+    for actor in actors:
+        actor.execute.remote(_load)
+    return actors
+
+
+def _load() -> None:
+    startup.load_tensorflow(gpus=False)
+    importlib.import_module("cnnray.training.worker")
 
 
 @dataclass

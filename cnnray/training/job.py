@@ -90,6 +90,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             opened = filter(None, [first, config.output, config.teacher, weights_file])
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
+            ahead = _load_ahead(config) if cached else []
             few = interruptible(reading)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
@@ -106,7 +107,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 output.write_config(config)
             with tracker.following() if tracker else contextlib.nullcontext():
                 blocks = data.decode_splits_into_memory(config, manifest, shares, few) if cached else {}
-                best, latest = _run(config, manifest, shares, blocks, started, held, callbacks)
+                best, latest = _run(config, manifest, shares, blocks, started, held, callbacks, ahead)
                 summary = output.finish(config, best, latest, started)
         if tracker:
             tracker.finish(summary)
@@ -135,6 +136,7 @@ def _run(
     started: float,
     held: Lease,
     callbacks: Sequence[Any],
+    ahead: Sequence[Any],
 ) -> tuple[Any, Any]:
     """Run Ray Train.
 
@@ -175,6 +177,7 @@ def _run(
     trainer = Trainer(
         functools.partial(train_on_worker, assignment),
         reads=not cached,
+        ahead=ahead,
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=((config.fewest_workers, config.max_workers) if config.is_elastic else config.max_workers),
@@ -209,6 +212,15 @@ def _run(
     if result.return_value is not None:
         raise result.return_value
     return result.get_best_checkpoint("score", "min"), result.checkpoint
+
+
+def _load_ahead(config: DecidedConfig) -> list[Any]:
+    """See `backend.load_ahead`; nothing where the number of workers may change, or they have GPUs."""
+    if config.is_elastic or config.gpus_per_worker:
+        return []
+    from cnnray.training.backend import load_ahead
+
+    return load_ahead(config.max_workers)
 
 
 def _imagenet_weights(config: DecidedConfig) -> bytes:

@@ -1,4 +1,4 @@
-"""Importing TensorFlow and Keras without the lines that TensorFlow's libraries log before they read any setting."""
+"""Importing TensorFlow and Keras: without what cnnray does not use of them, and without the lines that they log."""
 
 import contextlib
 import importlib
@@ -7,23 +7,38 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _LOG_LINES = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|[IW]\d{4} \d\d:|E\d{4} \d\d:.* failed call to cuInit"
     rb"|To enable the following instructions:"
 )
 """Beginnings of lines about the machine; the one about cuInit says that it has no GPU."""
+_UNUSED = ("matplotlib", "pandas", "sklearn")
+"""Keras imports these where they are installed, for plots, data frames and scikit-learn's interface. They take almost
+half of the time of `import tensorflow`."""
 
 
 def load_tensorflow(*, gpus: bool = True) -> None:
-    """Import TensorFlow and Keras, and let TensorFlow look for GPUs.
+    """Import TensorFlow and Keras for a process of cnnray's own, and let TensorFlow look for GPUs.
 
-    What is written to stderr meanwhile, for several seconds, comes afterwards, without TensorFlow's own lines.
+    What is written to stderr meanwhile, for several seconds, comes afterwards, without TensorFlow's own lines. Keras
+    then takes the modules of `_UNUSED` for not installed; other threads must not import them meanwhile.
 
     Args:
         gpus: whether TensorFlow may use the GPUs visible to the process.
     """
+    with _hidden(_UNUSED):
+        _load(gpus=gpus)
+
+
+def ensure_tensorflow() -> None:
+    """Import TensorFlow and Keras, with all that they offer, if this process has not imported TensorFlow yet."""
+    if "tensorflow" not in sys.modules:
+        _load(gpus=True)
+
+
+def _load(*, gpus: bool) -> None:
     with _without_log_lines():
         import tensorflow as tf
 
@@ -34,10 +49,16 @@ def load_tensorflow(*, gpus: bool = True) -> None:
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
 
 
-def ensure_tensorflow() -> None:
-    """Import TensorFlow and Keras if this process has not imported TensorFlow yet."""
-    if "tensorflow" not in sys.modules:
-        load_tensorflow()
+@contextlib.contextmanager
+def _hidden(modules: Sequence[str]) -> Iterator[None]:
+    """Let imports of these modules fail, but for those that are imported already."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

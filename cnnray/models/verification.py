@@ -13,8 +13,8 @@ from cnnray.models.engines import KERAS, predict_in_batches
 from cnnray.models.runtimes import Engine, Images, Probabilities
 
 MEASURED_BATCH_SIZES = (1, 32)
-_ROUNDS = 5
-_SECONDS_PER_ROUND = 0.08
+_ROUNDS = 3
+_SECONDS_PER_ROUND = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Report:
     keras_accuracy: float | None
     """Accuracy of the Keras model on the same images."""
     images_per_second: dict[str, float]
-    """Speed by batch size, the median of five rounds."""
+    """Speed by batch size, the median of three rounds."""
     times_keras: dict[str, float]
     """Speed by batch size relative to Keras in the same export, because another export may have run on another
     machine or with other threads."""

@@ -27,6 +27,18 @@ def test_a_predictor_writes_nothing_and_hides_nothing(tmp_path):
     assert process.stderr == "a line of another thread\n(2, 2)\n"
 
 
+def test_a_job_imports_of_keras_what_it_uses():
+    program = """
+import sys
+from cnnray.models import startup
+startup.load_tensorflow(gpus=False)
+assert not {"matplotlib", "pandas", "sklearn"} & set(sys.modules), set(sys.modules)
+import keras, matplotlib, numpy, pandas, sklearn
+keras.Sequential([keras.layers.Dense(2)]).predict(numpy.zeros((1, 2)), verbose=0)
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
+
+
 def test_what_is_written_before_a_failure_is_kept(capfd):
     def fail():
         with startup._without_log_lines():

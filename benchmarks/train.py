@@ -18,7 +18,8 @@ from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.models import startup
 from cnnray.training import decisions, epoch
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.plan import share_out
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.data_sets import SIZE, Labelled
 from cnnray.training import decisions, epoch, recipe
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 
 _AT_ONCE = 500
 """Images that are evaluated at once."""

@@ -3,7 +3,8 @@
 from typing import Any
 
 from cnnray.training import decisions
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 
 
 def decided(*, images: int = 1000, classes: int = 10, side: int = 32, **flags: Any) -> DecidedConfig:

@@ -5,9 +5,7 @@ for the group that it needs. What a resume may change, a search may vary and a t
 (see `cnnray.configs`).
 """
 
-import itertools
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cnnray import configs, flags
@@ -356,65 +354,3 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
             elif name in configs.names(type(self), tracked=True):
                 values[name] = value
         return {name: "null" if value is None else str(value) for name, value in values.items()}
-
-    def differs_from(self, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
-        """The flags in which this config asks for another training than `earlier` (by `configs.load`) did.
-
-        A flag that is null and would be decided takes the earlier run's value.
-
-        Args:
-            earlier: by field.
-            fixed: fields that may not differ although they are resumable.
-        """
-        stated = [(self.warmup_epochs, self.warmup_steps), (self.decay_epochs, self.decay_steps)]
-        derived = any(lengths == (None, None) for lengths in stated)
-        if self.phases is not None or (self.schedule == "cosine" and derived):
-            # The learning rate of each step, or what it trains, depends on how many there are.
-            fixed = {"epochs", *fixed}
-        undecided = {name: None for name in DECIDED if getattr(self, name) is None}
-        return configs.differences(self, {**earlier, **undecided}, fixed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecidedConfig(TrainConfig):
-    """A config without flags that are still to be decided (see `decisions.decide`): what a run is trained with."""
-
-    architecture: str
-    head: Head
-    image_size: int
-    dropout: float
-    augment: Strength
-    epochs: int = field(metadata=rules(resumable=True))
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    average: float
-    label_smoothing: float
-
-    @property
-    def resolved_phases(self) -> tuple[Phase, ...]:
-        """The phases, each with its epochs, its learning rate, and at least the zeros of the one before."""
-        phases: list[Phase] | tuple[Phase, ...]
-        if self.phases is None:
-            phases = (Phase(name="all"),)
-        else:
-            phases = PRESETS[self.phases] if isinstance(self.phases, str) else self.phases
-        sparsities = itertools.accumulate((phase.sparsity for phase in phases), max)
-        return tuple(
-            replace(
-                phase,
-                epochs=phase.epochs or self.epochs,
-                learning_rate=phase.learning_rate or self.learning_rate,
-                sparsity=sparsity,
-            )
-            for phase, sparsity in zip(phases, sparsities, strict=True)
-        )
-
-    @property
-    def all_epochs(self) -> int:
-        """The epochs of all phases together."""
-        return sum(phase.passes for phase in self.resolved_phases)
-
-
-DECIDED: tuple[str, ...] = tuple(DecidedConfig.__annotations__)
-"""The fields that are decided where they are null."""

@@ -21,7 +21,8 @@ from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch, concatenated
 from cnnray.images.resize import ResizeRule
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.plan import Shares
 
 log = logging.getLogger(__name__)

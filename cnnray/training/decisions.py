@@ -19,7 +19,8 @@ from cnnray import flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.models import architectures, bundle
-from cnnray.training.config import DECIDED, DEFAULT_AUGMENT, DecidedConfig, Effort, TrainConfig
+from cnnray.training.config import DEFAULT_AUGMENT, Effort, TrainConfig
+from cnnray.training.decided import DECIDED, DecidedConfig
 from cnnray.training.recipe import RecipeError
 
 log = logging.getLogger(__name__)

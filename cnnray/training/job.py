@@ -26,7 +26,8 @@ from cnnray.models import startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
 from cnnray.training import data, decisions, output, recipe
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import TrainingError
 from cnnray.training.plan import Assignment, Shares, check_cpus, check_fit, resource_requests, share_out
 

@@ -13,8 +13,9 @@ from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.models import bundle
 from cnnray.tracking.mlflow import RECORD
-from cnnray.training import checkpoint, recipe
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training import checkpoint, decided, recipe
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def earlier_run(config: TrainConfig) -> dict[str, Any] | None:
             ) from None
         return None
     earlier = configs.load(TrainConfig, text, uri)
-    differences = config.differs_from(earlier)
+    differences = decided.differences(config, earlier)
     if differences and config.overwrite:
         return None
     if differences:

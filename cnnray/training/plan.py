@@ -9,7 +9,8 @@ from typing import Any
 
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.config import SIXTEENTHS, DecidedConfig, TrainConfig
+from cnnray.training.config import SIXTEENTHS, TrainConfig
+from cnnray.training.decided import DecidedConfig
 
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2

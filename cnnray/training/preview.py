@@ -11,7 +11,8 @@ from cnnray.images import reading, storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import startup
 from cnnray.training import data, decisions
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 
 PREVIEW = "augmentations.png"
 _VERSIONS = 7

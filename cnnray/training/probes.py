@@ -21,7 +21,8 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models import startup, transfer
 from cnnray.models.augment import Augmentations
 from cnnray.training import data, decisions, epoch, recipe
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import IMAGENET, TrainingError
 from cnnray.training.phases import Phase
 

@@ -10,7 +10,7 @@ from cnnray.errors import BadInputError
 from cnnray.images import manifest as manifests
 from cnnray.models import architectures, bundle
 from cnnray.training import epoch
-from cnnray.training.config import DecidedConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.phases import Phase
 
 if TYPE_CHECKING:

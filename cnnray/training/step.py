@@ -18,7 +18,7 @@ import tensorflow as tf
 from cnnray.models import architectures, augment, transfer
 from cnnray.models.augment import Augmenter
 from cnnray.training import recipe
-from cnnray.training.config import DecidedConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.epoch import TOP_K, Sums
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.pruning import Pruning

@@ -21,8 +21,8 @@ from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.tracking.mlflow import RECORD
 from cnnray.tracking.mlflow_search import SearchTracker
-from cnnray.training import data, decisions, recipe
-from cnnray.training.config import DECIDED, TrainConfig
+from cnnray.training import data, decided, decisions, recipe
+from cnnray.training.config import TrainConfig
 from cnnray.training.output import CONFIG, HISTORY
 from cnnray.training.plan import check_cpus, resource_requests, share_out
 from cnnray.tuning.config import LISTS, SearchConfig
@@ -168,7 +168,7 @@ def _earlier_search(config: SearchConfig) -> dict[str, Any] | None:
         if "search" not in earlier:
             raise SearchError(f"{config.output} holds another job's {CONFIG}; give another --output.")
         # The scheduler of an interrupted search was made for its number of epochs.
-        differences = config.differs_from(earlier, {"epochs"})
+        differences = decided.differences(config, earlier, {"epochs"})
         if differences and not config.overwrite:
             raise SearchError(
                 f"{config.output} holds a search with {', '.join(differences)}; give another --output, or "
@@ -186,11 +186,11 @@ def _decide(config: SearchConfig, manifest: pa.Table, earlier: dict[str, Any] | 
     Returns:
         The config, and the epochs of a trial that is not stopped early.
     """
-    decided = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
+    first = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
     # Each trial decides what depends on the flags that are searched; the scheduler needs the same epochs for all.
-    names = ("epochs",) if _DECISIVE & set(config.search) else DECIDED
-    values = {name: getattr(decided, name) for name in names if name not in config.search}
-    return dataclasses.replace(config, **values), decided.all_epochs
+    names = ("epochs",) if _DECISIVE & set(config.search) else decided.DECIDED
+    values = {name: getattr(first, name) for name in names if name not in config.search}
+    return dataclasses.replace(config, **values), first.all_epochs
 
 
 def _begin(config: SearchConfig) -> None:

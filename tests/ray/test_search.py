@@ -11,7 +11,7 @@ import yaml
 from cnnray.images import stream
 from cnnray.images.manifest import ManifestError
 from cnnray.training import decisions
-from cnnray.training.config import DecidedConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.tuning import job
 from cnnray.tuning.config import SearchConfig
 from cnnray.tuning.job import SearchError, search

@@ -25,7 +25,8 @@ from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.training import decisions, job, output
-from cnnray.training.config import DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.job import train
 from cnnray.training.output import TrainingError
 from cnnray.training.phases import Phase

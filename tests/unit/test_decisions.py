@@ -10,7 +10,8 @@ from cnnray import configs
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import BundleInfo
 from cnnray.training import data, decisions
-from cnnray.training.config import DECIDED, DecidedConfig, TrainConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DECIDED, DecidedConfig, differences
 from cnnray.training.decisions import DataFacts
 from cnnray.training.recipe import RecipeError
 from tests.configs import decided
@@ -109,9 +110,9 @@ def test_the_network_is_that_of_the_weights(tmp_path):
 def test_a_run_that_goes_on_keeps_its_values():
     earlier = configs.as_dict(_decide(images=100, architecture="small_cnn")[0])
     config = TrainConfig(data="/d", output="/o")
-    assert config.differs_from(earlier) == []
+    assert differences(config, earlier) == []
     assert configs.as_dict(decisions.as_before(config, earlier)) == earlier
-    assert TrainConfig(data="/d", output="/o", architecture="vgg_bn").differs_from(earlier) == [
+    assert differences(TrainConfig(data="/d", output="/o", architecture="vgg_bn"), earlier) == [
         "--architecture small_cnn (now vgg_bn)"
     ]
 

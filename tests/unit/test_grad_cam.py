@@ -1,11 +1,14 @@
 """Grad-CAM finds the part of an image that decides its class."""
 
+import functools
+
 import numpy as np
 import pytest
 
+from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.models import bundle as bundles
 from cnnray.models import grad_cam
-from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from tests.networks import fitted
 
 SIZE = 32
@@ -36,6 +39,11 @@ def test_heat_is_highest_at_the_patch_that_decides_the_class(architecture, tmp_p
     assert heat.min() >= 0
     assert heat.max() == pytest.approx(1)
     if architecture == "small_cnn":
+        with HeatMapProcess(bundle) as heat_maps:
+            np.testing.assert_allclose(heat_maps(images[:3], targets[:3]), heat[:3], atol=1e-5)
+            heat_maps._process.kill()
+            with pytest.raises(BundleError, match="the process that computes heat maps has ended"):
+                heat_maps(images, targets)
         inside = [
             heat_map[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean() / heat_map.mean()
             for heat_map, (row, column) in zip(heat, corners, strict=True)
@@ -52,5 +60,8 @@ def test_a_network_without_convolutions_is_refused(tmp_path):
     logits = keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(pixels)))
     model = keras.Model(pixels, keras.layers.Softmax(name="probabilities")(logits))
     bundles.save(model, BundleInfo(class_names=["a", "b"], image_size=8), tmp_path)
-    with pytest.raises(bundles.BundleError, match="no convolutional features"):
-        grad_cam.heat_maps(Bundle.load(str(tmp_path)), np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))
+    bundle = Bundle.load(str(tmp_path))
+    with HeatMapProcess(bundle) as in_process:
+        for heat_maps in (functools.partial(grad_cam.heat_maps, bundle), in_process):
+            with pytest.raises(BundleError, match="no convolutional features"):
+                heat_maps(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))

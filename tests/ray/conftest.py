@@ -1,10 +1,13 @@
 import os
+import uuid
 
+import boto3
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
 from cnnray import cluster
+from cnnray.images import object_stores
 from tests.s3_proxy import Proxy
 
 _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -53,3 +56,18 @@ def ray_cluster(s3_proxy):
     yield
     cluster.shut_down()
     assert not ray.is_initialized()
+
+
+@pytest.fixture
+def bucket(s3_proxy):
+    name = f"cnnray-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def new_clients():
+    """Clients that read the environment as the test has set it."""
+    object_stores._store.cache_clear()
+    yield
+    object_stores._store.cache_clear()

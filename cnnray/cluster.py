@@ -219,6 +219,18 @@ def _connect() -> Any:
 def _start(dashboard: bool) -> Any:
     """Start Ray on this machine. Its processes inherit this one's environment, and need no runtime environment."""
     import ray
+    from ray._private import node
+
+    class OwnNode(node.Node):
+        """Ray's, without processes that take one to two seconds of a CPU each, and the wait for the last of them."""
+
+        def start_monitor(self) -> None:
+            """There are no nodes to add."""
+
+        def start_api_server(self, *, include_dashboard: bool, raise_on_failure: bool) -> None:
+            """Without the dashboard it would do nothing but report that Ray is used."""
+            if include_dashboard:
+                super().start_api_server(include_dashboard=include_dashboard, raise_on_failure=raise_on_failure)
 
     # This machine will not be preempted, and Ray Train's watcher would log an error.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -230,9 +242,11 @@ def _start(dashboard: bool) -> Any:
     variables = _OF_WORKERS | {"RAY_ADDRESS": own_address()}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    whole, node.Node = node.Node, OwnNode
     try:
         return ray.init(address="local", include_dashboard=dashboard, logging_level=logging.ERROR)
     finally:
+        node.Node = whole
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

@@ -32,8 +32,8 @@ _IMAGES_SEEN: dict[Effort, int] = {"quick": 20_000, "default": 60_000, "accurate
 """Images that all epochs together see, at least."""
 _EPOCHS: dict[Effort, tuple[int, int]] = {"quick": (3, 20), "default": (10, 50), "accurate": (30, 150)}
 """Fewest and most epochs."""
-_SMALL_IMAGES = 48
-"""Shorter side, in pixels, up to which images are brought to 32 pixels."""
+_IMAGE_SIZES = ((12, 16), (48, 32))
+"""Shorter sides, in pixels, up to which images are brought to a size; larger ones are brought to 64 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
     is_plain = architecture in architectures.PLAIN
 
     smallest = architectures.smallest_image_size(architecture)
-    size = 32 if facts.side is not None and facts.side <= _SMALL_IMAGES else 64
+    size = next((size for side, size in _IMAGE_SIZES if facts.side is not None and facts.side <= side), 64)
     known = "is not known" if facts.side is None else f"is about {facts.side} pixels"
     choose("image_size", max(size, smallest), f"the shorter side of the images {known}")
 

@@ -49,8 +49,8 @@ def test_fewer_images_are_seen_more_often():
 @pytest.mark.parametrize(
     ("architecture", "side", "image_size"),
     [
-        (None, 8, 16), (None, 12, 16), (None, 28, 32), (None, 48, 32), (None, 64, 64), (None, 4000, 64), (None, None, 64),
-        ("inceptionv3", 28, 75), ("resnet50", 28, 32), ("vgg_bn", 28, 32),
+        (None, 8, 16), (None, 12, 16), (None, 28, 32), (None, 48, 32), (None, 64, 64), (None, 4000, 64),
+        (None, None, 64), ("inceptionv3", 28, 75), ("resnet50", 28, 32), ("vgg_bn", 28, 32),
     ],
 )  # fmt: skip
 def test_images_are_brought_to_a_size_near_their_own(architecture, side, image_size):

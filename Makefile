@@ -6,7 +6,7 @@ SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.versio
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header --quiet
 
-# uv takes less than half of pip's time, but does not read pip's settings: pip is asked where uv finds no packages.
+# uv is faster than pip, but does not read pip's settings (an index or certificates of one's own): where uv fails, pip installs.
 install = $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes --requirement $(1) || \
 	$(BIN)/pip install --quiet --require-hashes --requirement $(1)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import keras
 
 _IMAGES_AT_ONCE = 16
+"""Images of one gradient, whose feature maps are all in memory."""
 
 
 def heat_maps(

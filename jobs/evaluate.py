@@ -7,9 +7,13 @@ from cnnray.evaluation.config import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    from cnnray.evaluation.job import check_data, evaluate
+    if config.check_data:
+        from cnnray.evaluation.data_checks import check_data
 
-    return check_data(config) if config.check_data else evaluate(config)
+        return check_data(config)
+    from cnnray.evaluation.job import evaluate
+
+    return evaluate(config)
 
 
 if __name__ == "__main__":

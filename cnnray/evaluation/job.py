@@ -1,6 +1,5 @@
 """An evaluation from end to end: prediction over labelled images, metrics, report."""
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -15,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from cnnray import cluster, configs, paths
-from cnnray.evaluation import comparison, metrics, report
+from cnnray import cluster, configs
+from cnnray.evaluation import comparison, data_checks, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
-from cnnray.images import checks, containers, storage
 from cnnray.images import manifest as manifests
+from cnnray.images import storage
 from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
@@ -31,7 +30,6 @@ from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import find_unusable
 from cnnray.prediction import parts as prediction_parts
-from cnnray.prediction import plan as prediction_plans
 from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
@@ -74,14 +72,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
         _warn_about_training_images(manifest, bundle)
         with HeatMapProcess(bundle) as heat_maps:
-            with _connected_if_many(config, everything):
+            with data_checks.connected_if_many(config, everything):
                 # All checks have passed: only now is anything written or deleted.
                 _begin_output(config, manifest.drop_columns(["id"]))
                 if not cluster.is_connected():
                     heat_maps.start()
                 predict_config = config.predict_config(storage.join(config.output, MANIFEST))
                 prediction = predict(predict_config)
-                checked = _check_if_small(everything, config) if config.data_checks else None
+                checked = data_checks.check_if_small(everything, config) if config.data_checks else None
             heat_maps.start()
             rows, probabilities = _read_rows(predict_config.folder)
             predictions = _make_predictions(rows, probabilities, bundle)
@@ -106,71 +104,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "temperature": bundles.read_info(bundle.uri).temperature,
             "seconds": round(time.monotonic() - started, 2),
         }
-
-
-def _connected_if_many(config: EvaluateConfig, manifest: pa.Table) -> contextlib.AbstractContextManager[object]:
-    """A connection to the cluster; none where the images are so few that this process reads them itself."""
-    if prediction_plans.fits_this_process(config, len(manifest)):
-        return contextlib.nullcontext()
-    return cluster.connected(dashboard=config.dashboard)
-
-
-def _check_if_small(manifest: pa.Table, config: EvaluateConfig) -> CheckResult | None:
-    """Check the images of an evaluation; None if they are too many, or cannot be checked."""
-    if not cluster.is_connected():
-        log.info("checking %d images", len(manifest))
-        return _check_in_process(manifest, config)
-    from cnnray.images import stream
-
-    stream.silence_progress()
-    return stream.check_if_small(manifest, _cpus_per_task(), keep_unavailable=config.skip_unreadable)
-
-
-def _check_in_process(manifest: pa.Table, config: EvaluateConfig) -> CheckResult:
-    examined = pa.concat_tables(checks.examine(manifest.select(["id", "uri"])))
-    return checks.check(manifest, examined, keep_unavailable=config.skip_unreadable)
-
-
-def _cpus_per_task() -> float:
-    return min(1.0, cluster.resources().cpus / 2)
-
-
-def check_data(config: EvaluateConfig) -> dict[str, Any]:
-    """Check the images and log the findings. Nothing is written.
-
-    Returns:
-        `images`, `unreadable`, `copies`, `nearly` (see `CheckResult`) and `findings`, the number of findings by kind.
-
-    Raises:
-        ValueError, OSError, ClusterError: with a sentence for the user.
-    """
-    try:
-        manifest = manifests.build_manifest(config.data, labelled=True)
-    except manifests.ManifestError as error:
-        log.info("checking without labels: %s", error)
-        manifest = manifests.build_manifest(config.data, labelled=False)
-    log.info("%d images", len(manifest))
-    with _connected_if_many(config, manifest):
-        if cluster.is_connected():
-            from cnnray.images import stream
-
-            paths.check_shared(cluster.resources(), [containers.containing_file(manifest["uri"][0].as_py())])
-            stream.silence_progress()
-            checked = stream.check(manifest, _cpus_per_task(), keep_unavailable=config.skip_unreadable)
-        else:
-            checked = _check_in_process(manifest, config)
-    checked.warn()
-    log.info(
-        "%d images with sides of %d to %d pixels, median %d; %d copies",
-        checked.images, checked.sides[0], checked.sides[2], checked.sides[1], checked.copies,
-    )  # fmt: skip
-    return {
-        "images": checked.images,
-        "unreadable": checked.unreadable,
-        "copies": checked.copies,
-        "nearly": checked.nearly,
-        "findings": {finding.kind: finding.count for finding in checked.findings},
-    }
 
 
 # -- images and output ----------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from PIL import Image
 from cnnray.evaluation import job
 from cnnray.evaluation.comparison import EvaluationError, UndecidedError
 from cnnray.evaluation.config import EvaluateConfig
-from cnnray.evaluation.job import check_data, evaluate
+from cnnray.evaluation.data_checks import check_data
+from cnnray.evaluation.job import evaluate
 from cnnray.images.manifest import ManifestError, build_manifest
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor

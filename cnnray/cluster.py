@@ -149,13 +149,14 @@ def submitted_environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def connected(*, dashboard: bool = False) -> Iterator[Resources]:
+def connected(*, dashboard: bool = False, worker_logs: bool = True) -> Iterator[Resources]:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine for as long as the context lasts.
 
     RAY_ADDRESS is set for jobs of `ray job submit`. An existing connection is used, and left open.
 
     Args:
         dashboard: whether to start the dashboard, too, where a cluster is started.
+        worker_logs: whether to log what workers write, where a cluster is started.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -168,7 +169,7 @@ def connected(*, dashboard: bool = False) -> Iterator[Resources]:
     # The end of a training is seen so soon; by default after two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
-        context = _start(dashboard) if starts_own() else _connect()
+        context = _start(dashboard, worker_logs) if starts_own() else _connect()
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         address = os.environ.get("RAY_ADDRESS")
@@ -216,16 +217,21 @@ def _connect() -> Any:
     )
 
 
-def _start(dashboard: bool) -> Any:
+def _start(dashboard: bool, worker_logs: bool) -> Any:
     """Start Ray on this machine. Its processes inherit this one's environment, and need no runtime environment."""
     import ray
     from ray._private import node
 
     class OwnNode(node.Node):
-        """Ray's, without processes that take one to two seconds of a CPU each, and the wait for the last of them."""
+        """Ray's, without processes that take up to two seconds of a CPU each, and the wait for the last of them."""
 
         def start_monitor(self) -> None:
             """There are no nodes to add."""
+
+        def start_log_monitor(self) -> None:
+            """It sends what workers write to this process."""
+            if worker_logs:
+                super().start_log_monitor()
 
         def start_api_server(self, *, include_dashboard: bool, raise_on_failure: bool) -> None:
             """Without the dashboard it would do nothing but report that Ray is used."""
@@ -244,13 +250,31 @@ def _start(dashboard: bool) -> Any:
     os.environ.update(variables)
     whole, node.Node = node.Node, OwnNode
     try:
-        return ray.init(address="local", include_dashboard=dashboard, logging_level=logging.ERROR)
+        return ray.init(
+            address="local", include_dashboard=dashboard, log_to_driver=worker_logs, logging_level=logging.ERROR
+        )
     finally:
         node.Node = whole
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def start_dashboard() -> str:
+    """Start the dashboard of the Ray that this process has started without it, and give its address.
+
+    Raises:
+        ClusterError: it cannot be started.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    try:
+        node.start_api_server(include_dashboard=True, raise_on_failure=True)
+    except Exception as error:  # Ray raises no narrower class
+        raise ClusterError(f"Ray's dashboard cannot be started: {last_line(error)}") from error
+    return f"http://{node.webui_url}"
 
 
 def _dead_processes() -> list[str]:

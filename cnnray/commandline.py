@@ -1,5 +1,6 @@
 """The command line of all jobs: flags and YAML to a config, logs on stderr, one JSON line on stdout, exit codes."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -147,7 +148,9 @@ def ending(job: Callable[[], dict[str, Any]], output: str | None = None) -> Endi
         signal.signal(signal.SIGINT, _stop)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return Ending(code=0, out=json.dumps(job()) + "\n")
+        # Ray prints what happens to its workers to stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            return Ending(code=0, out=json.dumps(job()) + "\n")
     except KeyboardInterrupt:
         return Ending(code=EXIT_INTERRUPTED, err="Interrupted; the same command goes on from what was done.\n")
     except SystemExit as stop:

@@ -148,7 +148,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
         if own_ray:
             _prepare_environment(Path(folder))
-        with cluster.connected(dashboard=True) as resources:
+        with cluster.connected(worker_logs=False) as resources:
             paths.check_shared(resources, [model.uri for model in config.settings.models])
             if own_ray:
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -159,10 +159,13 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 [replica] * max(1, config.min_replicas),
                 config.wait_minutes,
             )
-            line = _deploy(config, versions, max_replicas, stop)
+            client = OwnServe() if own_ray else _rest_client()
+            line = _deploy(client, config, versions, max_replicas, stop)
             line["seconds"] = round(time.monotonic() - started, 2)
             if own_ray and not stop.is_set():
-                _log_usage(line["address"], ray.get_runtime_context().gcs_address, _dashboard_address())
+                # Changes and `serve status` need the dashboard. The service is ready sooner if it starts last.
+                dashboard = cluster.start_dashboard()
+                _log_usage(line["address"], ray.get_runtime_context().gcs_address, dashboard)
                 stop.wait()
             return line
 
@@ -208,6 +211,8 @@ def _prepare_environment(folder: Path) -> None:
         f"{prefix}METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         f"{prefix}METRICS_PORT": str(cluster.free_port()),
         f"{prefix}STATS_PORT": str(cluster.free_port()),
+        # Answers while there is no replica. Its port is shared with other processes without an error.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(cluster.free_port()),
     }
     # Serve imports the application in another process.
     home = str(Path(cnnray.__file__).parents[1])
@@ -229,22 +234,67 @@ def _check_port(config: ServeConfig) -> None:
             raise ServingError(f"{config.host}:{config.port} cannot be listened on: {error.strerror}.") from None
 
 
-def _dashboard_address() -> str:
+class OwnServe:
+    """Serve on the Ray that this process has started: what `ServeSubmissionClient` does, without a dashboard."""
+
+    def __init__(self) -> None:
+        self._controller: Any = None
+
+    def deploy_applications(self, configuration: dict[str, Any]) -> None:
+        """Start Serve if it does not run, and deploy. Proxies and applications start side by side."""
+        import ray
+        from ray.serve._private import api
+        from ray.serve.config import ControllerOptions
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = ServeDeploySchema.model_validate(configuration)
+        if self._controller is None:
+            # `serve.start` would wait for the proxies.
+            self._controller, _ = api._create_controller_and_proxy_refs(
+                http_options=schema.http_options.model_dump(),
+                grpc_options=schema.grpc_options.model_dump(),
+                global_logging_config=schema.logging_config,
+                global_tracing_config=None,
+                controller_options=ControllerOptions(),
+                proxy_location=schema.proxy_location,
+            )
+        ray.get(self._controller.apply_config.remote(schema))
+
+    def get_serve_details(self) -> dict[str, Any]:
+        """The state of Serve, as in the answer of its REST API."""
+        import ray
+
+        if self._controller is None:
+            return {}
+        details: dict[str, Any] = ray.get(self._controller.get_serve_instance_details.remote())
+        return details
+
+
+def _rest_client() -> Any:
+    """The client of the cluster's dashboard, through which its Serve is changed."""
     import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    return f"http://{ray.init(ignore_reinit_error=True, logging_level='ERROR').dashboard_url}"
+    context = ray.init(ignore_reinit_error=True, logging_level="ERROR")
+    return ServeSubmissionClient(f"http://{context.dashboard_url}")
 
 
-def _deploy(config: ServeConfig, versions: Versions, max_replicas: int, stop: threading.Event) -> dict[str, Any]:
+def _deploy(
+    client: Any, config: ServeConfig, versions: Versions, max_replicas: int, stop: threading.Event
+) -> dict[str, Any]:
     """Deploy, and wait until the replicas serve these versions.
+
+    Args:
+        client: an `OwnServe` or a `ServeSubmissionClient`.
+        config: the service's config.
+        versions: what the replicas must report.
+        max_replicas: used if `config.max_replicas` is None.
+        stop: ends the wait.
 
     Raises:
         ServingError, ClusterError: they do not. The service that was running before is restored; if there was none,
             the new one is removed.
     """
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    client = ServeSubmissionClient(_dashboard_address())
     earlier = client.get_serve_details().get("applications", {})
     configuration = build_configuration(config, max_replicas)
     if environment := _runtime_environment():

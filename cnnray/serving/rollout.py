@@ -32,7 +32,7 @@ def wait_until_served(
     """Wait until the service runs and its replicas report these versions, or until `stop` is set.
 
     Args:
-        client: a `ServeSubmissionClient`, through which the service was deployed.
+        client: the `OwnServe` or `ServeSubmissionClient` through which the service was deployed.
         address: where the service answers.
         config: says how many replicas are needed, their resources, and how long to wait for room.
         versions: what the replicas must report.

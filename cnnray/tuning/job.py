@@ -216,8 +216,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
 
     from cnnray.training.job import in_background, interruptible
 
-    # Ray Tune would print its tables to stdout, which holds the job's JSON line only.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray Tune's tables are another progress beside ours
     filesystem, path = storage.arrow_filesystem(config.output)
     trainable = tune.with_resources(functools.partial(_run_trial, config, epochs), {"CPU": 0.001})
     experiment = f"{path}/{STATE}"

@@ -114,7 +114,13 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
 def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str, Any]]) -> NoReturn:
     """Parse the command line, and run a job with its config: see `parse` and `run`."""
     config = parse(config_class, prog)
-    run(lambda: job(config), getattr(config, "folder", None) or getattr(config, "output", None))
+
+    def run_job() -> dict[str, Any]:
+        # Ray prints what happens to its workers to stdout, which holds the job's JSON line only.
+        with contextlib.redirect_stdout(sys.stderr):
+            return job(config)
+
+    run(run_job, getattr(config, "folder", None) or getattr(config, "output", None))
 
 
 def run(job: Callable[[], dict[str, Any]], output: str | None = None) -> NoReturn:
@@ -148,9 +154,7 @@ def ending(job: Callable[[], dict[str, Any]], output: str | None = None) -> Endi
         signal.signal(signal.SIGINT, _stop)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        # Ray prints what happens to its workers to stdout.
-        with contextlib.redirect_stdout(sys.stderr):
-            return Ending(code=0, out=json.dumps(job()) + "\n")
+        return Ending(code=0, out=json.dumps(job()) + "\n")
     except KeyboardInterrupt:
         return Ending(code=EXIT_INTERRUPTED, err="Interrupted; the same command goes on from what was done.\n")
     except SystemExit as stop:

@@ -269,6 +269,6 @@ def test_stdout_holds_the_result_alone(tmp_path):
         "from cnnray import commandline; from cnnray.prediction.config import PredictConfig; "
         "commandline.main(PredictConfig, 'jobs/predict.py', lambda config: print('a worker died') or {'images': 1})"
     )
-    flags = ["--bundle", str(tmp_path), "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    flags = ["--bundle", str(tmp_path), "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
     completed = subprocess.run([sys.executable, "-c", job, *flags], capture_output=True, text=True, check=False)
     assert (completed.returncode, completed.stdout, completed.stderr) == (0, '{"images": 1}\n', "a worker died\n")

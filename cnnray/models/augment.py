@@ -126,6 +126,9 @@ def check_alternatives(strength: str, switches: Augmentations) -> None:
         raise ValueError(f"--augmentations.one-of names {off[0]}, which is off: set --augmentations.{off[0]}, too.")
 
 
+_AFFINE = ("rotation", "zoom", "translation", "crop")
+
+
 class Augmenter:
     """Augments batches of training images. Create it inside the strategy's scope, as a network.
 
@@ -210,14 +213,11 @@ def _build_layers(switches: Augmentations) -> dict[str, Any]:
         built["horizontal_flip"] = layers.RandomFlip("horizontal", **common)
     if switches.vertical_flip:
         built["vertical_flip"] = layers.RandomFlip("vertical", **common)
-    if switches.rotation:
-        built["rotation"] = layers.RandomRotation(switches.rotation, **common)
-    if switches.zoom:
-        built["zoom"] = layers.RandomZoom(switches.zoom, **common)
-    if switches.translation:
-        built["translation"] = layers.RandomTranslation(switches.translation, switches.translation, **common)
-    if switches.crop:
-        built["crop"] = _RandomResizedCrop(switches.crop)
+    affine = {name: getattr(switches, name) for name in _AFFINE if getattr(switches, name)}
+    for name in set(affine) & set(switches.one_of or ()):
+        built[name] = _RandomAffine(**{name: affine.pop(name)})
+    if affine:
+        built["affine"] = _RandomAffine(**affine)
     if switches.brightness:
         built["brightness"] = layers.RandomBrightness(switches.brightness, **ranged)
     if switches.contrast:
@@ -241,33 +241,47 @@ def _build_layers(switches: Augmentations) -> dict[str, Any]:
     return built
 
 
-class _RandomResizedCrop:
-    """Random crops, resized to the image's size (Szegedy et al. 2014). Keras has no such layer."""
+class _RandomAffine:
+    """Rotation, zoom, shift and crop in one resampling: each resampling blurs, and Keras's layers do one each.
 
-    def __init__(self, smallest: float) -> None:
+    The crop is that of Szegedy et al. 2014. What comes from beyond a border is mirrored at it.
+    """
+
+    def __init__(self, **switches: float) -> None:
         """
         Args:
-            smallest: smallest fraction of the image's area that a crop keeps.
+            switches: those of `_AFFINE` that are on.
         """
         from keras import random
 
-        self._smallest = smallest
+        self._switches = switches
         self._generator = random.SeedGenerator(0)
         self.variables = [self._generator.state]
 
     def __call__(self, pixels: Any, training: bool) -> Any:
+        """Transform images, float32 (N, size, size, 3)."""
         from keras import ops
 
-        area = self._uniform(pixels, self._smallest, 1)
-        root = ops.exp(self._uniform(pixels, math.log(3 / 4), math.log(4 / 3)) / 2)
-        width, height = (ops.minimum(ops.sqrt(area) * side, 1) for side in (root, 1 / root))
-        last = pixels.shape[1] - 1
-        left, top = (self._uniform(pixels, 0, last) * (1 - side) for side in (width, height))
-        zeros = ops.zeros_like(area)
-        transform = ops.stack([width, zeros, left, zeros, height, top, zeros, zeros], axis=1)
-        return ops.image.affine_transform(pixels, transform, fill_mode="nearest")
+        size = pixels.shape[1]
+        centre = (size - 1) / 2
+        x, y = (centre + size * self._uniform(pixels, self._switches.get("translation", 0)) for _ in range(2))
+        width = height = 1 + self._uniform(pixels, self._switches.get("zoom", 0))
+        if crop := self._switches.get("crop"):
+            area = (1 + crop) / 2 + self._uniform(pixels, (1 - crop) / 2)
+            root = ops.exp(self._uniform(pixels, math.log(4 / 3) / 2))
+            part_width, part_height = (ops.minimum(ops.sqrt(area) * side, 1) for side in (root, 1 / root))
+            x += centre * self._uniform(pixels, 1) * (1 - part_width)
+            y += centre * self._uniform(pixels, 1) * (1 - part_height)
+            width, height = width * part_width, height * part_height
+        angle = self._uniform(pixels, 2 * math.pi * self._switches.get("rotation", 0))
+        # The pixel at (column, row) comes from (a * column + b * row + c, d * column + e * row + f).
+        a, b, d, e = ops.cos(angle) * width, -ops.sin(angle) * height, ops.sin(angle) * width, ops.cos(angle) * height
+        c, f = x - centre * (a + b), y - centre * (d + e)
+        transforms = ops.stack([a, b, c, d, e, f, ops.zeros_like(a), ops.zeros_like(a)], axis=1)
+        return ops.image.affine_transform(pixels, transforms, fill_mode="reflect")
 
-    def _uniform(self, pixels: Any, low: float, high: float) -> Any:
+    def _uniform(self, pixels: Any, most: float) -> Any:
+        """A number between -most and most for each image, float32 (N,)."""
         from keras import ops, random
 
-        return random.uniform((ops.shape(pixels)[0],), low, high, seed=self._generator)
+        return random.uniform((ops.shape(pixels)[0],), -most, most, seed=self._generator)

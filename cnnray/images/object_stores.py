@@ -9,16 +9,20 @@ import functools
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import pyarrow.fs
+from obstore.exceptions import BaseError
 from obstore.store import ObjectStore, from_url
 
 from cnnray.errors import BadInputError, CnnrayError, PermanentError, TransientError
+
+Result = TypeVar("Result")
 
 _SERVICES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
 QUICK_SECONDS = 4.0
@@ -130,6 +134,18 @@ def _store(scheme: str, bucket: str, quick: bool) -> ObjectStore:
         if address := _endpoint():
             options["endpoint"] = address.geturl()
     return from_url(f"{scheme}://{bucket}", **options)
+
+
+def repeated(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call a function of obstore, again where an answer broke off, which its clients repeat only within files."""
+    for attempt in range(_RETRIES):
+        try:
+            return function(*arguments, **options)
+        except BaseError as error:
+            if "response body error" not in str(error):
+                raise
+            time.sleep(0.1 * 2**attempt)
+    return function(*arguments, **options)
 
 
 def _endpoint() -> SplitResult | None:

@@ -41,7 +41,7 @@ from cnnray.images.object_stores import UnavailableError as UnavailableError
 from cnnray.images.object_stores import arrow_filesystem as arrow_filesystem
 from cnnray.images.object_stores import cluster_environment as cluster_environment
 from cnnray.images.object_stores import is_local as is_local
-from cnnray.images.object_stores import locate, split_address
+from cnnray.images.object_stores import locate, repeated, split_address
 from cnnray.images.object_stores import translated_errors as translated_errors
 
 _LISTING_THREADS = 16
@@ -116,7 +116,7 @@ def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -
     """
     with translated_errors(uri):
         if not is_local(uri):
-            answer = obstore.get(*locate(uri, quick=quick))
+            answer = _request(obstore.get, uri, quick=quick)
             _check_size(answer.meta["size"], max_bytes)
             return bytes(answer.bytes())
         path = Path(uri)
@@ -125,6 +125,12 @@ def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -
         with path.open("rb") as file:
             _check_size(os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
+
+
+def _request(function: Callable[..., Any], uri: str, *arguments: Any, quick: bool = False, **options: Any) -> Any:
+    """The answer of a function of obstore that takes a remote file."""
+    place = locate(uri, quick=quick)
+    return function(*place, *arguments, **options) if quick else repeated(function, *place, *arguments, **options)
 
 
 def _check_size(size: int, max_bytes: int | None) -> None:
@@ -204,7 +210,7 @@ def _local_files(root: str) -> Iterator[StoredFile]:
 def _level(root: str) -> tuple[list[str], list[StoredFile]]:
     """Folders and files directly below a remote `root`, hidden ones left out."""
     store, key = locate(root)
-    level = obstore.list_with_delimiter(store, key or None)
+    level = repeated(obstore.list_with_delimiter, store, key or None)
     base = root.removesuffix(key).rstrip("/") + "/"
     below = [base + path for path in level["common_prefixes"] if not name(path).startswith(".")]
     return below, list(_stored(root, key, level["objects"], hidden=False))
@@ -214,8 +220,18 @@ def _pages(root: str, *, hidden: bool = False) -> Iterator[list[StoredFile]]:
     """Remote files below `root` at any depth, as the pages of a listing arrive."""
     with translated_errors(root):
         store, key = locate(root)
-        for objects in obstore.list(store, key or None, chunk_size=_PAGE):
-            yield list(_stored(root, key, objects, hidden=hidden))
+        last, pages = None, None
+
+        def next_page() -> Any:
+            nonlocal pages
+            begun, pages = pages or obstore.list(store, key or None, offset=last, chunk_size=_PAGE), None
+            page = next(begun, None)
+            pages = begun  # one that has failed does not go on
+            return page
+
+        while page := repeated(next_page):
+            last = page[-1]["path"]
+            yield list(_stored(root, key, page, hidden=hidden))
 
 
 def _remote_files(root: str, *, hidden: bool = False) -> Iterator[StoredFile]:
@@ -261,7 +277,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     _check_guards(uri)
     with translated_errors(uri):
         if not is_local(uri):
-            obstore.put(*locate(uri), data, chunk_size=_MULTIPART_BYTES)
+            _request(obstore.put, uri, data, chunk_size=_MULTIPART_BYTES)
             return
         with _published(Path(uri)) as temporary, temporary.open("wb") as file:
             file.write(data)
@@ -291,7 +307,7 @@ def version(uri: str, *, quick: bool = False) -> Version | None:
     """
     try:
         with translated_errors(uri):
-            return _version(obstore.head(*locate(uri, quick=quick)))
+            return _version(_request(obstore.head, uri, quick=quick))
     except NotFoundError:
         return None
 
@@ -319,7 +335,7 @@ def write_if(uri: str, data: bytes, expected: Version | None, *, quick: bool = F
     try:
         for mode in modes:
             with translated_errors(uri), contextlib.suppress(AlreadyExistsError, PreconditionError):
-                return _version(obstore.put(*locate(uri, quick=quick), data, mode=mode))
+                return _version(_request(obstore.put, uri, data, mode=mode, quick=quick))
     except NotFoundError:
         if not expected:
             raise  # the bucket does not exist
@@ -376,7 +392,7 @@ def delete_folder(uri: str) -> None:
         if is_local(uri):
             shutil.rmtree(uri)
         elif keys := [split_address(file.uri)[2] for file in _remote_files(uri, hidden=True)]:
-            obstore.delete(locate(uri)[0], keys)
+            repeated(obstore.delete, locate(uri)[0], keys)
 
 
 def delete_file(uri: str) -> None:
@@ -386,4 +402,4 @@ def delete_file(uri: str) -> None:
         if is_local(uri):
             Path(uri).unlink()
         else:
-            obstore.delete(*locate(uri))
+            _request(obstore.delete, uri)

@@ -180,7 +180,7 @@ def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
     for trial in range(10):
         # Some kills hit the start of Ray and the workers, the others are spread over the run.
         parts = max(0, random.randint(-PARTS // 3, PARTS - 12))
-        seconds = random.uniform(0.5, 10) if parts == 0 else random.uniform(0, 0.3)
+        seconds = random.uniform(0.5, 5) if parts == 0 else random.uniform(0, 0.3)
         started = time.monotonic()
         line, before = _kill_and_finish(start_job, arguments, output, kind, parts, seconds)
         _check(output, line)

@@ -139,6 +139,24 @@ def test_a_body_that_breaks_off_is_read_on(bucket, s3_proxy, monkeypatch):
     assert s3_proxy.fault_counts["break off"] >= 2
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(bucket, s3_proxy, monkeypatch):
+    monkeypatch.setattr(storage, "_PAGE", 10)
+    uris = [f"{bucket}/f/{number:02}" for number in range(25)]
+    for uri in uris:
+        storage.write_bytes(uri, b"1")
+    s3_proxy.forget_requests()
+    monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: "break off" if before < 2 else None)
+    assert [file.uri for file in storage.files(f"{bucket}/f")] == uris
+    assert storage.folders(bucket) == [f"{bucket}/f"]
+    with pytest.raises(storage.NotFoundError):
+        storage.read_bytes(f"{bucket}/f/none")
+    assert storage.write_if(uris[0], b"2", None) is None
+    storage.delete_file(uris[0])
+    storage.delete_folder(f"{bucket}/f")
+    assert s3_proxy.fault_counts["break off"] >= 10
+    assert not storage.exists(f"{bucket}/f")
+
+
 def test_one_run_at_a_time(bucket, monkeypatch):
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.3)
     with (

@@ -95,6 +95,26 @@ def test_a_crop_is_a_part_of_the_image():
     assert widths.std() > 0.05
 
 
+def test_rotation_zoom_and_shift_are_within_their_bounds():
+    size, centre = 64, 31.5
+    columns, rows = np.meshgrid(np.arange(size), np.arange(size))
+    where = np.stack([columns * 4, rows * 4, np.zeros_like(rows)], -1).astype(np.uint8)
+    changed, _ = _run(Augmenter(replace(NONE, rotation=0.05, zoom=0.2, translation=0.1)), np.stack([where] * 40))
+    middle = slice(24, 40)  # nothing of it comes from beyond a border
+    positions = np.stack([columns - centre, rows - centre, np.ones_like(rows)], -1)[middle, middle].reshape(-1, 3)
+    angles, zooms, shifts = [], [], []
+    for image in changed:
+        sources = image[middle, middle, :2].reshape(-1, 2) / 4 - centre
+        ((a, d), (b, e), shift), *_ = np.linalg.lstsq(positions, sources, rcond=None)
+        np.testing.assert_allclose([a, b], [e, -d], atol=0.01)  # a rotation and a zoom, and nothing else
+        angles.append(np.arctan2(d, a) / (2 * np.pi))
+        zooms.append(np.hypot(a, d))
+        shifts.append(shift / size)
+    for values, low, high in ((angles, -0.05, 0.05), (zooms, 0.8, 1.2), (shifts, -0.1, 0.1)):
+        assert low - 0.005 < np.min(values) < low * 0.6 + high * 0.4
+        assert low * 0.4 + high * 0.6 < np.max(values) < high + 0.005
+
+
 def test_mix_up_blends_images_and_labels_alike():
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
     changed, labels = _run(Augmenter(replace(NONE, mix_up=1.0)), images)

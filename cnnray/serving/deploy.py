@@ -163,9 +163,9 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             line = _deploy(client, config, versions, max_replicas, stop)
             line["seconds"] = round(time.monotonic() - started, 2)
             if own_ray and not stop.is_set():
-                # Changes and `serve status` need the dashboard. The service is ready sooner if it starts last.
-                dashboard = cluster.start_dashboard()
-                _log_usage(line["address"], ray.get_runtime_context().gcs_address, dashboard)
+                _log_usage(line["address"])
+                # The service is ready sooner if the dashboard starts last.
+                _log_changes(ray.get_runtime_context().gcs_address, cluster.start_dashboard())
                 stop.wait()
             return line
 
@@ -339,10 +339,13 @@ def _runtime_environment() -> dict[str, Any]:
     return environment | ({"env_vars": variables} if variables else {})
 
 
-def _log_usage(address: str, gcs_address: str, dashboard_address: str) -> None:
+def _log_usage(address: str) -> None:
     log.info("serving at %s (Ctrl-C stops it): a page to try it, and %s/docs", address, address)
     log.info("  curl -s %s/predict -H 'Content-Type: application/json' -d '{\"image\": \"%s\"}'", address, _PIXEL)
     log.info("  curl -s %s/predict -F image=@photo.jpg", address)
+
+
+def _log_changes(gcs_address: str, dashboard_address: str) -> None:
     # Ray's commands send the token, which Ray keeps in the home folder, only if this mode is set.
     mode = os.environ.get("RAY_AUTH_MODE", "disabled")
     log.info("To see its replicas: RAY_AUTH_MODE=%s serve status --address %s", mode, dashboard_address)

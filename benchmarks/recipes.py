@@ -5,8 +5,9 @@ run is counted in the images that it sees, at its recipe's rate on all cores, so
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Recipe:
 
 
 _LIGHT: dict[str, Any] = {"augment": "light", "learning_rate": 0.003, "weight_decay": 0.01, "batch_size": 64}
-_SMALL = {"architecture": "resnet9_small", **_LIGHT}
+_SMALL = {"architecture": "resnet9_small", "label_smoothing": 0.1, **_LIGHT}
 _COLOURS: dict[str, Any] = {"contrast": 0.2, "brightness": 0.1, "saturation": 0.2}
 
 RECIPES: dict[str, Recipe] = {
@@ -50,7 +51,7 @@ RECIPES: dict[str, Recipe] = {
         {"architecture": "vgg_bn", **_LIGHT}, variant=lambda model, data: networks.usual_first_kernels(model)
     ),
     "resnet9_small": Recipe(_SMALL),
-    "resnet9": Recipe({"architecture": "resnet9", **_LIGHT}),
+    "resnet9": Recipe(_SMALL | {"architecture": "resnet9"}),
     "article": Recipe(
         {"architecture": "vgg_bn", "augment": "none", "learning_rate": 0.001, "optimizer": "adam",
          "schedule": "constant",
@@ -74,11 +75,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "no augmentation": Recipe(_SMALL | {"augment": "none"}),
     "shifts": Recipe(_SMALL | {"augment": "none", "augmentations": Augmentations(translation=0.1)}),
+    "half as light": Recipe(
+        _SMALL | {"augmentations": Augmentations(rotation=0.015, zoom=0.05, translation=0.05)}
+    ),
     "light, colours": Recipe(_SMALL | {"augmentations": Augmentations(**_COLOURS)}),
     "crops, colours": Recipe(
         _SMALL | {"augment": "none", "augmentations": Augmentations(rotation=0.03, crop=0.8, **_COLOURS)}
     ),
-    "label smoothing 0.1": Recipe(_SMALL | {"label_smoothing": 0.1}),
+    "no label smoothing": Recipe(_SMALL | {"label_smoothing": 0.0}),
+    "label smoothing 0.2": Recipe(_SMALL | {"label_smoothing": 0.2}),
     "learning rate 0.006": Recipe(_SMALL | {"learning_rate": 0.006}),
     "warm-up 0.2": Recipe(_SMALL, warmup=0.2),
     "weight decay 0.05": Recipe(_SMALL | {"weight_decay": 0.05}),
@@ -101,35 +106,38 @@ def measure(folder: Path, data: str | None = None) -> str:
     """
     compared = [BEFORE, DEFAULT, *PEERS]
     candidates = [] if data else [name for name in RECIPES if name not in (BEFORE, *PEERS)]
-    recipes = list(dict.fromkeys([*compared, *candidates]))
-    rates = runs.complete(folder / "rates.jsonl", [(name,) for name in recipes], measure_rate, processes=1)
+    names = dict.fromkeys([*compared, *candidates])
+    rates = runs.complete(folder / "rates.jsonl", [(name,) for name in names], measure_rate, processes=1)
     sets = [data] if data else data_sets.NAMES
     images = {set_: len(data_sets.load(set_, folder).train.targets) for set_ in sets}
 
-    def run(recipes: dict[str, Callable[[str], int]]) -> Study:
-        keys = {
-            (set_, name, seed): (set_, name, seed, epochs(set_))
-            for seed in SEEDS
-            for name, epochs in recipes.items()
-            for set_ in images
-        }
+    def run(trainings: Iterable[tuple[str, str, int]], epochs: Callable[[str, str], int]) -> Study:
+        keys = {(set_, name, seed): (set_, name, seed, epochs(set_, name)) for set_, name, seed in trainings}
         results = runs.complete(
             folder / "recipes.jsonl", keys.values(), functools.partial(measure_accuracy, npm=folder)
         )
         curves = {of: results[key] for of, key in keys.items()}
-        return Study(curves, {name: rates[name,]["images_per_second"] for name in recipes})
+        return Study(curves, {name: rates[name,]["images_per_second"] for _, name, _ in keys})
 
-    def in_time(name: str) -> Callable[[str], int]:
+    def in_time(set_: str, name: str) -> int:
+        """The number of epochs that comes nearest to the time, rounded up."""
         per_second: float = rates[name,]["images_per_second"]
-        # The nearest number of epochs, rounded up.
-        return lambda set_: max(1, math.ceil(SECONDS * per_second / images[set_] - 0.5))
+        return max(1, math.ceil(SECONDS * per_second / images[set_] - 0.5))
 
-    same_time = run({name: in_time(name) for name in recipes})
-    own_time = run({BEFORE: lambda set_: _EPOCHS_BEFORE, DEFAULT: lambda set_: _decided_epochs(images[set_])})
+    def as_decided(set_: str, name: str) -> int:
+        return _EPOCHS_BEFORE if name == BEFORE else _decided_epochs(images[set_])
+
+    same_time = run(itertools.product(images, compared, SEEDS), in_time)
+    own_time = run(itertools.product(images, (BEFORE, DEFAULT), SEEDS), as_decided)
     recipe_tables.draw(same_time, compared, folder / "recipes.png")
     tables = [recipe_tables.accuracies(same_time), recipe_tables.times(own_time, BEFORE, DEFAULT)]
     if candidates:
-        tables.append(recipe_tables.leave_one_set_out(same_time, BEFORE, candidates))
+        tried = run(itertools.product(images, candidates, SEEDS[:1]), in_time)
+        chosen = recipe_tables.choose(tried)
+        confirmed = run(
+            [(set_, name, seed) for set_ in images for name in (BEFORE, chosen[set_]) for seed in SEEDS], in_time
+        )
+        tables += [recipe_tables.accuracies(tried), recipe_tables.leave_one_set_out(confirmed, chosen, BEFORE)]
     return "\n\n".join(tables)
 
 

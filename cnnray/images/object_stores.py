@@ -148,6 +148,14 @@ def repeated(function: Callable[..., Result], *arguments: Any, **options: Any) -
     return function(*arguments, **options)
 
 
+def request(
+    function: Callable[..., Result], uri: str, *arguments: Any, quick: bool = False, **options: Any
+) -> Result:
+    """Call a function of obstore for a remote file, `repeated` unless it is to be quick (see `locate`)."""
+    place = locate(uri, quick=quick)
+    return function(*place, *arguments, **options) if quick else repeated(function, *place, *arguments, **options)
+
+
 def _endpoint() -> SplitResult | None:
     """The S3 endpoint in use when it is not Amazon's."""
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

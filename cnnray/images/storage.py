@@ -41,7 +41,7 @@ from cnnray.images.object_stores import UnavailableError as UnavailableError
 from cnnray.images.object_stores import arrow_filesystem as arrow_filesystem
 from cnnray.images.object_stores import cluster_environment as cluster_environment
 from cnnray.images.object_stores import is_local as is_local
-from cnnray.images.object_stores import locate, repeated, split_address
+from cnnray.images.object_stores import locate, repeated, request, split_address
 from cnnray.images.object_stores import translated_errors as translated_errors
 
 _LISTING_THREADS = 16
@@ -116,7 +116,7 @@ def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -
     """
     with translated_errors(uri):
         if not is_local(uri):
-            answer = _request(obstore.get, uri, quick=quick)
+            answer = request(obstore.get, uri, quick=quick)
             _check_size(answer.meta["size"], max_bytes)
             return bytes(answer.bytes())
         path = Path(uri)
@@ -125,12 +125,6 @@ def read_bytes(uri: str, max_bytes: int | None = None, *, quick: bool = False) -
         with path.open("rb") as file:
             _check_size(os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
-
-
-def _request(function: Callable[..., Any], uri: str, *arguments: Any, quick: bool = False, **options: Any) -> Any:
-    """The answer of a function of obstore that takes a remote file."""
-    place = locate(uri, quick=quick)
-    return function(*place, *arguments, **options) if quick else repeated(function, *place, *arguments, **options)
 
 
 def _check_size(size: int, max_bytes: int | None) -> None:
@@ -277,7 +271,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     _check_guards(uri)
     with translated_errors(uri):
         if not is_local(uri):
-            _request(obstore.put, uri, data, chunk_size=_MULTIPART_BYTES)
+            request(obstore.put, uri, data, chunk_size=_MULTIPART_BYTES)
             return
         with _published(Path(uri)) as temporary, temporary.open("wb") as file:
             file.write(data)
@@ -307,7 +301,7 @@ def version(uri: str, *, quick: bool = False) -> Version | None:
     """
     try:
         with translated_errors(uri):
-            return _version(_request(obstore.head, uri, quick=quick))
+            return _version(request(obstore.head, uri, quick=quick))
     except NotFoundError:
         return None
 
@@ -335,7 +329,7 @@ def write_if(uri: str, data: bytes, expected: Version | None, *, quick: bool = F
     try:
         for mode in modes:
             with translated_errors(uri), contextlib.suppress(AlreadyExistsError, PreconditionError):
-                return _version(_request(obstore.put, uri, data, mode=mode, quick=quick))
+                return _version(request(obstore.put, uri, data, mode=mode, quick=quick))
     except NotFoundError:
         if not expected:
             raise  # the bucket does not exist
@@ -402,4 +396,4 @@ def delete_file(uri: str) -> None:
         if is_local(uri):
             Path(uri).unlink()
         else:
-            _request(obstore.delete, uri)
+            request(obstore.delete, uri)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ ON_NODES = {
 """Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
 one event loop, and headers that are not UTF-8 do not make Ray answer 500."""
 
+_APPLICATION_MODULE = "cnnray.serving.deployment"
 _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
 
@@ -98,7 +100,7 @@ def build_configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
-                "import_path": "cnnray.serving.deployment:app",
+                "import_path": f"{_APPLICATION_MODULE}:app",
                 "deployments": [deployment],
             }
         ],
@@ -148,6 +150,8 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
         if own_ray:
             _prepare_environment(Path(folder))
+            # This takes a second, in which `connected` waits for Ray's processes.
+            threading.Thread(target=importlib.import_module, args=("ray.serve.api",)).start()
         with cluster.connected(worker_logs=False) as resources:
             paths.check_shared(resources, [model.uri for model in config.settings.models])
             if own_ray:
@@ -238,6 +242,10 @@ class OwnServe:
     """Serve on the Ray that this process has started: what `ServeSubmissionClient` does, without a dashboard."""
 
     def __init__(self) -> None:
+        """Let the process that will import the application for Serve's controller do so while that starts."""
+        import ray
+
+        ray.remote(num_cpus=0)(importlib.import_module).remote(_APPLICATION_MODULE)
         self._controller: Any = None
 
     def deploy_applications(self, configuration: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ _END_SECONDS = 60.0
 """How long the child may take to end after its last word."""
 _DRAIN_SECONDS = 2.0
 """How long the parent reads on after the child's end, where processes that the child has left hold the pipes open."""
+_LONGEST_RAY_FOLDER = 107 - len("/ray/session_2026-12-31_23-59-59_123456_1234567/sockets/dash_MetricsHead")
+"""Linux takes paths of sockets of up to 107 characters."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -87,7 +89,7 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         if os.getppid() != parent:
             os._exit(1)
         _redirect_native_stderr(native_out)
-        os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
+        os.environ.setdefault("RAY_TMPDIR", folder_for_sockets(_LONGEST_RAY_FOLDER))
         os.environ["TMPDIR"] = folder  # not for this process, in which tempfile knows its folder already
         ending = job()
         for number in SIGNALS:
@@ -102,6 +104,12 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         return _watch(child, ending_in, native_in, noise)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_for_sockets(longest: int) -> str:
+    """The temporary folder, or /tmp where its path has more characters than leave room for the sockets below it."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= longest or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
 def _redirect_native_stderr(native: int) -> None:

@@ -24,6 +24,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.rollout import APPLICATION, DEPLOYMENT, ServingError, Versions, wait_until_served
 from cnnray.serving.settings import API_KEY, API_KEY_FILE, api_key
+from cnnray.supervisor import folder_for_sockets
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ one event loop, and headers that are not UTF-8 do not make Ray answer 500."""
 _APPLICATION_MODULE = "cnnray.serving.deployment"
 _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
+
+
+_LONGEST_FOLDER = 97 - len("/cnnray-xxxxxxxx/metrics.sock") - 57
+"""HAProxy takes paths of sockets of up to 97 characters, and Serve adds a folder with the name of the node."""
 
 
 def check_bundles(config: ServeConfig) -> Versions:
@@ -147,7 +152,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     own_ray = cluster.starts_own()
     if own_ray:
         _check_port(config)
-    with tempfile.TemporaryDirectory(prefix="cnnray-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cnnray-", dir=folder_for_sockets(_LONGEST_FOLDER)) as folder:
         if own_ray:
             _prepare_environment(Path(folder))
             # This takes a second, in which `connected` waits for Ray's processes.

@@ -1,5 +1,6 @@
 """jobs/serve.py as users run it: a real Serve behind HAProxy, with clients over real HTTP."""
 
+import functools
 import json
 import os
 import shutil
@@ -57,8 +58,10 @@ start = pytest.fixture(started_jobs, scope="module")
 
 
 @pytest.fixture(scope="module")
-def service(start, onnx_bundle):
-    return Service(start, *_models(onnx_bundle), *FLAGS)
+def service(start, onnx_bundle, tmp_path_factory):
+    # In a temporary folder whose path is too long for HAProxy's sockets.
+    start_there = functools.partial(start, environment={"TMPDIR": str(tmp_path_factory.mktemp("temporary"))})
+    return Service(start_there, *_models(onnx_bundle), *FLAGS)
 
 
 def _models(*uris, share=None):

@@ -87,8 +87,14 @@ def test_what_its_processes_leave_in_their_temporary_folder_is_deleted(end, tmp_
     )
     left, *others = out.splitlines()[0].split()
     assert left.startswith(f"{tmp_path}/cnnray-")
-    assert others == [str(tmp_path), str(tmp_path), "True"]
+    assert others == ["/tmp", str(tmp_path), "True"]
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("folder", "expected"), [("/scratch/me", "/scratch/me"), ("/scratch/of/someone", "/tmp")])
+def test_sockets_are_in_a_folder_with_a_short_path(folder, expected, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
+    assert supervisor.folder_for_sockets(11) == expected
 
 
 def test_without_a_temporary_folder_there_is_a_sentence(monkeypatch):

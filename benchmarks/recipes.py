@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def measure(folder: Path, data: str | None = None) -> str:
-    """Run what is left of the study, ten hours in all on 2 cores.
+    """Run what is left of the study, six hours in all on 2 cores.
 
     Args:
         folder: holds npm's packages (see `data_sets.NPM`); results are kept here, and the study goes on with them;

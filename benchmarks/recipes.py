@@ -43,7 +43,7 @@ class Recipe:
 
 
 _LIGHT: dict[str, Any] = {"augment": "light", "learning_rate": 0.003, "weight_decay": 0.01, "batch_size": 64}
-_SMALL = {"architecture": "resnet9_small", "label_smoothing": 0.1, **_LIGHT}
+_SMALL = {"architecture": "resnet9_small", **_LIGHT}
 _COLOURS: dict[str, Any] = {"contrast": 0.2, "brightness": 0.1, "saturation": 0.2}
 
 RECIPES: dict[str, Recipe] = {
@@ -82,8 +82,7 @@ RECIPES: dict[str, Recipe] = {
     "crops, colours": Recipe(
         _SMALL | {"augment": "none", "augmentations": Augmentations(rotation=0.03, crop=0.8, **_COLOURS)}
     ),
-    "no label smoothing": Recipe(_SMALL | {"label_smoothing": 0.0}),
-    "label smoothing 0.2": Recipe(_SMALL | {"label_smoothing": 0.2}),
+    "label smoothing 0.1": Recipe(_SMALL | {"label_smoothing": 0.1}),
     "learning rate 0.006": Recipe(_SMALL | {"learning_rate": 0.006}),
     "warm-up 0.2": Recipe(_SMALL, warmup=0.2),
     "weight decay 0.05": Recipe(_SMALL | {"weight_decay": 0.05}),

@@ -96,8 +96,11 @@ def test_the_interrupted_training_is_resumed(earlier, caplog):
         continued, expected = list(csv.DictReader(continued)), list(csv.DictReader(expected))
     assert [row["images"] for row in continued] == [row["images"] for row in expected] == ["57.0"] * 4
     assert continued[0]["val_loss"] == expected[0]["val_loss"]  # not trained again
-    for row, expected_row in zip(continued[1:3], expected[1:3], strict=True):
-        assert float(row["loss"]) == pytest.approx(float(expected_row["loss"]), rel=0.02)
+    # Other versions augment in other ways: the network goes on from its weights, but does not see the same images.
+    losses, expected_losses = ([float(row["loss"]) for row in rows] for rows in (continued, expected))
+    assert losses[0] == expected_losses[0]
+    assert losses[1:] == pytest.approx(expected_losses[1:], rel=0.5)
+    assert max(losses[1:]) < losses[0]
     assert "broken.png" in (earlier / "killed/bad_images.csv").read_text()
     # The resumed run has the format of this version.
     assert yaml.safe_load((earlier / "killed/config.yaml").read_text())["cnnray"]["config"] == configs.CONFIG_FORMAT

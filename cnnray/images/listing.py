@@ -188,7 +188,7 @@ def _matching(root: str, parts: list[str]) -> list[str]:
         files = (file.uri[below:] for file in storage.files(root))
         return [file for file in files if _matches(file.split("/"), parts)]
     # `Path.glob` takes hidden files, too, and not `**` for files. `**/**` finds a file twice.
-    found = set(glob.glob("/".join(parts), root_dir=root, recursive=True))  # noqa: PTH207
+    found = set(glob.glob("/".join(parts), root_dir=root, recursive=True))  # noqa: PTH207 - see above
     paths = [path for path in found if "/." not in f"/{path}" and Path(root, path).is_file()]
     for path in paths:
         try:

@@ -127,6 +127,7 @@ def check_alternatives(strength: str, switches: Augmentations) -> None:
 
 
 _AFFINE = ("rotation", "zoom", "translation", "crop")
+"""The augmentations that move pixels, all of them in one resampling."""
 
 
 class Augmenter:
@@ -214,8 +215,9 @@ def _build_layers(switches: Augmentations) -> dict[str, Any]:
     if switches.vertical_flip:
         built["vertical_flip"] = layers.RandomFlip("vertical", **common)
     affine = {name: getattr(switches, name) for name in _AFFINE if getattr(switches, name)}
-    for name in set(affine) & set(switches.one_of or ()):
-        built[name] = _RandomAffine(**{name: affine.pop(name)})
+    for name in switches.one_of or ():
+        if name in affine:
+            built[name] = _RandomAffine(**{name: affine.pop(name)})
     if affine:
         built["affine"] = _RandomAffine(**affine)
     if switches.brightness:

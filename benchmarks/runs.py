@@ -1,4 +1,4 @@
-"""Many short trainings side by side, one thread each, with results that outlive the process.
+"""Many short trainings side by side, one thread each, on a GPU if there is one; results outlive the process.
 
 A long study is run again with the same file until all of its results are there.
 """
@@ -68,8 +68,10 @@ def read(file: Path) -> dict[Key, dict[str, Any]]:
 def _load_tensorflow(threads: int) -> None:
     from cnnray.models import startup
 
-    startup.load_tensorflow(gpus=False)
+    startup.load_tensorflow()
     import tensorflow as tf
 
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # float32 as on CPUs
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(2 if has_gpu else 1)

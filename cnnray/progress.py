@@ -41,8 +41,8 @@ class ProgressBar:
     def _log(self, note: str = "") -> None:
         self._shown = time.monotonic()
         done, rate = self._done + self._new, self.images_per_second
-        left = duration((self._total - done) / max(rate, 1e-9))
-        log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, left, note)
+        left = (self._total - done) / rate if rate else math.inf
+        log.info("%d/%d images  %.0f images/s  %s left  %s", done, self._total, rate, duration(left), note)
 
     def close(self) -> None:
         """Log the last line, and remove the bar."""

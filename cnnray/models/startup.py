@@ -22,6 +22,8 @@ half of the time of `import tensorflow`."""
 def load_tensorflow(*, gpus: bool = True) -> None:
     """Import TensorFlow and Keras for a process of cnnray's own, and let TensorFlow look for GPUs.
 
+    TensorFlow takes a GPU's memory as it needs it, not all of it at once, so that processes can share a GPU.
+
     What is written to stderr meanwhile, for several seconds, comes afterwards, without TensorFlow's own lines. Keras
     then takes the modules of `_UNUSED` for not installed; other threads must not import them meanwhile.
 
@@ -43,9 +45,11 @@ def _load(*, gpus: bool) -> None:
         import tensorflow as tf
 
         importlib.import_module("keras")
+        found = tf.config.list_physical_devices("GPU")
         if not gpus:
             tf.config.set_visible_devices([], "GPU")
-        tf.config.list_physical_devices()
+        for gpu in found if gpus else ():
+            tf.config.experimental.set_memory_growth(gpu, True)
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
 
 

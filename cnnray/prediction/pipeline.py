@@ -31,6 +31,7 @@ def predict(manifest: pa.Table, plan: Plan, ranges: list[tuple[int, int]] | None
     if ranges is None:
         ranges = split_rows(manifest["uri"], rows_per_task(len(manifest), pool))
     dataset, ledger = stream.from_ranges(manifest, ranges), create_ledger()
+    block = rows_per_block(size) if pool.decode_cpus else max((end - start for start, end in ranges), default=1)
     if pool.decode_cpus:
         dataset = dataset.map_batches(
             decode_rows,
@@ -45,7 +46,8 @@ def predict(manifest: pa.Table, plan: Plan, ranges: list[tuple[int, int]] | None
     return dataset.map_batches(
         Worker,
         fn_constructor_kwargs={"plan": plan, "model": plan.bundle.version, "ledger": ledger},
-        batch_size=None,
+        # A batch is a block. With GPUs Ray Data wants a number, by which it joins blocks that are shorter.
+        batch_size=block if pool.gpus else None,
         batch_format="pyarrow",
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,

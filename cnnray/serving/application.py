@@ -1,6 +1,5 @@
 """The ASGI application of a replica: middleware, health, metadata, the page, `POST /predict`, and other protocols."""
 
-import importlib.metadata
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Probabilities
@@ -83,7 +83,7 @@ def create_application(service: Service, api_key: str | None = None, *, adds_req
     """
     app = _Application(
         title="cnnray",
-        version=importlib.metadata.version("cnnray"),
+        version=cnnray.__version__,
         description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "
         "TensorFlow Serving's REST API (/v1).",
         docs_url=None,  # FastAPI's page loads its scripts from the web

@@ -5,7 +5,6 @@ The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With
 `probabilities` is BYTES [N, k] of `probability:index:name`.
 """
 
-import importlib.metadata
 import itertools
 import json
 import math
@@ -19,6 +18,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Images, Probabilities
@@ -95,8 +95,7 @@ _BODY = {
 @router.get("")
 async def server_metadata() -> dict[str, Any]:
     """Name and version of the server."""
-    version = importlib.metadata.version("cnnray")
-    return {"name": "cnnray", "version": version, "extensions": ["binary_tensor_data", "classification"]}
+    return {"name": "cnnray", "version": cnnray.__version__, "extensions": ["binary_tensor_data", "classification"]}
 
 
 @router.get("/health/live")

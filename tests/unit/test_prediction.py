@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from cnnray.prediction.plan import fits_this_process, plan_on_cluster
 from cnnray.prediction.pool import Pool, plan_pool
 from cnnray.prediction.summary import ErrorList, Tally, summarize
 from cnnray.prediction.worker import Worker, decode_rows, select_columns
+from cnnray.progress import ProgressBar
 from tests.awkward import awkward_images, bad_images
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
@@ -389,3 +391,9 @@ print(json.dumps([rows, growth / 1024]))
     assert reasons["corrupt"] > 100
     assert reasons["ok"] < len(rows) / 3
     assert growth < 1024, f"{growth:.0f} MiB"
+
+
+def test_the_time_left_is_not_known_before_the_first_image(caplog):
+    caplog.set_level(logging.INFO)
+    ProgressBar(100).close()
+    assert caplog.messages == ["0/100 images  0 images/s  ? left  "]

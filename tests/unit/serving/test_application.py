@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import importlib.metadata
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
@@ -277,3 +279,18 @@ def test_all_references_in_the_description_are_defined(client):
     text = client.get("/openapi.json").text
     references = set(re.findall(r'"#/components/schemas/(\w+)"', text))
     assert {"JsonImages", "InferInput", "Answer"} <= references <= json.loads(text)["components"]["schemas"].keys()
+
+
+def test_nodes_need_the_code_of_cnnray_and_no_installation(start_client, monkeypatch):
+    """A job's working directory and the image for Kubernetes bring the code alone."""
+    of_name = importlib.metadata.distribution
+
+    def distribution(name):
+        if name == "cnnray":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return of_name(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    client = start_client()
+    assert client.get("/openapi.json").json()["info"]["version"] == cnnray.__version__
+    assert client.get("/v2").json()["version"] == cnnray.__version__

@@ -1,0 +1,63 @@
+"""What runs on GPUs. A node that says that it has one stands in for it: Ray hands it out, TensorFlow finds none."""
+
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from cnnray import cluster
+from cnnray.prediction import job
+from cnnray.prediction.config import PredictConfig
+from cnnray.training.config import TrainConfig
+from cnnray.training.job import train
+from tests.e2e.conftest import free_port, kill, until
+from tests.runs import read_rows
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node():
+    """A second node of the cluster, with a GPU."""
+    address = ray.get_runtime_context().gcs_address
+    command = [
+        RAY, "start", "--block", f"--address={address}", "--num-cpus=3", "--num-gpus=1", "--disable-usage-stats",
+        f"--object-store-memory={2**28}", f"--dashboard-agent-listen-port={free_port()}",
+    ]  # fmt: skip
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        until(lambda: cluster.resources().gpus == 1, 60, "the second node")
+        yield
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        kill(alive)
+    until(lambda: not cluster.resources().gpus, 60, "the end of the second node")
+
+
+@pytest.mark.parametrize("options", [{"decoding": "workers"}, {"decoding": "tasks"}, {"rows_per_part": 7}])
+def test_predictions_on_a_gpu_are_those_without(options, onnx_bundle, digits, tmp_path):
+    config = {"bundle": onnx_bundle, "input": str(digits), "rows_per_part": 64, "max_workers": 1} | options
+    on_gpu = job.run(PredictConfig(**config, output=str(tmp_path / "gpu")))
+    without = job.run(PredictConfig(**config, output=str(tmp_path / "cpu"), engine="keras", gpus_per_worker=0))
+    assert on_gpu["engine"] == without["engine"] == "keras"  # auto is keras where there are GPUs
+    for row, wanted in zip(*(read_rows(tmp_path / name) for name in ("gpu", "cpu")), strict=True):
+        np.testing.assert_allclose(row.pop("top_k_scores"), wanted.pop("top_k_scores"), atol=1e-5)
+        assert row.pop("confidence") == pytest.approx(wanted.pop("confidence"), abs=1e-5)
+        assert row == wanted
+
+
+def test_a_worker_of_training_has_a_gpu(digits, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = TrainConfig(
+        data=str(digits), output=str(tmp_path), architecture="small_cnn", image_size=16, epochs=1, max_workers=1,
+        gpus_per_worker=1, data_checks=False,
+    )  # fmt: skip
+    assert train(config)["epochs"] == 1
+    assert "1 workers of 1 CPUs (1 threads) and 1 GPUs" in caplog.text

@@ -120,8 +120,13 @@ class Head:
         family = [head, *head.children(recursive=True)]
         self._process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=5)
-        kill(alive)
+        # HAProxy, once it has read a new configuration, is no child of the head.
+        orphans = [process for process in psutil.process_iter(["cmdline"]) if self._works_in_folder(process)]
+        kill([*alive, *orphans])
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _works_in_folder(self, process):
+        return any(str(self._folder) in argument for argument in process.info["cmdline"] or ())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Runs the README's commands as written, and checks its list of files and all documented flags and targets."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,11 @@ def _marked_blocks():
 
 @pytest.mark.timeout(900)
 def test_marked_blocks_run(tmp_path):
-    """Run the blocks in a folder with the images of `make demo`."""
+    """Run the blocks in a folder with the images of `make demo`, those of Python on a Ray of their own.
+
+    `ray.init()` without an address connects to the cluster that `ray start` started last on this machine, also if it
+    has ended.
+    """
     blocks = _marked_blocks()
     assert [language for language, _ in blocks] == ["sh", "python", "sh", "sh", "python", "sh", "python"]
     write_digits(tmp_path / "demo" / "digits", 1797)
@@ -28,10 +33,11 @@ def test_marked_blocks_run(tmp_path):
     printed = []
     for language, text in blocks:
         text = text.replace(".venv/bin/python", sys.executable)
-        command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+        command = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
         completed = subprocess.run(
-            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
-        )
+            [*command, text], cwd=tmp_path, env=os.environ | ({} if language == "sh" else {"RAY_ADDRESS": "local"}),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
         assert completed.returncode == 0, completed.stderr
         printed.append(completed.stdout.splitlines())
     trained, answers, evaluated, exported, answers_of_int8, predicted, counted = printed

@@ -1,6 +1,7 @@
 """What runs on GPUs. A node that says that it has one stands in for it: Ray hands it out, TensorFlow finds none."""
 
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,17 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @pytest.fixture(scope="module", autouse=True)
 def node():
-    """A second node of the cluster, with a GPU."""
+    """A second node of the cluster, with a GPU.
+
+    In a folder of its own: `ray start` writes down the address of its cluster, to which `ray.init()` of others then
+    connects. Not pytest's folder: Ray puts sockets into it, whose paths may have at most 107 characters.
+    """
+    folder = tempfile.mkdtemp(prefix="r")
     address = ray.get_runtime_context().gcs_address
     command = [
         RAY, "start", "--block", f"--address={address}", "--num-cpus=3", "--num-gpus=1", "--disable-usage-stats",
         f"--object-store-memory={2**28}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--temp-dir={folder}",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
@@ -38,6 +45,7 @@ def node():
         process.terminate()
         _, alive = psutil.wait_procs(family, timeout=5)
         kill(alive)
+    shutil.rmtree(folder, ignore_errors=True)
     until(lambda: not cluster.resources().gpus, 60, "the end of the second node")
 
 

@@ -18,6 +18,8 @@ class Study:
     the losses in training and on the held-out images, and the held-out accuracy."""
     rates: dict[str, float]
     """Of each recipe, in images/s."""
+    held_out: dict[str, int]
+    """Number of held-out images of each set."""
 
     @property
     def sets(self) -> list[str]:
@@ -40,9 +42,9 @@ class Study:
         return [(images / self.rates[recipe], accuracy) for images, _, _, accuracy in epochs]
 
     def log_error(self, name: str, recipe: str) -> float:
-        """The logarithm of the share of errors; half of a thousandth more keeps it finite, and bounds what a single
-        image of an easy set can weigh."""
-        return math.log(1 - self.mean(name, recipe) + 0.0005)
+        """The logarithm of the share of errors. Half an image more keeps it finite, and bounds what a single image of
+        an easy set can weigh."""
+        return math.log(1 - self.mean(name, recipe) + 0.5 / self.held_out[name])
 
 
 def accuracies(study: Study) -> str:

@@ -109,6 +109,7 @@ def measure(folder: Path, data: str | None = None) -> str:
     rates = runs.complete(folder / "rates.jsonl", [(name,) for name in names], measure_rate, processes=1)
     sets = [data] if data else data_sets.NAMES
     images = {set_: len(data_sets.load(set_, folder).train.targets) for set_ in sets}
+    held_out = {set_: len(data_sets.load(set_, folder).held_out.targets) for set_ in sets}
 
     def run(trainings: Iterable[tuple[str, str, int]], epochs: Callable[[str, str], int]) -> Study:
         keys = {(set_, name, seed): (set_, name, seed, epochs(set_, name)) for set_, name, seed in trainings}
@@ -116,7 +117,7 @@ def measure(folder: Path, data: str | None = None) -> str:
             folder / "recipes.jsonl", keys.values(), functools.partial(measure_accuracy, npm=folder)
         )
         curves = {of: results[key] for of, key in keys.items()}
-        return Study(curves, {name: rates[name,]["images_per_second"] for _, name, _ in keys})
+        return Study(curves, {name: rates[name,]["images_per_second"] for _, name, _ in keys}, held_out)
 
     def in_time(set_: str, name: str) -> int:
         """The number of epochs that comes nearest to the time, rounded up."""

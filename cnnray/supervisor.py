@@ -5,6 +5,7 @@ when the cluster has died, and at times with `terminate` while the interpreter e
 runs then. The parent process runs nothing but this module. It also reads what such libraries write to stderr.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -97,7 +98,11 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         sys.stdout.flush()
         with os.fdopen(ending_out, "w") as file:
             file.write(json.dumps(asdict(ending)) + "\n")
-        sys.exit(ending.code)  # with the interpreter's clean-up
+        # What is registered for the end is done, but the interpreter does not free what it holds: of TensorFlow that
+        # takes a second, and libraries whose threads live on may abort meanwhile.
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(ending.code)
     os.close(ending_out)
     os.close(native_out)
     try:

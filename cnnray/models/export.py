@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from cnnray.models.verification import Report
 log = logging.getLogger(__name__)
 
 REPORT = "export.md"
+_ENCODED_IMAGES = 256
+"""Most images that are encoded to compare a SavedModel's signature for encoded images."""
+_AT_ONCE = 2
+"""Conversions that run side by side; each is Python for half of its time."""
 
 
 class ExportError(PermanentError, RuntimeError):
@@ -105,9 +110,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Bundle.load(config.bundle)  # fails before a lease is taken where there is no bundle
     with lease(config.bundle):
         bundle = Bundle.load(config.bundle)
-        calibration, images, targets = _load_images(config, bundle)
-        startup.load_tensorflow(gpus=False)  # slow, so it comes after the checks of the input
-        return _Export(config, bundle, calibration, images, targets).run()
+        calibration_rows, rows = _choose_images(config, bundle)
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(startup.load_tensorflow, gpus=False)  # takes seconds
+            calibration, _ = _decode_images(calibration_rows, config.calibration, bundle)
+            images, rows = _decode_images(rows, config.verification or config.calibration, bundle)
+            loading.result()
+        return _Export(config, bundle, calibration, images, _targets(rows, bundle)).run()
 
 
 class _Export:
@@ -124,34 +133,47 @@ class _Export:
         self._config, self._bundle, self._images, self._targets = config, bundle, images, targets
         self._threads = config.threads or usable_cpus()
         self._network = Network(bundle, calibration)
-        keras = engines.load_engine(bundle, engines.KERAS, self._threads)
-        self._expected = engines.predict_in_batches(keras, images)
-        with bundle.local_copy(bundles.MODEL) as path:
-            self._keras = self._measure(keras, path, None)
-        self._reports = bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
         self._refused: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
-        """Convert, verify, and keep or refuse each format."""
-        log.info(
-            "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
-        )
-        for name in self._config.formats:
-            with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-                self._export_format(name, Path(folder))
+        """Convert to each format, verify it, and keep or refuse it."""
+        with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
+            log.info("converting to %s", ", ".join(self._config.formats))
+            with (
+                startup.suppress_stderr(),
+                ThreadPoolExecutor(_AT_ONCE) as pool,
+            ):  # converters log each of their passes
+                converted = {name: pool.submit(self._convert, name, Path(folder)) for name in self._config.formats}
+                keras = engines.load_engine(self._bundle, engines.KERAS, self._threads)
+                self._expected = engines.predict_in_batches(keras, self._images)
+            # Only now, as speeds are measured, too.
+            with self._bundle.local_copy(bundles.MODEL) as path:
+                self._keras = self._measure(keras, path, self._expected, None)
+            self._reports = self._bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
+            log.info(
+                "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
+            )
+            for name, path_to_come in converted.items():
+                self._keep_or_refuse(name, path_to_come)
         log.info("%s", verification.table(self._reports, self._refused))
         refused = [f"{name} was refused: {reason}" for name, reason in self._refused.items() if name in FORMATS]
         if refused:
             raise ExportError("; ".join(refused) + ".")
         return {"bundle": self._bundle.uri, "formats": {name: self._reports[name] for name in self._config.formats}}
 
-    def _export_format(self, name: str, folder: Path) -> None:
-        path = folder / FORMATS[name].path
-        log.info("converting to %s", name)
+    def _convert(self, name: str, folder: Path) -> Path:
+        """Write a format into a folder of its own, and return its file's path."""
+        path = folder / name / FORMATS[name].path
+        path.parent.mkdir()
+        FORMATS[name].write(self._network, path)
+        return path
+
+    def _keep_or_refuse(self, name: str, converted: "Future[Path]") -> None:
+        """Verify a format; copy it into the bundle, or note why not."""
         other_engines = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
         try:
-            with startup.suppress_stderr():  # the converters log each of their passes
-                FORMATS[name].write(self._network, path)
+            path = converted.result()
+            with startup.suppress_stderr():
                 measured = {name: self._verify(name, path)}
                 if not isinstance(measured[name], str):
                     usable = [other for other in other_engines if not engines.RUNNERS[other].why_unavailable()]
@@ -178,7 +200,7 @@ class _Export:
         elif isinstance(measured[name], str):
             storage.delete_file(target)
         if not isinstance(measured[name], str):
-            storage.copy_folder(str(folder), self._bundle.uri)
+            storage.copy_folder(str(path.parent), self._bundle.uri)
         for engine, result in measured.items():
             if isinstance(result, str):
                 self._refuse(engine, result)
@@ -194,16 +216,20 @@ class _Export:
             The report, or the reason why the engine is refused.
         """
         engine = engines.load_file_engine(name, path, self._threads, self._bundle)
-        report = self._measure(engine, path, self._keras)
+        probabilities = engines.predict_in_batches(engine, self._images)
+        report = self._measure(engine, path, probabilities, self._keras)
         if isinstance(engine, runtimes.SavedModelEngine):  # a SavedModel has a second signature, for encoded images
-            encoded = engines.predict_in_batches(runtimes.EncodedSavedModelEngine(engine), self._images)
-            largest = np.maximum(report.max_difference, np.abs(encoded - self._expected).max())
+            some = slice(_ENCODED_IMAGES)
+            encoded = engines.predict_in_batches(runtimes.EncodedSavedModelEngine(engine), self._images[some])
+            largest = np.maximum(report.max_difference, np.abs(encoded - self._expected[some]).max())
             report = dataclasses.replace(report, max_difference=float(largest))
         return _reason_to_refuse(self._config, name, report, self._keras) or report
 
-    def _measure(self, engine: runtimes.Engine, path: Path, keras: Report | None) -> Report:
+    def _measure(
+        self, engine: runtimes.Engine, path: Path, probabilities: runtimes.Probabilities, keras: Report | None
+    ) -> Report:
         return verification.measure(
-            engine, path, self._images, self._expected, self._targets, self._bundle.info.temperature,
+            engine, path, self._images, probabilities, self._expected, self._targets, self._bundle.info.temperature,
             threads=self._threads, keras=keras,
         )  # fmt: skip
 
@@ -245,8 +271,8 @@ def _accuracy_text(accuracy: float | None) -> str:
 # -- the images -----------------------------------------------------------------------------------------------
 
 
-def _load_images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, npt.NDArray[np.int64] | None]:
-    """The images to calibrate on, the images to compare on, and the targets of the latter, None without labels."""
+def _choose_images(config: ExportConfig, bundle: Bundle) -> tuple[pa.Table, pa.Table]:
+    """The manifest's rows of the images to calibrate on, and of those to compare on."""
     rows = _read_manifest(config.calibration, bundle)
     rows = rows.take(np.random.default_rng(config.seed).permutation(len(rows)))
     if config.verification is not None:
@@ -260,15 +286,17 @@ def _load_images(config: ExportConfig, bundle: Bundle) -> tuple[Images, Images, 
         # With few images, all serve for comparison, including those that the ranges come from.
         first = config.calibration_images if len(rows) >= 2 * config.calibration_images else 0
         calibration_rows, held_out = rows, rows.slice(first)
-    calibration, _ = _decode_images(calibration_rows.slice(0, config.calibration_images), config.calibration, bundle)
-    images, labelled = _decode_images(
-        held_out.slice(0, config.verification_images), config.verification or config.calibration, bundle
-    )
-    if labelled["label"].null_count:
+    return calibration_rows.slice(0, config.calibration_images), held_out.slice(0, config.verification_images)
+
+
+def _targets(rows: pa.Table, bundle: Bundle) -> npt.NDArray[np.int64] | None:
+    """The classes of the images to compare on; None if some have no label."""
+    if rows["label"].null_count:
         log.info("some images have no label: agreement with Keras is measured instead of accuracy")
-        return calibration, images, None
+        return None
     names = pa.array(bundle.info.class_names, pa.string())
-    return calibration, images, pc.index_in(labelled["label"], names).to_numpy().astype(np.int64)
+    targets: npt.NDArray[np.int32] = pc.index_in(rows["label"], names).to_numpy()
+    return targets.astype(np.int64)
 
 
 def _read_manifest(source: str, bundle: Bundle) -> pa.Table:

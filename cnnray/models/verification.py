@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.models.engines import KERAS, predict_in_batches
+from cnnray.models.engines import KERAS
 from cnnray.models.runtimes import Engine, Images, Probabilities
 
 MEASURED_BATCH_SIZES = (1, 32)
@@ -53,6 +53,7 @@ def measure(
     engine: Engine,
     path: Path,
     images: Images,
+    probabilities: Probabilities,
     expected: Probabilities,
     targets: npt.NDArray[np.int64] | None,
     temperature: float,
@@ -60,19 +61,19 @@ def measure(
     threads: int,
     keras: Report | None,
 ) -> Report:
-    """Run an engine and compare it with the Keras model.
+    """Compare the answers of an engine with the Keras model's, and measure its speed.
 
     Args:
         engine: runs the file.
         path: local path of the file or folder, which has the same name as in the bundle.
         images: uint8 (N, size, size, 3).
-        expected: the Keras model's probabilities, float32 (N, classes).
+        probabilities: the engine's, float32 (N, classes).
+        expected: the Keras model's, float32 (N, classes).
         targets: class indices, int64 (N,), or None without labels.
         temperature: the bundle's temperature.
         threads: CPU threads that the engine was loaded with.
         keras: the report of the Keras model from the same export; None: `engine` is the Keras model.
     """
-    probabilities = predict_in_batches(engine, images)
     predicted = probabilities.argmax(1)
     accuracy = None if targets is None else float((predicted == targets).mean())
     speeds = measure_speeds(engine, images)

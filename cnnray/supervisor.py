@@ -126,11 +126,14 @@ def _redirect_native_stderr(native: int) -> None:
 
 def _watch(child: int, ending_in: int, native_in: int, noise: str) -> Ending:
     """Pass signals and native output on until the child has ended."""
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as in jobs that a shell runs in its background
-            signal.signal(number, lambda number, _: _kill(child, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     endings: list[Ending] = []
+    # Jobs that a shell runs in its background ignore Ctrl-C.
+    waited_for = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def pass_signals_on() -> None:
+        # They stay blocked: a handler would not run if its signal came just before `waitpid`.
+        while waited_for:
+            _kill(child, signal.sigwait(waited_for))
 
     def receive() -> None:
         with os.fdopen(ending_in) as file:
@@ -140,14 +143,15 @@ def _watch(child: int, ending_in: int, native_in: int, noise: str) -> Ending:
                 timer.daemon = True
                 timer.start()
 
-    def pass_on() -> None:
+    def pass_output_on() -> None:
         with os.fdopen(native_in, errors="replace") as file:
             for line in file:
                 if not re.search(noise, line):
                     sys.stderr.write(line)
                     sys.stderr.flush()
 
-    readers = [threading.Thread(target=target, daemon=True) for target in (receive, pass_on)]
+    threading.Thread(target=pass_signals_on, daemon=True).start()
+    readers = [threading.Thread(target=target, daemon=True) for target in (receive, pass_output_on)]
     for reader in readers:
         reader.start()
     _, status = os.waitpid(child, 0)

@@ -30,7 +30,7 @@ class Job:
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                env=variables | (environment or {}), preexec_fn=_listen_to_ctrl_c,
+                env=variables | (environment or {}), preexec_fn=listen_to_ctrl_c,
             )  # fmt: skip
 
     def wait(self, seconds):
@@ -82,8 +82,8 @@ def kill(processes):
     return killed
 
 
-def _listen_to_ctrl_c():
-    # If a shell runs the tests in its background, they and their children inherit SIGINT as ignored.
+def listen_to_ctrl_c():
+    """For a child: where a shell runs the tests in its background, they and their children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

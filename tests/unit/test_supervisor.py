@@ -11,6 +11,7 @@ import time
 import pytest
 
 from cnnray import supervisor
+from tests.e2e.conftest import listen_to_ctrl_c
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="jobs have a process of their own on Linux")
 
@@ -32,7 +33,7 @@ supervisor.supervised(job, "a known line").leave()
 def _start(body, **options):
     program = PROGRAM.format("\n".join(f"    {line}" for line in body.splitlines()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", program], **pipes, **options)
+    return subprocess.Popen([sys.executable, "-c", program], preexec_fn=listen_to_ctrl_c, **pipes, **options)
 
 
 def _run(body):
@@ -132,7 +133,8 @@ for number in (signal.SIGINT, signal.SIGTERM):
 try:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, supervisor.SIGNALS)
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal just before a sleep does not interrupt it
+        time.sleep(0.1)
 except KeyboardInterrupt:
     time.sleep(0.5)
     return Ending(code=9, err="cleaned up\\n")

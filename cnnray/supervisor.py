@@ -101,6 +101,7 @@ def supervised(job: Callable[[], Ending], noise: str) -> Ending:
         # What is registered for the end is done, but the interpreter does not free what it holds: of TensorFlow that
         # takes a second, and libraries whose threads live on may abort meanwhile.
         atexit._run_exitfuncs()
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ending.code)
     os.close(ending_out)

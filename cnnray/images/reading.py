@@ -25,7 +25,7 @@ _THREADS = {"local": 4, "remote": 16}
 _TURN = 8
 """Images that a thread takes at once: to hand one over costs a tenth of the time to decode it."""
 _SOURCES_AT_ONCE = 64
-"""Encoded images that are held in memory: `map` reads all that it is given before the first is decoded."""
+"""Encoded images that are held in memory: all of them are read before the first is decoded."""
 
 FEW_IMAGES, FEW_BYTES = 4096, 2**29
 """Images, and bytes of them, that a job reads in its own process at most: Ray's tasks would take longer to start."""

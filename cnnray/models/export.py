@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 REPORT = "export.md"
 _ENCODED_IMAGES = 256
 """Most images that are encoded to compare a SavedModel's signature for encoded images."""
-_AT_ONCE = 2
-"""Conversions that run side by side; each is Python for half of its time."""
 
 
 class ExportError(PermanentError, RuntimeError):
@@ -133,47 +131,34 @@ class _Export:
         self._config, self._bundle, self._images, self._targets = config, bundle, images, targets
         self._threads = config.threads or usable_cpus()
         self._network = Network(bundle, calibration)
+        keras = engines.load_engine(bundle, engines.KERAS, self._threads)
+        self._expected = engines.predict_in_batches(keras, images)
+        with bundle.local_copy(bundles.MODEL) as path:
+            self._keras = self._measure(keras, path, self._expected, None)
+        self._reports = bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
         self._refused: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
-        """Convert to each format, verify it, and keep or refuse it."""
-        with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
-            log.info("converting to %s", ", ".join(self._config.formats))
-            with (
-                startup.suppress_stderr(),
-                ThreadPoolExecutor(_AT_ONCE) as pool,
-            ):  # converters log each of their passes
-                converted = {name: pool.submit(self._convert, name, Path(folder)) for name in self._config.formats}
-                keras = engines.load_engine(self._bundle, engines.KERAS, self._threads)
-                self._expected = engines.predict_in_batches(keras, self._images)
-            # Only now, as speeds are measured, too.
-            with self._bundle.local_copy(bundles.MODEL) as path:
-                self._keras = self._measure(keras, path, self._expected, None)
-            self._reports = self._bundle.info.exports | {engines.KERAS: self._keras.as_dict()}
-            log.info(
-                "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
-            )
-            for name, path_to_come in converted.items():
-                self._keep_or_refuse(name, path_to_come)
+        """Convert, verify, and keep or refuse each format."""
+        log.info(
+            "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
+        )
+        for name in self._config.formats:
+            with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
+                self._export_format(name, Path(folder))
         log.info("%s", verification.table(self._reports, self._refused))
         refused = [f"{name} was refused: {reason}" for name, reason in self._refused.items() if name in FORMATS]
         if refused:
             raise ExportError("; ".join(refused) + ".")
         return {"bundle": self._bundle.uri, "formats": {name: self._reports[name] for name in self._config.formats}}
 
-    def _convert(self, name: str, folder: Path) -> Path:
-        """Write a format into a folder of its own, and return its file's path."""
-        path = folder / name / FORMATS[name].path
-        path.parent.mkdir()
-        FORMATS[name].write(self._network, path)
-        return path
-
-    def _keep_or_refuse(self, name: str, converted: "Future[Path]") -> None:
-        """Verify a format; copy it into the bundle, or note why not."""
+    def _export_format(self, name: str, folder: Path) -> None:
+        path = folder / FORMATS[name].path
+        log.info("converting to %s", name)
         other_engines = [other for other, runner in engines.RUNNERS.items() if runner.format == name != other]
         try:
-            path = converted.result()
-            with startup.suppress_stderr():
+            with startup.suppress_stderr():  # the converters log each of their passes
+                FORMATS[name].write(self._network, path)
                 measured = {name: self._verify(name, path)}
                 if not isinstance(measured[name], str):
                     usable = [other for other in other_engines if not engines.RUNNERS[other].why_unavailable()]
@@ -200,7 +185,7 @@ class _Export:
         elif isinstance(measured[name], str):
             storage.delete_file(target)
         if not isinstance(measured[name], str):
-            storage.copy_folder(str(path.parent), self._bundle.uri)
+            storage.copy_folder(str(folder), self._bundle.uri)
         for engine, result in measured.items():
             if isinstance(result, str):
                 self._refuse(engine, result)

@@ -16,7 +16,7 @@ from tests.e2e.conftest import listen_to_ctrl_c
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="jobs have a process of their own on Linux")
 
 PROGRAM = """
-import atexit, os, signal, subprocess, sys, time
+import atexit, os, signal, subprocess, sys, threading, time
 from cnnray import supervisor
 from cnnray.supervisor import Ending
 
@@ -66,6 +66,17 @@ def test_a_process_that_is_ended_gets_a_sentence_behind_what_it_wrote(end, sente
     assert err.startswith("pages\nof a log")
     assert f"Error: The job's process died {sentence}, as" in err
     assert err.endswith("; the same command goes on from what was done.\n")
+
+
+def test_what_is_registered_for_the_end_is_done_and_threads_are_not_waited_for():
+    registered = "atexit.register(lambda: print('registered', file=sys.stderr))"
+    started = time.monotonic()
+    assert _run(f"{registered}\nthreading.Thread(target=time.sleep, args=[9]).start()") == (
+        0,
+        "the result\n",
+        "registered\n",
+    )
+    assert time.monotonic() - started < 9
 
 
 @pytest.mark.parametrize("end", ["os.abort", "lambda: os._exit(7)", "lambda: time.sleep(60)"])

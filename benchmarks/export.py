@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 ARCHITECTURES = {
     # name: (epochs, learning rate), from random weights
+    "resnet9_small": (12, 1e-3),
+    "resnet9": (8, 1e-3),
     "vgg_bn": (10, 1e-3),
     "small_cnn": (12, 1e-3),
     "resnet50": (10, 1e-3),

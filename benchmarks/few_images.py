@@ -15,7 +15,7 @@ from benchmarks.data_sets import SIZE, Labelled
 from benchmarks.trainer import make_config, train_network
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.phases import Phase
+from cnnray.training.phases import PRESETS, Phase
 
 SEEDS = (0, 1, 2)
 IMAGES_OF_CLASS = (10, 30, 100, 300)
@@ -33,7 +33,7 @@ STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "a linear head on them": (True, {"phases": [Phase(name="head", trainable=0.0)]}),
     "the head, then all": (
         True,
-        {"phases": [Phase(name="head", trainable=0.0, learning_rate=0.003), Phase(name="all", learning_rate=0.001)]},
+        {"phases": list(PRESETS["head-first"])},
     ),
 }
 """By name, whether a training begins with the backbone, and its flags."""

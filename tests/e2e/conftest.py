@@ -1,6 +1,7 @@
 """Starts jobs in processes of their own, and what tests of them share."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -147,3 +148,13 @@ def browser(tmp_path):
     driver = selenium.webdriver.Chrome(options, ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
+
+
+def requested_addresses(browser):
+    """What pages have asked for since the last call, without the browser's own first page."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
+    ]

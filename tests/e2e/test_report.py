@@ -11,6 +11,7 @@ from selenium.webdriver.common.by import By
 from cnnray.models import architectures
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import BundleInfo
+from tests.e2e.conftest import requested_addresses
 
 
 @pytest.fixture(params=[2, 10, 200])
@@ -67,14 +68,9 @@ def test_the_report_needs_no_other_files_and_its_table_sorts(report, browser, tm
     )
     assert wide <= 0
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    # The browser's own first page sends requests, too.
-    addresses = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
-    ]
-    assert {address for address in addresses if not address.startswith("data:")} == {f"file://{copy}"}
+    assert {address for address in requested_addresses(browser) if not address.startswith("data:")} == {
+        f"file://{copy}"
+    }
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.set_window_size(1200, height // 2)
     browser.save_screenshot(str(tmp_path / "report.png"))

@@ -24,7 +24,7 @@ from cnnray.images.decode import BadImage, decode
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.e2e.conftest import started_jobs, survivors, until
+from tests.e2e.conftest import requested_addresses, started_jobs, survivors, until
 from tests.e2e.service import Service, ask, copy_as_new_version
 
 GOOD = awkward_images()["rgb.png"]
@@ -182,12 +182,7 @@ def test_the_description_of_the_api_needs_no_other_host(service, browser, tmp_pa
     until(lambda: "all_predictions" in browser.page_source, 30, "a description")
     browser.save_screenshot(str(tmp_path / "docs.png"))
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    addresses = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
-    ]
+    addresses = requested_addresses(browser)
     assert f"{service.address}/docs/swagger-ui-bundle.js" in addresses
     assert all(address.startswith((f"{service.address}/", "data:")) for address in addresses), addresses
 

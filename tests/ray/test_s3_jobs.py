@@ -34,6 +34,15 @@ from tests.networks import coloured_noise
 pytestmark = pytest.mark.s3
 
 
+def _small_training(bucket, **flags):
+    """An epoch of a small network on the bucket's digits, with one worker that reads from S3."""
+    defaults = {
+        "data": f"{bucket}/digits", "architecture": "small_cnn", "image_size": 16, "epochs": 1, "batch_size": 64,
+        "max_workers": 1, "cpus_per_worker": 0.5, "cache": "none", "augment": "none",
+    }  # fmt: skip
+    return TrainConfig(**defaults | flags)
+
+
 def test_parquet_with_images_on_s3(bucket, digits):
     files = [file.uri for file in storage.files(str(digits))][:20]
     table = pa.table({"image": [storage.read_bytes(uri) for uri in files], "label": ["ab"[i % 2] for i in range(20)]})
@@ -50,20 +59,7 @@ def test_parquet_with_images_on_s3(bucket, digits):
 def test_train_from_s3_to_s3(bucket, digits, caplog):
     storage.copy_folder(str(digits), f"{bucket}/digits")
     storage.write_bytes(f"{bucket}/digits/3/bad.png", b"nothing")
-    config = TrainConfig(
-        data=f"{bucket}/digits",
-        output=f"{bucket}/runs/1",
-        architecture="small_cnn",
-        image_size=16,
-        epochs=1,
-        batch_size=64,
-        max_workers=1,
-        cpus_per_worker=0.5,
-        checkpoint_every_steps=10,
-        cache="none",
-        schedule="constant",
-        augment="none",
-    )
+    config = _small_training(bucket, output=f"{bucket}/runs/1", checkpoint_every_steps=10, schedule="constant")
     summary = train(config)
     assert f"data: unreadable: {bucket}/digits/3/bad.png" in caplog.text
     assert summary["bundle"] == f"{bucket}/runs/1/bundle"
@@ -207,20 +203,7 @@ def _predicted_rows(folder):
 
 def test_training_where_s3_is_in_trouble_goes_on_later(bucket, digits, s3_proxy, monkeypatch):
     storage.copy_folder(str(digits), f"{bucket}/digits")
-    config = TrainConfig(
-        data=f"{bucket}/digits",
-        output=f"{bucket}/undisturbed",
-        architecture="small_cnn",
-        image_size=16,
-        epochs=2,
-        batch_size=64,
-        max_workers=1,
-        cpus_per_worker=0.5,
-        cache="none",
-        augment="none",
-        data_checks=False,
-        max_failures=0,
-    )
+    config = _small_training(bucket, output=f"{bucket}/undisturbed", epochs=2, data_checks=False, max_failures=0)
     undisturbed = train(config)
     s3_proxy.forget_requests()
     throttled = manifests.read(f"{bucket}/undisturbed/manifest.parquet")["uri"][7].as_py().rpartition("/")[2]

@@ -3,8 +3,12 @@
 # The first of PYTHON that is there and supported makes .venv.
 PYTHON ?= python3.13 python3.12 python3.11 python3
 SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
+LOCK ?= requirements.lock
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header --quiet
+# tensorflow holds kernels for GPUs, which need the packages of requirements-gpu.lock; tensorflow-cpu has wheels for Linux
+# on x86-64 alone.
+WITHOUT_GPU := --override .venv/without-gpu.txt --extra cpu
 
 # uv is faster than pip, but does not read pip's settings (an index or certificates of one's own): where uv fails, pip installs.
 install = $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes --requirement $(1) || \
@@ -19,14 +23,14 @@ install: .venv/installed  ## Make .venv with what cnnray needs.
 
 develop: .venv/developed  ## And with what its tests, types and benchmarks need.
 
-.venv/installed: requirements.lock pyproject.toml native/resize.c
+.venv/installed: $(LOCK) pyproject.toml native/resize.c
 	@$(BIN)/python $(SUPPORTED) && exit; \
 	for python in $(PYTHON); do $$python $(SUPPORTED) && exec $$python -m venv --clear .venv; done; \
 	echo "cnnray needs Python 3.11 to 3.13 with its module venv (python3.13-venv on Debian): install it, or name it with \
 	PYTHON=/path/to/python" >&2; exit 1
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.lock > .venv/uv.lock
 	$(BIN)/pip install --quiet --require-hashes --requirement .venv/uv.lock
-	$(call install,requirements.lock)
+	$(call install,$(LOCK))
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -75,8 +79,10 @@ test-cluster: .venv/developed  ## Several nodes, Prometheus, MLflow; installs ip
 	$(BIN)/python -m pytest -m cluster -s
 
 lock: .venv/developed  ## Write the lock files anew from pyproject.toml.
-	$(COMPILE) --extra dev --upgrade --output-file requirements-dev.lock
-	$(COMPILE) --extra heic --extra openvino --constraint requirements-dev.lock --output-file requirements.lock
+	@echo 'tensorflow>=2.21,<2.22; sys_platform != "linux" or platform_machine != "x86_64"' > .venv/without-gpu.txt
+	$(COMPILE) $(WITHOUT_GPU) --extra dev --upgrade --output-file requirements-dev.lock
+	$(COMPILE) $(WITHOUT_GPU) --extra heic --extra openvino --constraint requirements-dev.lock \
+		--output-file requirements.lock
 	$(COMPILE) --extra gpu --extra heic --extra openvino --constraint requirements-dev.lock --upgrade \
 		--output-file requirements-gpu.lock
 

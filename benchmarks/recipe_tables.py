@@ -56,9 +56,18 @@ def accuracies(study: Study) -> str:
     ]
     for recipe, rate in study.rates.items():
         cells = [report.mean_and_spread(study.accuracies(name, recipe)) for name in study.sets]
-        cells.append(f"{_relative_error(study, recipe, first, study.sets):.2f}")
+        cells.append(f"{relative_error(study, recipe, first):.2f}")
         lines.append(f"| {recipe} | {rate:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def relative_error(study: Study, recipe: str, base: str, left_out: str | None = None) -> float:
+    """The geometric mean over sets, but one, of a recipe's errors as a multiple of another's."""
+    return math.exp(
+        statistics.mean(
+            study.log_error(name, recipe) - study.log_error(name, base) for name in study.sets if name != left_out
+        )
+    )
 
 
 def choose(study: Study) -> dict[str, str]:
@@ -69,15 +78,15 @@ def choose(study: Study) -> dict[str, str]:
     first = next(iter(study.rates))
 
     def errors(recipe: str, left_out: str) -> float:
-        return _relative_error(study, recipe, first, [name for name in study.sets if name != left_out])
+        return relative_error(study, recipe, first, left_out)
 
     return {name: min(study.rates, key=lambda recipe: errors(recipe, name)) for name in study.sets}
 
 
-def leave_one_set_out(study: Study, chosen: dict[str, str], before: str) -> str:
+def leave_one_set_out(study: Study, before: str) -> str:
     """For each set, the accuracy of the recipe that was chosen on the other sets, beside the former default's."""
     lines = [f"| set | chosen on the other sets | its accuracy here | {before} |", "|---|---|---|---|"]
-    for name, recipe in chosen.items():
+    for name, recipe in choose(study).items():
         lines.append(
             f"| {name} | {recipe} | **{report.mean_and_spread(study.accuracies(name, recipe))}** "
             f"| {report.mean_and_spread(study.accuracies(name, before))} |"
@@ -108,6 +117,21 @@ def times(study: Study, before: str, after: str) -> str:
     return "\n".join(lines)
 
 
+def costs(study: Study) -> str:
+    """Of each recipe, the seconds that it takes on each set, and the accuracy."""
+    lines = [f"| recipe | {' | '.join(study.sets)} | errors |", "|---|" + "---|" * (len(study.sets) + 1)]
+    for recipe in study.rates:
+        cells = [
+            f"{study.curve(name, recipe, study.seeds[0])[-1][0]:.0f} s: "
+            f"{report.mean_and_spread(study.accuracies(name, recipe))}"
+            for name in study.sets
+        ]
+        lines.append(
+            f"| {recipe} | {' | '.join(cells)} | {relative_error(study, recipe, next(iter(study.rates))):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(study: Study, recipes: list[str], path: Path) -> None:
     """One plot for each set: the held-out accuracy, mean over the seeds, by seconds of training."""
     from matplotlib import pyplot
@@ -132,8 +156,3 @@ def draw(study: Study, recipes: list[str], path: Path) -> None:
     axes[0, 0].legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _relative_error(study: Study, recipe: str, base: str, sets: list[str]) -> float:
-    """The geometric mean over sets of a recipe's errors, relative to another's."""
-    return math.exp(statistics.mean(study.log_error(name, recipe) - study.log_error(name, base) for name in sets))

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
+log = logging.getLogger(__name__)
+
 _LOG_LINES = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|[IW]\d{4} \d\d:|E\d{4} \d\d:.* failed call to cuInit"
     rb"|To enable the following instructions:"
@@ -50,6 +52,11 @@ def _load(*, gpus: bool) -> None:
             tf.config.set_visible_devices([], "GPU")
         for gpu in found if gpus else ():
             tf.config.experimental.set_memory_growth(gpu, True)
+    if gpus and not found and os.environ.get("CUDA_VISIBLE_DEVICES"):  # set by Ray for what has asked for GPUs
+        log.warning(
+            "TensorFlow finds no GPU, though this process has been given one, and computes on CPUs: install the "
+            "packages of requirements-gpu.lock."
+        )
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
 
 

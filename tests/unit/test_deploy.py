@@ -308,6 +308,15 @@ def test_all_lock_files_hold_the_same_versions():
     assert {"ray", "tensorflow", "keras", "openvino"} <= gpu.keys()
 
 
+def test_tensorflow_comes_with_kernels_for_gpus_only_where_cuda_comes_too():
+    x86 = "platform_machine == 'x86_64' and sys_platform == 'linux'"
+    other = "platform_machine != 'x86_64' or sys_platform != 'linux'"
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        lines = re.findall(r"^(tensorflow[a-z-]*)==[^ ]+ ; (.+) \\\\$", (REPOSITORY / name).read_text(), re.MULTILINE)
+        assert sorted(lines) == [("tensorflow", other), ("tensorflow-cpu", x86)]
+    assert "tensorflow-cpu" not in _locked("requirements-gpu.lock")
+
+
 def test_only_the_code_travels_with_a_job(tmp_path, monkeypatch):
     """Ray's own packaging code, run on a folder with all kinds of files that a clone collects."""
     ignore_files = (".gitignore", ".rayignore")

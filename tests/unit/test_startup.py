@@ -39,6 +39,13 @@ keras.Sequential([keras.layers.Dense(2)]).predict(numpy.zeros((1, 2)), verbose=0
     subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
 
 
+@pytest.mark.parametrize(("given", "gpus", "warns"), [("0", True, True), ("0", False, False), ("", True, False)])
+def test_a_gpu_that_tensorflow_cannot_use_is_no_secret(given, gpus, warns, monkeypatch, caplog):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    startup.load_tensorflow(gpus=gpus)
+    assert ("requirements-gpu.lock" in caplog.text) == warns
+
+
 def test_what_is_written_before_a_failure_is_kept(capfd):
     def fail():
         with startup._without_log_lines():

@@ -5,7 +5,10 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
 LOCK ?= requirements.lock
 BIN := .venv/bin
-COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header --quiet
+# ai-edge-litert asks for backports-strenum; from 1.3 on it is for Pythons before 3.11 only, an upper bound that uv does not
+# look at. (As constraint of [tool.uv], it would keep `uv pip install` from taking the lock files.)
+COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header --quiet \
+	--constraint .venv/constraints.txt
 # tensorflow holds kernels for GPUs, which need the packages of requirements-gpu.lock; tensorflow-cpu has wheels for Linux
 # on x86-64 alone.
 WITHOUT_GPU := --override .venv/without-gpu.txt --extra cpu
@@ -80,6 +83,7 @@ test-cluster: .venv/developed  ## Several nodes, Prometheus, MLflow; installs ip
 
 lock: .venv/developed  ## Write the lock files anew from pyproject.toml.
 	@echo 'tensorflow>=2.21,<2.22; sys_platform != "linux" or platform_machine != "x86_64"' > .venv/without-gpu.txt
+	@echo 'backports-strenum<1.3' > .venv/constraints.txt
 	$(COMPILE) $(WITHOUT_GPU) --extra dev --upgrade --output-file requirements-dev.lock
 	$(COMPILE) $(WITHOUT_GPU) --extra heic --extra openvino --constraint requirements-dev.lock \
 		--output-file requirements.lock

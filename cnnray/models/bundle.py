@@ -12,7 +12,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MODEL = "model.keras"
 _INFO = "bundle.json"
-_LIBRARIES = ("keras", "tensorflow", "numpy", "pillow")
+_LIBRARIES = ("keras", "numpy", "pillow")
 
 
 class BundleError(BadInputError, ValueError):
@@ -37,7 +37,12 @@ class BundleError(BadInputError, ValueError):
 
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that affect a bundle's predictions."""
-    return {library: version(library) for library in _LIBRARIES} | {"cnnray": cnnray.__version__}
+    versions = {library: version(library) for library in _LIBRARIES}
+    try:
+        tensorflow = version("tensorflow-cpu")  # of requirements.lock
+    except PackageNotFoundError:
+        tensorflow = version("tensorflow")
+    return versions | {"tensorflow": tensorflow, "cnnray": cnnray.__version__}
 
 
 @dataclass(frozen=True, kw_only=True)

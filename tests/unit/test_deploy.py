@@ -312,7 +312,7 @@ def test_tensorflow_comes_with_kernels_for_gpus_only_where_cuda_comes_too():
     x86 = "platform_machine == 'x86_64' and sys_platform == 'linux'"
     other = "platform_machine != 'x86_64' or sys_platform != 'linux'"
     for name in ("requirements.lock", "requirements-dev.lock"):
-        lines = re.findall(r"^(tensorflow[a-z-]*)==[^ ]+ ; (.+) \\\\$", (REPOSITORY / name).read_text(), re.MULTILINE)
+        lines = re.findall(r"^(tensorflow[a-z-]*)==[^ ]+ ; (.+) \\$", (REPOSITORY / name).read_text(), re.MULTILINE)
         assert sorted(lines) == [("tensorflow", other), ("tensorflow-cpu", x86)]
     assert "tensorflow-cpu" not in _locked("requirements-gpu.lock")
 

@@ -122,7 +122,7 @@ def test_the_makefile_states_the_versions_of_the_package():
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
 def test_uv_takes_the_lock_files(lock, tmp_path):
-    """Where it refuses them, pip installs in its place, and takes twice as long. Without a network it reads them only."""
+    """Where it refuses them, pip installs in its place, and takes twice as long."""
     python = Path(sys.executable)
     command = [python.with_name("uv"), "pip", "install", "--python", python]
     command += [

@@ -3,7 +3,6 @@
 # The first of PYTHON that is there and supported makes .venv.
 PYTHON ?= python3.13 python3.12 python3.11 python3
 SUPPORTED := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
-LOCK ?= requirements.lock
 BIN := .venv/bin
 # ai-edge-litert asks for backports-strenum; from 1.3 on it is for Pythons before 3.11 only, an upper bound that uv does not
 # look at. (As constraint of [tool.uv], it would keep `uv pip install` from taking the lock files.)
@@ -11,7 +10,7 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --
 	--constraint .venv/constraints.txt
 # tensorflow holds kernels for GPUs, which need the packages of requirements-gpu.lock; tensorflow-cpu has wheels for Linux
 # on x86-64 alone.
-WITHOUT_GPU := --override .venv/without-gpu.txt --extra cpu
+WITHOUT_GPU := .venv/without-gpu.in --override .venv/without-gpu.txt
 
 # uv is faster than pip, but does not read pip's settings (an index or certificates of one's own): where uv fails, pip installs.
 install = $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes --requirement $(1) || \
@@ -26,14 +25,14 @@ install: .venv/installed  ## Make .venv with what cnnray needs.
 
 develop: .venv/developed  ## And with what its tests, types and benchmarks need.
 
-.venv/installed: $(LOCK) pyproject.toml native/resize.c
+.venv/installed: requirements.lock pyproject.toml native/resize.c
 	@$(BIN)/python $(SUPPORTED) && exit; \
 	for python in $(PYTHON); do $$python $(SUPPORTED) && exec $$python -m venv --clear .venv; done; \
 	echo "cnnray needs Python 3.11 to 3.13 with its module venv (python3.13-venv on Debian): install it, or name it with \
 	PYTHON=/path/to/python" >&2; exit 1
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.lock > .venv/uv.lock
 	$(BIN)/pip install --quiet --require-hashes --requirement .venv/uv.lock
-	$(call install,$(LOCK))
+	$(call install,requirements.lock)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -83,6 +82,7 @@ test-cluster: .venv/developed  ## Several nodes, Prometheus, MLflow; installs ip
 
 lock: .venv/developed  ## Write the lock files anew from pyproject.toml.
 	@echo 'tensorflow>=2.21,<2.22; sys_platform != "linux" or platform_machine != "x86_64"' > .venv/without-gpu.txt
+	@echo 'tensorflow-cpu>=2.21,<2.22; sys_platform == "linux" and platform_machine == "x86_64"' > .venv/without-gpu.in
 	@echo 'backports-strenum<1.3' > .venv/constraints.txt
 	$(COMPILE) $(WITHOUT_GPU) --extra dev --upgrade --output-file requirements-dev.lock
 	$(COMPILE) $(WITHOUT_GPU) --extra heic --extra openvino --constraint requirements-dev.lock \

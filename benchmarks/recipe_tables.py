@@ -117,21 +117,6 @@ def times(study: Study, before: str, after: str) -> str:
     return "\n".join(lines)
 
 
-def costs(study: Study) -> str:
-    """Of each recipe, the seconds that it takes on each set, and the accuracy."""
-    lines = [f"| recipe | {' | '.join(study.sets)} | errors |", "|---|" + "---|" * (len(study.sets) + 1)]
-    for recipe in study.rates:
-        cells = [
-            f"{study.curve(name, recipe, study.seeds[0])[-1][0]:.0f} s: "
-            f"{report.mean_and_spread(study.accuracies(name, recipe))}"
-            for name in study.sets
-        ]
-        lines.append(
-            f"| {recipe} | {' | '.join(cells)} | {relative_error(study, recipe, next(iter(study.rates))):.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def draw(study: Study, recipes: list[str], path: Path) -> None:
     """One plot for each set: the held-out accuracy, mean over the seeds, by seconds of training."""
     from matplotlib import pyplot

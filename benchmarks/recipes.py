@@ -20,7 +20,6 @@ from benchmarks.recipe_tables import Study
 from benchmarks.trainer import Trained, make_config, train_network
 from cnnray.models.augment import Augmentations
 from cnnray.training import decisions
-from cnnray.training.config import Effort
 
 SECONDS = 60
 """Time to train, on all cores."""
@@ -28,10 +27,6 @@ SEEDS = (0, 1, 2)
 BEFORE, DEFAULT = "before", "resnet9_small"
 """The recipe that was the default, with ten epochs, and the one that is (see `decisions`)."""
 PEERS = ("article", "timm", "airbench")
-_PRESETS: dict[str, Effort] = {
-    "quick": "quick", DEFAULT: "default", "accurate, resnet9_small": "accurate", "accurate": "accurate",
-}  # fmt: skip
-"""By recipe, the `--preset` that says how many epochs it gets."""
 _EPOCHS_BEFORE = 10
 _CONFIRMED = 3
 """Recipes with the fewest errors, which get all seeds."""
@@ -96,9 +91,6 @@ RECIPES: dict[str, Recipe] = {
     "average 0.99": Recipe(_SMALL | {"average": 0.99}),
     "batch 32": Recipe(_SMALL | {"batch_size": 32}),
     "Haar": Recipe(_SMALL, variant=lambda model, data: networks.haar(model)),
-    "quick": Recipe(_SMALL),
-    "accurate, resnet9_small": Recipe(_SMALL | {"batch_size": 32}),
-    "accurate": Recipe(_SMALL | {"architecture": "resnet9", "batch_size": 32}),
 }  # fmt: skip
 
 
@@ -114,8 +106,8 @@ def measure(folder: Path, data: str | None = None) -> str:
         Markdown tables.
     """
     compared = [BEFORE, DEFAULT, *PEERS]
-    others = [] if data else [name for name in RECIPES if name not in (BEFORE, *PEERS, *_PRESETS)]
-    names = dict.fromkeys([*compared, *others, *([] if data else _PRESETS)])
+    others = [] if data else [name for name in RECIPES if name not in (BEFORE, DEFAULT, *PEERS)]
+    names = dict.fromkeys([*compared, *others])
     rates = runs.complete(folder / "rates.jsonl", [(name,) for name in names], measure_rate, processes=1)
     sets = [data] if data else data_sets.NAMES
     images = {set_: len(data_sets.load(set_, folder).train.targets) for set_ in sets}
@@ -135,7 +127,7 @@ def measure(folder: Path, data: str | None = None) -> str:
         return max(1, math.ceil(SECONDS * per_second / images[set_] - 0.5))
 
     def as_decided(set_: str, name: str) -> int:
-        return _EPOCHS_BEFORE if name == BEFORE else _decided_epochs(images[set_], _PRESETS[name])
+        return _EPOCHS_BEFORE if name == BEFORE else _decided_epochs(images[set_])
 
     same_time = run(itertools.product(images, compared, SEEDS), in_time)
     own_time = run(itertools.product(images, (BEFORE, DEFAULT), SEEDS), as_decided)
@@ -147,7 +139,6 @@ def measure(folder: Path, data: str | None = None) -> str:
         confirmed = run(itertools.product(images, (DEFAULT, *best, BEFORE), SEEDS), in_time)
         tables += [recipe_tables.accuracies(study) for study in (tried, confirmed)]
         tables.append(recipe_tables.leave_one_set_out(confirmed, BEFORE))
-        tables.append(recipe_tables.costs(run(itertools.product(images, _PRESETS, SEEDS[:1]), as_decided)))
     return "\n\n".join(tables)
 
 
@@ -176,6 +167,6 @@ def _train(recipe: Recipe, data: DataSet, epochs: int, seed: int) -> Trained:
     return train_network(config, data.train, data.held_out, variant=lambda model: recipe.variant(model, data))
 
 
-def _decided_epochs(images: int, preset: Effort) -> int:
+def _decided_epochs(images: int) -> int:
     facts = decisions.DataFacts(images=images, classes=10, side=data_sets.SIZE)
-    return decisions.decide(make_config(preset=preset), facts)[0].epochs
+    return decisions.decide(make_config(), facts)[0].epochs

@@ -23,8 +23,8 @@ def main() -> None:
         default="all",
         choices=MEASURES,
         help="scale: increasing numbers of workers, and a projection; all: everything except "
-        f"{', '.join(_STUDIES)}, which take ten minutes to six hours each; recipes, causes and few-images go on with "
-        "the results in --folder",
+        f"{', '.join(_STUDIES)}, which take ten minutes to eight hours each; recipes, causes and few-images go on "
+        "with the results in --folder",
     )
     parser.add_argument(
         "--data",

@@ -52,10 +52,11 @@ def _load(*, gpus: bool) -> None:
             tf.config.set_visible_devices([], "GPU")
         for gpu in found if gpus else ():
             tf.config.experimental.set_memory_growth(gpu, True)
-    if gpus and not found and os.environ.get("CUDA_VISIBLE_DEVICES"):  # set by Ray for what has asked for GPUs
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # set by Ray for what has asked for GPUs
+    if gpus and not found and given not in ("", "-1", "NoDevFiles"):
         log.warning(
-            "TensorFlow finds no GPU, though this process has been given one, and computes on CPUs: install the "
-            "packages of requirements-gpu.lock."
+            "TensorFlow finds no GPU, though this process has been given one, and computes on CPUs: it needs "
+            "NVIDIA's driver and the packages of requirements-gpu.lock."
         )
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
 

@@ -154,9 +154,9 @@ class RecipeConfig:
     """Passes over the training images, of each phase that does not state its own; null: by the number of images, the
     fewer the more."""
     phases: Preset | list[Phase] | None = None
-    """all (one phase that trains all), head-first (the head, then all), article (the head, then the top 20 % of the
-    backbone, then the top 50 %), prune (all, then zeros in 50 %, then in 80 % of each kernel), or a list in the YAML;
-    null: head-first where --weights meet few images of a class, else all."""
+    """head-first (the head, then all), article (the head, then the top 20 % of the backbone, then the top 50 %),
+    prune (all, then zeros in 50 %, then in 80 % of each kernel), or a list in the YAML; null: one phase that trains
+    all."""
     batch_size: int | None = None
     """Images of a step, over all workers together. An epoch is cut into equal steps of at most as many. null: 64, or
     one for each worker."""

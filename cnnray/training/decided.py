@@ -10,7 +10,7 @@ from cnnray.configs import rules
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Strength
 from cnnray.training.config import TrainConfig
-from cnnray.training.phases import PRESETS, Phase, Preset
+from cnnray.training.phases import PRESETS, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,6 @@ class DecidedConfig(TrainConfig):
     dropout: float
     augment: Strength
     epochs: int = field(metadata=rules(resumable=True))
-    phases: Preset | list[Phase]
     batch_size: int
     learning_rate: float
     weight_decay: float
@@ -33,7 +32,11 @@ class DecidedConfig(TrainConfig):
     @property
     def resolved_phases(self) -> tuple[Phase, ...]:
         """The phases, each with its epochs, its learning rate, and at least the zeros of the one before."""
-        phases = PRESETS[self.phases] if isinstance(self.phases, str) else self.phases
+        phases: list[Phase] | tuple[Phase, ...]
+        if self.phases is None:
+            phases = (Phase(name="all"),)
+        else:
+            phases = PRESETS[self.phases] if isinstance(self.phases, str) else self.phases
         sparsities = itertools.accumulate((phase.sparsity for phase in phases), max)
         return tuple(
             replace(
@@ -67,8 +70,7 @@ def differences(config: TrainConfig, earlier: Mapping[str, Any], fixed: Collecti
     """
     stated = [(config.warmup_epochs, config.warmup_steps), (config.decay_epochs, config.decay_steps)]
     derived = any(lengths == (None, None) for lengths in stated)
-    phases = earlier.get("phases") if config.phases is None else config.phases
-    if phases not in (None, "all") or (config.schedule == "cosine" and derived):
+    if config.phases is not None or (config.schedule == "cosine" and derived):
         # The learning rate of each step, or what it trains, depends on how many there are.
         fixed = {"epochs", *fixed}
     undecided = {name: None for name in DECIDED if getattr(config, name) is None}

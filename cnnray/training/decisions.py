@@ -32,8 +32,6 @@ _IMAGES_SEEN: dict[Effort, int] = {"quick": 20_000, "default": 60_000, "accurate
 """Images that all epochs together see, at least."""
 _EPOCHS: dict[Effort, tuple[int, int]] = {"quick": (3, 20), "default": (10, 50), "accurate": (30, 150)}
 """Fewest and most epochs."""
-_FEW_IMAGES = 20
-"""Images of a class, in the mean, below which the head learns before the weights that a run begins with."""
 _IMAGE_SIZES = ((12, 16), (48, 32))
 """Shorter sides, in pixels, up to which images are brought to a size; larger ones are brought to 64 pixels."""
 
@@ -99,10 +97,6 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
     choose("head", "dense" if is_backbone or is_plain else "linear", f"that of {architecture}")
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")
-    is_few = facts.images < _FEW_IMAGES * facts.classes
-    head_first = config.weights != "none" and config.learning_rate is None and is_few
-    few = f"--weights, and fewer than {_FEW_IMAGES} images of a class"
-    choose("phases", "head-first" if head_first else "all", few if head_first else "all weights learn from the start")
     choose("weight_decay", 0.01 if config.optimizer == "adamw" else 0.0, f"that of {config.optimizer}")
     choose("batch_size", max(64, config.max_workers), "64, or one image for each worker")
     choose("augment", DEFAULT_AUGMENT, "safe for all kinds of images: nothing is mirrored")
@@ -134,12 +128,11 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
 
     Args:
         config: of this run.
-        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for four flags that had a rule.
+        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for three flags that had a rule.
     """
     values = {name: earlier.get(name) if getattr(config, name) is None else getattr(config, name) for name in DECIDED}
     is_backbone = values["architecture"] in architectures.BACKBONES
     for name, value in {
-        "phases": "all",
         "learning_rate": 0.001 if is_backbone else 0.003,
         "dropout": 0.5 if is_backbone else 0.1,
         "weight_decay": 0.01 if config.optimizer == "adamw" else 0.0,

@@ -46,9 +46,8 @@ class Phase:
             raise ValueError(f"--phases: sparsity of {self.name} must be at least 0 and less than 1.")
 
 
-Preset = Literal["all", "head-first", "article", "prune"]
+Preset = Literal["head-first", "article", "prune"]
 PRESETS: dict[str, tuple[Phase, ...]] = {
-    "all": (Phase(name="all"),),
     # Kumar et al. 2022: a random head's first gradients would distort the backbone.
     "head-first": (
         Phase(name="head", learning_rate=3e-3, trainable=0.0),

@@ -311,7 +311,7 @@ class _Worker:
     def _cure(self) -> str:
         """What to do about a loss that is not finite. The output refuses to go on with another recipe."""
         phase = self.phases[self.progress.phase]
-        flag = "--learning-rate" if self.config.phases == "all" else f"learning_rate of {phase.name!r} in --phases"
+        flag = "--learning-rate" if self.config.phases is None else f"learning_rate of {phase.name!r} in --phases"
         precision = "" if self.config.precision == "float32" else ", or --precision float32"
         return (
             f"begin anew, with --overwrite or another --output, with a lower {flag} (it was {phase.learning_rate:g})"

@@ -107,20 +107,6 @@ def test_the_network_is_that_of_the_weights(tmp_path):
     assert reasons["architecture"] == "that of --weights"
 
 
-@pytest.mark.parametrize(
-    ("images", "flags", "phases"),
-    [
-        (190, {"weights": "imagenet", "architecture": "resnet50"}, "head-first"),
-        (200, {"weights": "imagenet", "architecture": "resnet50"}, "all"),
-        (190, {"weights": "imagenet", "architecture": "resnet50", "learning_rate": 0.01}, "all"),
-        (190, {"weights": "imagenet", "architecture": "resnet50", "phases": "article"}, "article"),
-        (190, {}, "all"),
-    ],
-)
-def test_the_head_learns_first_where_few_images_meet_weights(images, flags, phases):
-    assert _decide(images=images, classes=10, **flags)[0].phases == phases
-
-
 def test_a_run_that_goes_on_keeps_its_values():
     earlier = configs.as_dict(_decide(images=100, architecture="small_cnn")[0])
     config = TrainConfig(data="/d", output="/o")
@@ -134,10 +120,9 @@ def test_a_run_that_goes_on_keeps_its_values():
 @pytest.mark.parametrize(("architecture", "expected"), [("vgg_bn", (0.003, 0.1)), ("resnet50", (0.001, 0.5))])
 def test_null_of_earlier_versions_means_what_it_meant(architecture, expected):
     earlier = configs.as_dict(_decide(architecture=architecture)[0])
-    earlier |= {"learning_rate": None, "dropout": None, "weight_decay": None, "phases": None}
+    earlier |= {"learning_rate": None, "dropout": None, "weight_decay": None}
     config = decisions.as_before(TrainConfig(data="/d", output="/o"), earlier)
     assert (config.learning_rate, config.dropout) == expected
-    assert config.phases == "all"
     assert config.weight_decay == 0.01
 
 

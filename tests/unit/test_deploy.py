@@ -314,7 +314,10 @@ def test_tensorflow_comes_with_kernels_for_gpus_only_where_cuda_comes_too():
     for name in ("requirements.lock", "requirements-dev.lock"):
         lines = re.findall(r"^(tensorflow[a-z-]*)==[^ ]+ ; (.+) \\$", (REPOSITORY / name).read_text(), re.MULTILINE)
         assert sorted(lines) == [("tensorflow", other), ("tensorflow-cpu", x86)]
-    assert "tensorflow-cpu" not in _locked("requirements-gpu.lock")
+        assert _locked(name)["tensorflow-cpu"] == _locked(name)["tensorflow"]
+    gpu = _locked("requirements-gpu.lock")
+    assert gpu["tensorflow"] == _locked("requirements.lock")["tensorflow"]
+    assert "tensorflow-cpu" not in gpu
 
 
 def test_only_the_code_travels_with_a_job(tmp_path, monkeypatch):

@@ -39,7 +39,9 @@ keras.Sequential([keras.layers.Dense(2)]).predict(numpy.zeros((1, 2)), verbose=0
     subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
 
 
-@pytest.mark.parametrize(("given", "gpus", "warns"), [("0", True, True), ("0", False, False), ("", True, False)])
+@pytest.mark.parametrize(
+    ("given", "gpus", "warns"), [("0", True, True), ("0", False, False), ("", True, False), ("-1", True, False)]
+)
 def test_a_gpu_that_tensorflow_cannot_use_is_no_secret(given, gpus, warns, monkeypatch, caplog):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     startup.load_tensorflow(gpus=gpus)

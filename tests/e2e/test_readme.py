@@ -66,7 +66,7 @@ def test_make_targets_and_flags_exist():
         for job in ("train", "tune", "evaluate", "export", "predict", "serve", "benchmark")
     )
     # Without the flags of other programs, except what follows the -- of `ray job submit`.
-    others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|npm|prometheus|ray|serve) [^`\n]*?(?: -- |`|$)"
+    others = r"(?m)(?:^ *|`)(?:\S*/)?(?:aws|docker|kubectl|npm|prometheus|ray|serve|uv) [^`\n]*?(?: -- |`|$)"
     in_lines = re.sub(r"\\\n\s*", "", DOCUMENTS)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", in_lines))) - {"--working-dir"}
     assert {"--data", "--gpus-per-worker", "--bundle"} <= flags

@@ -31,10 +31,7 @@ STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "all of the other sets' weights": (True, {}),
     "the same, learning rate 0.001": (True, {"learning_rate": 0.001}),
     "a linear head on them": (True, {"phases": [Phase(name="head", trainable=0.0)]}),
-    "the head, then all": (
-        True,
-        {"phases": list(PRESETS["head-first"])},
-    ),
+    "the head, then all": (True, {"phases": list(PRESETS["head-first"])}),
 }
 """By name, whether a training begins with the backbone, and its flags."""
 

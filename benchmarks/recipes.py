@@ -29,7 +29,7 @@ BEFORE, DEFAULT = "before", "resnet9_small"
 PEERS = ("article", "timm", "airbench")
 _EPOCHS_BEFORE = 10
 _CONFIRMED = 3
-"""Recipes with the fewest errors, which get all seeds."""
+"""How many changes of the default, those with the fewest errors, get all seeds."""
 
 
 @dataclass(frozen=True)

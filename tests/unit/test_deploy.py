@@ -326,11 +326,11 @@ def test_only_the_code_travels_with_a_job(tmp_path, monkeypatch):
     ignored = [
         ".git/config", ".venv/bin/python", "demo/run/bundle/model.keras", "build/x", "runs/1/summary.json",
         ".ruff_cache/x", "cnnray.egg-info/x", "cnnray/__pycache__/x.pyc", "tests/conftest.py", "docs/scaling.md",
-        "deploy/Dockerfile", "requirements.lock", "requirements-gpu.lock", ".mypy_cache/x",
+        "deploy/Dockerfile", "requirements-dev.lock", ".mypy_cache/x",
     ]  # fmt: skip
     uploaded = [
         "cnnray/cluster.py", "cnnray/serving/page.html", "cnnray/evaluation/report.html", "jobs/train.py",
-        "pyproject.toml",
+        "pyproject.toml", "requirements.lock", "requirements-gpu.lock",
     ]  # fmt: skip
     for name in ignore_files:
         (tmp_path / name).write_text((REPOSITORY / name).read_text())

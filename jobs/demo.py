@@ -61,6 +61,8 @@ def main() -> None:
             data=str(folder / "digits"),
             output=str(folder / "run"),
             preset="quick",
+            epochs=8,  # enough for digits
+            max_workers=2,
             overwrite=True,
         )
         summary = train(config)

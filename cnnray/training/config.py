@@ -257,8 +257,9 @@ class ClusterConfig:
     min_workers: int | None = None
     """Worker processes that are needed at least: training goes on with fewer than --max-workers where a node is lost,
     and with more when one is added. null: as many as --max-workers."""
-    max_workers: int = 2
-    """Worker processes that train side by side, at most."""
+    max_workers: int | None = None
+    """Worker processes that train side by side, at most. null: 1 where the job starts a Ray of its own on this machine,
+    whose CPUs one worker uses as well as several and sooner; 2 on a cluster."""
     wait_minutes: float | None = None
     """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
     lost while it trains."""
@@ -289,7 +290,9 @@ class ClusterConfig:
         flags.check_more_than_zero(self, "cpus_per_worker", "decode_cpus")
         flags.check_not_negative(self, "wait_minutes", "max_failures")
         flags.check_choices(self, cache=Cache)
-        if self.fewest_workers > self.max_workers:
+        if self.min_workers is not None and self.max_workers is None:
+            raise ValueError("--min-workers needs --max-workers.")
+        if self.fewest_workers > self.most_workers:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
         if not 0 <= self.gpus_per_worker <= 1:
             raise ValueError(
@@ -306,12 +309,17 @@ class ClusterConfig:
     @property
     def fewest_workers(self) -> int:
         """The number of workers that training needs."""
-        return self.max_workers if self.min_workers is None else self.min_workers
+        return self.most_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def most_workers(self) -> int:
+        """`max_workers`; 1 as long as it is not decided."""
+        return self.max_workers or 1
 
     @property
     def is_elastic(self) -> bool:
         """Whether the number of workers may change during the run."""
-        return self.fewest_workers < self.max_workers
+        return self.fewest_workers < self.most_workers
 
 
 def _range_of_workers(value: Any) -> dict[str, Any]:
@@ -340,7 +348,7 @@ class TrainConfig(TrackingConfig, ClusterConfig, RecipeConfig, ModelConfig, Data
         """
         for group in (DataConfig, ModelConfig, RecipeConfig, ClusterConfig, TrackingConfig):
             group.__post_init__(self)
-        if self.batch_size is not None and self.batch_size < self.max_workers:
+        if self.batch_size is not None and self.batch_size < self.most_workers:
             raise ValueError(
                 f"--batch-size {self.batch_size} is over all workers: it must be at least --max-workers "
                 f"{self.max_workers}."

@@ -55,8 +55,8 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
     train = _labels(manifest, "train")
     if missing := sorted(set(manifests.class_names(manifest)) - set(pc.unique(train).to_pylist())):
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
-    if len(train) < config.max_workers:
-        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.max_workers} workers.")
+    if len(train) < config.most_workers:
+        raise ManifestError(f"{config.data} holds {len(train)} training images for {config.most_workers} workers.")
     return manifest
 
 

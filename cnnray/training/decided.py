@@ -24,6 +24,7 @@ class DecidedConfig(TrainConfig):
     augment: Strength
     epochs: int = field(metadata=rules(resumable=True))
     batch_size: int
+    max_workers: int = field(metadata=rules(resumable=True))
     learning_rate: float
     weight_decay: float
     average: float

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray import flags
+from cnnray import cluster, flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.models import architectures, bundle
@@ -65,8 +65,15 @@ def data_facts(config: TrainConfig, manifest: pa.Table) -> DataFacts:
     return DataFacts(images=len(train), classes=len(pc.unique(train["label"])), side=side)
 
 
-def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[str, str]]:
+def decide(
+    config: TrainConfig, facts: DataFacts, *, on_cluster: bool = False
+) -> tuple[DecidedConfig, dict[str, str]]:
     """Choose values for the flags that are null.
+
+    Args:
+        config: the flags.
+        facts: about the images.
+        on_cluster: whether there may be several nodes.
 
     Returns:
         The config, and the reason for each value that was chosen, by field.
@@ -98,7 +105,8 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")
     choose("weight_decay", 0.01 if config.optimizer == "adamw" else 0.0, f"that of {config.optimizer}")
-    choose("batch_size", max(64, config.max_workers), "64, or one image for each worker")
+    choose("max_workers", 2 if on_cluster else 1, "on a cluster" if on_cluster else "on this machine alone")
+    choose("batch_size", max(64, values["max_workers"]), "64, or one image for each worker")
     choose("augment", DEFAULT_AUGMENT, "safe for all kinds of images: nothing is mirrored")
     choose("average", 0.0, preset)
     choose("label_smoothing", 0.0, preset)
@@ -117,7 +125,7 @@ def for_images(config: TrainConfig, manifest: pa.Table) -> DecidedConfig:
     Raises:
         CnnrayError, OSError: as `decide` and `data_facts`.
     """
-    decided, reasons = decide(config, data_facts(config, manifest))
+    decided, reasons = decide(config, data_facts(config, manifest), on_cluster=not cluster.starts_own())
     for name, reason in reasons.items():
         log.info("%s %s  (%s)", flags.flag_name(name), getattr(decided, name), reason)
     return decided
@@ -136,6 +144,7 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
         "learning_rate": 0.001 if is_backbone else 0.003,
         "dropout": 0.5 if is_backbone else 0.1,
         "weight_decay": 0.01 if config.optimizer == "adamw" else 0.0,
+        "max_workers": 2,
     }.items():
         values[name] = value if values[name] is None else values[name]
     return DecidedConfig(**_fields(config) | values)

@@ -148,9 +148,9 @@ def _run(
 
     from cnnray.training.backend import MultiWorkerConfig, Trainer
 
-    workers = f"{config.fewest_workers} to {config.max_workers}" if config.is_elastic else config.max_workers
+    workers = f"{config.fewest_workers} to {config.most_workers}" if config.is_elastic else config.most_workers
     log.info(
-        "%s workers of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
+        "%s worker(s) of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
         workers, shares.cpus_per_worker, shares.threads_per_worker,
         config.gpus_per_worker, shares.decode_cpus,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _run(
         ahead=ahead,
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=((config.fewest_workers, config.max_workers) if config.is_elastic else config.max_workers),
+            num_workers=((config.fewest_workers, config.most_workers) if config.is_elastic else config.most_workers),
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": shares.cpus_per_worker}
@@ -221,7 +221,7 @@ def _load_ahead(config: DecidedConfig) -> list[Any]:
         return []
     from cnnray.training.backend import load_ahead
 
-    return load_ahead(config.max_workers)
+    return load_ahead(config.most_workers)
 
 
 def _imagenet_weights(config: DecidedConfig) -> bytes:

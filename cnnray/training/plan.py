@@ -85,7 +85,7 @@ def share_out(config: TrainConfig, available: Resources) -> Shares:
         cpus_per_worker=cpus,
         threads_per_worker=max(1, math.ceil(cpus)),
         decode_cpus=decode,
-        stream_bytes=int(available.object_store_bytes * _STREAMS_SHARE / config.max_workers),
+        stream_bytes=int(available.object_store_bytes * _STREAMS_SHARE / config.most_workers),
         cache_bytes=int(available.smallest_object_store_bytes * _CACHE_SHARE),
         store_bytes=available.smallest_object_store_bytes,
     )
@@ -94,7 +94,7 @@ def share_out(config: TrainConfig, available: Resources) -> Shares:
 def resource_requests(config: TrainConfig) -> list[dict[str, float]]:
     """Resource requests to an autoscaler: one for each worker, and one for a decoding task."""
     worker = {"CPU": config.cpus_per_worker or 1.0, "GPU": config.gpus_per_worker}
-    return [worker] * config.max_workers + [{"CPU": config.decode_cpus or 1.0}]
+    return [worker] * config.most_workers + [{"CPU": config.decode_cpus or 1.0}]
 
 
 def check_fit(config: TrainConfig, shares: Shares, available: Resources) -> None:
@@ -116,7 +116,7 @@ def _check_room(config: TrainConfig, cpus: float, available: Resources) -> None:
 
 
 def _check_left(config: TrainConfig, cpus: float, decode: float | None, available: Resources) -> float:
-    workers = min(config.max_workers, available.room_for(cpus, config.gpus_per_worker))
+    workers = min(config.most_workers, available.room_for(cpus, config.gpus_per_worker))
     free = available.cpus - cpus * workers
     if free <= 0 or (decode and not _fits_beside(config, workers, cpus, decode, available)):
         raise ClusterError(
@@ -143,7 +143,7 @@ def _decode_cpus(config: TrainConfig, cpus: float, available: Resources) -> floa
         return math.floor(config.decode_cpus * 1000) / 1000
     # After the loss of a node, only the CPUs that the workers leave on their own nodes may be free.
     beside = [left for workers, left in (_filled(config, cpus, node) for node in available.nodes) if workers]
-    decode = min(1.0, free / max(2, config.max_workers), *(left for left in beside if left > _LEAST_DECODE_CPUS))
+    decode = min(1.0, free / max(2, config.most_workers), *(left for left in beside if left > _LEAST_DECODE_CPUS))
     return math.floor(decode * 1000) / 1000
 
 
@@ -165,17 +165,17 @@ def _elastic_decode_cpus(config: TrainConfig, cpus: float, available: Resources)
 
 def _filled(config: TrainConfig, cpus: float, node: Node) -> tuple[int, float]:
     """The most workers that a node may get, and the CPUs that they leave."""
-    workers = min(config.max_workers, Resources((node,)).room_for(cpus, config.gpus_per_worker))
+    workers = min(config.most_workers, Resources((node,)).room_for(cpus, config.gpus_per_worker))
     return workers, node.cpus - workers * cpus
 
 
 def _elastic_cpus(config: TrainConfig, available: Resources) -> float:
     """The largest CPU share, in sixteenths, at which all workers fit the nodes without filling any."""
-    largest = available.cpus * _WORKERS_SHARE / config.max_workers
+    largest = available.cpus * _WORKERS_SHARE / config.most_workers
     if config.gpus_per_worker:
         largest = min(1.0, largest)
     # Nodes with more GPUs may be added.
-    wanted = min(config.max_workers, available.room_for(1 / SIXTEENTHS, config.gpus_per_worker))
+    wanted = min(config.most_workers, available.room_for(1 / SIXTEENTHS, config.gpus_per_worker))
     for sixteenths in range(math.floor(largest * SIXTEENTHS), 0, -1):
         cpus = sixteenths / SIXTEENTHS
         if available.room_for(cpus, config.gpus_per_worker) < wanted:
@@ -183,7 +183,7 @@ def _elastic_cpus(config: TrainConfig, available: Resources) -> float:
         filled = [(node, *_filled(config, cpus, node)) for node in available.nodes]
         if all(free >= node.cpus * _LEFT_OF_A_NODE for node, workers, free in filled if workers):
             return cpus
-    raise ClusterError(f"{config.max_workers} workers do not fit {available.cpus:g} CPUs: lower --max-workers.")
+    raise ClusterError(f"{config.most_workers} workers do not fit {available.cpus:g} CPUs: lower --max-workers.")
 
 
 def check_cpus(config: TrainConfig, cpus: float) -> None:
@@ -203,11 +203,12 @@ def check_cpus(config: TrainConfig, cpus: float) -> None:
 
 
 def _default_cpus(config: TrainConfig, available: Resources) -> float:
-    """The largest equal CPU share that fits the nodes, in whole CPUs if there are enough."""
-    share = available.cpus * _WORKERS_SHARE / config.max_workers
+    """The largest equal CPU share that fits the nodes, in whole CPUs if there are enough for several workers."""
+    share = available.cpus * _WORKERS_SHARE / config.most_workers
     if config.gpus_per_worker:
         return min(1.0, share)
     for cpus in range(math.floor(share), 0, -1):
-        if available.room_for(cpus, 0) >= config.max_workers:
-            return float(cpus)
+        if available.room_for(cpus, 0) >= config.most_workers:
+            # One worker of 1.5 CPUs has two threads.
+            return share if config.most_workers == cpus == 1 and available.room_for(share, 0) else float(cpus)
     return math.floor(min(share, 1.0) * 1000) / 1000

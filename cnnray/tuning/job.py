@@ -188,7 +188,7 @@ def _decide(config: SearchConfig, manifest: pa.Table, earlier: dict[str, Any] | 
     """
     first = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
     # Each trial decides what depends on the flags that are searched; the scheduler needs the same epochs for all.
-    names = ("epochs",) if _DECISIVE & set(config.search) else decided.DECIDED
+    names = ("epochs", "max_workers") if _DECISIVE & set(config.search) else decided.DECIDED
     values = {name: getattr(first, name) for name in names if name not in config.search}
     return dataclasses.replace(config, **values), first.all_epochs
 
@@ -278,8 +278,8 @@ def _for_trials(config: SearchConfig, available: Resources) -> SearchConfig:
     each = available.cpus / config.parallel
     return dataclasses.replace(
         config,
-        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.max_workers,
-        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.max_workers),
+        cpus_per_worker=config.cpus_per_worker or 0.75 * each / config.most_workers,
+        decode_cpus=config.decode_cpus or 0.25 * each / max(2, config.most_workers),
     )
 
 

@@ -68,4 +68,4 @@ def test_a_worker_of_training_has_a_gpu(digits, tmp_path, caplog):
         gpus_per_worker=1, data_checks=False,
     )  # fmt: skip
     assert train(config)["epochs"] == 1
-    assert "1 workers of 1 CPUs (1 threads) and 1 GPUs" in caplog.text
+    assert "1 worker(s) of 1 CPUs (1 threads) and 1 GPUs" in caplog.text

@@ -40,7 +40,8 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
     ("changes", "sentence"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"batch_size": 1}, "at least --max-workers 2"),
+        ({"batch_size": 1, "max_workers": 2}, "at least --max-workers 2"),
+        ({"min_workers": 1}, "--min-workers needs --max-workers"),
         ({"image_size": 15, "architecture": "vgg_bn"}, "16 to 4096 pixels for vgg_bn"),
         ({"image_size": 0}, "1 to 4096 pixels, not 0"),
         ({"image_size": 100_000}, "--image-size must be"),
@@ -86,7 +87,7 @@ def _cluster(*cpus, gpus=0.0):
 
 @pytest.mark.parametrize(
     ("cpus", "workers", "per_worker", "threads", "decode"),
-    [(2, 2, 0.75, 1, 0.25), (2, 1, 1.0, 1, 0.5), (1, 1, 0.75, 1, 0.125), (8, 2, 3.0, 3, 1.0), (4, 4, 0.75, 1, 0.25)],
+    [(2, 2, 0.75, 1, 0.25), (2, 1, 1.5, 2, 0.25), (1, 1, 0.75, 1, 0.125), (8, 2, 3.0, 3, 1.0), (4, 4, 0.75, 1, 0.25)],
 )
 def test_the_default_shares_leave_cpus_for_decoding(cpus, workers, per_worker, threads, decode):
     shares = share_out(_config(workers=workers), _cluster(cpus))
@@ -103,9 +104,9 @@ def test_gpu_workers_take_one_cpu_each():
     ("changes", "cpus", "sentence"),
     [
         ({"workers": 3}, 2, "3 workers do not fit 2 CPUs"),
-        ({"cpus_per_worker": 2.0}, 2, "2 workers of 2 CPUs do not fit 2 CPUs"),
-        ({"cpus_per_worker": 1.0}, 2, "leave 0 of the cluster's 2 CPUs"),
-        ({"cpus_per_worker": 0.5, "decode_cpus": 1.5}, 2, "reading the images needs 1.5"),
+        ({"workers": 2, "cpus_per_worker": 2.0}, 2, "2 workers of 2 CPUs do not fit 2 CPUs"),
+        ({"workers": 2, "cpus_per_worker": 1.0}, 2, "leave 0 of the cluster's 2 CPUs"),
+        ({"workers": 2, "cpus_per_worker": 0.5, "decode_cpus": 1.5}, 2, "reading the images needs 1.5"),
         ({"gpus_per_worker": 1.0}, 2, "do not fit a cluster of 0 GPUs"),
     ],
 )
@@ -115,12 +116,12 @@ def test_a_cluster_that_is_too_small_is_refused(changes, cpus, sentence):
 
 
 def test_each_worker_fits_on_one_node():
-    assert share_out(_config(), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
+    assert share_out(_config(workers=2), _cluster(8, 8, 8, 8)).cpus_per_worker == 8.0
     assert share_out(_config(workers=4), _cluster(2, 2, 2)).cpus_per_worker == 1.0
     with pytest.raises(ClusterError, match="Only 1 of 2 workers of 3 CPUs and 0 GPUs fit the cluster's 3"):
-        share_out(_config(cpus_per_worker=3.0), _cluster(4, 2, 2))
+        share_out(_config(workers=2, cpus_per_worker=3.0), _cluster(4, 2, 2))
     with pytest.raises(ClusterError, match="Only 0 of 2"):
-        share_out(_config(gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
+        share_out(_config(workers=2, gpus_per_worker=1.0), Resources((Node(cpus=8), Node(cpus=0.5, gpus=4))))
 
 
 def test_fractions_of_cpus_leave_room_for_decoding():
@@ -214,7 +215,7 @@ def test_decoding_fits_beside_the_workers_after_other_nodes_are_lost():
 
 def test_a_search_has_a_fixed_number_of_workers():
     with pytest.raises(ValueError, match="--min-workers: the trials of a search have a fixed number"):
-        SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1)
+        SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1, max_workers=2)
 
 
 def test_only_flags_that_change_the_training_prevent_a_resume():

@@ -87,6 +87,9 @@ def test_a_flag_that_does_not_fit_the_chosen_values_gets_a_sentence(flags, sente
 
 def test_a_batch_has_an_image_for_each_worker():
     assert _decide(max_workers=200)[0].batch_size == 200
+    assert _decide()[0].max_workers == 1
+    config = TrainConfig(data="/d", output="/o")
+    assert decisions.decide(config, DataFacts(images=100, classes=2, side=32), on_cluster=True)[0].max_workers == 2
 
 
 def test_nothing_is_mirrored_by_default():

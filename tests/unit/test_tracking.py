@@ -105,7 +105,7 @@ def test_a_resumed_run_is_one_run_without_repeated_points(run, store):
         assert _steps(client, tracked, name) == [1, 2, 3]
     assert [metric.value for metric in client.get_metric_history(tracked.info.run_id, "loss")] == [1, 1 / 2, 1 / 3]
     assert tracked.data.metrics["best_val_accuracy"] == 0.8
-    assert (tracked.data.params["max_workers"], tracked.data.tags["now.max_workers"]) == ("2", "4")
+    assert (tracked.data.params["max_workers"], tracked.data.tags["now.max_workers"]) == ("1", "4")
     (version,) = client.search_model_versions("name = 'cnnray'")
     assert version.run_id == tracked.info.run_id
     assert version.tags[BUNDLE_TAG].startswith("model-")

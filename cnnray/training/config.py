@@ -258,8 +258,8 @@ class ClusterConfig:
     """Worker processes that are needed at least: training goes on with fewer than --max-workers where a node is lost,
     and with more when one is added. null: as many as --max-workers."""
     max_workers: int | None = None
-    """Worker processes that train side by side, at most. null: 2 on a cluster, and 1 where the job starts a Ray of its
-    own: one worker uses the CPUs of a machine as well as several do, and has its first step sooner."""
+    """Worker processes that train side by side, at most. null: 2 on a cluster, and 1 where the job starts a Ray of
+    its own: one worker uses the CPUs of a machine as well as several do, and has its first step sooner."""
     wait_minutes: float | None = None
     """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
     lost while it trains."""

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -124,7 +123,7 @@ def _serve(bundle: Path) -> float:
                     time.sleep(0.1)
             raise BenchmarkError("jobs/serve.py was not ready in time.")
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
 
 

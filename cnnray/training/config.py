@@ -258,8 +258,8 @@ class ClusterConfig:
     """Worker processes that are needed at least: training goes on with fewer than --max-workers where a node is lost,
     and with more when one is added. null: as many as --max-workers."""
     max_workers: int | None = None
-    """Worker processes that train side by side, at most. null: 2 on a cluster, and 1 where the job starts a Ray of
-    its own: one worker uses the CPUs of a machine as well as several do, and has its first step sooner."""
+    """Worker processes that train side by side, at most. null: 2 on a cluster or with --min-workers, and 1 where the
+    job starts a Ray of its own, as one process starts sooner. A run that goes on keeps its number."""
     wait_minutes: float | None = None
     """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
     lost while it trains."""
@@ -290,8 +290,6 @@ class ClusterConfig:
         flags.check_more_than_zero(self, "cpus_per_worker", "decode_cpus")
         flags.check_not_negative(self, "wait_minutes", "max_failures")
         flags.check_choices(self, cache=Cache)
-        if self.min_workers is not None and self.max_workers is None:
-            raise ValueError("--min-workers needs --max-workers.")
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
         if not 0 <= self.gpus_per_worker <= 1:
@@ -313,8 +311,8 @@ class ClusterConfig:
 
     @property
     def most_workers(self) -> int:
-        """`max_workers`; 1 as long as it is not decided."""
-        return self.max_workers or 1
+        """`max_workers`; the fewest that it may become as long as it is not decided."""
+        return self.max_workers or (1 if self.min_workers is None else max(2, self.min_workers))
 
     @property
     def is_elastic(self) -> bool:

@@ -105,7 +105,8 @@ def decide(
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")
     choose("weight_decay", 0.01 if config.optimizer == "adamw" else 0.0, f"that of {config.optimizer}")
-    choose("max_workers", 2 if on_cluster else 1, "on a cluster" if on_cluster else "on this machine alone")
+    most = max(config.most_workers, min(2, facts.images, config.batch_size or 2) if on_cluster else 1)
+    choose("max_workers", most, "on a cluster" if on_cluster else "the job starts its own Ray")
     choose("batch_size", max(64, values["max_workers"]), "64, or one image for each worker")
     choose("augment", DEFAULT_AUGMENT, "safe for all kinds of images: nothing is mirrored")
     choose("average", 0.0, preset)
@@ -147,6 +148,8 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
         "max_workers": 2,
     }.items():
         values[name] = value if values[name] is None else values[name]
+    if config.max_workers is None and config.min_workers is None:
+        values["min_workers"] = earlier.get("min_workers")
     return DecidedConfig(**_fields(config) | values)
 
 

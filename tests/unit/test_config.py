@@ -41,7 +41,6 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_size": 1, "max_workers": 2}, "at least --max-workers 2"),
-        ({"min_workers": 1}, "--min-workers needs --max-workers"),
         ({"image_size": 15, "architecture": "vgg_bn"}, "16 to 4096 pixels for vgg_bn"),
         ({"image_size": 0}, "1 to 4096 pixels, not 0"),
         ({"image_size": 100_000}, "--image-size must be"),

@@ -88,6 +88,10 @@ def test_a_flag_that_does_not_fit_the_chosen_values_gets_a_sentence(flags, sente
 def test_a_batch_has_an_image_for_each_worker():
     assert _decide(max_workers=200)[0].batch_size == 200
     assert _decide()[0].max_workers == 1
+    assert _decide(min_workers=1)[0].max_workers == 2
+    earlier = {**dataclasses.asdict(_decide()[0]), "min_workers": 2, "max_workers": 8}
+    again = decisions.as_before(TrainConfig(data="/d", output="/o"), earlier)
+    assert (again.min_workers, again.max_workers) == (2, 8)
     config = TrainConfig(data="/d", output="/o")
     assert decisions.decide(config, DataFacts(images=100, classes=2, side=32), on_cluster=True)[0].max_workers == 2
 

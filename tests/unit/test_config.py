@@ -214,7 +214,7 @@ def test_decoding_fits_beside_the_workers_after_other_nodes_are_lost():
 
 def test_a_search_has_a_fixed_number_of_workers():
     with pytest.raises(ValueError, match="--min-workers: the trials of a search have a fixed number"):
-        SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1, max_workers=2)
+        SearchConfig(data="/d", output="/o", search={"dropout": {"choice": [0]}}, min_workers=1)
 
 
 def test_only_flags_that_change_the_training_prevent_a_resume():

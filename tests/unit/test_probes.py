@@ -35,8 +35,7 @@ def _config(data, output, **flags):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"precision": "bfloat16"}, {"schedule": "constant", "accumulate": 2, "min_workers": 1, "max_workers": 2}],
+    "flags", [{}, {"precision": "bfloat16"}, {"schedule": "constant", "accumulate": 2, "min_workers": 1}]
 )
 def test_a_network_learns_a_few_images_by_heart(images, tmp_path, flags):
     result = probes.check_sanity(_config(images, tmp_path / "out", **flags))

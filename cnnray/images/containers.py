@@ -11,9 +11,10 @@ Numbers are padded with zeros, so that uris sort in the order of the file.
 import functools
 import itertools
 import json
+import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,12 +28,15 @@ from cnnray.images import storage
 from cnnray.images.decode import EXTENSIONS, MAX_BYTES, BadImage
 from cnnray.images.retries import Attempts
 
+log = logging.getLogger(__name__)
+
 ENDINGS = (".parquet", ".tar")
 
 _ADDRESS = re.compile(r"(.+\.parquet)#(\d{6,})-(\d{9,})", re.IGNORECASE | re.DOTALL)
 _END_OF_ADDRESS = r"(?i)\.parquet#\d{6,}-\d{9}$"
 _ROW_LENGTH = len("-000000000")
 _TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
+_TAR_COLUMNS = pa.schema([(name, pa.string()) for name in ("uri", "key", "label")])
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
 _ROWS_OF_A_SLICE = 2**16
@@ -55,14 +59,23 @@ def row_group(uri: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-def row_group_runs(uris: pa.ChunkedArray) -> Iterator[tuple[str | None, int]]:
-    """Neighbouring images of the same row group, or of none: its name, and the number of images."""
-    for group, runs in itertools.groupby(_runs_of_slices(uris), lambda run: run[0]):
-        yield group, sum(length for _, length in runs)
+def row_group_runs(uris: pa.ChunkedArray | Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
+    """Neighbouring images of the same row group, or of none: its name, and the number of images.
+
+    Args:
+        uris: a column, or its chunks one after another. They are read no further than to the end of a row group;
+            images of no row group are given for each chunk.
+    """
+    chunks = uris.chunks if isinstance(uris, pa.ChunkedArray) else uris
+    for group, runs in itertools.groupby(_runs_of_slices(chunks), lambda run: run[0]):
+        if group is None:
+            yield from runs
+        else:
+            yield group, sum(length for _, length in runs)
 
 
-def _runs_of_slices(uris: pa.ChunkedArray) -> Iterator[tuple[str | None, int]]:
-    for chunk in uris.chunks:
+def _runs_of_slices(chunks: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
+    for chunk in chunks:
         for start in range(0, len(chunk), _ROWS_OF_A_SLICE):
             part = chunk.slice(start, _ROWS_OF_A_SLICE)
             is_in_group = pc.match_substring_regex(part, _END_OF_ADDRESS)
@@ -92,17 +105,33 @@ def image_column(schema: pa.Schema) -> str | None:
     return columns[0] if len(columns) == 1 and "uri" not in schema.names else None
 
 
-def list_rows(file: str) -> pa.Table | None:
-    """One row for each image that a file holds, without reading Parquet's images.
+def rows_schema(file: str) -> pa.Schema | None:
+    """The columns that `list_rows` gives for a file; None for a Parquet file without a column of images.
 
-    Returns:
-        A table with `uri`, and
+    Raises:
+        pa.ArrowException: the file is damaged.
+        OSError: the file cannot be read.
+    """
+    if file.lower().endswith(".tar"):
+        return _TAR_COLUMNS
+    with open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
+    column = image_column(schema)
+    if column is None:
+        return None
+    others = _without_images(schema.remove(schema.get_field_index(column)).empty_table(), _label_names(schema))
+    return others.add_column(0, "uri", pa.array([], pa.string())).schema
+
+
+def list_rows(file: str) -> Iterator[pa.Table]:
+    """One row for each image that a file holds, as a stream of tables, without reading Parquet's images.
+
+    Yields:
+        tables of at most 65,536 rows with `uri`, and
 
         - for Parquet the file's other columns: a column `uri` is called `original_uri`, and the numbers of a Hugging
           Face `label` become its names;
-        - for tar `key`, and `label` if there are members `KEY.cls` that hold it.
-
-        None for a Parquet file without a column of images.
+        - for tar `key`, and `label`: the content of the member `KEY.cls`, or null.
 
     Raises:
         pa.ArrowException: the file is damaged.
@@ -111,24 +140,34 @@ def list_rows(file: str) -> pa.Table | None:
     return _rows_of_tar(file) if file.lower().endswith(".tar") else _rows_of_parquet(file)
 
 
-def _rows_of_parquet(file: str) -> pa.Table | None:
-    with _open_parquet(file) as parquet:
+def _rows_of_parquet(file: str) -> Iterator[pa.Table]:
+    with open_parquet(file) as parquet:
         schema = parquet.schema_arrow
-        column = image_column(schema)
-        if column is None:
-            return None
-        groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
-        table = parquet.read(columns=[name for name in schema.names if name != column])
-    uris = pa.chunked_array([_row_uris(file, group, rows) for group, rows in enumerate(groups)], pa.string())
+        column, names = image_column(schema), _label_names(schema)
+        others = [name for name in schema.names if name != column]
+        for group in range(parquet.metadata.num_row_groups):
+            uris = _row_uris(file, group, parquet.metadata.row_group(group).num_rows)
+            if not others:
+                for start in range(0, len(uris), _ROWS_OF_A_SLICE):
+                    yield pa.table({"uri": uris.slice(start, _ROWS_OF_A_SLICE)})
+                continue
+            start = 0
+            for batch in parquet.iter_batches(_ROWS_OF_A_SLICE, row_groups=[group], columns=others):
+                rows = _without_images(pa.Table.from_batches([batch]), names)
+                yield rows.add_column(0, "uri", uris.slice(start, len(batch)))
+                start += len(batch)
+
+
+def _without_images(table: pa.Table, label_names: list[str] | None) -> pa.Table:
+    """The user's columns, with the names of labels in place of their numbers."""
+    table = table.replace_schema_metadata(None)
     if "uri" in table.column_names:
         table = table.rename_columns({"uri": "original_uri"})
-    table = table.replace_schema_metadata(None)
-    if "label" in table.column_names and (names := _label_names(schema)):
+    if label_names:
         numbers = table["label"].combine_chunks()
-        labels = pa.array(names, pa.string()).take(pc.if_else(pc.less(numbers, 0), None, numbers))
+        labels = pa.array(label_names, pa.string()).take(pc.if_else(pc.less(numbers, 0), None, numbers))
         table = table.set_column(table.column_names.index("label"), "label", labels)
-    # A table without columns has no rows.
-    return table.add_column(0, "uri", uris) if table.column_names else pa.table({"uri": uris})
+    return table
 
 
 def _row_uris(file: str, group: int, rows: int) -> pa.Array:
@@ -214,7 +253,7 @@ def _container(uri: str) -> tuple[str | None, int | None]:
 
 def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
     ascending = sorted(rows)
-    with _open_parquet(file) as parquet:
+    with open_parquet(file) as parquet:
         images = _in_file_order(parquet, group, ascending)
         if rows != ascending:
             images_by_row = dict(zip(ascending, images, strict=True))
@@ -241,29 +280,53 @@ def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[
 # -- tar ------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_tar(file: str) -> pa.Table:
-    uris, keys, labels = [], [], {}
-    # A stream: in a bucket, random access would take one request for each member's header.
-    filesystem, path = storage.arrow_filesystem(file)
+def _rows_of_tar(file: str) -> Iterator[pa.Table]:
+    rows: list[tuple[str, str]] = []
+    labels: dict[str, str] = {}
+    is_cut = False
     try:
-        with (
-            filesystem.open_input_stream(path, buffer_size=_BYTES_AT_ONCE) as stream,
-            tarfile.open(fileobj=stream, mode="r|") as archive,
-        ):
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isreg() or member.issparse() or name.startswith("."):
-                    continue
-                key = f"{folder}/{name.partition('.')[0]}".lstrip("/")
-                if PurePosixPath(name).suffix.lower() in EXTENSIONS:
-                    uris.append(f"{file}#{member.offset_data:012d}-{member.size:09d}-{member.name}")
-                    keys.append(key)
-                elif name.endswith(".cls") and (content := archive.extractfile(member)):
-                    labels[key] = content.read().decode().strip()
+        for member, content in _tar_members(file):
+            folder, _, name = member.name.rpartition("/")
+            key = f"{folder}/{name.partition('.')[0]}".lstrip("/")
+            if content is not None:
+                labels[key] = content.decode().strip()
+                continue
+            if len(rows) >= _ROWS_OF_A_SLICE and key != rows[-1][1]:
+                yield _tar_table(rows, labels)
+                rows, is_cut = [], True
+            rows.append((f"{file}#{member.offset_data:012d}-{member.size:09d}-{member.name}", key))
     except (tarfile.TarError, UnicodeDecodeError, EOFError) as error:
         raise pa.ArrowInvalid(f"{error} (tar files must be complete and not compressed)") from None
-    columns = {"uri": uris, "key": keys} | ({"label": [labels.get(key) for key in keys]} if labels else {})
-    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    yield _tar_table(rows, labels)
+    if is_cut and labels:
+        log.warning("%s has %d labels that do not follow an image, and are ignored", file, len(labels))
+
+
+def _tar_table(rows: list[tuple[str, str]], labels: dict[str, str]) -> pa.Table:
+    """The table of images. Their labels are taken out of `labels`."""
+    columns = [[uri for uri, _ in rows], [key for _, key in rows], [labels.get(key) for _, key in rows]]
+    for _, key in rows:
+        labels.pop(key, None)
+    return pa.table([pa.array(values, pa.string()) for values in columns], schema=_TAR_COLUMNS)
+
+
+def _tar_members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """The members that are images, and those that hold labels with their content."""
+    # A stream: in a bucket, random access would take one request for each member's header.
+    filesystem, path = storage.arrow_filesystem(file)
+    with (
+        filesystem.open_input_stream(path, buffer_size=_BYTES_AT_ONCE) as stream,
+        tarfile.open(fileobj=stream, mode="r|") as archive,
+    ):
+        for member in archive:
+            name = member.name.rpartition("/")[2]
+            if not member.isreg() or member.issparse() or name.startswith("."):
+                continue
+            if PurePosixPath(name).suffix.lower() in EXTENSIONS:
+                yield member, None
+            elif name.endswith(".cls") and (content := archive.extractfile(member)):
+                yield member, content.read()
+            archive.members = []  # type: ignore[attr-defined] # which it would keep
 
 
 def _offset_and_size(uri: str) -> tuple[int, int]:
@@ -296,7 +359,8 @@ def _length_of_run(places: list[tuple[int, int]]) -> int:
     return end - start
 
 
-def _open_parquet(file: str) -> Any:
+def open_parquet(file: str) -> Any:
+    """A `pyarrow.parquet.ParquetFile` that reads large columns piece by piece."""
     filesystem, path = storage.arrow_filesystem(file)
     # Without these two options Arrow holds the column of a whole row group in memory: gigabytes of photos.
     return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=_BYTES_AT_ONCE)
@@ -309,7 +373,9 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _label_names(schema: pa.Schema) -> list[str] | None:
-    """The names of a Hugging Face ClassLabel."""
+    """The names of a Hugging Face ClassLabel `label`; None where labels are no such numbers."""
+    if "label" not in schema.names:
+        return None
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
     return names if pa.types.is_integer(schema.field("label").type) else None

@@ -22,16 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from cnnray.images import listing, storage
-from cnnray.images.decode import EXTENSIONS
-from cnnray.images.listing import SPLITS, TABLES, shorten
+from cnnray.images import inputs, listing, storage
+from cnnray.images.listing import SPLITS, shorten
 from cnnray.images.listing import ManifestError as ManifestError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Number of the manifest format (columns and their meaning), kept in the metadata of the schema."""
-_FORMAT_KEY = b"cnnray.manifest_format"
+FORMAT_KEY = b"cnnray.manifest_format"
 _ROWS_AT_ONCE = 2**16
 _PLAIN = r"^[ -&(-\[\]-~]*$"
 """Matches strings of printable ASCII without ' and \\, whose `repr` is the string between two '."""
@@ -44,14 +43,14 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
         source: a local path or remote address of
 
             - a folder of class folders (`root/class/*`, or `root/{train,validation,test}/class/*`);
-            - any folder, searched at all depths, or a glob (see `listing.from_glob`), where no labels are needed;
+            - any folder, searched at all depths, or a glob (see `globs`), where no labels are needed;
             - a CSV, JSONL or Parquet file with a column `uri` and perhaps `label` and `split`, whose relative paths
               are relative to the folder of the table;
             - a Parquet or tar file that holds the images themselves (see `containers`), or a folder or glob of such
               files; without a column `split`, the beginning of a file's name decides it
               (`train-00000-of-00002.parquet`), or else the name of its folder (`train/0000.parquet`).
 
-            Splits may be called as people do: `Train`, `val`, `valid`, `testing` (see `listing.split_named`).
+            Splits may be called as people do: `Train`, `val`, `valid`, `testing` (see `tables.split_named`).
         labelled: whether every image must have a label; those of a folder are the names of its class folders. Where
             no image of the split `test` has a label, as in many published data sets, these images are left out.
 
@@ -63,21 +62,13 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
             or the same uri twice.
         OSError: storage that cannot be read (see `storage`).
     """
-    source, endings = storage.absolute(source), ", ".join(sorted(EXTENSIONS))
-    if source.lower().endswith(TABLES) and storage.is_file(source):
-        table = listing.from_table(source)
-    elif storage.exists(source):
-        if storage.is_file(source):
-            raise ManifestError(f"{source} is a file; expected a folder, or a {', '.join(TABLES)} table.")
-        table = listing.from_folder(source, labelled=labelled)
-    elif listing.is_glob(source):
-        table = listing.from_glob(source)
+    source = storage.absolute(source)
+    if labelled and storage.exists(source) and not storage.is_file(source):
+        table = listing.from_folder(source)
         if not len(table):
-            raise ManifestError(f"{source} does not exist, and no images match it (looked for {endings}).")
+            raise inputs.no_images(source)
     else:
-        raise ManifestError(f"{source} does not exist; expected a folder of images or a table of them.")
-    if not len(table):
-        raise ManifestError(f"{source} holds no images (looked for {endings}).")
+        table = listing.whole(inputs.open_input(source))
     if labelled:
         table = _without_unlabelled_test(table, source)
         _check_labels(table, source)
@@ -91,10 +82,8 @@ def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
         ManifestError: the list is empty, or names an image twice.
         OSError: the scheme of an address is unknown.
     """
-    table = listing.from_uris([storage.absolute(uri) for uri in uris])
-    if not len(table):
-        raise ManifestError("The list of images is empty.")
-    return _with_ids(table, "The list of images")
+    images = inputs.input_of_uris(uris)
+    return _with_ids(listing.whole(images), images.source)
 
 
 def class_names(manifest: pa.Table) -> list[str]:
@@ -211,7 +200,7 @@ def select_split(manifest: pa.Table, split: str) -> pa.Table:
 
 def write(manifest: pa.Table, uri: str) -> None:
     """Write a manifest as Parquet, whole or not at all."""
-    metadata = {**(manifest.schema.metadata or {}), _FORMAT_KEY: str(FORMAT).encode()}
+    metadata = {**(manifest.schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()}
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(manifest.replace_schema_metadata(metadata), buffer)
     storage.write_bytes(uri, buffer.getvalue())
@@ -240,10 +229,24 @@ def read_metadata(uri: str) -> dict[bytes, bytes]:
 
 def _checked_metadata(schema: pa.Schema, uri: str) -> dict[bytes, bytes]:
     metadata: dict[bytes, bytes] = schema.metadata or {}
-    number = int(metadata.get(_FORMAT_KEY, b"1"))  # the first manifests of format 1 have no number
-    if number > FORMAT:
-        raise ManifestError(f"{uri} has format {number}, and this cnnray reads up to {FORMAT}: update cnnray.")
+    check_format(metadata, uri, FORMAT)
     return metadata
+
+
+def check_format(metadata: dict[bytes, bytes], uri: str, newest: int) -> None:
+    """Refuse the file of a later cnnray.
+
+    Args:
+        metadata: of the file.
+        uri: its name.
+        newest: number of the newest format that can be read.
+
+    Raises:
+        ManifestError: a later version of cnnray wrote it.
+    """
+    number = int(metadata.get(FORMAT_KEY, b"1"))  # the first manifests of format 1 have no number
+    if number > newest:
+        raise ManifestError(f"{uri} has format {number}, and this cnnray reads up to {newest}: update cnnray.")
 
 
 def _with_ids(table: pa.Table, source: str) -> pa.Table:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
@@ -31,20 +32,33 @@ def split_rows(uris: pa.ChunkedArray, rows: int, *, cut_groups: bool = False) ->
     Returns:
         the first row of each range, and the row after its last.
     """
-    cuts, start = [0], 0
-    for group, length in containers.row_group_runs(uris):
+    return list(ranges_of_stream(uris.chunks, rows, cut_groups=cut_groups))
+
+
+def ranges_of_stream(chunks: Iterable[pa.Array], rows: int, *, cut_groups: bool = False) -> Iterator[tuple[int, int]]:
+    """`split_rows` for a column that comes in chunks.
+
+    They are read no further than to the end of a range, or of the row group after it.
+    """
+    cut = start = 0
+    for group, length in containers.row_group_runs(chunks):
         stop = start + length
+        cuts: Iterable[int] = ()
         if group is None:
-            cuts += range(max(cuts[-1] + rows, start), stop, rows)
+            cuts = range(max(cut + rows, start), stop, rows)
         else:
             large = cut_groups and length > max(rows, _LARGE_GROUP)
-            if start > cuts[-1] and (large or start - cuts[-1] >= rows):
-                cuts.append(start)
+            if start > cut and (large or start - cut >= rows):
+                cuts = [start]
             if large:
                 step = max(rows, _LARGE_GROUP, math.ceil(length / _MAX_RANGES_OF_A_GROUP))
-                cuts += range(start + step, stop, step)
+                cuts = [*cuts, *range(start + step, stop, step)]
+        for new in cuts:
+            yield cut, new
+            cut = new
         start = stop
-    return list(itertools.pairwise([*cuts, len(uris)])) if len(uris) else []
+    if start:
+        yield cut, start
 
 
 def divide_rows(uris: pa.ChunkedArray, count: int) -> list[tuple[int, int]]:

@@ -13,14 +13,12 @@ and then raised as `UnavailableError`.
 """
 
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +41,18 @@ from cnnray.images.object_stores import cluster_environment as cluster_environme
 from cnnray.images.object_stores import is_local as is_local
 from cnnray.images.object_stores import locate, repeated, request, split_address
 from cnnray.images.object_stores import translated_errors as translated_errors
+from cnnray.images.tree import StoredFile as StoredFile
+from cnnray.images.tree import folders as folders
+from cnnray.images.tree import remote_pages
+from cnnray.images.tree import stored_file as stored_file
+from cnnray.images.tree import walk as walk
 
-_LISTING_THREADS = 16
-_PAGE = 1000
 _TRANSFER_THREADS = 8
 _MULTIPART_BYTES = 16 * 2**20
 """Larger files are uploaded in parts of this size, and appear when all parts have arrived."""
 
 Version = dict[str, str]
 """Identifies one content of a remote file. Versions can be compared, and passed to `write_if`."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """One file of a listing: its `uri` (absolute path or address) and `size` in bytes."""
-
-    uri: str
-    size: int
 
 
 def absolute(uri: str) -> str:
@@ -150,7 +143,7 @@ def exists(uri: str) -> bool:
     """Whether `uri` is a file, or a folder (in a bucket, one with something in it)."""
     if is_local(uri):
         return Path(uri).exists()
-    return is_file(uri) or next(_remote_files(uri, hidden=True), None) is not None
+    return is_file(uri) or any(remote_pages(uri, hidden=True))
 
 
 def is_file(uri: str) -> bool:
@@ -158,85 +151,9 @@ def is_file(uri: str) -> bool:
     return Path(uri).is_file() if is_local(uri) else bool(split_address(uri)[2]) and version(uri) is not None
 
 
-def folders(root: str) -> list[str]:
-    """The folders directly below `root`, sorted; hidden ones (a leading dot) left out."""
-    with translated_errors(root):
-        paths = [item.path for item in os.scandir(root) if item.is_dir()] if is_local(root) else _level(root)[0]
-    return sorted(path for path in paths if not name(path).startswith("."))
-
-
 def files(root: str) -> list[StoredFile]:
-    """All files below `root`, at any depth, sorted by uri; hidden files and folders left out.
-
-    In a bucket, the folders directly below `root` are listed in parallel, unless there are few files or no folders.
-    """
-    with translated_errors(root), ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        if is_local(root):
-            return sorted(_local_files(root), key=lambda file: file.uri)
-        listed: list[StoredFile] = []
-        for number, page in enumerate(_pages(root)):
-            listed += page
-            if number and any("/" in file.uri[len(root) + 1 :] for file in listed[:_PAGE]):
-                below, listed = _level(root)
-                for part in pool.map(lambda folder: list(_remote_files(folder)), below):
-                    listed += part
-                break
-        # An empty object may be called KEY/ and stand for a folder; obstore gives its name as KEY.
-        empty = [file.uri for file in listed if not file.size]
-        no_files = {uri for uri, is_key in zip(empty, pool.map(is_file, empty), strict=True) if not is_key}
-    return sorted((file for file in listed if file.uri not in no_files), key=lambda file: file.uri)
-
-
-def _local_files(root: str) -> Iterator[StoredFile]:
-    for entry in os.scandir(root):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _local_files(entry.path)
-        elif entry.is_file():
-            try:
-                entry.path.encode()
-            except UnicodeEncodeError:
-                raise StorageError(f"The file name {os.fsencode(entry.path)!r} is not UTF-8: rename it.") from None
-            yield StoredFile(entry.path, entry.stat().st_size)
-
-
-def _level(root: str) -> tuple[list[str], list[StoredFile]]:
-    """Folders and files directly below a remote `root`, hidden ones left out."""
-    store, key = locate(root)
-    level = repeated(obstore.list_with_delimiter, store, key or None)
-    base = root.removesuffix(key).rstrip("/") + "/"
-    below = [base + path for path in level["common_prefixes"] if not name(path).startswith(".")]
-    return below, list(_stored(root, key, level["objects"], hidden=False))
-
-
-def _pages(root: str, *, hidden: bool = False) -> Iterator[list[StoredFile]]:
-    """Remote files below `root` at any depth, as the pages of a listing arrive."""
-    with translated_errors(root):
-        store, key = locate(root)
-        last, pages = None, None
-
-        def next_page() -> Any:
-            nonlocal pages
-            begun, pages = pages or obstore.list(store, key or None, offset=last, chunk_size=_PAGE), None
-            page = next(begun, None)
-            pages = begun  # one that has failed does not go on
-            return page
-
-        while page := repeated(next_page):
-            last = page[-1]["path"]
-            yield list(_stored(root, key, page, hidden=hidden))
-
-
-def _remote_files(root: str, *, hidden: bool = False) -> Iterator[StoredFile]:
-    return itertools.chain.from_iterable(_pages(root, hidden=hidden))
-
-
-def _stored(root: str, key: str, objects: Iterable[Any], *, hidden: bool) -> Iterator[StoredFile]:
-    for item in objects:
-        below = item["path"][len(key) :].lstrip("/")  # empty for an object KEY/, which stands for the folder itself
-        if below and (hidden or "/." not in f"/{below}"):
-            yield StoredFile(join(root, below), item["size"])
+    """All files below `root` (see `walk`), sorted by uri."""
+    return list(walk(root))
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -273,23 +190,27 @@ def write_bytes(uri: str, data: bytes) -> None:
         if not is_local(uri):
             request(obstore.put, uri, data, chunk_size=_MULTIPART_BYTES)
             return
-        with _published(Path(uri)) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with _temporary(Path(uri)) as temporary:
+            _write_durably(temporary, data)
+            temporary.replace(uri)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it replaces `path` at the end."""
+def _temporary(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path`, whose folder is made; what is there at the end is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
-        temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def version(uri: str, *, quick: bool = False) -> Version | None:
@@ -336,6 +257,30 @@ def write_if(uri: str, data: bytes, expected: Version | None, *, quick: bool = F
     return None
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Write one file whole, only if there is none by that name: of several writers one succeeds.
+
+    Returns:
+        Whether this call has written it.
+
+    Raises:
+        OSError: storage that cannot be written.
+    """
+    _check_guards(uri)
+    if not is_local(uri):
+        return write_if(uri, data, None) is not None
+    path = Path(uri)
+    if path.exists():
+        return False
+    with translated_errors(uri), _temporary(path) as temporary:
+        _write_durably(temporary, data)
+        try:
+            os.link(temporary, path)  # fails if the name is taken
+        except FileExistsError:
+            return False
+        return True
+
+
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A local path of a file or folder; a copy from a bucket is deleted when the context ends."""
@@ -369,8 +314,9 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
         if not (is_local(source) and is_local(target)):
             write_bytes(join(target, relative), read_bytes(uris[relative]))
             return
-        with translated_errors(uris[relative]), _published(Path(target, relative)) as temporary:
+        with translated_errors(uris[relative]), _temporary(Path(target, relative)) as temporary:
             shutil.copyfile(uris[relative], temporary)
+            temporary.replace(Path(target, relative))
 
     with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
         list(pool.map(copy, first))
@@ -385,8 +331,9 @@ def delete_folder(uri: str) -> None:
     with translated_errors(uri), contextlib.suppress(FileNotFoundError):
         if is_local(uri):
             shutil.rmtree(uri)
-        elif keys := [split_address(file.uri)[2] for file in _remote_files(uri, hidden=True)]:
-            repeated(obstore.delete, locate(uri)[0], keys)
+            return
+        for page in remote_pages(uri, hidden=True):
+            repeated(obstore.delete, locate(uri)[0], [split_address(file.uri)[2] for file in page])
 
 
 def delete_file(uri: str) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray.images import containers, lease, object_stores, storage
+from cnnray.images import containers, lease, object_stores, storage, tree
 from cnnray.images.manifest import ManifestError, build_manifest
 from tests.conftest import write_tar
 from tests.unit import test_layouts as layouts
@@ -140,7 +140,7 @@ def test_a_body_that_breaks_off_is_read_on(bucket, s3_proxy, monkeypatch):
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(bucket, s3_proxy, monkeypatch):
-    monkeypatch.setattr(storage, "_PAGE", 10)
+    monkeypatch.setattr(tree, "PAGE", 10)
     uris = [f"{bucket}/f/{number:02}" for number in range(25)]
     for uri in uris:
         storage.write_bytes(uri, b"1")

@@ -197,5 +197,5 @@ def test_a_folder_with_brackets_that_does_not_exist_gets_a_sentence(tmp_path):
 
 def test_a_file_name_that_is_not_utf_8_gets_a_sentence(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
-    with pytest.raises(ManifestError, match=r"caf\\xe9.png' is not UTF-8: rename it"):
+    with pytest.raises(OSError, match=r"caf\\xe9.png' is not UTF-8: rename it"):
         build_manifest(f"{tmp_path}/*.png", labelled=False)

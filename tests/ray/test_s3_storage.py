@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray.images import containers, lease, object_stores, storage, tree
+from cnnray.images import containers, inputs, lease, object_stores, shards, storage, tree
 from cnnray.images.manifest import ManifestError, build_manifest
 from tests.conftest import write_tar
 from tests.unit import test_layouts as layouts
@@ -227,6 +228,76 @@ def test_objects_that_stand_for_folders_are_no_files(bucket):
     s3.put_object(Bucket=name, Key="a/b//3.png", Body=b"x")
     with pytest.raises(storage.StorageError, match=r"a/b//3\.png"):
         storage.files(bucket)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_walks_are_in_the_order_of_uris(flat, bucket, monkeypatch):
+    monkeypatch.setattr(tree, "PAGE", 5)
+    names = [f"{folder}{number}.png" for folder in ("a/", "a-b/", "a/b/", "b", "é/", "b/") for number in range(7)]
+    names += [f"{number:02}.png" for number in range(80 * flat)] + ["a.png", "c", "b!.png", ".h/1.png", "a/.h/1.png"]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: storage.write_bytes(f"{bucket}/r/{name}", name.encode()), names))
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="r/a/", Body=b"")
+    files = list(storage.walk(f"{bucket}/r"))
+    assert [file.uri for file in files] == sorted(f"{bucket}/r/{name}" for name in names if "/." not in f"/{name}")
+    assert files == storage.files(f"{bucket}/r")
+    assert storage.stored_file(files[3].uri) == files[3]
+    assert '"' not in files[3].version
+    storage.write_bytes(files[3].uri, b"other")
+    assert storage.stored_file(files[3].uri).version != files[3].version
+
+
+def test_a_walk_that_is_not_read_on_lists_no_more(bucket, s3_proxy, monkeypatch):
+    monkeypatch.setattr(tree, "PAGE", 5)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: storage.write_bytes(f"{bucket}/{i % 3}/{i:04d}.png", b"x"), range(600)))
+    lists, before = [], set(threading.enumerate())
+    monkeypatch.setattr(s3_proxy, "faults", lambda method, path, before: lists.append(path))
+    walk = storage.walk(bucket)
+    assert next(walk).uri == f"{bucket}/0/0000.png"
+    time.sleep(1)
+    assert len(lists) <= 3 + 3 * 6  # of 120 pages
+    walk.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_of_eight_creators_one_succeeds(bucket):
+    for race in range(5):
+        uri, start = f"{bucket}/{race}", threading.Barrier(8)
+
+        def create(number, uri=uri, start=start):
+            start.wait()
+            return storage.create(uri, b"%d" % number)
+
+        with ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(create, range(8)))
+        assert created.count(True) == 1
+        assert storage.read_bytes(uri) == b"%d" % created.index(True)
+    large = b"1" * 20_000_000  # otherwise written in parts
+    assert storage.create(f"{bucket}/large", large)
+    assert not storage.create(f"{bucket}/large", b"2" * 20_000_000)
+    assert storage.read_bytes(f"{bucket}/large") == large
+
+
+def test_shards_of_a_manifest_are_read_by_ranges(bucket):
+    table = pa.table({"uri": [f"/{number:04d}.png" for number in range(100)]})
+    written = list(shards.write(f"{bucket}/m", [table], rows_per_range=10, generation=1))
+    assert list(shards.ranges(f"{bucket}/m")) == written
+    assert shards.read(f"{bucket}/m", written[4])["uri"].to_pylist() == table["uri"].to_pylist()[40:50]
+    assert shards.last_row(f"{bucket}/m") == (100, "/0099.png")
+    assert shards.read_facts(f"{bucket}/m") is None
+    shards.finish(f"{bucket}/m")
+    assert shards.read_facts(f"{bucket}/m") == {"rows": 100}
+
+
+def test_tables_in_a_bucket_are_streams(bucket):
+    storage.write_bytes(f"{bucket}/x.csv", b"uri,who\n1.png,me\n/2.png,you\n")
+    storage.write_bytes(f"{bucket}/x.jsonl", b'{"uri": "1.png", "who": "me"}\n{"uri": "/2.png", "who": "you"}\n')
+    for kind in ("csv", "jsonl"):
+        table = pa.concat_tables(inputs.open_input(f"{bucket}/x.{kind}").tables)
+        assert table.to_pydict() == {
+            "uri": [f"{bucket}/1.png", "/2.png"], "who": ["me", "you"], inputs.VERSION: [None, None],
+        }  # fmt: skip
 
 
 def test_keys_are_taken_as_they_are(bucket):

@@ -30,6 +30,13 @@ class ProgressBar:
         """Images per second since the start."""
         return self._new / max(time.monotonic() - self._started, 1e-9)
 
+    def set_total(self, total: int, done: int) -> None:
+        """Set the number of images, and of those that earlier runs have finished, while they are being listed."""
+        if total != self._total or done != self._done:
+            self._total, self._done = total, done
+            self._bar.total, self._bar.initial = total, done
+            self._bar.n = done + self._new
+
     def add(self, images: int, note: str = "") -> None:
         """Count finished images; log a line if the last one is old enough."""
         self._new += images

@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 prediction = predict(predict_config)
                 checked = data_checks.check_if_small(everything, config) if config.data_checks else None
             heat_maps.start()
-            rows, probabilities = _read_rows(predict_config.folder)
+            rows, probabilities = _read_rows(predict_config.output)
             predictions = _make_predictions(rows, probabilities, bundle)
             results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
             if other is not None:
@@ -210,8 +210,8 @@ def _read_rows(folder: str) -> tuple[pa.Table, Any]:
         the rows with `_ROWS_COLUMNS`, and the probabilities of those without an error, float32 (N, classes).
     """
     tables, probabilities = [], []
-    for uri in sorted(prediction_parts.list_part_files(folder)):
-        part = storage.parse_parquet(storage.read_bytes(uri))
+    for file in prediction_parts.list_parts(folder):
+        part = prediction_parts.read_all(folder, file)
         tables.append(part.select(list(_ROWS_COLUMNS)))
         good = part["probabilities"].combine_chunks().drop_null()
         if len(good):

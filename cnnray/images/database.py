@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
-from cnnray.cpus import usable_cpus
 from cnnray.images.shards import CHANGED
 
 if TYPE_CHECKING:
     import duckdb
 
 _MEMORY = "512MB"
+_MOST_THREADS = 4
+"""Each has buffers of its own, for which the memory would not be enough."""
 _MOST_CANDIDATES = 10_000
 _ROWS_AT_ONCE = 2**16
 
@@ -33,7 +35,7 @@ def _database() -> Iterator["duckdb.DuckDBPyConnection"]:
         options: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": _MEMORY,
             "temp_directory": f"{folder}/spilled",
-            "threads": usable_cpus(),
+            "threads": min(_MOST_THREADS, os.cpu_count() or 1),
             "preserve_insertion_order": False,
         }
         connection = duckdb.connect(f"{folder}/rows.duckdb", config=options)

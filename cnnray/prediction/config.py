@@ -4,11 +4,11 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
-from cnnray.images import storage
+from cnnray.errors import BadInputError
 from cnnray.models import engines
 
 Format = Literal["parquet", "csv", "jsonl"]
@@ -93,6 +93,18 @@ class PredictOptions(InferenceOptions):
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
 
 
+class RemovedFlagError(BadInputError, ValueError):
+    """A flag of an earlier version that has no successor."""
+
+
+def _without_shards(shards: object) -> dict[str, object]:
+    if str(shards) != "1":
+        raise RemovedFlagError(
+            "--shards and --shard are gone: one run classifies any number of images on all nodes of a cluster."
+        )
+    return {}
+
+
 @configs.group(resumable=False)
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(PredictOptions):
@@ -112,22 +124,24 @@ class PredictConfig(PredictOptions):
     """Classify only the first N images."""
     rows_per_part: int = 4096
     """Rows in each output file. A run that is killed loses only the files that were not complete."""
-    shards: int = 1
-    """Split the images over this many runs, perhaps on other clusters; each writes OUTPUT/shard-I-of-N."""
-    shard: int = 0
-    """Index of the shard that this run classifies, from 0."""
     threshold: float = field(default=0.5, metadata=rules(resumable=True))
     """The summary gives the share of predictions whose confidence is below this threshold."""
     max_error_fraction: float = field(default=0.5, metadata=rules(resumable=True))
     """Stop the run when a larger share of its images has errors; checked from the first thousand images on."""
     retry_errors: bool = field(default=False, metadata=rules(resumable=True))
-    """Repeat the output files with images that could not be read (missing, access denied, unreadable, unavailable,
-    crashed)."""
+    """Classify the images again that could not be read (missing, access denied, unreadable, unavailable, crashed)."""
+    update: bool = field(default=False, metadata=rules(resumable=True))
+    """List the input again, and classify what is new or has changed since the earlier run (a file's size and time, or
+    its ETag; a row of a table); rows of images that are gone go, too."""
+    verify: bool = field(default=False, metadata=rules(resumable=True))
+    """At the end, read all output files, and compare their ids with those of the manifest."""
     overwrite: bool = field(default=False, metadata=rules(resumable=True))
     """Replace a finished run in the output, or one with other flags. An interrupted run with the same flags resumes
     in any case."""
     dry_run: bool = field(default=False, metadata=rules(resumable=True))
     """Report what would be read and how long it would take, then stop."""
+
+    RENAMED: ClassVar[configs.Renamed] = {"shards": _without_shards, "shard": lambda _: {}}
 
     def __post_init__(self) -> None:
         """
@@ -135,17 +149,8 @@ class PredictConfig(PredictOptions):
             ValueError: an invalid value; the message is one sentence that names the flag.
         """
         super().__post_init__()
-        flags.check_at_least_one(self, "limit", "rows_per_part", "shards")
+        flags.check_at_least_one(self, "limit", "rows_per_part")
         flags.check_share(self, "threshold", "max_error_fraction")
-        if not 0 <= self.shard < self.shards:
-            raise ValueError(f"--shard must be 0 to {self.shards - 1}, one less than --shards, not {self.shard}.")
         flags.make_absolute(self, "bundle", "input", "output")
         if f"{self.output}/".startswith(f"{self.input}/"):
             raise ValueError(f"--output {self.output} lies in --input {self.input}: it would be read as input.")
-
-    @property
-    def folder(self) -> str:
-        """Where this run writes: the output, or the folder of its shard in the output."""
-        if self.shards == 1:
-            return self.output
-        return storage.join(self.output, f"shard-{self.shard}-of-{self.shards}")

@@ -1,107 +1,105 @@
-"""A prediction job from end to end: manifest, workers, parts, reconciliation, summary."""
+"""A prediction job from end to end: list, plan, ranges, receipts, reconcile, summary."""
 
 import contextlib
 import functools
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cnnray import cluster, paths, waiting
-from cnnray.errors import CnnrayError
-from cnnray.images import containers, reading, storage
-from cnnray.images import manifest as manifests
-from cnnray.images.lease import lease
-from cnnray.images.manifest import ManifestError
-from cnnray.images.ranges import divide_rows, split_rows
+from cnnray.images import containers, storage
+from cnnray.images.lease import Lease, lease
+from cnnray.images.shards import Range
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
-from cnnray.prediction import parts as output
+from cnnray.prediction import earlier as earlier_versions
+from cnnray.prediction import manifest as manifests
 from cnnray.prediction import plan as plans
-from cnnray.prediction import resume, summary
+from cnnray.prediction import resume, summary, verify
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.parts import Parts
+from cnnray.prediction.dispatch import Dispatcher
+from cnnray.prediction.listed import ListedTasks
+from cnnray.prediction.manifest import Manifest
 from cnnray.prediction.plan import Plan
 from cnnray.prediction.pool import check_room
-from cnnray.prediction.resume import PredictionError
-from cnnray.prediction.worker import Worker, select_columns
+from cnnray.prediction.ranges import Output, RangeWorker, Receipt, Task
+from cnnray.prediction.reconcile import Received, left_out, reconcile, too_many_errors
+from cnnray.prediction.worker import Worker, rename_reserved
 from cnnray.progress import ProgressBar, duration
 from cnnray.tracking.prometheus import PredictionMetrics
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_RANGES, _SAMPLE_ROWS = 8, 32
-"""A dry run classifies so many row ranges of so many rows each."""
 _MIN_ROWS_CHECKED = 1000
 """Rows from which on `--max-error-fraction` may stop the run."""
 
+Planner = Callable[[Range], Task | None]
+
 
 def run(config: PredictConfig) -> dict[str, Any]:
-    """Classify all images of `config.input`. Writes the rows (`part-*`), `summary.json`, `errors.csv` if there are
-    errors, `manifest.parquet` and `config.yaml` to `config.folder`.
+    """Classify all images of `config.input`. Writes the rows (`part-*`), `summary.json`, `errors.csv` and `errors-*.csv`
+    if there are errors, `manifest/` and `config.yaml` to `config.output`.
 
     An interrupted run resumes. A finished run is not repeated.
 
     Returns:
-        `output`, `rows`, `ok`, `errors`, `resumed` (rows that existed already), `engine`, and of this call
-        `images_per_second` and `seconds`.
+        `output`, `rows`, `ok`, `errors`, `resumed` (rows that existed already), `classified` (images that this call
+        has read), `engine`, and of this call `images_per_second` and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PartError, PredictionError: with a sentence for the user. Mistakes that can
             be found without Ray are raised before Ray starts and before anything is written.
     """
     started = time.monotonic()
-    with lease(config.folder):
+    with lease(config.output) as held:
         bundle = Bundle.load(config.bundle)
         earlier = resume.earlier_run(config, bundle)
-        if earlier is not None and not config.retry_errors and (result := resume.read_result(config)) is not None:
+        result = resume.read_result(config, earlier) if earlier else None
+        if result is not None and not (config.retry_errors or config.update or config.verify):
             if not config.overwrite:
-                log.info("%s is finished already; nothing was run.", config.folder)
-                return result | {"resumed": result["rows"], "seconds": round(time.monotonic() - started, 2)}
+                log.info("%s is finished already; nothing was run.", config.output)
+                return result | {
+                    "resumed": result["rows"], "classified": 0, "seconds": round(time.monotonic() - started, 2),
+                }  # fmt: skip
             earlier = None
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
+        manifest = list_images(config, earlier)
+        plan_task = _task_planner(config, manifest, earlier)
+        left = _images_left(manifest, plan_task)
+        tasks, received, rate = ListedTasks(manifest.ranges, plan_task), Received(config), 0.0
         engine = earlier["engine"] if earlier else ""
-        manifest = resume.read_manifest(config) if earlier else build_manifest(config)
-        if earlier is None:
-            resume.check_shards(config, manifest, bundle)
-        parts = resume.plan_parts(config, manifest)
-        written = parts.written() if earlier else set()
-        retried = resume.find_parts_to_retry(config, parts, written)
-        written -= retried
-        resumed = parts.row_count(written)
-        log.info("%d images, %d of them done", len(manifest), resumed)
-        rate = 0.0
-        if not earlier or len(written) < len(parts.ranges):
-            with _planned(config, bundle, earlier, len(manifest)) as plan:
-                if not plan.in_process:
-                    first = containers.containing_file(manifest["uri"][0].as_py())
-                    paths.check_shared(cluster.resources(), [config.bundle, first])
+        if left == 0:
+            ranges = list(manifest.ranges)
+            resume.set_generation(config, manifest.generation)
+        else:
+            # A run that was not finished goes on with Ray: perhaps an image has ended the process that did the work.
+            is_few = left is not None and (earlier is None or result is not None)
+            with _planned(config, bundle, manifest, engine or None, left if is_few else None) as plan:
                 engine = plan.engine
-                # All checks have passed: only now is anything written or deleted.
-                if earlier is None:
-                    resume.begin_output(config, manifest, plan)
-                resume.delete_parts(config, parts, retried)
-                rate = _predict_missing_parts(config, manifest, parts, written, plan)
-        totals = _reconcile(config, manifest, parts, bundle)
-        resume.check_shards(config, manifest, bundle)  # another shard may have started at the same time
-        values = totals | {
-            "output": config.folder,
-            "resumed": resumed,
+                # All checks have passed: only now is anything of an earlier run replaced.
+                resume.begin_output(config, plan, manifest.generation, is_new=earlier is None)
+                rate = _classify(config, plan, manifest, tasks, received, held)
+            ranges = tasks.ranges
+        totals = reconcile(config, ranges, received)
+        resume.delete_manifests(config, manifest.generation)
+        if config.verify:
+            verify.verify(config, ranges, manifest.folder)
+        values = summary.summarize(totals, bundle.info) | {
+            "output": config.output,
+            "resumed": totals.rows - received.classified,
+            "classified": received.classified,
             "engine": engine,
             "images_per_second": round(rate, 2),
             "seconds": round(time.monotonic() - started, 2),
         }
-        result = {key: values[key] for key in resume.RESULT}
-        text = json.dumps(result | {"model": bundle.version} | values, indent=2)
-        storage.write_bytes(storage.join(config.folder, resume.SUMMARY), text.encode())
-        summary.log_summary(totals)
-        return result
+        line = {key: values[key] for key in resume.RESULT}
+        text = json.dumps(line | {"model": bundle.version} | values, indent=2)
+        storage.write_bytes(storage.join(config.output, resume.SUMMARY), text.encode())
+        summary.log_summary(values)
+        return line
 
 
 def dry_run(config: PredictConfig) -> dict[str, Any]:
@@ -115,27 +113,26 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     """
     bundle = Bundle.load(config.bundle)
     earlier = resume.earlier_run(config, bundle)
-    manifest = resume.read_manifest(config) if earlier else build_manifest(config)
-    parts = resume.plan_parts(config, manifest)
-    resumed = parts.row_count(parts.written() if earlier else set())
-    with _planned(config, bundle, earlier, len(manifest)) as plan:
-        pass
-    sample = _sample(manifest)
-    worker = Worker(plan, bundle.version)
+    count, sample = manifests.sample(config)
+    resumed = resume.row_count(config, earlier) if earlier else 0
+    is_few = earlier is None and plans.fits_this_process(config, count)
+    with contextlib.nullcontext() if is_few else cluster.connected(dashboard=config.dashboard):
+        plan = _make_plan(config, bundle, earlier["engine"] if earlier else None, is_few)
+    worker = Worker(plan)
+    sample = rename_reserved(sample)
     list(worker(sample.slice(0, 1)))  # the first call is slow
     start = time.monotonic()
     errors = sum(len(rows) - rows["error"].null_count for rows in worker(sample))
     rate = plan.pool.first * len(sample) / (time.monotonic() - start)
-    seconds = (len(manifest) - resumed) / rate
+    seconds = (count - resumed) / rate
     log.info(
-        "would read %d images of %s, for example %s; %d are done",
-        len(manifest), config.input, sample["uri"][0], resumed,
-    )  # fmt: skip
+        "would read %d images of %s, for example %s; %d are done", count, config.input, sample["uri"][0], resumed
+    )
     log.info("%d of %d sampled images have no prediction", errors, len(sample))
     log.info("%d workers of %s: %.0f images/s, %s", plan.pool.first, plan.engine, rate, duration(seconds))
     return {
-        "output": config.folder,
-        "rows": len(manifest),
+        "output": config.output,
+        "rows": count,
         "resumed": resumed,
         "engine": plan.engine,
         "workers": plan.pool.first,
@@ -144,207 +141,141 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     }
 
 
+def list_images(config: PredictConfig, earlier: dict[str, Any] | None) -> Manifest:
+    """The manifest of a run that begins anew, goes on, or is updated."""
+    if earlier is None:
+        return manifests.begin(config, resume.next_generation(config))
+    generation = earlier[resume.GENERATION]
+    if generation == resume.EARLIER_VERSION:
+        generation = 0
+        earlier_versions.convert(config, manifests.folder_of(config, generation))
+        resume.set_generation(config, generation)
+    if config.update and (updated := manifests.update(config, generation)) is not None:
+        return updated
+    return manifests.proceed(config, generation)
+
+
+def _task_planner(config: PredictConfig, manifest: Manifest, earlier: dict[str, Any] | None) -> Planner:
+    """Gives the task for a range of the manifest; None where its part is there."""
+    if earlier is None:
+        return lambda range_: Task(range=range_)
+    committed = resume.Committed(config)
+    retried = resume.find_retried(config, manifest, committed) if config.retry_errors else frozenset()
+    return functools.partial(resume.plan_task, committed=committed, retried=retried)
+
+
+def _images_left(manifest: Manifest, plan_task: Planner) -> int | None:
+    """Images of the ranges that have no part yet; None if they are too many to be counted before the run."""
+    if not manifest.is_listed:
+        return manifest.rows
+    return sum(range_.rows for range_ in manifest.ranges if plan_task(range_) is not None)
+
+
 @contextlib.contextmanager
-def _planned(config: PredictConfig, bundle: Bundle, earlier: dict[str, Any] | None, images: int) -> Iterator[Plan]:
+def _planned(
+    config: PredictConfig, bundle: Bundle, manifest: Manifest, engine: str | None, few: int | None
+) -> Iterator[Plan]:
     """The plan of a run; where it needs Ray, a connection to the cluster for as long as the context lasts.
 
-    A run that resumes needs Ray: perhaps an image has crashed the process that did the work.
+    Args:
+        config: of the run.
+        bundle: of the run.
+        manifest: of the run.
+        engine: of a run that goes on.
+        few: number of images, if this process may classify them.
     """
-    if earlier is None and plans.fits_this_process(config, images):
-        yield plans.plan_in_process(bundle, config)
+    if few is not None and plans.fits_this_process(config, few):
+        yield _make_plan(config, bundle, engine, in_process=True)
         return
     with cluster.connected(dashboard=config.dashboard):
-        yield plans.plan_when_resources_allow(bundle, config, earlier["engine"] if earlier else None)
+        plan = _make_plan(config, bundle, engine, in_process=False)
+        paths.check_shared(cluster.resources(), [config.bundle, containers.containing_file(manifest.example)])
+        yield plan
 
 
-def _sample(manifest: pa.Table) -> pa.Table:
-    """Short row ranges from all over a manifest; neighbouring rows, because a run reads containers in order, too."""
-    starts = np.linspace(0, max(len(manifest) - _SAMPLE_ROWS, 0), _SAMPLE_RANGES).astype(np.int64)
-    rows = np.unique(np.add.outer(starts, np.arange(_SAMPLE_ROWS)))
-    return manifest.take(pa.array(rows[rows < len(manifest)]))
+def _make_plan(config: PredictConfig, bundle: Bundle, engine: str | None, in_process: bool) -> Plan:
+    if in_process:
+        return plans.plan_in_process(bundle, config, engine)
+    return plans.plan_when_resources_allow(bundle, config, engine)
 
 
-def build_manifest(config: PredictConfig) -> pa.Table:
-    """The manifest of a run: the images of the input that its limit and shard select, with the columns that are
-    copied to the output. Its metadata holds the fingerprint of the images of all shards.
-
-    Raises:
-        ManifestError, OSError: with a sentence for the user.
-    """
-    manifest = manifests.build_manifest(config.input, labelled=False).slice(0, config.limit)
-    metadata = {resume.INPUT: manifests.fingerprint(manifest)}
-    manifest = select_columns(manifest)
-    if config.shards > 1:
-        ranges = divide_rows(manifest["uri"], config.shards)
-        if len(ranges) < config.shards:
-            raise ManifestError(
-                f"{config.input} can be split into {len(ranges)} shards only (images in one row group stay together)."
-            )
-        start, stop = ranges[config.shard]
-        manifest = manifest.slice(start, stop - start)
-    return manifest.replace_schema_metadata(metadata)
+# -- ranges and receipts --------------------------------------------------------------------------------------
 
 
-# -- the run --------------------------------------------------------------------------------------------------
-
-
-def _predict_missing_parts(
-    config: PredictConfig,
-    manifest: pa.Table,
-    parts: Parts,
-    written: set[int],
-    plan: Plan,
+def _classify(
+    config: PredictConfig, plan: Plan, manifest: Manifest, tasks: ListedTasks, received: Received, held: Lease
 ) -> float:
-    """Classify the images of the parts that are not written, and write these parts.
+    """Carry out the tasks of a run, and add up their receipts.
 
     Returns:
         images/s.
 
     Raises:
         UnavailableError: the storage of some images was in trouble; all others have their row.
-        PredictionError: see `_ErrorLimit`; or a worker failed.
+        PredictionError: too large a share of the images has no prediction; or a worker failed.
     """
-    missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
-    missing_rows = sum(stop - start for start, stop in missing)
-    collector = output.Collector(parts, manifest["id"].to_numpy(), leave_out=not config.skip_unreadable)
-    progress = ProgressBar(len(manifest), len(manifest) - missing_rows)
-    errors = _ErrorLimit(config, missing_rows)
-    images = manifest.replace_schema_metadata(None)
-    classified = _in_process(images, missing, plan) if plan.in_process else _on_cluster(config, images, missing, plan)
+    output = Output(
+        folder=config.output,
+        manifest=manifest.folder,
+        format=config.format,
+        threshold=config.threshold,
+        skip_unreadable=config.skip_unreadable,
+        lease_holder=held.holder,
+    )
+    metrics = None if plan.in_process else PredictionMetrics(config.output)
+    progress = ProgressBar(manifest.rows or 0)
+    receipts = _in_process(plan, output, tasks) if plan.in_process else _on_cluster(config, plan, output, tasks)
+    tasks.start()
     try:
-        with contextlib.closing(classified):
-            for rows in classified:
-                collector.add(rows)
-                errors.add(rows)
-                progress.add(len(rows), f"{errors.count} errors" if errors.count else "")
+        with contextlib.closing(receipts):
+            for receipt in receipts:
+                held.raise_if_lost()
+                progress.set_total(tasks.rows, tasks.rows_done)
+                if receipt is None:
+                    continue
+                received.add(receipt)
+                if metrics:
+                    metrics.add(receipt.tally.ok, receipt.tally.reasons)
+                progress.add(receipt.range.rows, f"{received.errors} errors" if received.errors else "")
+                _check_errors(config, received, tasks)
     finally:
+        tasks.stop()
         progress.close()
-    if (left_out := collector.left_out) is not None:
-        raise _left_out(config, left_out, len(manifest))
+    if received.unavailable.rows:
+        raise left_out(config, received.unavailable, tasks.rows)
     return progress.images_per_second
 
 
-def _in_process(manifest: pa.Table, ranges: list[tuple[int, int]], plan: Plan) -> Generator[pa.Table]:
-    """Classify row ranges of the manifest in this process."""
+def _in_process(plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Receipt]:
+    """Carry out the tasks in this process."""
     log.info("in this process, with %d threads", plan.pool.threads)
-    worker = Worker(plan, plan.bundle.version)
-    for start, stop in ranges:
-        yield from worker(manifest.slice(start, stop - start))
+    worker = RangeWorker(plan, output)
+    while not tasks.ended:
+        if (task := tasks.take(seconds=1.0)) is not None:
+            yield worker.run(task)
 
 
-def _on_cluster(
-    config: PredictConfig, manifest: pa.Table, ranges: list[tuple[int, int]], plan: Plan
-) -> Generator[pa.Table]:
-    """Classify row ranges of the manifest with Ray. The rows come in any order.
+def _on_cluster(config: PredictConfig, plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Receipt | None]:
+    """Carry out the tasks with workers on the cluster.
 
     Raises:
-        PredictionError: a worker failed.
         ClusterError: lost nodes did not come back.
     """
-    import ray
-
-    from cnnray.images import stream
-    from cnnray.prediction import pipeline
-
-    stream.silence_progress()
-    pool, metrics = plan.pool, PredictionMetrics(config.folder)
+    pool = plan.pool
     log.info(
         "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
-    per_task = pipeline.rows_per_task(sum(stop - start for start, stop in ranges), pool)
-    tasks = [
-        (first + start, first + stop)
-        for first, last in ranges
-        for start, stop in split_rows(manifest["uri"][first:last], per_task)
-    ]
-    dataset = pipeline.predict(manifest, plan, tasks)
-    try:
-        with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
-            for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-                metrics.add_rows(rows)
-                yield rows
-    except ray.exceptions.RayError as error:
-        sentence = f"Prediction failed: {cluster.last_line(error)} (The same command resumes the run.)"
-        raise cluster.user_error(error) or PredictionError(sentence) from error
+    with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+        yield from Dispatcher(plan, output).run(tasks)
 
 
-def _left_out(config: PredictConfig, rows: pa.Table, images: int) -> CnnrayError:
-    """The error for images that have no row. Writes the list of them, `errors.csv`."""
-    errors = summary.ErrorList()
-    errors.add(rows)
-    errors.write(storage.join(config.folder, resume.ERRORS))
-    example = rows.slice(0, 1).to_pylist()[0]
-    return storage.UnavailableError(
-        f"{len(rows)} of {images} images have no row, because storage was in trouble, for example {example['uri']} "
-        f"({example['error']}); {resume.ERRORS} lists them. The same command continues with them, and with "
-        "--skip-unreadable it gives them rows with an error."
-    )
-
-
-class _ErrorLimit:
-    """Counts errors, and stops the run when their share exceeds `max_error_fraction`."""
-
-    def __init__(self, config: PredictConfig, total_rows: int) -> None:
-        self._config, self._total_rows, self._rows = config, total_rows, 0
-        self.count = 0
-
-    def add(self, rows: pa.Table) -> None:
-        """
-        Raises:
-            PredictionError: too large a share of the rows so far has no prediction.
-        """
-        bad = rows.filter(pc.is_valid(rows["error"]))
-        self._rows += len(rows)
-        self.count += len(bad)
-        limit = self._config.max_error_fraction * self._rows
-        if len(bad) and self.count > limit and self._rows >= min(_MIN_ROWS_CHECKED, self._total_rows):
-            raise _too_many_errors(self._config, self.count, self._rows, bad.slice(0, 1).to_pylist()[0])
-
-
-def _too_many_errors(config: PredictConfig, errors: int, rows: int, example: dict[str, Any]) -> PredictionError:
-    has_no_row = example["error"].startswith(reading.UNAVAILABLE) and not config.skip_unreadable
-    return PredictionError(
-        f"{errors} of {rows} images have no prediction, more than --max-error-fraction "
-        f"{config.max_error_fraction:g}, for example {example['uri']} ({example['error']}): solve that, then run the "
-        f"same command{'' if has_no_row else ' with --retry-errors'}."
-    )
-
-
-# -- the end --------------------------------------------------------------------------------------------------
-
-
-def _reconcile(config: PredictConfig, manifest: pa.Table, parts: Parts, bundle: Bundle) -> dict[str, Any]:
-    """Read all parts back, compare their ids with those of the manifest, and summarize them. Writes `errors.csv`.
-
-    Returns:
-        what `summary.summarize` gives.
-
-    Raises:
-        PartError: a part is missing or has other ids.
-        PredictionError: too large a share of the rows has no prediction.
+def _check_errors(config: PredictConfig, received: Received, tasks: ListedTasks) -> None:
     """
-    ids: Any = manifest["id"].to_numpy()
-    written = parts.written()
-    missing = [bounds for part, bounds in enumerate(parts.ranges) if part not in written]
-    if missing:
-        missing_ids = np.concatenate([ids[start:stop] for start, stop in missing])
-        raise output.PartError(
-            f"{len(missing_ids)} images have no row, for example the ids {missing_ids[:10].tolist()}. Run the same "
-            "command again."
-        )
-    tally, errors = summary.Tally(config.threshold), summary.ErrorList()
-    for part in range(len(parts.ranges)):
-        rows = parts.read(part)
-        if problem := parts.problem(part, rows, ids):
-            raise output.PartError(f"{parts.uri(part)} has other ids than the manifest ({problem}): delete it.")
-        tally.add(rows)
-        errors.add(rows)
-    if tally.errors > config.max_error_fraction * tally.rows:
-        raise _too_many_errors(config, tally.errors, tally.rows, next(iter(tally.examples.values()))[0])
-    if tally.errors:
-        errors.write(storage.join(config.folder, resume.ERRORS))
-    else:
-        storage.delete_file(storage.join(config.folder, resume.ERRORS))
-    return summary.summarize(tally, bundle.info)
+    Raises:
+        PredictionError: too large a share of the images so far has no prediction.
+    """
+    enough = min(_MIN_ROWS_CHECKED, tasks.rows - tasks.rows_done) if tasks.is_complete else _MIN_ROWS_CHECKED
+    if received.errors > config.max_error_fraction * received.rows and received.rows >= enough:
+        raise too_many_errors(config, received.everything())

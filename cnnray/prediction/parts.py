@@ -1,189 +1,178 @@
-"""The part files of a run's output. Each holds the rows of one row range of the manifest and is written atomically.
+"""The part files of a run's output. Each holds the rows of one range of the manifest, and is created whole or not at all.
 
-The manifest alone determines the row ranges. A run with other workers, or one that resumes after a kill, therefore
-writes the same parts and need not repeat those that exist.
+The file of a range is called `part-FIRST-G.A.parquet` (or .csv, .jsonl): the id of its first row, the generation (the
+number of the run or update that classified the range last), and the attempt in that generation, which `--retry-errors`
+and a run that goes on after trouble with storage count up. Of a range's files in its generation, the one of the last
+attempt counts. A file is never changed, and never written twice: where two workers had a range, the first one's stays.
 
-A part whose images could not all be read, because storage was in trouble, is written as `part-NNNNNN-incomplete` with
-the rows that there are. The next run classifies all of its images again.
+A file whose images could not all be read, because storage was in trouble, is called `-incomplete`, and holds the rows
+that there are.
 """
 
+import contextlib
 import csv
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
 from cnnray.errors import PermanentError
-from cnnray.images import reading, storage
+from cnnray.images import storage
 from cnnray.prediction.config import Format
+from cnnray.prediction.tally import Tally
 
-_NAME = re.compile(r"part-(\d{6,})(-incomplete)?\.(parquet|csv|jsonl)")
+_NAME = re.compile(r"part-(\d{12,})-(\d+)\.(\d+)(-incomplete)?\.(parquet|csv|jsonl)")
+_ERRORS_NAME = re.compile(r"errors-\d{12,}-\d+\.\d+(-incomplete)?\.csv")
+_TALLY = b"cnnray.tally"
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()), ("uri", pa.string()), ("status", pa.string()), ("error", pa.string()),
         ("prediction", pa.string()), ("confidence", pa.float32()),
     ]
 )  # fmt: skip
-"""The columns that `Parts.read` returns."""
+"""The columns that `read` returns."""
 
 
 class PartError(PermanentError, RuntimeError):
     """Lost, repeated or damaged rows; the message is one sentence for the user."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The part files of one run, numbered from 0."""
+@dataclass(frozen=True, slots=True, order=True)
+class Part:
+    """The file of a range."""
 
-    folder: str
+    first: int
+    """Id of the range's first row."""
+    generation: int
+    attempt: int
+    incomplete: bool
     format: Format
-    ranges: list[tuple[int, int]]
-    """Row range of each part: its first row in the manifest, and the row after its last."""
-
-    def uri(self, part: int) -> str:
-        """The path or s3:// address of a part's file."""
-        return storage.join(self.folder, f"part-{part:06d}.{self.format}")
-
-    def written(self) -> set[int]:
-        """The parts whose files exist and are complete."""
-        matches = (_NAME.fullmatch(storage.name(uri)) for uri in list_part_files(self.folder))
-        numbers = {int(match[1]) for match in matches if match and not match[2] and match[3] == self.format}
-        return {number for number in numbers if number < len(self.ranges)}
-
-    def incomplete_files(self) -> list[str]:
-        """The uris of the incomplete parts."""
-        return [uri for uri in list_part_files(self.folder) if "-incomplete." in storage.name(uri)]
-
-    def row_count(self, parts: set[int]) -> int:
-        """Rows of the manifest that these parts hold together."""
-        return sum(stop - start for part, (start, stop) in enumerate(self.ranges) if part in parts)
-
-    def write(self, part: int, rows: pa.Table) -> None:
-        """Write a part atomically, under the name of an incomplete one if rows are missing."""
-        start, stop = self.ranges[part]
-        name, suffix = self.uri(part).rsplit(".", 1)
-        uri = f"{name}.{suffix}" if len(rows) == stop - start else f"{name}-incomplete.{suffix}"
-        storage.write_bytes(uri, _ENCODERS[self.format](rows))
-
-    def read(self, part: int) -> pa.Table:
-        """Read the columns of a part that the summary needs: `id`, `uri`, `status`, `error`, `prediction` and
-        `confidence`.
-
-        Raises:
-            PartError: the file is damaged.
-        """
-        data = storage.read_bytes(self.uri(part))
-        try:
-            return _DECODERS[self.format](data)
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            raise PartError(
-                f"{self.uri(part)} is damaged ({str(error).splitlines()[0]}): delete it, and run again."
-            ) from None
-
-    def problem(self, part: int, rows: pa.Table, ids: npt.NDArray[np.int64]) -> str:
-        """Compare the ids of a part with the manifest.
-
-        Args:
-            part: number of the part.
-            rows: all rows of the part.
-            ids: int64 (N,), the ids of all rows of the manifest.
-
-        Returns:
-            the ids that differ, for a message; empty where none do.
-        """
-        part_ids, expected = rows["id"].to_numpy(), ids[slice(*self.ranges[part])]
-        return "" if np.array_equal(part_ids, expected) else _describe_difference(part_ids, expected)
-
-
-def list_part_files(folder: str) -> list[str]:
-    """The uris of all parts in a folder, of any format, without those of shards below it."""
-    files = storage.files(folder) if storage.exists(folder) else []
-    return [file.uri for file in files if _NAME.fullmatch(file.uri.removeprefix(storage.join(folder, "")))]
-
-
-class Collector:
-    """Gathers rows that arrive in any order, and writes each part when all of its rows have arrived."""
-
-    def __init__(self, parts: Parts, ids: npt.NDArray[np.int64], *, leave_out: bool = True) -> None:
-        """
-        Args:
-            parts: the parts to write.
-            ids: int64 (N,), the ids of the manifest's rows, ascending.
-            leave_out: whether parts are written without the rows whose error says that storage was in trouble.
-        """
-        self._parts, self._ids, self._leave_out = parts, ids, leave_out
-        self._starts = np.asarray([start for start, _ in parts.ranges])
-        self._gathered: dict[int, list[pa.Table]] = {}
-        self._left_out: list[pa.Table] = []
 
     @property
-    def left_out(self) -> pa.Table | None:
-        """The rows that parts were written without: `id`, `uri` and `error`; None if there are none."""
-        return pa.concat_tables(self._left_out) if self._left_out else None
+    def name(self) -> str:
+        """Of the file."""
+        suffix = "-incomplete" if self.incomplete else ""
+        return f"part-{self.first:012d}-{self.generation}.{self.attempt}{suffix}.{self.format}"
 
-    def add(self, rows: pa.Table) -> None:
-        """Add rows, and write the parts that they complete.
-
-        Raises:
-            PartError: a part has the expected number of rows, but not the expected ids.
-            OSError: storage cannot be written.
-        """
-        places = np.searchsorted(self._ids, rows["id"].to_numpy())
-        owners = np.searchsorted(self._starts, places, side="right") - 1
-        for part in np.unique(owners).tolist():
-            self._gathered.setdefault(part, []).append(rows.filter(pa.array(owners == part)))
-            start, stop = self._parts.ranges[part]
-            if sum(map(len, self._gathered[part])) >= stop - start:
-                self._write(part, pa.concat_tables(self._gathered.pop(part)).sort_by("id"))
-
-    def _write(self, part: int, rows: pa.Table) -> None:
-        if problem := self._parts.problem(part, rows, self._ids):
-            raise PartError(f"Rows were lost or delivered twice ({problem}); run the same command again.")
-        if self._leave_out:
-            unavailable = reading.is_unavailable(rows["error"])
-            if pc.any(unavailable).as_py():
-                self._left_out.append(rows.filter(unavailable).select(["id", "uri", "error"]))
-                rows = rows.filter(pc.invert(unavailable))
-        if len(rows):
-            self._parts.write(part, rows)
+    @property
+    def errors_name(self) -> str:
+        """Of the file beside it that lists the rows without a prediction, where there are some."""
+        return f"errors-{self.name.removeprefix('part-').rpartition('.')[0]}.csv"
 
 
-def _describe_difference(ids: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> str:
-    """List the ids that are missing, unexpected or repeated."""
-    missing, unexpected = np.setdiff1d(expected, ids), np.setdiff1d(ids, expected)
-    values, counts = np.unique(ids, return_counts=True)
-    problems = {"missing": missing, "unexpected": unexpected, "more than once": values[counts > 1]}
-    return (
-        "; ".join(
-            f"{problem} {', '.join(map(str, wrong[:10].tolist()))}{' ...' if len(wrong) > 10 else ''} ({len(wrong)})"
-            for problem, wrong in problems.items()
-            if len(wrong)
-        )
-        or "another order"
-    )
+def list_parts(folder: str) -> Iterator[Part]:
+    """All parts in a folder, in the order of their names."""
+    for file in storage.walk(folder) if storage.exists(folder) else ():
+        if (part := parse_name(file.uri.removeprefix(storage.join(folder, "")))) is not None:
+            yield part
+
+
+def parse_name(name: str) -> Part | None:
+    """The part of a file's name; None for another file's."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    format_: Any = match[5]
+    return Part(int(match[1]), int(match[2]), int(match[3]), bool(match[4]), format_)
+
+
+def is_part_or_errors(name: str) -> bool:
+    """Whether a file's name is that of a part, or of a list of errors beside one."""
+    return parse_name(name) is not None or _ERRORS_NAME.fullmatch(name) is not None
+
+
+def write(folder: str, part: Part, rows: pa.Table, tally: Tally) -> bool:
+    """Create the file of a part, and read it back.
+
+    Args:
+        folder: of the output.
+        part: which file.
+        rows: of the range, in the order of their ids.
+        tally: of these rows.
+
+    Returns:
+        Whether the file has these rows: False where another worker has created it with others.
+
+    Raises:
+        PartError: storage gives back other bytes than it was given.
+        OSError: storage that cannot be written.
+    """
+    data, uri = _ENCODERS[part.format](rows, tally), storage.join(folder, part.name)
+    created = storage.create(uri, data)
+    is_same = storage.read_bytes(uri) == data  # also where the answer to the request that created it was lost
+    if created and not is_same:
+        raise PartError(f"{uri} was read back with other content than was written: check the storage.")
+    return is_same
+
+
+def read(folder: str, part: Part) -> pa.Table:
+    """Read the columns of a part that a receipt needs: `id`, `uri`, `status`, `error`, `prediction` and `confidence`.
+
+    Raises:
+        PartError: the file is damaged, or gone.
+    """
+    with _part_errors(folder, part) as uri:
+        return _DECODERS[part.format](storage.read_bytes(uri))
+
+
+def read_tally(folder: str, part: Part, threshold: float) -> Tally:
+    """The tally of a part: from the footer of its file, or counted anew where that has none for this threshold.
+
+    Raises:
+        PartError: the file is damaged, or gone.
+    """
+    if part.format == "parquet":
+        with _part_errors(folder, part) as uri:
+            filesystem, path = storage.arrow_filesystem(uri)
+            with storage.translated_errors(uri):
+                metadata = pyarrow.parquet.read_metadata(path, filesystem=filesystem).metadata
+        if _TALLY in metadata and (tally := Tally.from_json(metadata[_TALLY])).threshold == threshold:
+            return tally
+    return Tally.of(read(folder, part), threshold)
+
+
+def read_all(folder: str, part: Part) -> pa.Table:
+    """Read all columns of a Parquet part.
+
+    Raises:
+        PartError: the file is damaged, or gone.
+    """
+    with _part_errors(folder, part) as uri:
+        return storage.parse_parquet(storage.read_bytes(uri)).replace_schema_metadata(None)
+
+
+@contextlib.contextmanager
+def _part_errors(folder: str, part: Part) -> Iterator[str]:
+    uri = storage.join(folder, part.name)
+    try:
+        yield uri
+    except FileNotFoundError:
+        raise PartError(f"{uri} was deleted while the run was going on: run the same command again.") from None
+    except (pa.ArrowException, storage.BadFileError, KeyError, ValueError) as error:
+        raise PartError(f"{uri} is damaged ({str(error).splitlines()[0]}): delete it, and run again.") from None
 
 
 # -- file formats ---------------------------------------------------------------------------------------------
 
 
-def _encode_parquet(rows: pa.Table) -> bytes:
+def _encode_parquet(rows: pa.Table, tally: Tally) -> bytes:
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(rows, buffer)
+    metadata = {**(rows.schema.metadata or {}), _TALLY: tally.as_json()}
+    pyarrow.parquet.write_table(rows.replace_schema_metadata(metadata), buffer)
     return buffer.getvalue()
 
 
-def _encode_jsonl(rows: pa.Table) -> bytes:
+def _encode_jsonl(rows: pa.Table, tally: Tally) -> bytes:
     return "".join(f"{json.dumps(row, default=str)}\n" for row in rows.to_pylist()).encode()
 
 
-def _encode_csv(rows: pa.Table) -> bytes:
+def _encode_csv(rows: pa.Table, tally: Tally) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)  # ends lines with \r\n, and therefore quotes values that contain \r or \n
     writer.writerow(rows.column_names)

@@ -44,13 +44,13 @@ def fits_this_process(options: InferenceOptions, images: int) -> bool:
     )
 
 
-def plan_in_process(bundle: Bundle, options: PredictOptions) -> Plan:
-    """A plan for the job's own process, with all of its CPUs.
+def plan_in_process(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
+    """A plan for the job's own process, with all of its CPUs; the engine is chosen unless one is given.
 
     Raises:
         BundleError: the bundle was not exported to the engine.
     """
-    engine = choose_engine(bundle, options, gpus=False)
+    engine = engine or choose_engine(bundle, options, gpus=False)
     pool = Pool(smallest=1, first=1, largest=1, cpus=usable_cpus())
     return _plan(bundle, options, engine, pool, in_process=True)
 
@@ -105,6 +105,6 @@ def _plan(bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, i
         options=options,
         pool=pool,
         digest=engines.digest(bundle, engine),
-        output=options.folder if isinstance(options, PredictConfig) else "",
+        output=options.output if isinstance(options, PredictConfig) else "",
         in_process=in_process,
     )

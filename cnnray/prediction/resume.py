@@ -1,167 +1,220 @@
-"""What the output holds of an earlier run: whether this run resumes it, and which of its parts are kept.
+"""What the output holds of an earlier run: whether this run goes on with it, and which parts count.
 
-A run records what it is in `config.yaml` and in the metadata of its manifest, before it writes its first part.
+A run says in `config.yaml` what it is: its flags, the engine, the model, and the generation of its manifest.
 """
 
+import bisect
+import functools
 import json
 import logging
-import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cnnray import configs
-from cnnray.errors import PermanentError
-from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage
-from cnnray.images.ranges import split_rows
+from cnnray.images import shards, storage
+from cnnray.images.shards import Range
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
-from cnnray.prediction import parts as output
+from cnnray.prediction import earlier as earlier_versions
+from cnnray.prediction import manifest as manifests
+from cnnray.prediction import parts
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.parts import Parts
+from cnnray.prediction.dispatch import PredictionError
+from cnnray.prediction.manifest import Manifest
+from cnnray.prediction.parts import Part
 from cnnray.prediction.plan import Plan
+from cnnray.prediction.ranges import RETRIED_REASONS, Task
 
 log = logging.getLogger(__name__)
 
-CONFIG, MANIFEST, SUMMARY, ERRORS = "config.yaml", "manifest.parquet", "summary.json", "errors.csv"
-RESULT = ("output", "rows", "ok", "errors", "resumed", "engine", "images_per_second", "seconds")
+CONFIG, SUMMARY, ERRORS = "config.yaml", "summary.json", "errors.csv"
+RESULT = ("output", "rows", "ok", "errors", "resumed", "classified", "engine", "images_per_second", "seconds")
 """Keys of the JSON line that a run returns; `summary.json` begins with them."""
-INPUT = b"input"
-_MODEL, _FILE = b"model", b"engine_file"
-"""Keys of the manifest's metadata that identify a run: the fingerprint of the images of all shards, `Bundle.version`,
-and `engines.digest` of the file that the engine runs."""
-_RETRIED_REASONS = ("missing", "access denied", "unreadable", reading.UNAVAILABLE, "crashed", "throttled")
-"""Reasons of errors that another attempt may not have; `throttled` is of versions up to 0.2."""
-_SHARD = re.compile(r"shard-\d+-of-(\d+)")
-
-
-class PredictionError(PermanentError, RuntimeError):
-    """A run that cannot start, or that failed; the message is one sentence for the user."""
-
-
-def plan_parts(config: PredictConfig, manifest: pa.Table) -> Parts:
-    """Divide the rows of a run into parts."""
-    ranges = split_rows(manifest["uri"], config.rows_per_part, cut_groups=True)
-    return Parts(config.folder, config.format, ranges)
+GENERATION, EARLIER_VERSION = "generation", -1
+_MODEL, _FILE = "model", "engine_file"
+"""Keys of `config.yaml` besides the flags: the generation of the manifest, `Bundle.version`, and `engines.digest` of
+the file that the engine runs."""
+_READING_THREADS = 16
 
 
 def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
-    """The config of the run in the output, if this run can resume it; None if this run begins anew.
+    """The config of the run in the output, with the keys `engine` and `generation`, if this run can go on with it.
+
+    Returns:
+        None if this run begins anew.
 
     Raises:
         PredictionError: the output holds another run and `overwrite` is not set, or it holds files of something else.
     """
-    try:
-        text = storage.read_bytes(storage.join(config.folder, CONFIG))
-    except FileNotFoundError:
-        foreign = [name for name in (MANIFEST, SUMMARY) if storage.is_file(storage.join(config.folder, name))]
-        if foreign := [*foreign, *map(storage.name, output.list_part_files(config.folder)[:1])]:
-            raise PredictionError(
-                f"{config.folder} holds {', '.join(foreign)}, but no {CONFIG} of a run; give another --output."
-            ) from None
+    earlier = _read_config(config)
+    if earlier is None:
         return None
-    earlier = configs.load(PredictConfig, text, storage.join(config.folder, CONFIG))
-    if "engine" not in earlier:
-        raise PredictionError(f"{config.folder} holds a {CONFIG} of another job; give another --output.")
     differences = configs.differences(config, earlier)
     if config.engine not in ("auto", earlier["engine"]):
         differences.append(f"--engine {earlier['engine']} (now {config.engine})")
-    identity = _read_identity(config.folder)
-    if identity is not None and identity[_MODEL] != bundle.version:
-        differences.append(f"the model {identity[_MODEL]} (now {bundle.version})")
-    elif identity is not None and not differences and identity[_FILE] != engines.digest(bundle, earlier["engine"]):
+    if earlier[_MODEL] != bundle.version:
+        differences.append(f"the model {earlier[_MODEL]} (now {bundle.version})")
+    elif not differences and earlier[_FILE] != engines.digest(bundle, earlier["engine"]):
         differences.append(f"another export to {earlier['engine']}")
     if differences and not config.overwrite:
         raise PredictionError(
-            f"{config.folder} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
+            f"{config.output} holds a run with {', '.join(differences)}; give another --output, or --overwrite."
         )
-    return None if differences or identity is None else dict(earlier)
+    return None if differences else earlier
 
 
-def _read_identity(folder: str) -> dict[bytes, str] | None:
-    """The metadata that identifies the run in a folder; None if it was killed before it wrote its manifest."""
+def next_generation(config: PredictConfig) -> int:
+    """The generation of a run that begins anew: one that no part in the output has, so that a worker of an earlier run
+    that was cut off can add nothing to this one."""
+    earlier = _read_config(config)
+    return 0 if earlier is None else earlier[GENERATION] + 1
+
+
+def _read_config(config: PredictConfig) -> dict[str, Any] | None:
+    uri = storage.join(config.output, CONFIG)
     try:
-        metadata = manifests.read_metadata(storage.join(folder, MANIFEST))
+        text = storage.read_bytes(uri)
+    except FileNotFoundError:
+        foreign = [name for name in (SUMMARY, ERRORS) if storage.is_file(storage.join(config.output, name))]
+        foreign += [name for name in _file_names(config) if parts.parse_name(name) or earlier_versions.is_part(name)]
+        if foreign:
+            raise PredictionError(
+                f"{config.output} holds {', '.join(foreign[:3])}, but no {CONFIG} of a run; give another --output."
+            ) from None
+        return None
+    values = configs.load(PredictConfig, text, uri)
+    if "engine" not in values:
+        raise PredictionError(f"{config.output} holds a {CONFIG} of another job; give another --output.")
+    if GENERATION not in values:
+        if (identity := earlier_versions.identity(config.output)) is None:
+            return None  # it was killed before it wrote its manifest
+        values |= {GENERATION: EARLIER_VERSION, _MODEL: identity[0], _FILE: identity[1]}
+    return values
+
+
+def read_result(config: PredictConfig, earlier: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON line of the run in the output; None unless it is finished, and all of its parts still exist."""
+    try:
+        summary = json.loads(storage.read_bytes(storage.join(config.output, SUMMARY)))
     except FileNotFoundError:
         return None
-    return {key: metadata.get(key, b"").decode() for key in (_MODEL, _FILE, INPUT)}
+    if earlier[GENERATION] != EARLIER_VERSION and row_count(config, earlier) != summary["rows"]:
+        log.warning("%s was finished, but some of its parts no longer exist", config.output)
+        return None
+    return {"classified": 0} | {key: summary[key] for key in RESULT if key in summary}
 
 
-def check_shards(config: PredictConfig, manifest: pa.Table, bundle: Bundle) -> None:
-    """Check that all runs in the output are shards of the same images, model and number of shards.
+def begin_output(config: PredictConfig, plan: Plan, generation: int, *, is_new: bool) -> None:
+    """Say that the output holds this run, with the manifest of this generation, and that it is not finished.
 
-    Raises:
-        PredictionError: one is not.
+    Args:
+        config: of the run.
+        plan: of the run.
+        generation: of its manifest.
+        is_new: whether the run begins anew: files of an earlier run are deleted.
     """
-    if config.overwrite or not storage.exists(config.output):
-        return
-    shard_counts = {config.output: "1"}
-    for folder in storage.folders(config.output):
-        if match := _SHARD.fullmatch(storage.name(folder)):
-            shard_counts[folder] = match[1]
-    for folder, shard_count in shard_counts.items():
-        if (identity := _read_identity(folder)) is None:
-            continue
-        for flag, other, this in (
-            ("--shards", shard_count, str(config.shards)),
-            ("--input", identity[INPUT], manifest.schema.metadata[INPUT].decode()),
-            ("--bundle", identity[_MODEL], bundle.version),
-        ):
-            if other != this:
-                raise PredictionError(
-                    f"{folder} is of a run with another {flag} ({other}, now {this}); give another --output, or "
-                    "--overwrite."
-                )
+    storage.delete_file(storage.join(config.output, SUMMARY))
+    if is_new:
+        storage.delete_file(storage.join(config.output, ERRORS))
+        delete_files(config, keep=set())
+    # The config comes before other files: an output with parts and no config is refused as not ours.
+    _write_config(config, {
+        "engine": plan.engine, GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest
+    })  # fmt: skip
+    if is_new:
+        delete_manifests(config, generation)
 
 
-def read_result(config: PredictConfig) -> dict[str, Any] | None:
-    """The JSON line of the run in the output; None unless the run is finished and all of its parts still exist."""
-    try:
-        summary = json.loads(storage.read_bytes(storage.join(config.folder, SUMMARY)))
-    except FileNotFoundError:
-        return None
-    parts = plan_parts(config, read_manifest(config))
-    if missing := len(parts.ranges) - len(parts.written()):
-        log.warning("%s was finished, but %d of its parts no longer exist", config.folder, missing)
-        return None
-    return {key: summary[key] for key in RESULT}
+def set_generation(config: PredictConfig, generation: int) -> None:
+    """Say that the output holds the manifest of this generation, in which no range has changed."""
+    earlier = _read_config(config)
+    assert earlier is not None
+    if earlier[GENERATION] != generation:
+        _write_config(config, {key: earlier[key] for key in ("engine", _MODEL, _FILE)} | {GENERATION: generation})
 
 
-def read_manifest(config: PredictConfig) -> pa.Table:
-    """The manifest of the run in the output."""
-    return manifests.read(storage.join(config.folder, MANIFEST))
+def _write_config(config: PredictConfig, values: dict[str, Any]) -> None:
+    text = configs.dump(config, overwrite=False, retry_errors=False, update=False, verify=False, **values)
+    storage.write_bytes(storage.join(config.output, CONFIG), text)
 
 
-def find_parts_to_retry(config: PredictConfig, parts: Parts, written: set[int]) -> set[int]:
-    """The written parts that `--retry-errors` repeats: those with an error that another attempt may not have."""
-    if not config.retry_errors:
-        return set()
-    retried = set()
-    for part in sorted(written):
-        errors = pc.unique(parts.read(part)["error"].drop_null()).to_pylist()
-        if any(error.partition(":")[0] in _RETRIED_REASONS for error in errors):
-            retried.add(part)
-    log.info("%d of %d parts have images that could not be read and are repeated", len(retried), len(parts.ranges))
-    return retried
+def row_count(config: PredictConfig, earlier: dict[str, Any]) -> int:
+    """Rows of an earlier run that this run would keep."""
+    committed, folder = Committed(config), manifests.folder_of(config, earlier[GENERATION])
+    kept = [range_ for range_ in shards.ranges(folder) if plan_task(range_, committed, frozenset()) is None]
+    return sum(range_.rows for range_ in kept)
 
 
-def delete_parts(config: PredictConfig, parts: Parts, numbers: set[int]) -> None:
-    """Delete parts and all incomplete parts, and before them the summary, which marks the run as finished."""
-    storage.delete_file(storage.join(config.folder, SUMMARY))
-    for uri in [*map(parts.uri, sorted(numbers)), *parts.incomplete_files()]:
-        storage.delete_file(uri)
+def delete_manifests(config: PredictConfig, generation: int) -> None:
+    """Delete the manifests of other generations."""
+    folder = storage.join(config.output, manifests.FOLDER)
+    if storage.exists(folder):
+        for other in storage.folders(folder):
+            if storage.name(other) != str(generation):
+                storage.delete_folder(other)
 
 
-def begin_output(config: PredictConfig, manifest: pa.Table, plan: Plan) -> None:
-    """Delete the files of an earlier run from the output, and write the config and manifest of this run."""
-    for name in (SUMMARY, ERRORS, MANIFEST):
-        storage.delete_file(storage.join(config.folder, name))
-    for uri in output.list_part_files(config.folder):
-        storage.delete_file(uri)
-    # The config comes first: a folder with other files but no config is refused as not ours.
-    text = configs.dump(config, engine=plan.engine, overwrite=False)
-    storage.write_bytes(storage.join(config.folder, CONFIG), text)
-    metadata = manifest.schema.metadata | {_MODEL: plan.bundle.version, _FILE: plan.digest}
-    manifests.write(manifest.replace_schema_metadata(metadata), storage.join(config.folder, MANIFEST))
+def delete_files(config: PredictConfig, keep: set[str]) -> None:
+    """Delete the parts and lists of errors in the output whose names are not among these."""
+    stale = [name for name in _file_names(config) if parts.is_part_or_errors(name) and name not in keep]
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        list(pool.map(lambda name: storage.delete_file(storage.join(config.output, name)), stale))
+
+
+def _file_names(config: PredictConfig) -> Iterator[str]:
+    """The files in the output, relative to it."""
+    prefix = storage.join(config.output, "")
+    files = storage.walk(config.output) if storage.exists(config.output) else ()
+    return (file.uri.removeprefix(prefix) for file in files)
+
+
+class Committed:
+    """The parts in the output."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        """List them."""
+        self._by_first: dict[int, list[Part]] = {}
+        for part in parts.list_parts(config.output):
+            if part.format == config.format:
+                self._by_first.setdefault(part.first, []).append(part)
+        self._firsts = sorted(self._by_first)
+
+    def of(self, range_: Range) -> Part | None:
+        """The part of a range that counts: in its generation the one of the last attempt, complete before incomplete."""
+        found = [part for part in self._by_first.get(range_.first, ()) if part.generation == range_.generation]
+        return max(found, key=lambda part: (part.attempt, not part.incomplete), default=None)
+
+    def before(self, range_: Range) -> Part | None:
+        """The last part of earlier generations that has rows of a range: it may begin with rows that are gone."""
+        place = bisect.bisect_right(self._firsts, range_.first)
+        found = [
+            part
+            for first in self._firsts[max(place - 1, 0) : place]
+            for part in self._by_first[first]
+            if part.generation < range_.generation
+        ]
+        return max(found, key=lambda part: (part.generation, part.attempt, not part.incomplete), default=None)
+
+
+def plan_task(range_: Range, committed: Committed, retried: frozenset[Part]) -> Task | None:
+    """What there is to do for a range; None where its part counts."""
+    part = committed.of(range_)
+    if part is None:
+        earlier = committed.before(range_)
+        return Task(range=range_, earlier=earlier if earlier and earlier.format == "parquet" else None)
+    if part.incomplete or part in retried:
+        return Task(range=range_, attempt=part.attempt + 1, earlier=part if part.format == "parquet" else None)
+    return None
+
+
+def find_retried(config: PredictConfig, manifest: Manifest, committed: Committed) -> frozenset[Part]:
+    """The parts that `--retry-errors` repeats: those with an error that another attempt may not have."""
+    found = [part for range_ in shards.ranges(manifest.folder) if (part := committed.of(range_)) is not None]
+    read = functools.partial(parts.read_tally, config.output, threshold=config.threshold)
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        tallies = pool.map(read, found)
+        pairs = zip(found, tallies, strict=True)
+        retried = {part for part, tally in pairs if not tally.reasons.keys().isdisjoint(RETRIED_REASONS)}
+    log.info("%d of %d parts have images that could not be read and are repeated", len(retried), len(found))
+    return frozenset(retried)

@@ -1,24 +1,15 @@
 """The summary of a run: counts, errors by reason, predicted classes against the training classes, confidences."""
 
-import csv
-import io
 import logging
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from cnnray.images import storage
 from cnnray.models.bundle import BundleInfo
+from cnnray.prediction.tally import Tally
 
 log = logging.getLogger(__name__)
 
-_ERROR_COLUMNS = ["id", "uri", "error"]
-_EXAMPLES = 3
-"""Images listed for each error reason."""
 DRIFT_IMAGES = 100
 """Predictions below which their classes are not compared with those of training."""
 DRIFT_EFFECT = 0.5
@@ -30,50 +21,6 @@ _MIN_EXPECTED = 5
 of fit, 1952)."""
 _MAX_IMAGES = 10_000_000
 """Images of a row of a table of which random tables are made; larger rows are scaled to it."""
-
-
-@dataclass
-class Tally:
-    """Counts over the rows of all parts, added part by part."""
-
-    threshold: float
-    """Confidence below which predictions are counted in `below_threshold`."""
-    rows: int = 0
-    below_threshold: int = 0
-    classes: Counter[str] = field(default_factory=Counter)
-    """Predictions by class name."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Errors by reason."""
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """The first rows of each error reason: `id`, `uri` and `error`."""
-
-    def add(self, rows: pa.Table) -> None:
-        """Count rows that have at least `id`, `uri`, `error`, `prediction` and `confidence`."""
-        self.rows += len(rows)
-        predicted = rows.filter(pc.is_null(rows["error"]))
-        self.below_threshold += pc.sum(pc.less(predicted["confidence"], self.threshold)).as_py() or 0
-        for item in pc.value_counts(predicted["prediction"]).to_pylist():
-            self.classes[item["values"]] += item["counts"]
-        for row in _error_rows(rows).to_pylist():
-            reason = row["error"].partition(":")[0]
-            self.reasons[reason] += 1
-            if len(self.examples.setdefault(reason, [])) < _EXAMPLES:
-                self.examples[reason].append(row)
-
-    @property
-    def errors(self) -> int:
-        """Number of rows without a prediction."""
-        return self.reasons.total()
-
-    @property
-    def ok(self) -> int:
-        """Number of rows with a prediction."""
-        return self.rows - self.errors
-
-
-def _error_rows(rows: pa.Table) -> pa.Table:
-    """The rows that have an error, with the columns `id`, `uri` and `error`."""
-    return rows.filter(pc.is_valid(rows["error"])).select(_ERROR_COLUMNS)
 
 
 def population_stability_index(actual: dict[str, int], expected: dict[str, int]) -> float | None:
@@ -195,21 +142,3 @@ def log_summary(summary: dict[str, Any], max_classes: int = 10) -> None:
             "size %.2f, where %g is large): check that these are the kind of images that the network was trained on.",
             drift["p_value"], drift["effect_size"], DRIFT_EFFECT,
         )  # fmt: skip
-
-
-class ErrorList:
-    """Gathers the rows without a prediction for `errors.csv`."""
-
-    def __init__(self) -> None:
-        self._text = io.StringIO()
-        self._writer = csv.writer(self._text)
-        self._writer.writerow(_ERROR_COLUMNS)
-
-    def add(self, rows: pa.Table) -> None:
-        """Add those of these rows that have an error."""
-        columns = (column.to_pylist() for column in _error_rows(rows).columns)
-        self._writer.writerows(zip(*columns, strict=True))
-
-    def write(self, uri: str) -> None:
-        """Write the file atomically."""
-        storage.write_bytes(uri, self._text.getvalue().encode())

@@ -10,7 +10,7 @@ Output rows come in any order. A row has the manifest's columns and
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from cnnray.images.ranges import rows_per_block
 from cnnray.models import engines, startup
 from cnnray.models.bundle import BundleError
 from cnnray.models.predictor import Predictor, find_unusable, rank_classes
-from cnnray.prediction.ledger import MAX_CRASHES, finish_attempt, start_attempt
 from cnnray.prediction.plan import Plan
 from cnnray.tracking.prometheus import PredictionMetrics
 
@@ -31,7 +30,6 @@ COLUMNS = (
     "embedding",
 )  # fmt: skip
 """The columns that predictions add, in their order."""
-CRASHED = "crashed: the worker process crashed each time it was given this image"
 _PIXELS, _ERROR = "__pixels", "__error"
 """Columns that decoding tasks add for workers: the pixels of an image, and its error, empty where it was decoded."""
 
@@ -41,121 +39,54 @@ Sources = Iterator[containers.Source] | None
 
 
 def select_columns(manifest: pa.Table) -> pa.Table:
-    """The manifest with the columns that are copied to the output.
-
-    `label` and `split` are dropped if they are empty. Columns whose names are in `COLUMNS` are renamed to
-    `original_NAME`.
-    """
+    """The manifest with the columns that are copied to the output: without an empty `label` or `split`."""
     optional = [name for name in ("label", "split") if name in manifest.column_names]
-    manifest = manifest.drop_columns([name for name in optional if manifest[name].null_count == len(manifest)])
-    names = set(manifest.column_names)
+    return rename_reserved(
+        manifest.drop_columns([name for name in optional if manifest[name].null_count == len(manifest)])
+    )
+
+
+def rename_reserved(rows: pa.Table) -> pa.Table:
+    """The rows with their columns of names in `COLUMNS` renamed to `original_NAME`."""
+    names = set(rows.column_names)
     for name in names & set(COLUMNS):
         renamed = f"original_{name}"
         while renamed in names:
             renamed = f"original_{renamed}"
         names.add(renamed)
-        manifest = manifest.rename_columns({name: renamed})
-    return manifest
+        rows = rows.rename_columns({name: renamed})
+    return rows
 
 
-def decode_rows(
-    table: pa.Table, size: int, resize: Any, rows_per_block: int, ledger: Any = None
-) -> Iterator[pa.Table]:
-    """Manifest rows with the columns `_PIXELS` and `_ERROR`, for workers that do not decode themselves."""
-
-    def decode(rows: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
-        start = 0
-        columns = rows.select(["id", "uri"])
-        blocks = reading.decoded_blocks(columns, size, resize, rows_per_block, sources=sources, keep_unavailable=True)
-        for block in blocks:
-            count = len(block["id"])
-            yield _with_pixels(rows.slice(start, count), block["image"], pa.array(block["error"], pa.string()))
-            start += count
-
-    def crashed(row: pa.Table) -> pa.Table:
-        return _with_pixels(row, np.zeros((1, size, size, 3), np.uint8), pa.array([CRASHED]))
-
-    yield from _isolate_crashes(table, decode, crashed, rows_per_block, ledger, "decode")
-
-
-def _with_pixels(rows: pa.Table, images: Images, errors: pa.Array) -> pa.Table:
-    kind, buffer = pa.binary(images[0].size), pa.py_buffer(np.ascontiguousarray(images))
-    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(images), [None, buffer])
-    return rows.append_column(_PIXELS, pixels).append_column(_ERROR, errors)
-
-
-def _isolate_crashes(
-    table: pa.Table,
-    process: Callable[[pa.Table, Sources], Iterator[pa.Table]],
-    crashed: Callable[[pa.Table], pa.Table],
-    rows_per_block: int,
-    ledger: Any,
-    stage: str,
-) -> Iterator[pa.Table]:
-    """Process the rows of a task; if the task has crashed its worker before, row by row, without the rows that crash.
-
-    Both paths yield blocks of equal length, because Ray skips blocks by count when it retries a task.
-
-    Args:
-        table: the rows of the task.
-        process: yields the output of rows, in blocks of `rows_per_block`. It takes the images from the iterator,
-            or reads them itself if that is None.
-        crashed: gives the output for a row that crashes its worker.
-        rows_per_block: rows of each block; the last may have fewer.
-        ledger: the ledger's actor, or None.
-        stage: name of the work, which with the ids names the task in the ledger.
-    """
-    task = f"{stage} {table['id'][0]} to {table['id'][-1]}"
-    if start_attempt(ledger, task) < MAX_CRASHES:
-        yield from process(table, None)
-    else:
-        uris = table["uri"].to_pylist()
-        sources = containers.encoded(uris)  # one iterator for all rows: each row group is read from its start
-        for start in range(0, len(table), rows_per_block):
-            outputs: list[pa.Table] = []
-            for place in range(start, min(start + rows_per_block, len(table))):
-                row = table.slice(place, 1)
-                row_task = f"{stage} {row['id'][0]}"
-                if start_attempt(ledger, row_task) < MAX_CRASHES:
-                    outputs += process(row, sources)
-                    finish_attempt(ledger, row_task)
-                else:
-                    outputs.append(crashed(row))
-                    sources = containers.encoded(uris[place + 1 :])
-            yield pa.concat_tables(outputs).combine_chunks()
-    finish_attempt(ledger, task)
-
-
-def _loading_task() -> str:
-    """The ledger's name for the start of this process's actor."""
-    import ray
-
-    return f"load {ray.get_runtime_context().get_actor_id()}"
+def decode_rows(rows: pa.Table, size: int, resize: Any) -> pa.Table:
+    """Rows of a manifest, one block, with the columns `_PIXELS` and `_ERROR`: for workers that do not decode."""
+    columns = rows.select(["id", "uri"])
+    (block,) = reading.decoded_blocks(columns, size, resize, len(rows), keep_unavailable=True)
+    kind, buffer = pa.binary(size * size * 3), pa.py_buffer(block["image"])
+    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, buffer])
+    return rows.append_column(_PIXELS, pixels).append_column(_ERROR, pa.array(block["error"], pa.string()))
 
 
 class Worker:
-    """Holds the network and adds predictions to rows."""
+    """Holds the network and adds predictions to rows.
 
-    def __init__(self, plan: Plan, model: str, ledger: Any = None) -> None:
+    Attributes:
+        decode_rows: what decoding tasks run.
+    """
+
+    decode_rows = staticmethod(decode_rows)
+
+    def __init__(self, plan: Plan) -> None:
         """
         Args:
             plan: the engine and the workers.
-            model: value of the column `model`.
-            ledger: the ledger's actor of the run, or None.
 
         Raises:
-            BundleError: the bundle has changed since the plan was made, or this worker crashed each time it loaded
-                the bundle.
+            BundleError: the bundle has changed since the plan was made.
         """
-        loading = _loading_task() if ledger is not None else ""
-        if start_attempt(ledger, loading) >= MAX_CRASHES:
-            raise BundleError(
-                f"A worker crashed {MAX_CRASHES} times while it loaded {plan.bundle.uri} for {plan.engine}: it may "
-                "have too little memory."
-            )
         if plan.engine == engines.KERAS:
             startup.load_tensorflow(gpus=plan.pool.gpus > 0)
-        self._options, self._info, self._model, self._ledger = plan.options, plan.bundle.info, model, ledger
+        self._options, self._info, self._model = plan.options, plan.bundle.info, plan.bundle.version
         self._predictor = Predictor(
             plan.bundle,
             engine=plan.engine,
@@ -167,31 +98,34 @@ class Worker:
         self._names = pa.array(self._info.class_names, pa.string())
         self._threads = plan.pool.threads
         self._metrics = None if plan.in_process else PredictionMetrics(plan.output)
-        finish_attempt(ledger, loading)
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Yield rows of a manifest, or of `decode_rows`, with their predictions."""
-        # Rows that come with pixels are one block.
-        rows = len(table) if _PIXELS in table.column_names else rows_per_block(self._info.image_size)
-        yield from _isolate_crashes(table, self._predict, self._crashed_row, max(rows, 1), self._ledger, "predict")
+    def __call__(self, rows: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+        """Classify rows of a manifest, or of `decode_rows`.
 
-    def _predict(self, table: pa.Table, sources: Sources = None) -> Iterator[pa.Table]:
+        Args:
+            rows: with `id` and `uri`.
+            sources: the images; None: those of the rows' uris.
+
+        Yields:
+            the rows with their predictions, a block at a time.
+        """
         start, clock = 0, time.perf_counter()
-        blocks = self._decoded_images(table) if _PIXELS in table.column_names else self._read_images(table, sources)
+        blocks = self._decoded_images(rows) if _PIXELS in rows.column_names else self._read_images(rows, sources)
         for images, errors in blocks:
-            rows = table.slice(start, len(errors))
+            part = rows.slice(start, len(errors))
             start += len(errors)
             read = time.perf_counter()
-            predictions = self._with_predictions(rows, images, errors)
+            predictions = self._with_predictions(part, images, errors)
             if self._metrics:
                 self._metrics.add_seconds("read", read - clock)
                 self._metrics.add_seconds("predict", time.perf_counter() - read)
             yield predictions
             clock = time.perf_counter()
 
-    def _crashed_row(self, row: pa.Table) -> pa.Table:
+    def without_image(self, rows: pa.Table, error: str) -> pa.Table:
+        """Rows whose images have all the same error."""
         size = self._info.image_size
-        return self._with_predictions(row, np.zeros((1, size, size, 3), np.uint8), [CRASHED])
+        return self._with_predictions(rows, np.zeros((len(rows), size, size, 3), np.uint8), [error] * len(rows))
 
     def _decoded_images(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
         """The images and errors in the rows of a decoding task, without a copy."""

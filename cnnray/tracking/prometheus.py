@@ -1,7 +1,6 @@
 """What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
 
-import pyarrow as pa
-import pyarrow.compute as pc
+from collections.abc import Mapping
 
 from cnnray.images import storage
 
@@ -75,7 +74,7 @@ class TrainingMetrics:
 class PredictionMetrics:
     """The metrics `cnnray_predict_*` of Ray, each with the tag `run`.
 
-    The driver counts images, because each row reaches it exactly once even when workers are lost. The workers count
+    The driver counts images, because it gets one receipt of each range even when workers are lost. The workers count
     the time that they take.
     """
 
@@ -98,14 +97,17 @@ class PredictionMetrics:
             tag_keys=("run", "stage"),
         )
 
-    def add_rows(self, rows: pa.Table) -> None:
-        """Count rows that have reached the driver."""
-        errors = pc.drop_null(rows["error"])
-        if len(rows) > len(errors):
-            self._images.inc(len(rows) - len(errors), tags=self._tags | {"status": "ok", "reason": ""})
-        reasons = [error.partition(":")[0] for error in errors.to_pylist()]
-        for reason in set(reasons):
-            self._images.inc(reasons.count(reason), tags=self._tags | {"status": "error", "reason": reason})
+    def add(self, ok: int, reasons: Mapping[str, int]) -> None:
+        """Count images of a range that was committed.
+
+        Args:
+            ok: images with a prediction.
+            reasons: images without one, by the reason of the error.
+        """
+        if ok:
+            self._images.inc(ok, tags=self._tags | {"status": "ok", "reason": ""})
+        for reason, images in reasons.items():
+            self._images.inc(images, tags=self._tags | {"status": "error", "reason": reason})
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add the time that a worker spent in a stage, `read` or `predict`."""

@@ -18,13 +18,15 @@ from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
-from cnnray.prediction import job, pipeline, predict
+from cnnray.prediction import dispatch, job, predict
 from cnnray.prediction.config import PredictConfig, PredictOptions
-from cnnray.prediction.job import PredictionError
-from cnnray.prediction.worker import CRASHED
+from cnnray.prediction.dispatch import PredictionError
+from cnnray.prediction.isolation import CRASHED
+from cnnray.prediction.parts import PartError
+from cnnray.prediction.ranges import RETRIED_REASONS
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
-from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle, decoded_or_die
+from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle
 from tests.runs import read_rows
 
 
@@ -68,10 +70,10 @@ def test_every_image_has_one_row_with_the_prediction_of_predictor(finished, bund
     output, line = finished
     rows = read_rows(output)
     assert [row["id"] for row in rows] == list(range(len(images[1])))
-    assert [row["uri"] for row in rows] == sorted(images[1])
+    assert [row["uri"] for row in rows] == list(images[1])
     predictor = Predictor(Bundle.load(bundle), engine="onnx")
     for row in rows:
-        assert row["shot"] == list(images[1]).index(row["uri"])
+        assert row["shot"] == row["id"]
         assert row["original_error"] == "none"
         data = images[1][row["uri"]]
         (prediction,) = predictor([data]) if data is not None else [BadImage("missing")]
@@ -99,9 +101,11 @@ def test_the_files_of_a_finished_run(finished, bundle):
     with (output / "errors.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == line["errors"]
     parts = sorted(path.name for path in output.glob("part-*"))
-    assert parts == [f"part-{part:06d}.parquet" for part in range(math.ceil(line["rows"] / 32))]
+    assert parts == [f"part-{first:012d}-0.0.parquet" for first in range(0, line["rows"], 32)]
+    lists = {name.replace("part", "errors").replace("parquet", "csv") for name in parts}
     names = {path.name for path in output.iterdir()}
-    assert names == {*parts, "config.yaml", "errors.csv", "manifest.parquet", "summary.json"}
+    assert names - lists == {*parts, "config.yaml", "errors.csv", "manifest", "summary.json"}
+    assert sum(len((output / name).read_text().splitlines()) - 1 for name in names & lists) == line["errors"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def _times(folder):
 
 def test_a_finished_run_is_not_run_again(copy, bundle, images, monkeypatch):
     before = _times(copy)
-    monkeypatch.setattr(job, "_predict_missing_parts", None)
+    monkeypatch.setattr(job, "_classify", None)
     line = job.run(_config(bundle, images[0], copy))
     assert line["resumed"] == line["rows"] == len(images[1])
     assert _times(copy) == before
@@ -173,16 +177,16 @@ def test_a_finished_run_is_not_run_again(copy, bundle, images, monkeypatch):
 
 @pytest.mark.parametrize("was_finished", [True, False])
 def test_only_missing_parts_are_repeated(was_finished, copy, bundle, images, finished):
-    (copy / "part-000001.parquet").unlink()
+    name = "part-000000000032-0.0.parquet"
+    (copy / name).unlink()
     if not was_finished:
         (copy / "summary.json").unlink()
     before = _times(copy)
     line = job.run(_config(bundle, images[0], copy, batch_size=3))
-    assert line["resumed"] == len(images[1]) - 32
+    assert (line["resumed"], line["classified"]) == (len(images[1]) - 32, 32)
     after = _times(copy)
-    assert {name for name in after if after[name] != before.get(name)} == {
-        "part-000001.parquet", "summary.json", "errors.csv",
-    }  # fmt: skip
+    written = {name, "errors-000000000032-0.0.csv", "summary.json", "errors.csv", "config.yaml"}
+    assert {name for name in after if after[name] != before.get(name)} <= written
     assert [row["prediction"] for row in read_rows(copy)] == [row["prediction"] for row in read_rows(finished[0])]
 
 
@@ -220,25 +224,32 @@ def test_foreign_files_are_not_touched(tmp_path, bundle, images):
 
 
 def test_a_part_that_was_changed_fails_the_run(copy, bundle, images):
+    part = copy / "part-000000000032-0.0.parquet"
+    table = pyarrow.parquet.read_table(part).replace_schema_metadata(None)
     (copy / "summary.json").unlink()
-    table = pyarrow.parquet.read_table(copy / "part-000001.parquet")
-    pyarrow.parquet.write_table(table.slice(1), copy / "part-000001.parquet")
-    with pytest.raises(
-        RuntimeError, match=r"part-000001.parquet has other ids than the manifest \(missing 32 \(1\)\)"
-    ):
+    pyarrow.parquet.write_table(table.slice(1), part)
+    with pytest.raises(PartError, match=r"part-000000000032-0.0.parquet has 31 rows, and its range .* 32: delete it"):
         job.run(_config(bundle, images[0], copy))
+    pyarrow.parquet.write_table(pa.concat_tables([table.slice(1), table.slice(1, 1)]), part)
+    with pytest.raises(PartError, match=r"-0.0.parquet \(missing 32 \(1\); more than once 33 \(1\)\): delete it"):
+        job.run(_config(bundle, images[0], copy, verify=True))
     assert not (copy / "summary.json").exists()
+    part.unlink()
+    assert job.run(_config(bundle, images[0], copy, verify=True))["classified"] == 32
 
 
-def test_retry_errors_repeats_parts_with_unreadable_images(copy, bundle, images):
+def test_retry_errors_repeats_images_that_could_not_be_read(copy, bundle, images, finished):
     (images[0].parent / "missing.png").write_bytes(awkward_images()["rgb.png"])
     try:
         line = job.run(_config(bundle, images[0], copy, retry_errors=True))
     finally:
         (images[0].parent / "missing.png").unlink()
     assert line["errors"] == 2 * len(bad_images())
-    assert line["resumed"] == (line["rows"] - 1) // 32 * 32  # all parts but the last, which has the missing file
+    retried = [reason for _, reason in bad_images().values() if reason in RETRIED_REASONS]
+    assert line["classified"] == 2 * len(retried) + 1
     assert read_rows(copy)[-1]["status"] == "ok"
+    assert read_rows(copy)[:-1] == read_rows(finished[0])[:-1]
+    assert not list(copy.glob("part-*.0.parquet")) or list(copy.glob("part-*.1.parquet"))
 
 
 # -- failures -------------------------------------------------------------------------------------------------
@@ -278,10 +289,9 @@ def test_mistakes_are_reported_before_anything_is_written(tmp_path, bundle, imag
         ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx"),
         ({"bundle": str(tmp_path / "none")}, BundleError, "is not a bundle"),
         ({"input": str(tmp_path / "none")}, ManifestError, "does not exist"),
-        ({"shards": 70, "shard": 69, "input": str(tmp_path / "x.parquet")}, ManifestError, "into 1 shards only"),
+        ({"input": str(tmp_path / "twice.csv")}, ManifestError, "same image is listed more than once: '/b.png'"),
     ):
-        table = pa.table({"bytes": [b"x"] * 70})
-        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        (tmp_path / "twice.csv").write_text("uri\n/b.png\n/a.png\n/b.png\n")
         config = _config(bundle, images[0], tmp_path / "out")
         with pytest.raises(error, match=sentence):
             job.run(dataclasses.replace(config, **changes))
@@ -295,29 +305,7 @@ def test_a_bundle_that_workers_cannot_load_is_reported(tmp_path, bundle, images)
         job.run(_config(str(broken), images[0], tmp_path / "out"))
 
 
-# -- shards, dry runs and Python ------------------------------------------------------------------------------
-
-
-def test_shards_have_each_image_once(tmp_path, bundle, images):
-    lines = [job.run(_config(bundle, images[0], tmp_path, shards=3, shard=shard)) for shard in range(3)]
-    assert [line["output"] for line in lines] == [f"{tmp_path}/shard-{shard}-of-3" for shard in range(3)]
-    ids = [[row["id"] for row in read_rows(tmp_path / f"shard-{shard}-of-3")] for shard in range(3)]
-    assert [number for shard_ids in ids for number in shard_ids] == list(range(len(images[1])))
-    assert max(map(len, ids)) - min(map(len, ids)) <= 1
-    other = shutil.copytree(bundle, tmp_path / "bundle")
-    bundles.write_info(str(other), dataclasses.replace(Bundle.load(bundle).info, temperature=2.0))
-    before = _times(tmp_path)
-    for changes, sentence in (
-        ({"shards": 2}, r"shard-0-of-3 is of a run with another --shards \(3, now 2\)"),
-        ({"shards": 1, "shard": 0}, r"another --shards \(3, now 1\)"),
-        ({"limit": 20}, "another --input"),
-        ({"bundle": str(other)}, r"another --bundle \(model-\w+, now model-\w+\)"),
-    ):
-        shutil.rmtree(tmp_path / "shard-1-of-3", ignore_errors=True)
-        config = _config(bundle, images[0], tmp_path, shards=3, shard=1)
-        with pytest.raises(PredictionError, match=sentence):
-            job.run(dataclasses.replace(config, **changes))
-    assert _times(tmp_path).keys() == before.keys() - {"shard-1-of-3"}
+# -- dry runs and Python --------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_writes_nothing(tmp_path, bundle, images):
@@ -350,8 +338,7 @@ def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
     else:
         for number, data in enumerate(contents):
             (tmp_path / f"{number:03d}.png").write_bytes(data)
-    monkeypatch.setattr(pipeline, "Worker", CrashedByAnImage)
-    monkeypatch.setattr(pipeline, "decode_rows", decoded_or_die)
+    monkeypatch.setattr(dispatch, "Worker", CrashedByAnImage)
     output = tmp_path.parent / f"poisoned_{decoding}_{packed}"
     line = job.run(_config(bundle, tmp_path, output, rows_per_part=64, decoding=decoding, cpus_per_worker=0.5))
     assert (line["rows"], line["ok"], line["errors"]) == (200, 198, 2)
@@ -361,7 +348,7 @@ def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
 
 
 def test_a_worker_that_crashes_at_every_start_ends_the_run(tmp_path, bundle, images, monkeypatch):
-    monkeypatch.setattr(pipeline, "Worker", CrashedByItsBundle)
+    monkeypatch.setattr(dispatch, "Worker", CrashedByItsBundle)
     with pytest.raises(BundleError, match=r"A worker crashed 2 times while it loaded .*too little memory"):
         job.run(_config(bundle, images[0], tmp_path))
 

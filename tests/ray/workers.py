@@ -62,8 +62,16 @@ def decode_or_die(data, size, resize="stretch", decode=decode.decode):
     return decode(data, size, resize)
 
 
+def decoded_or_die(*arguments, decoded=worker.decode_rows):
+    """A decoding task that decodes with `decode_or_die`."""
+    reading.decode = decode_or_die
+    return decoded(*arguments)
+
+
 class CrashedByAnImage(worker.Worker):
     """A prediction worker that decodes with `decode_or_die`."""
+
+    decode_rows = staticmethod(decoded_or_die)
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -76,9 +84,3 @@ class CrashedByItsBundle(worker.Worker):
     def __init__(self, *arguments, **options):
         worker.Predictor = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         super().__init__(*arguments, **options)
-
-
-def decoded_or_die(*arguments, decoded=worker.decode_rows, **options):
-    """A decoding task that decodes with `decode_or_die`."""
-    reading.decode = decode_or_die
-    yield from decoded(*arguments, **options)

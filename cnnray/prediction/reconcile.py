@@ -1,0 +1,136 @@
+"""The end of a run: every range has one part with all of its rows; lists of errors are joined, and old files deleted."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cnnray.errors import CnnrayError
+from cnnray.images import reading, storage
+from cnnray.images.shards import Range
+from cnnray.prediction import parts, resume
+from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.dispatch import PredictionError
+from cnnray.prediction.parts import Part, PartError
+from cnnray.prediction.ranges import Receipt
+from cnnray.prediction.tally import Tally, join_errors
+
+log = logging.getLogger(__name__)
+
+_THREADS = 16
+
+
+class Received:
+    """The receipts of a run so far, added up."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        self.tally = Tally(config.threshold)
+        """Of the parts that are complete."""
+        self.unavailable = Tally(config.threshold)
+        """Of the rows that parts lack, because storage was in trouble."""
+        self.classified = self.rows = self.errors = 0
+        self.parts: set[Part] = set()
+
+    def add(self, receipt: Receipt) -> None:
+        """
+        Raises:
+            PartError: the part lacks rows of its range.
+        """
+        missing = 0 if receipt.unavailable is None else receipt.unavailable.rows
+        if receipt.tally.rows + missing != receipt.range.rows:
+            raise _wrong_rows(receipt.part.name, receipt.tally.rows + missing, receipt.range.rows)
+        self.classified += receipt.classified
+        self.rows += receipt.range.rows
+        self.errors += receipt.tally.errors + missing
+        if receipt.unavailable is not None:
+            self.unavailable.add(receipt.unavailable)
+        else:
+            self.tally.add(receipt.tally)
+            self.parts.add(receipt.part)
+
+    def everything(self) -> Tally:
+        """The counts over all images so far, with and without a row."""
+        both = Tally(self.tally.threshold)
+        both.add(self.tally)
+        both.add(self.unavailable)
+        return both
+
+
+def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> Tally:
+    """Check that every range has a part with all of its rows, and count the rows. Writes `errors.csv`, and deletes the
+    files that do not count.
+
+    Returns:
+        the counts over all rows.
+
+    Raises:
+        PartError: a part is missing, or lacks rows.
+        PredictionError: too large a share of the rows has no prediction.
+    """
+    committed = resume.Committed(config)
+    found = [(range_, committed.of(range_)) for range_ in ranges]
+    missing = [range_ for range_, part in found if part is None or part.incomplete]
+    if missing:
+        raise PartError(
+            f"{sum(range_.rows for range_ in missing)} images have no row, for example those from id "
+            f"{missing[0].first} to {missing[0].last}. Run the same command again."
+        )
+    counting = {part: range_ for range_, part in found if part is not None}
+    tally = Tally(config.threshold)
+    if received.parts <= counting.keys():
+        tally.add(received.tally)
+    else:  # a worker that was thought lost has committed the same range at the same time
+        received.parts.clear()
+    unread = [part for part in counting if part not in received.parts]
+    read = functools.partial(parts.read_tally, config.output, threshold=config.threshold)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for part, other in zip(unread, pool.map(read, unread), strict=True):
+            if other.rows != counting[part].rows:
+                raise _wrong_rows(storage.join(config.output, part.name), other.rows, counting[part].rows)
+            tally.add(other)
+    if tally.errors > config.max_error_fraction * tally.rows:
+        raise too_many_errors(config, tally)
+    _list_errors(config, counting)
+    resume.delete_files(config, {name for part in counting for name in (part.name, part.errors_name)})
+    return tally
+
+
+def left_out(config: PredictConfig, unavailable: Tally, images: int) -> CnnrayError:
+    """The error for images that have no row. Writes the list of them, `errors.csv`."""
+    _list_errors(config, [part for part in parts.list_parts(config.output) if part.incomplete])
+    example = _example(unavailable)
+    return storage.UnavailableError(
+        f"{unavailable.rows} of {images} images have no row, because storage was in trouble, for example "
+        f"{example['uri']} ({example['error']}); {resume.ERRORS} lists them. The same command continues with them, and "
+        "with --skip-unreadable it gives them rows with an error."
+    )
+
+
+def too_many_errors(config: PredictConfig, tally: Tally) -> PredictionError:
+    """The error of a run in which too large a share of the rows has no prediction."""
+    example = _example(tally)
+    has_no_row = example["error"].startswith(reading.UNAVAILABLE) and not config.skip_unreadable
+    return PredictionError(
+        f"{tally.errors} of {tally.rows} images have no prediction, more than --max-error-fraction "
+        f"{config.max_error_fraction:g}, for example {example['uri']} ({example['error']}): solve that, then run the "
+        f"same command{'' if has_no_row else ' with --retry-errors'}."
+    )
+
+
+def _example(tally: Tally) -> dict[str, Any]:
+    return next(iter(tally.examples.values()))[0]
+
+
+def _list_errors(config: PredictConfig, counting: Any) -> None:
+    uri, prefix = storage.join(config.output, resume.ERRORS), storage.join(config.output, "")
+    there = {file.uri.removeprefix(prefix) for file in storage.walk(config.output)}
+    names = [part.errors_name for part in sorted(counting) if part.errors_name in there]
+    if names:
+        join_errors(config.output, names, uri)
+    else:
+        storage.delete_file(uri)
+
+
+def _wrong_rows(name: str, rows: int, expected: int) -> PartError:
+    return PartError(f"{name} has {rows} rows, and its range of the manifest {expected}: delete it, and run again.")

@@ -1,0 +1,188 @@
+"""Runs over an input that changes: --update, and listings and workers that are cut off."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cnnray.images import reading, shards
+from cnnray.images.shards import Range
+from cnnray.models.bundle import Bundle
+from cnnray.prediction import job, manifest, parts, resume
+from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.plan import plan_in_process
+from cnnray.prediction.ranges import Output, RangeWorker, Task
+from tests.awkward import awkward_images
+from tests.runs import read_rows
+
+GOOD = awkward_images()["rgb.png"]
+
+
+@pytest.fixture(scope="module")
+def bundle(onnx_bundle):
+    return onnx_bundle
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Jobs work in this process; gives the uris of the images that were read."""
+    from cnnray import cluster
+
+    monkeypatch.setattr(cluster, "starts_own", lambda: True)
+    monkeypatch.setattr(cluster, "connected", None)
+    read, load = [], reading.load_bytes
+
+    def recorded(source):
+        read.append(source)
+        return load(source)
+
+    monkeypatch.setattr(reading, "load_bytes", recorded)
+    return read
+
+
+def _config(bundle, images, output, **changes):
+    options = {"engine": "onnx", "rows_per_part": 10, "max_error_fraction": 1}
+    return PredictConfig(bundle=bundle, input=str(images), output=str(output), **options | changes)
+
+
+def _fill(folder, count=45):
+    images = list(awkward_images().values())
+    for number in range(count):
+        path = folder / f"{number % 3}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images[number % len(images)])
+
+
+def _change(folder):
+    """Change, delete and add images.
+
+    Returns:
+        the paths of those that are to be read again.
+    """
+    changed = [folder / "0" / "003.png", folder / "2" / "044.png"]
+    for path in changed:
+        path.write_bytes(GOOD)
+        os.utime(path, ns=(0, 10**9))
+    for path in sorted((folder / "1").iterdir())[:11]:
+        path.unlink()
+    new = [folder / "0" / "0000.png", folder / "3" / "new.png"]
+    new[1].parent.mkdir()
+    for path in new:
+        path.write_bytes(GOOD)
+    return {str(path) for path in changed + new}
+
+
+def _by_uri(rows):
+    return {row["uri"]: {name: value for name, value in row.items() if name != "id"} for row in rows}
+
+
+@pytest.mark.parametrize("format_", ["parquet", "csv"])
+def test_an_update_equals_a_run_from_scratch(format_, bundle, in_process, tmp_path):
+    _fill(tmp_path / "images")
+    config = _config(bundle, tmp_path / "images", tmp_path / "out", format=format_, verify=True)
+    job.run(config)
+    before = {row["uri"]: row["id"] for row in read_rows(tmp_path / "out", format_)}
+    read_again = _change(tmp_path / "images")
+    in_process.clear()
+    line = job.run(dataclasses.replace(config, update=True))
+    if format_ == "parquet":
+        assert set(in_process) == read_again
+        assert line["classified"] == len(in_process) == 4
+    rows = read_rows(tmp_path / "out", format_)
+    job.run(_config(bundle, tmp_path / "images", tmp_path / "anew", format=format_))
+    assert _by_uri(rows) == _by_uri(read_rows(tmp_path / "anew", format_))
+    assert len({row["id"] for row in rows}) == len(rows) == line["rows"] == 36
+    assert all(row["id"] == before[row["uri"]] for row in rows if row["uri"] in before)
+    assert min(row["id"] for row in rows if row["uri"] not in before) == len(before)
+    summary, anew = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "anew"))
+    assert {key: summary[key] for key in ("rows", "ok", "errors", "classes")} == {
+        key: anew[key] for key in ("rows", "ok", "errors", "classes")
+    }
+    in_process.clear()
+    assert job.run(dataclasses.replace(config, update=True))["classified"] == 0
+    assert not in_process
+    assert [path.name for path in (tmp_path / "out" / "manifest").iterdir()] == ["1"]
+
+
+def test_an_update_of_a_table_sees_changed_rows(bundle, in_process, tmp_path):
+    _fill(tmp_path / "images", 20)
+    uris = sorted(map(str, (tmp_path / "images").rglob("*.png")))
+
+    def write(rows):
+        with (tmp_path / "images.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["uri", "shot"], *rows])
+
+    write([uri, number] for number, uri in enumerate(uris[:18]))
+    config = _config(bundle, tmp_path / "images.csv", tmp_path / "out")
+    job.run(config)
+    in_process.clear()
+    write([uri, 100 if number == 4 else number] for number, uri in reversed(list(enumerate(uris[1:], 1))))
+    job.run(dataclasses.replace(config, update=True))
+    assert set(in_process) == {uris[4], *uris[18:]}
+    rows = {row["uri"]: row for row in read_rows(tmp_path / "out")}
+    assert rows.keys() == set(uris[1:])
+    assert rows[uris[4]]["shot"] == 100
+    assert rows[uris[5]]["id"] == 5
+
+
+def test_a_listing_that_was_killed_goes_on(bundle, tmp_path):
+    _fill(tmp_path / "images")
+    config = _config(bundle, tmp_path / "images", tmp_path / "out")
+    listed = manifest.begin(config, 0)
+    ranges = iter(listed.ranges)
+    assert [next(ranges).rows for _ in range(2)] == [10, 10]
+    resume.begin_output(config, plan_in_process(Bundle.load(bundle), config), 0, is_new=False)
+    assert shards.read_facts(listed.folder) is None
+    assert [range_.first for range_ in shards.ranges(listed.folder)] == [0, 10, 20]  # the next shard has two
+    line = job.run(dataclasses.replace(config, verify=True))
+    assert line["rows"] == 45
+    assert [row["uri"] for row in read_rows(tmp_path / "out")] == sorted(map(str, (tmp_path / "images").rglob("*.png")))
+
+
+def test_two_workers_with_the_same_range_leave_one_part(bundle, tmp_path):
+    _fill(tmp_path / "images", 12)
+    config = _config(bundle, tmp_path / "images", tmp_path / "out")
+    listed = manifest.begin(config, 0)
+    (range_, *_) = list(listed.ranges)
+    plan = plan_in_process(Bundle.load(bundle), config)
+    output = Output(
+        folder=config.output, manifest=listed.folder, format="parquet", threshold=0.5, skip_unreadable=False
+    )
+    receipts = [RangeWorker(plan, output).run(Task(range=range_))]
+    (part,) = parts.list_parts(config.output)
+    before = (tmp_path / "out" / part.name).read_bytes()
+    # One that was cut off comes back when the images have changed: it can neither add nor change a row.
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.write_bytes(b"nothing")
+    receipts.append(RangeWorker(plan, output).run(Task(range=range_)))
+    assert [part.name for part in parts.list_parts(config.output)] == [part.name]
+    assert (tmp_path / "out" / part.name).read_bytes() == before
+    assert receipts[0].tally == receipts[1].tally
+    assert isinstance(range_, Range)
+
+
+def test_an_overwritten_run_is_not_joined_by_workers_of_the_run_before(bundle, in_process, tmp_path):
+    _fill(tmp_path / "images", 12)
+    config = _config(bundle, tmp_path / "images", tmp_path / "out")
+    job.run(config)
+    (late, *_) = [path for path in (tmp_path / "out").glob("part-*")]
+    shutil.copy(late, tmp_path / "late")
+    job.run(dataclasses.replace(config, top_k=1, overwrite=True))
+    shutil.copy(tmp_path / "late", late)
+    (tmp_path / "out" / "summary.json").unlink()
+    job.run(dataclasses.replace(config, top_k=1, verify=True))
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == 12
+    assert {len(row["top_k_labels"]) for row in rows if row["top_k_labels"]} == {1}
+
+
+def test_parquet_parts_of_an_output_can_be_read_as_one_data_set(bundle, in_process, tmp_path):
+    _fill(tmp_path / "images", 25)
+    job.run(_config(bundle, tmp_path / "images", tmp_path / "out"))
+    paths = sorted((tmp_path / "out").glob("part-*"))
+    assert len(pa.concat_tables(map(pyarrow.parquet.read_table, paths))) == 25

@@ -207,11 +207,13 @@ def test_globs_find_what_pythons_find(tmp_path, pattern):
     assert [file.uri for file in globs.walk(root, parts)] == expected
 
 
-def test_folders_that_cannot_match_are_not_read(tmp_path):
+def test_folders_that_cannot_match_are_not_read(tmp_path, monkeypatch):
     _touch(tmp_path, "a/1.png", "b/1.png", "a/b/c/1.png")
-    (tmp_path / "b" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")  # would raise an error
-    (tmp_path / "a/b/c" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")  # does not match: no error
+    scandir, read = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: read.append(path) or scandir(path))
     assert _read(f"{tmp_path}/a*/*.png")["uri"].to_pylist() == [f"{tmp_path}/a/1.png"]
+    assert read == [str(tmp_path), f"{tmp_path}/a"]
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,33 @@ LAYOUTS = {
 }
 
 
+def _earlier_ranges(uris, rows):
+    """The ranges as earlier versions cut a manifest that was in memory."""
+    cuts, start = [0], 0
+    for group, length in [
+        (group, len(list(run)))
+        for group, run in itertools.groupby(uris, lambda uri: uri[:-10] if "#" in uri else None)
+    ]:
+        stop = start + length
+        if group is None:
+            cuts += range(max(cuts[-1] + rows, start), stop, rows)
+        else:
+            large = length > max(rows, 4096)
+            if start > cuts[-1] and (large or start - cuts[-1] >= rows):
+                cuts.append(start)
+            if large:
+                cuts += range(start + max(rows, 4096, -(-length // 8)), stop, max(rows, 4096, -(-length // 8)))
+        start = stop
+    return list(itertools.pairwise([*cuts, len(uris)]))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pieces", [(7, 13), (5000,)])
 def test_ranges_are_those_of_the_whole_manifest(tmp_path, layout, pieces):
     table = _table(LAYOUTS[layout])
     written = _write(tmp_path, table, rows=10, pieces=pieces)
     expected = split_rows(table["uri"], 10, cut_groups=True)
+    assert expected == _earlier_ranges(LAYOUTS[layout], 10)
     assert [(item.first, item.last + 1) for item in written] == expected
     assert [item.rows for item in written] == [stop - start for start, stop in expected]
     assert list(shards.ranges(str(tmp_path))) == written == sorted(written)

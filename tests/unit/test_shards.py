@@ -50,10 +50,8 @@ LAYOUTS = {
 def _earlier_ranges(uris, rows):
     """The ranges as earlier versions cut a manifest that was in memory."""
     cuts, start = [0], 0
-    for group, length in [
-        (group, len(list(run)))
-        for group, run in itertools.groupby(uris, lambda uri: uri[:-10] if "#" in uri else None)
-    ]:
+    for group, run in itertools.groupby(uris, lambda uri: uri[:-10] if "#" in uri else None):
+        length = len(list(run))
         stop = start + length
         if group is None:
             cuts += range(max(cuts[-1] + rows, start), stop, rows)

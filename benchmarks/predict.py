@@ -18,17 +18,18 @@ from benchmarks.photos import Photos
 from benchmarks.photos import write as write_photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
-from cnnray.images import storage
+from cnnray.images import shards, storage
 from cnnray.images.decode import decode
-from cnnray.images.ranges import split_rows
+from cnnray.images.inputs import VERSION
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
-from cnnray.prediction import pipeline
 from cnnray.prediction.config import PredictOptions
-from cnnray.prediction.plan import plan_on_cluster
-from cnnray.prediction.worker import select_columns
+from cnnray.prediction.dispatch import Dispatcher
+from cnnray.prediction.listed import ListedTasks
+from cnnray.prediction.plan import Plan, plan_on_cluster
+from cnnray.prediction.ranges import Output, Task
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
     Raises:
         BenchmarkError: there are too few images.
     """
-    manifest = select_columns(photos.manifest(images))
-    paths, count = manifest["uri"].to_pylist(), len(manifest)
+    paths = photos.manifest(images)["uri"].to_pylist()
+    count = len(paths)
     bundle = Bundle.load(write_random_bundle(photos.folder))
     bare_loops = plan_bare_loops(resources)
     if count < (least := 4 * BATCH * bare_loops.processes):
@@ -59,16 +60,8 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
 
     def ours(engine: str, repetitions: int = 1) -> Callable[[], float]:
         planned = plan_on_cluster(bundle, PredictOptions(engine=engine), resources)
-        repeated = pa.concat_tables([manifest] * repetitions)
-
-        def run() -> float:
-            dataset = pipeline.predict(repeated, planned, split_rows(repeated["uri"], 128))
-            return steady_rate(
-                (len(rows) for rows in dataset.iter_batches(batch_size=None, batch_format="pyarrow")),
-                count * repetitions,
-            )
-
-        return run
+        uris = paths * repetitions
+        return lambda: ranges_rate(planned, uris, photos.folder)
 
     def bare(engine: str, repetitions: int = 1) -> Callable[[], float]:
         def run() -> float:
@@ -121,6 +114,31 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
         )
         if key in rates
     ]
+
+
+def ranges_rate(plan: Plan, uris: list[str], folder: Path, rows: int = 128) -> float:
+    """The images/s of a plan's workers from images to committed parts, in the steady state.
+
+    Args:
+        plan: the engine and the workers.
+        uris: of the images.
+        folder: manifest and parts are written here, and deleted.
+        rows: of each range.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        table = pa.table({"uri": uris, VERSION: pa.nulls(len(uris), pa.string())})
+        ranges = shards.write(f"{temporary}/manifest", [table], rows_per_range=rows, generation=0)
+        tasks = ListedTasks(ranges, lambda range_: Task(range=range_))
+        output = Output(
+            folder=f"{temporary}/rows", manifest=f"{temporary}/manifest", format="parquet", threshold=0.5,
+            skip_unreadable=False,
+        )  # fmt: skip
+        tasks.start()
+        try:
+            receipts = Dispatcher(plan, output).run(tasks)
+            return steady_rate((receipt.range.rows for receipt in receipts if receipt), len(uris))
+        finally:
+            tasks.stop()
 
 
 def write_random_bundle(folder: Path) -> str:

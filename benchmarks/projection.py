@@ -22,20 +22,14 @@ class Costs:
 
     listing: float
     """Seconds to list a local file."""
-    manifest: float
-    """Seconds of the driver to build the manifest from addresses, split it into tasks, and save it."""
-    manifest_bytes: float
-    """Peak memory of the driver while it does so, in bytes."""
+    row: float
+    """Seconds of the driver from a table's row to its receipt: manifest, checks, ranges, reconciliation."""
+    driver_bytes: float
+    """Peak memory of the driver meanwhile, whatever the number of images."""
     order: float
     """Seconds of each training worker to compute the order of an epoch."""
-    row: float
-    """Seconds of the driver to collect a row into a part, write it, read it back, and reconcile it."""
     row_bytes: float
     """Bytes in a part's file."""
-    task: float
-    """Seconds of the driver per Ray Data task, measured with tasks that do nothing."""
-    task_images: int
-    """Images per task."""
     image: float
     """Seconds of one core to read, decode and predict."""
     image_bytes: float
@@ -55,8 +49,6 @@ class Fleet:
     nodes: int
     cores: int = 8
     """Cores per node."""
-    runs: int = 1
-    """Number of runs, each with its own driver and its own table of the images."""
     prefixes: int = 100
     """Number of prefixes of the bucket over which the images are spread."""
 
@@ -76,22 +68,19 @@ def limits(costs: Costs, fleet: Fleet) -> list[Limit]:
         Limit("workers", fleet.nodes * fleet.cores / costs.image),
         Limit("S3's GET requests", S3_GETS_PER_PREFIX * fleet.prefixes),
         Limit("nodes' networks", fleet.nodes * NETWORK / costs.image_bytes),
-        Limit("drivers: rows", fleet.runs / costs.row),
-        Limit("drivers: Ray Data's tasks", fleet.runs * costs.task_images / costs.task),
+        Limit("the driver", 1 / costs.row),
     ]
 
 
-def project_prediction(costs: Costs, fleet: Fleet, images: float) -> tuple[Limit, float, float, float]:
+def project_prediction(costs: Costs, fleet: Fleet, images: float) -> tuple[Limit, float, float]:
     """Project a prediction job over images that a table lists.
 
     Returns:
-        The lowest limit, the seconds before the first image (for the manifest), the seconds for the images, and the
-        bytes of memory of each driver.
+        The lowest limit, the seconds of the driver before the first image of a table is classified, and the seconds
+        for the images. The images of a folder are classified while it is listed.
     """
     lowest = min(limits(costs, fleet), key=lambda limit: limit.images)
-    images_per_run = images / fleet.runs
-    memory = images_per_run * costs.manifest_bytes
-    return lowest, images_per_run * costs.manifest, images / lowest.images, memory
+    return lowest, images * costs.row, images / lowest.images
 
 
 def listing_seconds(images: float) -> float:
@@ -126,16 +115,14 @@ def table(costs: Costs, images: float = 1e9) -> str:
     lines = [
         f"{images:.0e} images that a table lists, 8 cores a node (to list a bucket: {listing}):",
         "",
-        "| nodes | runs | images/s | used up first | before the first image | images | memory of each driver |",
+        "| nodes | prefixes | images/s | used up first | before the first image | images | the driver's memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for fleet in [Fleet(nodes=nodes) for nodes in (1, 10, 100, 1000)] + [
-        Fleet(nodes=1000, runs=runs) for runs in (10, 100)
-    ]:
-        lowest, before, during, memory = project_prediction(costs, fleet, images)
+    for fleet in [*(Fleet(nodes=nodes) for nodes in (1, 10, 100, 1000)), Fleet(nodes=1000, prefixes=1000)]:
+        lowest, before, during = project_prediction(costs, fleet, images)
         lines.append(
-            f"| {fleet.nodes} | {fleet.runs} | {lowest.images:,.0f} | {lowest.part} "
-            f"| {_format_time(before)} | {_format_time(during)} | {memory / 2**30:.1f} GiB |"
+            f"| {fleet.nodes} | {fleet.prefixes} | {lowest.images:,.0f} | {lowest.part} "
+            f"| {_format_time(before)} | {_format_time(during)} | {costs.driver_bytes / 2**30:.1f} GiB |"
         )
     lines += [
         "", "| training workers | images/s | each keeps | sum of gradients | an epoch |", "|---|---|---|---|---|",

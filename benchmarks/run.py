@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import (
+    bookkeeping,
     causes,
     export,
     few_images,
@@ -20,6 +21,7 @@ from benchmarks import (
     start,
     train,
 )
+from benchmarks.bookkeeping import Bookkeeping
 from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray import cluster
@@ -77,12 +79,18 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
         photos = Photos(folder=folder, data=data, images=images)
         if data:
             photos.manifest(1)  # reports bad input before Ray starts
+        kept = []
+        if measure in ("scale", "all"):
+            # All studies together are to end within half an hour.
+            sizes = bookkeeping.ROWS if measure == "scale" else bookkeeping.ROWS[:1]
+            kept = [bookkeeping.measure(folder, predict.write_random_bundle(folder), rows) for rows in sizes]
+            result.tables.append(bookkeeping.table(kept))
         with cluster.connected() as resources:
             if len(resources.nodes) > 1 and not shared:
                 raise BenchmarkError("The cluster has several nodes: give a --folder that all of them share.")
             stream.silence_progress()
             result.cluster = report.describe_cluster(resources)
-            _measure_on_cluster(result, measure, photos, resources)
+            _measure_on_cluster(result, measure, photos, resources, kept)
     if measure in ("pixels", "all"):
         result.comparisons += pixels.measure()
     if measure in ("export", "all"):
@@ -99,7 +107,9 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     return result
 
 
-def _measure_on_cluster(result: Result, measure: str, photos: Photos, resources: Resources) -> None:
+def _measure_on_cluster(
+    result: Result, measure: str, photos: Photos, resources: Resources, kept: list[Bookkeeping]
+) -> None:
     if measure in ("ingest", "all"):
         result.comparisons += ingest.measure(photos, resources)
     if measure in ("train", "all"):
@@ -110,6 +120,6 @@ def _measure_on_cluster(result: Result, measure: str, photos: Photos, resources:
         training, prediction = scale.measure_training(photos, resources), scale.measure_prediction(photos, resources)
         result.scaling |= {"training": training, "prediction": prediction}
         result.tables += [scale.table("training workers", training), scale.table("prediction workers", prediction)]
-        costs = scale.measure_costs(photos, training, prediction)
+        costs = scale.measure_costs(photos, training, prediction, kept[-1])
         result.costs = vars(costs)
         result.tables += [scale.costs_table(costs), projection.table(costs)]

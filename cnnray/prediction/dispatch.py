@@ -13,7 +13,7 @@ from cnnray.models.bundle import BundleError
 from cnnray.prediction.isolation import MAX_CRASHES
 from cnnray.prediction.plan import Plan
 from cnnray.prediction.ranges import Output, RangeWorker, Receipt, Task
-from cnnray.prediction.worker import Worker
+from cnnray.prediction.worker import Worker as Worker
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Outputs of versions up to 0.2, which had one manifest file and parts by number: they are turned into those of today."""
+"""Turns outputs of versions up to 0.2, which had one manifest file and numbered parts, into those of today."""
 
 import re
 
@@ -26,8 +26,11 @@ def is_part(name: str) -> bool:
 
 
 def identity(output: str) -> tuple[str, str] | None:
-    """The model's version and the digest of the engine's file of an earlier version's run; None if it was killed before
-    it wrote its manifest."""
+    """The model's version and the digest of the engine's file of an earlier version's run.
+
+    Returns:
+        None if it was killed before it wrote its manifest.
+    """
     try:
         metadata = manifests.read_metadata(storage.join(output, _MANIFEST))
     except FileNotFoundError:

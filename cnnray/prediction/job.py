@@ -39,8 +39,10 @@ Planner = Callable[[Range], Task | None]
 
 
 def run(config: PredictConfig) -> dict[str, Any]:
-    """Classify all images of `config.input`. Writes the rows (`part-*`), `summary.json`, `errors.csv` and `errors-*.csv`
-    if there are errors, `manifest/` and `config.yaml` to `config.output`.
+    """Classify all images of `config.input`.
+
+    Writes the rows (`part-*`), `summary.json`, `errors.csv` and `errors-*.csv` if there are errors, `manifest/` and
+    `config.yaml` to `config.output`.
 
     An interrupted run resumes. A finished run is not repeated.
 

@@ -1,5 +1,6 @@
 """The ranges of a run, taken while the manifest is still being listed."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -62,11 +63,11 @@ class ListedTasks:
             self._put(error)
 
     def _put(self, item: Task | Exception | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(item, timeout=1.0)
-            except queue.Full:
-                continue
+        is_put = False
+        while not is_put and not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=1.0)
+                is_put = True
 
     def take(self, seconds: float = 0.0) -> Task | None:
         """The next task; None where there is none after so many seconds.

@@ -1,4 +1,4 @@
-"""The end of a run: every range has one part with all of its rows; lists of errors are joined, and old files deleted."""
+"""The end of a run: every range has a part with all of its rows, errors are listed, and old files deleted."""
 
 import functools
 import logging

@@ -8,7 +8,7 @@ from benchmarks import projection, scale
 from benchmarks.projection import Costs, Fleet
 
 COSTS = Costs(
-    listing=1e-5, manifest=1e-6, manifest_bytes=400, order=1e-7, row=1e-5, row_bytes=100, task=0.01, task_images=512,
+    listing=1e-5, row=1e-5, driver_bytes=2**30, order=1e-7, row_bytes=100,
     image=0.005, image_bytes=50_000, step=0.5, step_images=32, weights=4e6,
 )  # fmt: skip
 
@@ -23,19 +23,16 @@ def test_the_table_shows_the_cost_of_each_doubling():
 
 
 def test_few_nodes_are_limited_by_workers_and_many_by_the_single_driver():
-    lowest, _, seconds, memory = projection.project_prediction(COSTS, Fleet(nodes=1), 1e6)
+    lowest, before, seconds = projection.project_prediction(COSTS, Fleet(nodes=1), 1e6)
     assert (lowest.part, lowest.images) == ("workers", pytest.approx(1600))
-    assert seconds == pytest.approx(1e6 / 1600)
-    assert memory == pytest.approx(400e6)
+    assert (before, seconds) == (pytest.approx(10), pytest.approx(1e6 / 1600))
     lowest, *_ = projection.project_prediction(COSTS, Fleet(nodes=1000), 1e9)
-    assert (lowest.part, lowest.images) == ("drivers: Ray Data's tasks", pytest.approx(51_200))
+    assert (lowest.part, lowest.images) == ("the driver", pytest.approx(100_000))
 
 
-def test_several_runs_raise_the_drivers_limit_until_the_bucket_is_the_limit():
-    lowest, before, _, memory = projection.project_prediction(COSTS, Fleet(nodes=1000, runs=100, prefixes=10), 1e9)
+def test_few_prefixes_of_a_bucket_are_a_limit():
+    lowest, *_ = projection.project_prediction(COSTS, Fleet(nodes=1000, prefixes=10), 1e9)
     assert (lowest.part, lowest.images) == ("S3's GET requests", 55_000)
-    assert before == pytest.approx(10)
-    assert memory == pytest.approx(4e9)
 
 
 def test_large_images_are_limited_by_the_nodes_networks():
@@ -56,5 +53,5 @@ def test_all_reduce_sends_at_most_twice_the_gradients_and_lowers_the_efficiency(
 
 def test_the_table_has_a_line_for_each_fleet_and_each_number_of_workers():
     lines = projection.table(COSTS).splitlines()
-    assert "| 1000 | 1 | 51,200 | drivers: Ray Data's tasks | 16.7 min | 5.4 h | 372.5 GiB |" in lines
-    assert sum(line.startswith("| 1000 |") for line in lines) == 4
+    assert "| 1000 | 100 | 100,000 | the driver | 2.8 h | 2.8 h | 1.0 GiB |" in lines
+    assert sum(line.startswith("| 1000 |") for line in lines) == 3

@@ -19,7 +19,7 @@ from cnnray.flags import flag_name
 
 CONFIG_FORMAT = 2
 """Format of `config.yaml`. Format 1 had no number, and MIN:MAX in the field `workers` of a training."""
-OUTPUT_FORMAT = 1
+OUTPUT_FORMAT = 2
 """Format of the other files from which a later run resumes: their names, columns and meaning."""
 _HEADER = "cnnray"
 _DEFAULTS = {"resumable": False, "searchable": True, "tracked": True}

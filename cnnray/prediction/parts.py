@@ -1,10 +1,10 @@
 """The part files of a run's output. Each holds the rows of one range of the manifest, and is whole or not there.
 
-The file of a range is called `part-FIRST-G.A.parquet` (or .csv, .jsonl). FIRST is the id of the range's first row; G the
-generation, that is the number of the run or update that classified the range last; A the attempt in that generation,
-which `--retry-errors` counts up, and a run that goes on after trouble with storage. Of a range's files in its generation,
-the one of the last attempt counts. A file is never changed and never written twice: where two workers have a range, the
-file of the first one stays.
+The file of a range is called `part-FIRST-G.A.parquet` (or .csv, .jsonl): FIRST is the id of its first row, G the
+generation (the number of the run or update that classified the range last), and A the attempt in it, which
+`--retry-errors` counts up, as does a run that goes on after trouble with storage. Of the files of a range in its
+generation the one of the last attempt counts. A file is never changed and never written twice: where two workers
+have a range, the file of the first one stays.
 
 A file whose images could not all be read, because storage was in trouble, is called `-incomplete`, and holds the rows
 that there are.

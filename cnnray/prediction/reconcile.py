@@ -58,8 +58,9 @@ class Received:
 
 
 def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> Tally:
-    """Check that every range has a part with all of its rows, and count the rows. Writes `errors.csv`, and deletes the
-    files that do not count.
+    """Check that every range has a part with all of its rows, and count the rows.
+
+    Writes `errors.csv`, and deletes the files that do not count.
 
     Returns:
         the counts over all rows.
@@ -102,8 +103,8 @@ def left_out(config: PredictConfig, unavailable: Tally, images: int) -> CnnrayEr
     example = _example(unavailable)
     return storage.UnavailableError(
         f"{unavailable.rows} of {images} images have no row, because storage was in trouble, for example "
-        f"{example['uri']} ({example['error']}); {resume.ERRORS} lists them. The same command continues with them, and "
-        "with --skip-unreadable it gives them rows with an error."
+        f"{example['uri']} ({example['error']}); {resume.ERRORS} lists them. The same command continues with them, "
+        "and with --skip-unreadable it gives them rows with an error."
     )
 
 

@@ -65,8 +65,10 @@ def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
 
 
 def next_generation(config: PredictConfig) -> int:
-    """The generation of a run that begins anew: one that no part in the output has, so that a worker of an earlier run
-    that was cut off can add nothing to this one."""
+    """The generation of a run that begins anew.
+
+    No part in the output has it, so that a worker of an earlier run that was cut off can add nothing to this one.
+    """
     earlier = _read_config(config)
     return 0 if earlier is None else earlier[GENERATION] + 1
 
@@ -181,7 +183,7 @@ class Committed:
         self._firsts = sorted(self._by_first)
 
     def of(self, range_: Range) -> Part | None:
-        """The part of a range that counts: in its generation the one of the last attempt, complete before incomplete."""
+        """The part of a range that counts: of its generation and of the last attempt, complete before incomplete."""
         found = [part for part in self._by_first.get(range_.first, ()) if part.generation == range_.generation]
         return max(found, key=lambda part: (part.attempt, not part.incomplete), default=None)
 

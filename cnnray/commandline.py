@@ -85,7 +85,8 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
     try:
         values = parser.parse_args(_with_new_names(config_class, sys.argv[1:] if arguments is None else arguments))
         values.pop("config")
-        return config_class(**vars(parser.instantiate(values)))
+        # vars() would give names of jsonargparse: it marks those that its own methods have, such as `update`.
+        return config_class(**dict(parser.instantiate(values).items(branches=True, nested=False)))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cnnray.models.bundle import BundleInfo
-from cnnray.prediction.summary import Tally, class_drift, log_summary, population_stability_index, summarize
+from cnnray.prediction.summary import class_drift, log_summary, population_stability_index, summarize
+from cnnray.prediction.tally import Tally
 
 
 def test_population_stability_index():

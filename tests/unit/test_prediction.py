@@ -1,12 +1,16 @@
 """The code of a prediction run that needs no cluster."""
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -15,24 +19,37 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cnnray import cluster
+from cnnray import cluster, commandline
 from cnnray.cluster import ClusterError, Node, Resources
+from cnnray.flags import flag_name
+from cnnray.images import shards, storage
+from cnnray.images.inputs import VERSION
+from cnnray.images.lease import LeaseLostError
 from cnnray.images.manifest import manifest_from_uris
+from cnnray.images.shards import Range
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor
+from cnnray.prediction import dispatch, listed, parts, resume, tally, verify
 from cnnray.prediction.config import PredictConfig, PredictOptions
-from cnnray.prediction.parts import Collector, PartError, Parts, list_part_files
+from cnnray.prediction.dispatch import Dispatcher, PredictionError
+from cnnray.prediction.listed import ListedTasks
+from cnnray.prediction.parts import Part, PartError
 from cnnray.prediction.plan import fits_this_process, plan_on_cluster
 from cnnray.prediction.pool import Pool, plan_pool
-from cnnray.prediction.summary import ErrorList, Tally, summarize
+from cnnray.prediction.ranges import Output, RangeWorker, Task
+from cnnray.prediction.reconcile import Received, reconcile
+from cnnray.prediction.summary import summarize
+from cnnray.prediction.tally import Tally, error_rows, join_errors, write_errors
 from cnnray.prediction.worker import Worker, decode_rows, select_columns
 from cnnray.progress import ProgressBar
 from tests.awkward import awkward_images, bad_images
+from tests.e2e.conftest import until
 from tests.malformed import malformed_files
 from tests.networks import coloured_noise, fitted
 
 SIZE = 32
+FLAGS = ["--bundle", "/b", "--input", "/in", "--output", "/out"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +70,6 @@ def bundle(tmp_path_factory):
         ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),
         ({"gpus_per_worker": 2}, "--gpus-per-worker must be 0 to 1"),
         ({"min_workers": 3, "max_workers": 2}, "--min-workers 3 is more than --max-workers 2"),
-        ({"shards": 2, "shard": 2}, "--shard must be 0 to 1"),
         ({"max_error_fraction": 1.5}, "--max-error-fraction must be 0 to 1"),
         ({"output": ""}, "--output is empty"),
         ({"output": "/in/out"}, "--output /in/out lies in --input /in"),
@@ -63,6 +79,29 @@ def bundle(tmp_path_factory):
 def test_impossible_flags_are_refused(changes, sentence):
     with pytest.raises((ValueError, OSError), match=sentence):
         PredictConfig(**{"bundle": "/b", "input": "/in", "output": "/out"} | changes)
+
+
+@pytest.mark.parametrize("flags", [["--shards", "2", "--shard", "1"], ["--shards", "8"]])
+def test_shards_of_a_run_are_refused_with_a_sentence(flags, capsys):
+    with pytest.raises(SystemExit):
+        commandline.parse(PredictConfig, "jobs/predict.py", [*FLAGS, *flags])
+    assert "--shards and --shard are gone: one run classifies any number of images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["update", "verify", "retry_errors", "overwrite", "dry_run"])
+def test_what_a_run_does_with_an_earlier_one_is_a_flag(flag):
+    for arguments in ([], ["true"]):
+        config = commandline.parse(PredictConfig, "jobs/predict.py", [*FLAGS, flag_name(flag), *arguments])
+        assert config == PredictConfig(bundle="/b", input="/in", output="/out", **{flag: True})
+
+
+def test_a_single_shard_is_the_whole_run(tmp_path):
+    expected = PredictConfig(bundle="/b", input="/in", output="/out")
+    assert commandline.parse(PredictConfig, "jobs/predict.py", [*FLAGS, "--shards", "1"]) == expected
+    assert commandline.parse(PredictConfig, "jobs/predict.py", [*FLAGS, "--shards", "1", "--shard", "0"]) == expected
+    (tmp_path / "config.yaml").write_text("bundle: /b\ninput: /in\noutput: /out\nshards: 1\nshard: 0\n")
+    written = ["--config", str(tmp_path / "config.yaml")]
+    assert commandline.parse(PredictConfig, "jobs/predict.py", written) == expected
 
 
 def _cluster(*nodes):
@@ -135,7 +174,7 @@ def _plan(bundle, **options):
 
 
 def _worker(bundle, **options):
-    return Worker(_plan(bundle, **options), "model-1")
+    return Worker(_plan(bundle, **options))
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +193,13 @@ def test_a_worker_predicts_as_predictor_does(decoded_in_tasks, bundle, files):
     contents, manifest = files
     manifest = manifest.append_column("weight", pa.array([None, *range(1, len(manifest))], pa.int16()))
     worker, predictor = _worker(bundle, top_k=2), Predictor(bundle, top_k=2)
-    tables = [manifest]
+    rows = manifest
     if decoded_in_tasks:
-        tables = decode_rows(manifest, SIZE, "stretch", 10)
-    rows = pa.concat_tables(block for table in tables for block in worker(table))
+        rows = pa.concat_tables(decode_rows(manifest.slice(start, 10), SIZE, "stretch") for start in (0, 10))
+        rows = pa.concat_tables([rows, decode_rows(manifest.slice(20), SIZE, "stretch")])
+    rows = pa.concat_tables(worker(rows))
     assert rows.select(manifest.column_names).equals(manifest)
-    assert set(rows["model"].to_pylist()) == {"model-1"}
+    assert set(rows["model"].to_pylist()) == {bundle.version}
     for row in rows.to_pylist():
         data = contents[row["uri"]]
         if data is None:
@@ -237,7 +277,7 @@ def test_an_image_without_probabilities_is_an_error(embeddings, bundle, files, m
 def test_a_worker_refuses_a_bundle_that_changed_since_the_plan(bundle):
     plan = dataclasses.replace(_plan(bundle), digest="other")
     with pytest.raises(BundleError, match="was changed while the run was going on: run it again"):
-        Worker(plan, "model-1")
+        Worker(plan)
 
 
 def test_manifest_columns_with_names_of_output_columns_are_renamed():
@@ -268,77 +308,458 @@ def _rows(ids):
     )
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_parts_are_written_when_complete_and_read_back_unchanged(kind, tmp_path):
-    parts = Parts(str(tmp_path), kind, [(0, 4), (4, 8), (8, 9)])
-    collector = Collector(parts, np.arange(100, 109))
-    steps = {(108,): {2}, (103, 105): {2}, (100, 102, 104): {2}, (107,): {2}, (101, 106): {0, 1, 2}}
-    for ids, written in steps.items():
-        collector.add(_rows(list(ids)))
-        assert parts.written() == written
-    assert parts.written() == {0, 1, 2}
-    columns = ["id", "uri", "status", "error", "prediction", "confidence"]
-    for part, (start, stop) in enumerate(parts.ranges):
-        rows = parts.read(part)
-        assert rows.equals(_rows(list(range(100 + start, 100 + stop))).select(columns).cast(rows.schema))
-        assert not parts.problem(part, rows, np.arange(100, 109))
-    assert len(list_part_files(str(tmp_path))) == 3
-    (tmp_path / "shard-0-of-2").mkdir()
-    (tmp_path / "shard-0-of-2" / "part-000000.parquet").write_bytes(b"")
-    assert len(list_part_files(str(tmp_path))) == 3
+def _write_part(folder, ids, *, generation=0, attempt=0, incomplete=False, format_="parquet", first=None):
+    part = Part(ids[0] if first is None else first, generation, attempt, incomplete, format_)
+    assert parts.write(str(folder), part, _rows(list(ids)), Tally.of(_rows(list(ids)), 0.5))
+    return part
 
 
-def _with_trouble(rows, ids):
-    errors = [
-        "unavailable: S3 asks for fewer requests." if number in ids else None for number in rows["id"].to_pylist()
-    ]
-    return rows.set_column(rows.column_names.index("error"), "error", pa.array(errors, pa.string()))
+@pytest.mark.parametrize(
+    ("part", "name", "errors_name"),
+    [
+        (Part(0, 0, 0, False, "parquet"), "part-000000000000-0.0.parquet", "errors-000000000000-0.0.csv"),
+        (Part(4096, 12, 3, False, "csv"), "part-000000004096-12.3.csv", "errors-000000004096-12.3.csv"),
+        (
+            Part(7, 1, 0, True, "csv"),
+            "part-000000000007-1.0-incomplete.csv",
+            "errors-000000000007-1.0-incomplete.csv",
+        ),
+        (Part(10**13, 0, 0, False, "jsonl"), "part-10000000000000-0.0.jsonl", "errors-10000000000000-0.0.csv"),
+    ],
+)
+def test_the_name_of_a_part_says_which_it_is(part, name, errors_name):
+    assert (part.name, part.errors_name) == (name, errors_name)
+    assert parts.parse_name(name) == part
+    assert parts.parse_name(errors_name) is None
+    assert parts.is_part_or_errors(name)
+    assert parts.is_part_or_errors(errors_name)
 
 
-@pytest.mark.parametrize("leave_out", [True, False])
-def test_rows_whose_storage_was_in_trouble_are_left_out_of_their_part(leave_out, tmp_path):
-    parts = Parts(str(tmp_path), "parquet", [(0, 4), (4, 8), (8, 10)])
-    collector = Collector(parts, np.arange(10), leave_out=leave_out)
-    for ids in ([5, 0, 9], [1, 2, 8, 7], [3, 4, 6]):
-        collector.add(_with_trouble(_rows(ids), {1, 8, 9}))
-    names = ["part-000000-incomplete.parquet", "part-000001.parquet"]
-    if not leave_out:
-        names = ["part-000000.parquet", "part-000001.parquet", "part-000002.parquet"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert parts.written() == ({1} if leave_out else {0, 1, 2})
-    assert parts.incomplete_files() == ([str(tmp_path / names[0])] if leave_out else [])
-    ids = pyarrow.parquet.read_table(tmp_path / names[0])["id"].to_pylist()
-    assert ids == ([0, 2, 3] if leave_out else [0, 1, 2, 3])
-    left_out = collector.left_out
-    assert (sorted(left_out["id"].to_pylist()) if left_out else []) == ([1, 8, 9] if leave_out else [])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "part-000000.parquet", "part-000000-incomplete.parquet", "part-000000000000-0.parquet",
+        "part-000000000000-0.0.txt", "part-000000000000-0.0.parquet.tmp", "part-000000000000-0.0-other.parquet",
+        "shard-0-of-2/part-000000000000-0.0.parquet", "errors.csv", "errors-000000000000-0.0.parquet", "summary.json",
+        "rows-000000000000.parquet",
+    ],
+)  # fmt: skip
+def test_other_files_are_no_parts(name, tmp_path):
+    assert parts.parse_name(name) is None
+    assert not parts.is_part_or_errors(name)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    part = _write_part(tmp_path, range(2))
+    assert list(parts.list_parts(str(tmp_path))) == [part]
 
 
-def test_lost_and_repeated_rows_are_detected(tmp_path):
-    parts = Parts(str(tmp_path), "parquet", [(0, 3)])
-    collector = Collector(parts, np.arange(3))
-    collector.add(_rows([0]))
-    collector.add(_rows([2]))
-    with pytest.raises(PartError, match=r"missing 1 \(1\); more than once 2 \(1\)"):
-        collector.add(_rows([2]))
-    assert parts.written() == set()
+def test_the_parts_of_a_folder_are_listed_by_their_ids(tmp_path):
+    assert list(parts.list_parts(str(tmp_path / "none"))) == []
+    written = [_write_part(tmp_path, range(first, first + 2)) for first in (10, 9, 2, 1000)]
+    written.append(_write_part(tmp_path, range(2, 4), attempt=1))
+    assert list(parts.list_parts(str(tmp_path))) == sorted(written)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_a_damaged_part_is_reported(kind, tmp_path):
-    parts = Parts(str(tmp_path), kind, [(0, 3)])
-    (tmp_path / f"part-000000.{kind}").write_bytes(b'{"id": 1\n')
-    with pytest.raises(PartError, match=r"is damaged .*: delete it, and run again"):
-        parts.read(0)
+def test_a_part_is_created_once_and_read_back_unchanged(kind, tmp_path):
+    rows = _rows(list(range(100, 109)))
+    part, tally = Part(100, 0, 0, False, kind), Tally.of(rows, 0.5)
+    assert parts.write(str(tmp_path), part, rows, tally)
+    content = (tmp_path / part.name).read_bytes()
+    read = parts.read(str(tmp_path), part)
+    assert read.column_names == ["id", "uri", "status", "error", "prediction", "confidence"]
+    assert read.equals(rows.select(read.column_names).cast(read.schema))
+    assert parts.read_tally(str(tmp_path), part, 0.5) == tally
+    assert parts.write(str(tmp_path), part, rows, tally)  # by another worker, of the same images
+    other = _rows(list(range(100, 108)))
+    assert not parts.write(str(tmp_path), part, other, Tally.of(other, 0.5))
+    assert (tmp_path / part.name).read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [part.name]
+    if kind == "parquet":
+        assert parts.read_all(str(tmp_path), part).equals(rows)
 
 
-# -- the summary ----------------------------------------------------------------------------------------------
+def test_storage_that_returns_other_bytes_than_it_was_given_is_reported(tmp_path, monkeypatch):
+    part = Part(0, 0, 0, False, "parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_bytes", lambda uri: b"other")
+        with pytest.raises(PartError, match=r"-0.0.parquet was read back with other content than was written: check"):
+            parts.write(str(tmp_path), part, _rows([0]), Tally.of(_rows([0]), 0.5))
 
 
-def test_the_summary_counts_every_row(tmp_path, bundle):
-    tally, errors = Tally(0.5), ErrorList()
+def test_a_part_counts_as_written_where_the_answer_to_its_request_was_lost(tmp_path, monkeypatch):
+    create = storage.create
+    monkeypatch.setattr(storage, "create", lambda uri, data: create(uri, data) and False)
+    assert _write_part(tmp_path, range(3)) in parts.list_parts(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("data", [b'{"id": 1\n', b"", b'{"id": 1}\n', b"id,uri\r\n1,/a\r\n", b"PAR1"])
+def test_a_damaged_part_is_reported(data, kind, tmp_path):
+    part = Part(0, 0, 0, False, kind)
+    (tmp_path / part.name).write_bytes(data)
+    readers = [parts.read, lambda *arguments: parts.read_tally(*arguments, 0.5)]
+    if kind == "jsonl" and not data:
+        assert [len(parts.read(str(tmp_path), part)), parts.read_tally(str(tmp_path), part, 0.5).rows] == [0, 0]
+        return
+    for read in [*readers, parts.read_all] if kind == "parquet" else readers:
+        with pytest.raises(PartError, match=r"part-000000000000-0.0.\w+ is damaged .*: delete it, and run again"):
+            read(str(tmp_path), part)
+    (tmp_path / part.name).unlink()
+    for read in readers:
+        with pytest.raises(PartError, match=r"was deleted while the run was going on: run the same command again"):
+            read(str(tmp_path), part)
+
+
+def test_the_tally_of_a_part_is_counted_where_its_footer_has_none_for_the_threshold(tmp_path):
+    part = _write_part(tmp_path, range(9))
+    for threshold, below in ((0.5, 6), (0.25, 0), (0.3, 6)):
+        tally = parts.read_tally(str(tmp_path), part, threshold)
+        assert (tally.threshold, tally.rows, tally.below_threshold) == (threshold, 9, below)
+    table = pyarrow.parquet.read_table(tmp_path / part.name).replace_schema_metadata(None)
+    pyarrow.parquet.write_table(table, tmp_path / part.name)
+    assert parts.read_tally(str(tmp_path), part, 0.5) == Tally.of(_rows(list(range(9))), 0.5)
+
+
+# -- ranges ---------------------------------------------------------------------------------------------------
+
+
+class _Classifier:
+    """Stands in for a worker, and writes down which images it has read."""
+
+    def __init__(self, plan):
+        self.read, self.trouble = [], set()
+
+    def __call__(self, rows):
+        ids = rows["id"].to_pylist()
+        self.read += ids
+        errors = ["unavailable: S3 asks for fewer requests." if number in self.trouble else None for number in ids]
+        errors = ["corrupt: x" if number % 10 == 3 else error for number, error in zip(ids, errors, strict=True)]
+        good = [error is None for error in errors]
+        columns = {
+            "status": ["ok" if is_good else "error" for is_good in good],
+            "error": pa.array(errors, pa.string()),
+            "prediction": pa.array(["cat" if is_good else None for is_good in good], pa.string()),
+            "confidence": pa.array([0.75 if is_good else None for is_good in good], pa.float32()),
+        }
+        for start in range(0, len(rows), 4):  # blocks
+            block = rows.slice(start, 4)
+            for name, values in columns.items():
+                block = block.append_column(name, pa.array(values).slice(start, 4))
+            yield block
+
+
+def _manifest(folder, rows, rows_per_range=10, **columns):
+    """Write the shards of a manifest, and give its ranges."""
+    table = pa.table({"uri": [f"/{number:04d}.png" for number in range(rows)], **columns})
+    table = table.append_column(VERSION, pa.array(["1"] * rows, pa.string()))
+    return list(shards.write(str(folder), [table], rows_per_range=rows_per_range, generation=0))
+
+
+def _range_worker(tmp_path, **options):
+    options = {"format": "parquet", "threshold": 0.5, "skip_unreadable": False} | options
+    output = Output(folder=str(tmp_path / "out"), manifest=str(tmp_path / "manifest"), **options)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    plan = SimpleNamespace(pool=SimpleNamespace(decode_cpus=0))
+    worker = RangeWorker(plan, output, _Classifier)
+    return worker, worker._worker
+
+
+def test_a_range_is_committed_with_the_columns_of_the_manifest(tmp_path):
+    (_, range_) = _manifest(tmp_path / "manifest", 17, shot=list(range(17)), error=["none"] * 17)
+    worker, classifier = _range_worker(tmp_path)
+    receipt = worker.run(Task(range=range_))
+    assert (receipt.range, receipt.classified, receipt.unavailable) == (range_, 7, None)
+    assert receipt.part == Part(10, 0, 0, False, "parquet")
+    rows = parts.read_all(str(tmp_path / "out"), receipt.part)
+    assert rows.column_names == [
+        "id", "uri", "shot", "original_error", "status", "error", "prediction", "confidence",
+    ]  # fmt: skip
+    assert rows["id"].to_pylist() == rows["shot"].to_pylist() == classifier.read == list(range(10, 17))
+    assert receipt.tally == Tally.of(rows, 0.5)
+    assert (tmp_path / "out" / receipt.part.errors_name).read_text() == "id,uri,error\n13,/0013.png,corrupt: x\n"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_rows_whose_storage_was_in_trouble_are_left_out_of_their_part_and_classified_later(kind, tmp_path):
+    (range_,) = _manifest(tmp_path / "manifest", 10)
+    worker, classifier = _range_worker(tmp_path, format=kind)
+    classifier.trouble = {1, 8, 9}
+    receipt = worker.run(Task(range=range_))
+    assert receipt.part == Part(0, 0, 0, True, kind)
+    assert (receipt.tally.rows, receipt.tally.errors, receipt.unavailable.rows) == (7, 1, 3)
+    assert receipt.unavailable.reasons == {"unavailable": 3}
+    assert parts.read(str(tmp_path / "out"), receipt.part)["id"].to_pylist() == [0, 2, 3, 4, 5, 6, 7]
+    with (tmp_path / "out" / receipt.part.errors_name).open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["1", "3", "8", "9"]
+
+    task = resume.plan_task(range_, resume.Committed(_config(tmp_path, format=kind)), frozenset())
+    classifier.read, classifier.trouble = [], set()
+    receipt = worker.run(task)
+    assert receipt.part == Part(0, 0, 1, False, kind)
+    assert classifier.read == ([1, 8, 9] if kind == "parquet" else list(range(10)))
+    assert (receipt.classified, receipt.tally.rows, receipt.unavailable) == (len(classifier.read), 10, None)
+    assert parts.read(str(tmp_path / "out"), receipt.part)["id"].to_pylist() == list(range(10))
+
+
+def test_rows_whose_storage_was_in_trouble_have_an_error_if_asked_for(tmp_path):
+    (range_,) = _manifest(tmp_path / "manifest", 10)
+    worker, classifier = _range_worker(tmp_path, skip_unreadable=True)
+    classifier.trouble = {1, 8}
+    receipt = worker.run(Task(range=range_))
+    assert receipt.part == Part(0, 0, 0, False, "parquet")
+    assert (receipt.tally.reasons, receipt.unavailable) == ({"unavailable": 2, "corrupt": 1}, None)
+    assert parts.read(str(tmp_path / "out"), receipt.part)["id"].to_pylist() == list(range(10))
+    # Repeated by --retry-errors, but not what is wrong with the images themselves.
+    classifier.read, classifier.trouble = [], set()
+    receipt = worker.run(Task(range=range_, attempt=1, earlier=receipt.part))
+    assert classifier.read == [1, 8]
+    assert receipt.tally.reasons == {"corrupt": 1}
+
+
+def test_a_worker_that_was_overtaken_reports_the_part_that_is_there(tmp_path):
+    (range_,) = _manifest(tmp_path / "manifest", 10)
+    first, second = _range_worker(tmp_path, skip_unreadable=True), _range_worker(tmp_path, skip_unreadable=True)
+    second[1].trouble = {1}
+    receipts = [worker.run(Task(range=range_)) for worker, _ in (first, second)]
+    assert receipts[0].part == receipts[1].part
+    assert receipts[0].tally == receipts[1].tally
+    assert receipts[1].tally.reasons == {"corrupt": 1}
+
+
+def test_a_worker_whose_run_has_ended_writes_nothing(tmp_path):
+    (range_,) = _manifest(tmp_path / "manifest", 10)
+    worker, _ = _range_worker(tmp_path, lease_holder="an earlier run")
+    with pytest.raises(LeaseLostError):
+        worker.run(Task(range=range_))
+    assert not list((tmp_path / "out").iterdir())
+
+
+# -- resuming -------------------------------------------------------------------------------------------------
+
+
+def _config(tmp_path, **changes):
+    return PredictConfig(bundle="/b", input="/in", output=str(tmp_path / "out"), **changes)
+
+
+def test_the_part_that_counts_is_that_of_the_last_attempt_in_the_ranges_generation(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for generation, attempt, incomplete in ((0, 0, False), (0, 1, True), (0, 2, True), (0, 2, False), (2, 9, False)):
+        _write_part(out, range(10, 20), generation=generation, attempt=attempt, incomplete=incomplete)
+    _write_part(out, range(10, 20), attempt=7, format_="csv")
+    committed = resume.Committed(_config(tmp_path))
+    range_ = Range(10, 19, 10, 0, 0, 0)
+    assert committed.of(range_) == Part(10, 0, 2, False, "parquet")
+    assert committed.before(range_) is None
+    assert committed.of(dataclasses.replace(range_, generation=1)) is None
+    assert committed.before(dataclasses.replace(range_, generation=1)) == Part(10, 0, 2, False, "parquet")
+    assert committed.before(dataclasses.replace(range_, generation=3)) == Part(10, 2, 9, False, "parquet")
+    # The first rows of a range may be gone since; another range begins where no part does.
+    assert committed.before(Range(13, 19, 7, 0, 0, 1)) == Part(10, 0, 2, False, "parquet")
+    assert committed.of(Range(13, 19, 7, 0, 0, 0)) is None
+    assert committed.before(Range(3, 9, 7, 0, 0, 1)) is None
+
+
+def test_what_there_is_to_do_for_a_range(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    complete = _write_part(out, range(10))
+    incomplete = _write_part(out, range(10, 15), attempt=3, incomplete=True)
+    ranges = [Range(first, first + 9, 10, 0, number, 0) for number, first in enumerate((0, 10, 20))]
+    committed = resume.Committed(_config(tmp_path))
+
+    def planned(range_, *retried):
+        return resume.plan_task(range_, committed, frozenset(retried))
+
+    assert planned(ranges[0]) is None
+    assert planned(ranges[0], complete) == Task(range=ranges[0], attempt=1, earlier=complete)
+    assert planned(ranges[1]) == Task(range=ranges[1], attempt=4, earlier=incomplete)
+    assert planned(ranges[2]) == Task(range=ranges[2])
+    updated = dataclasses.replace(ranges[0], generation=1)
+    assert planned(updated) == Task(range=updated, earlier=complete)
+
+
+def test_rows_of_csv_files_are_not_taken_over(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    part = _write_part(out, range(10), format_="csv")
+    committed = resume.Committed(_config(tmp_path, format="csv"))
+    range_ = Range(0, 9, 10, 0, 0, 0)
+    assert resume.plan_task(range_, committed, frozenset([part])) == Task(range=range_, attempt=1)
+    updated = dataclasses.replace(range_, generation=1)
+    assert resume.plan_task(updated, committed, frozenset()) == Task(range=updated)
+
+
+def _ranges(count):
+    return [Range(10 * number, 10 * number + 9, 10, 0, number, 0) for number in range(count)]
+
+
+def test_tasks_are_taken_while_ranges_are_listed():
+    ranges, listed = _ranges(4), threading.Event()
+
+    def slow():
+        yield from ranges[:3]
+        assert listed.wait(60)
+        yield ranges[3]
+
+    tasks = ListedTasks(slow(), lambda range_: None if range_ == ranges[1] else Task(range=range_))
+    assert tasks.take() is None
+    tasks.start()
+    assert [tasks.take(seconds=60).range for _ in range(2)] == [ranges[0], ranges[2]]
+    assert tasks.take() is None
+    assert (tasks.ended, tasks.is_complete) == (False, False)
+    assert (tasks.rows, tasks.rows_done, tasks.known) == (30, 10, 0)
+    listed.set()
+    assert tasks.take(seconds=60) == Task(range=ranges[3])
+    assert tasks.take(seconds=60) is None
+    assert tasks.ended
+    assert tasks.is_complete
+    assert tasks.take(seconds=60) is None
+    assert (tasks.ranges, tasks.rows, tasks.rows_done) == (ranges, 40, 10)
+    tasks.stop()
+
+
+def test_an_error_of_the_listing_is_raised_where_tasks_are_taken():
+    def listing():
+        yield from _ranges(1)
+        raise storage.UnavailableError("S3 asks for fewer requests.")
+
+    tasks = ListedTasks(listing(), lambda range_: Task(range=range_))
+    tasks.start()
+    assert tasks.take(seconds=60) is not None
+    with pytest.raises(storage.UnavailableError, match="S3 asks for fewer requests"):
+        tasks.take(seconds=60)
+    assert (tasks.ended, tasks.is_complete) == (False, False)
+    tasks.stop()
+
+
+def test_a_listing_that_is_far_ahead_waits_and_can_be_stopped(monkeypatch):
+    monkeypatch.setattr(listed, "_AHEAD", 5)
+    tasks = ListedTasks(iter(_ranges(1000)), lambda range_: Task(range=range_))
+    tasks.start()
+    until(lambda: tasks.known == 5, 60, "5 tasks")
+    assert len(tasks.ranges) <= 6
+    tasks.stop()
+    assert len(tasks.ranges) <= 7
+    assert not tasks.is_complete
+
+
+# -- workers of a cluster -------------------------------------------------------------------------------------
+
+
+class _Actor:
+    def __init__(self, actor=None):
+        self.actor, self.tasks, self.loading = actor, {}, "loading"
+
+
+class _Class:
+    """Stands in for the class of Ray's actors."""
+
+    @staticmethod
+    def remote(*arguments):
+        return None
+
+
+@pytest.fixture
+def dispatcher(monkeypatch):
+    """Makes a dispatcher without Ray for a pool of workers; `ray.kill` does nothing."""
+    monkeypatch.setattr(dispatch, "_Actor", _Actor)
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+
+    def make(smallest, first, largest):
+        plan = SimpleNamespace(
+            pool=Pool(smallest=smallest, first=first, largest=largest),
+            bundle=SimpleNamespace(uri="/b"),
+            engine="onnx",
+        )
+        return Dispatcher(plan, None)
+
+    return make
+
+
+def _give_work(dispatcher, tasks_each):
+    for number, worker in enumerate(dispatcher._workers):
+        worker.loading = None
+        worker.tasks = {(number, task): Task(range=_ranges(1)[0]) for task in range(tasks_each)}
+
+
+def test_workers_are_added_while_all_have_work_and_there_is_more(dispatcher):
+    pool, listing = dispatcher(1, 2, 7), SimpleNamespace(ended=False, known=100)
+    counts = []
+    for tasks_each in (0, 0, 1, 2, 2, 2):
+        pool._start_workers(listing, _Class)
+        counts.append(len(pool._workers))
+        pool._start_workers(listing, _Class)  # the new ones are still loading
+        assert len(pool._workers) == counts[-1]
+        _give_work(pool, tasks_each)
+    assert counts == [2, 2, 2, 2, 4, 7]
+    pool._start_workers(SimpleNamespace(ended=True, known=0), _Class)
+    assert len(pool._workers) == 7
+
+
+@pytest.mark.parametrize(("known", "workers"), [(0, 1), (1, 1), (3, 3), (9, 4)])
+def test_there_are_no_more_workers_than_ranges(known, workers, dispatcher):
+    pool = dispatcher(1, 4, 8)
+    pool._start_workers(SimpleNamespace(ended=True, known=known), _Class)
+    assert len(pool._workers) == workers
+
+
+def test_the_ranges_of_a_lost_worker_are_given_to_others_and_isolated_if_they_end_them_too(dispatcher):
+    pool, (range_, other) = dispatcher(1, 1, 1), _ranges(2)
+    task = Task(range=range_)
+    pool._again.append(Task(range=other))
+    for lost in range(1, dispatch._MAX_LOST):
+        pool._start_workers(SimpleNamespace(ended=True, known=0), _Class)
+        (worker,) = pool._workers
+        worker.loading, worker.tasks = None, {"reference": task}
+        pool._lose(worker, RuntimeError("The actor died."))
+        assert not pool._workers
+        task = pool._again.pop()
+        assert task == Task(range=range_, isolated=lost >= 2)
+    assert list(pool._again) == [Task(range=other)]
+    pool._start_workers(SimpleNamespace(ended=True, known=0), _Class)
+    pool._workers[0].loading, pool._workers[0].tasks = None, {"reference": task}
+    with pytest.raises(PredictionError, match="10 workers were lost while they classified the images 0 to 9"):
+        pool._lose(pool._workers[0], RuntimeError("The actor died."))
+
+
+def test_workers_that_crash_while_they_load_end_the_run(dispatcher):
+    pool = dispatcher(1, 1, 1)
+    for sentence in (None, "A worker crashed 2 times while it loaded /b for onnx: it may have too little memory"):
+        pool._start_workers(SimpleNamespace(ended=True, known=1), _Class)
+        with pytest.raises(BundleError, match=sentence) if sentence else contextlib.nullcontext():
+            pool._lose(pool._workers[0], RuntimeError("The actor died."))
+
+
+# -- the end of a run -----------------------------------------------------------------------------------------
+
+
+def test_tallies_add_up_and_survive_their_storage():
+    ids = list(range(20))
+    whole, sum_ = Tally.of(_rows(ids), 0.5), Tally(0.5)
+    for group in (ids[12:], ids[:5], ids[5:12]):  # ranges end in any order
+        tally = Tally.of(_rows(group), 0.5)
+        assert Tally.from_json(tally.as_json()) == tally
+        sum_.add(tally)
+    assert sum_ == whole
+    assert Tally.from_json(sum_.as_json()) == whole
+    assert (whole.rows, whole.ok, whole.errors, whole.below_threshold) == (20, 13, 7, 13)
+    assert whole.classes == {"null": 13}
+    assert whole.reasons == {"corrupt": 7}
+    assert [row["id"] for row in whole.examples["corrupt"]] == [0, 3, 6]
+    sum_.add(Tally(0.5))
+    assert sum_ == whole
+    # What was read from JSON can be added to.
+    read = Tally.from_json(Tally(0.5).as_json())
+    read.add(whole)
+    assert read == whole
+
+
+def test_the_summary_counts_every_row(bundle):
+    tally = Tally(0.5)
     for ids in ([0, 1, 2], [3, 4]):
-        tally.add(_rows(ids))
-        errors.add(_rows(ids))
+        tally.add(Tally.of(_rows(ids), 0.5))
     info = dataclasses.replace(bundle.info, class_names=["null", "other"], class_counts={"null": 3, "other": 1})
     summary = summarize(tally, info)
     assert (summary["rows"], summary["ok"], summary["errors"]) == (5, 3, 2)
@@ -346,9 +767,126 @@ def test_the_summary_counts_every_row(tmp_path, bundle):
     assert [example["id"] for example in summary["errors_by_reason"]["corrupt"]["examples"]] == [0, 3]
     assert summary["classes"]["null"] == {"images": 3, "share": 1.0, "training_share": 0.75}
     assert summary["below_threshold"] == 1.0
-    errors.write(str(tmp_path / "errors.csv"))
-    with (tmp_path / "errors.csv").open(newline="") as file:
-        assert list(csv.reader(file))[:2] == [["id", "uri", "error"], ["0", "/Ü, x/0.png", 'corrupt: a, "b"\r\nc\rd']]
+
+
+def test_lists_of_errors_are_joined(tmp_path, monkeypatch):
+    names = ["errors-000000000000-0.0.csv", "errors-000000000010-0.0.csv"]
+    for name, ids in zip(names, ([0, 1, 3], [12, 15, 18]), strict=True):
+        write_errors(str(tmp_path / name), error_rows(_rows(ids)))
+
+    def joined(*names):
+        join_errors(str(tmp_path), names, str(tmp_path / "errors.csv"))
+        with (tmp_path / "errors.csv").open(newline="") as file:
+            return list(csv.reader(file))
+
+    expected = [[str(number), f"/Ü, x/{number}.png", 'corrupt: a, "b"\r\nc\rd'] for number in (0, 3, 12, 15, 18)]
+    assert joined(*names) == [["id", "uri", "error"], *expected]
+    assert joined(names[1]) == [["id", "uri", "error"], *expected[2:]]
+    assert joined() == [["id", "uri", "error"]]
+    monkeypatch.setattr(tally, "MAX_LISTED", 3)
+    assert joined(*names) == [["id", "uri", "error"], *expected[:3]]
+    monkeypatch.setattr(tally, "MAX_LISTED", 2)
+    assert joined(*names, "none.csv") == [["id", "uri", "error"], *expected[:2]]
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """A run whose three ranges are committed: its config, ranges and receipts."""
+    ranges = _manifest(tmp_path / "manifest", 26)
+    worker, _ = _range_worker(tmp_path)
+    receipts = [worker.run(Task(range=range_)) for range_ in ranges]
+    return _config(tmp_path), ranges, receipts
+
+
+def _received(config, receipts):
+    received = Received(config)
+    for receipt in receipts:
+        received.add(receipt)
+    return received
+
+
+def test_at_the_end_every_range_has_one_part(committed, tmp_path):
+    config, ranges, receipts = committed
+    out = tmp_path / "out"
+    shutil.copy(out / receipts[0].part.name, out / "part-000000000000-1.0.parquet")  # of an update that was given up
+    shutil.copy(out / receipts[0].part.errors_name, out / "errors-000000000000-1.0.csv")
+    (out / "part-000000000010-0.0-incomplete.parquet").write_bytes(b"")
+    (out / "mine.txt").write_bytes(b"")
+    totals = [reconcile(config, ranges, _received(config, some)) for some in (receipts, receipts[1:], [])]
+    assert totals[0] == totals[1] == totals[2]
+    assert (totals[0].rows, totals[0].errors) == (26, 3)
+    assert [row["id"] for row in totals[0].examples["corrupt"]] == [3, 13, 23]
+    names = {name for receipt in receipts for name in (receipt.part.name, receipt.part.errors_name)}
+    assert {path.name for path in out.iterdir()} == names | {"errors.csv", "mine.txt"}
+    assert len((out / "errors.csv").read_text().splitlines()) == 4
+
+
+def test_a_part_that_another_worker_has_committed_at_the_same_time_is_counted_once(committed, tmp_path):
+    config, ranges, receipts = committed
+    worker, classifier = _range_worker(tmp_path)
+    classifier.trouble = {4}
+    late = worker.run(Task(range=ranges[0], attempt=1))
+    assert late.part.incomplete
+    classifier.trouble = set()
+    late = worker.run(Task(range=ranges[0], attempt=2, earlier=late.part))
+    totals = reconcile(config, ranges, _received(config, receipts))
+    assert (totals.rows, totals.errors) == (26, 3)
+    assert late.part in parts.list_parts(config.output)
+    assert receipts[0].part not in parts.list_parts(config.output)
+
+
+def test_lost_rows_are_detected(committed, tmp_path):
+    config, ranges, receipts = committed
+    short = dataclasses.replace(receipts[1], tally=dataclasses.replace(receipts[1].tally, rows=9))
+    with pytest.raises(PartError, match=r"part-000000000010-0.0.parquet has 9 rows, and its range .* 10: delete it"):
+        Received(config).add(short)
+    path = tmp_path / "out" / receipts[1].part.name
+    table = pyarrow.parquet.read_table(path).replace_schema_metadata(None)
+    pyarrow.parquet.write_table(table.slice(1), path)
+    with pytest.raises(PartError, match=r"part-000000000010-0.0.parquet has 9 rows, and its range .* 10: delete it"):
+        reconcile(config, ranges, _received(config, []))
+    path.unlink()
+    with pytest.raises(PartError, match=r"10 images have no row, for example those from id 10 to 19. Run the same"):
+        reconcile(config, ranges, _received(config, receipts))
+
+
+def test_the_full_check_finds_no_difference_in_a_good_output(committed, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config, ranges, _ = committed
+    verify.verify(config, ranges, str(tmp_path / "manifest"))
+    assert "the ids of all 3 output files are those of the manifest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ids", "difference"),
+    [
+        ([10, 11, *range(13, 20)], r"missing 12 \(1\)"),
+        ([10, 11, 11, *range(13, 20)], r"missing 12 \(1\); more than once 11 \(1\)"),
+        ([*range(10, 21)], r"unexpected 20 \(1\)"),
+        ([*range(20, 30)], r"missing 10, .*, 19 \(10\); unexpected 20, .*, 29 \(10\)"),
+        ([*range(10, 20), *range(100, 111)], r"unexpected 100, .*, 109 \.\.\. \(11\)"),
+        ([11, 10, *range(12, 20)], "another order"),
+    ],
+)
+def test_the_full_check_names_wrong_ids(ids, difference, committed, tmp_path):
+    config, ranges, receipts = committed
+    (tmp_path / "out" / receipts[1].part.name).unlink()
+    _write_part(tmp_path / "out", ids, first=10)
+    sentence = rf"1 output files have other ids .*part-000000000010-0.0.parquet \({difference}\): delete it"
+    with pytest.raises(PartError, match=sentence):
+        verify.verify(config, ranges, str(tmp_path / "manifest"))
+
+
+def test_the_full_check_finds_missing_and_foreign_files(committed, tmp_path):
+    config, ranges, receipts = committed
+    foreign = _write_part(tmp_path / "out", range(40, 50))
+    with pytest.raises(PartError, match=r"part-000000000040-0.0.parquet is of no range of the manifest: delete it"):
+        verify.verify(config, ranges, str(tmp_path / "manifest"))
+    (tmp_path / "out" / foreign.name).unlink()
+    for receipt in receipts[1:]:
+        (tmp_path / "out" / receipt.part.name).unlink()
+    with pytest.raises(PartError, match=r"2 output files .* for example the ids from 10 to 19 have no file"):
+        verify.verify(config, ranges, str(tmp_path / "manifest"))
 
 
 def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_path):
@@ -373,7 +911,7 @@ pool = Pool(smallest=1, first=1, largest=1)
 bundle = Bundle.load({bundle.uri!r})
 digest = bundle.digest("model.keras")
 plan = Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
-worker = Worker(plan, "model")
+worker = Worker(plan)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 manifest = manifest_from_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
 rows = [row for table in worker(manifest) for row in table.select(["uri", "status", "error"]).to_pylist()]

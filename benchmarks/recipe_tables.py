@@ -4,7 +4,6 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import report
 
@@ -13,9 +12,9 @@ from benchmarks import report
 class Study:
     """The results of recipes on sets, with several seeds."""
 
-    results: dict[tuple[str, str, int], dict[str, Any]]
-    """By set, recipe and seed: the bundle's held-out `accuracy`, and of each of the `epochs` the images seen so far,
-    the losses in training and on the held-out images, and the held-out accuracy."""
+    epochs: dict[tuple[str, str, int], list[list[float]]]
+    """By set, recipe and seed, of each epoch: the images seen so far, the training loss, the held-out loss, and the
+    held-out accuracy."""
     rates: dict[str, float]
     """Of each recipe, in images/s."""
     held_out: dict[str, int]
@@ -23,22 +22,22 @@ class Study:
 
     @property
     def sets(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _, _ in self.results))
+        return list(dict.fromkeys(name for name, _, _ in self.epochs))
 
     @property
     def seeds(self) -> list[int]:
-        return list(dict.fromkeys(seed for _, _, seed in self.results))
+        return list(dict.fromkeys(seed for _, _, seed in self.epochs))
 
     def accuracies(self, name: str, recipe: str) -> list[float]:
-        """By seed."""
-        return [self.results[name, recipe, seed]["accuracy"] for seed in self.seeds]
+        """Of the bundle, that is of the best epoch, by seed."""
+        return [max(epoch[-1] for epoch in self.epochs[name, recipe, seed]) for seed in self.seeds]
 
     def mean(self, name: str, recipe: str) -> float:
         return statistics.mean(self.accuracies(name, recipe))
 
     def curve(self, name: str, recipe: str, seed: int) -> list[tuple[float, float]]:
         """Seconds of training, and the held-out accuracy, after each epoch."""
-        epochs = self.results[name, recipe, seed]["epochs"]
+        epochs = self.epochs[name, recipe, seed]
         return [(images / self.rates[recipe], accuracy) for images, _, _, accuracy in epochs]
 
     def log_error(self, name: str, recipe: str) -> float:
@@ -103,8 +102,7 @@ def times(study: Study, before: str, after: str) -> str:
     for name in study.sets:
         wholes = {recipe: study.curve(name, recipe, study.seeds[0])[-1][0] for recipe in (before, after)}
         reached = []
-        for seed in study.seeds:
-            wanted = study.results[name, before, seed]["accuracy"]
+        for seed, wanted in zip(study.seeds, study.accuracies(name, before), strict=True):
             reached.append(
                 next((time for time, accuracy in study.curve(name, after, seed) if accuracy >= wanted), math.inf)
             )

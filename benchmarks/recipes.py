@@ -20,6 +20,8 @@ from benchmarks.recipe_tables import Study
 from benchmarks.trainer import Trained, make_config, train_network
 from cnnray.models.augment import Augmentations
 from cnnray.training import decisions
+from cnnray.training.config import Effort
+from cnnray.training.decided import DecidedConfig
 
 SECONDS = 60
 """Time to train, on all cores."""
@@ -27,6 +29,9 @@ SEEDS = (0, 1, 2)
 BEFORE, DEFAULT = "before", "resnet9_small"
 """The recipe that was the default, with ten epochs, and the one that is (see `decisions`)."""
 PEERS = ("article", "timm", "airbench")
+PRESETS: tuple[Effort, ...] = ("quick", "default", "accurate")
+_SETS_OF_PRESETS = ("fashion", "cifar10", "emojis", "shapes")
+"""Those on which the default's accuracy is not near its end."""
 _EPOCHS_BEFORE = 10
 _CONFIRMED = 3
 """How many changes of the default, those with the fewest errors, get all seeds."""
@@ -95,7 +100,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def measure(folder: Path, data: str | None = None) -> str:
-    """Run what is left of the study, eight hours in all on 2 cores.
+    """Run what is left of the study, nine hours in all on 2 cores.
 
     Args:
         folder: holds npm's packages (see `data_sets.NPM`); results are kept here, and the study goes on with them;
@@ -113,13 +118,18 @@ def measure(folder: Path, data: str | None = None) -> str:
     images = {set_: len(data_sets.load(set_, folder).train.targets) for set_ in sets}
     held_out = {set_: len(data_sets.load(set_, folder).held_out.targets) for set_ in sets}
 
-    def run(trainings: Iterable[tuple[str, str, int]], epochs: Callable[[str, str], int]) -> Study:
-        keys = {(set_, name, seed): (set_, name, seed, epochs(set_, name)) for set_, name, seed in trainings}
+    def run(
+        trainings: Iterable[tuple[str, str, int]],
+        epochs: Callable[[str, str], int],
+        recipe: Callable[[str], str] = lambda name: name,
+    ) -> Study:
+        """Train on sets, by the recipes of some names, with seeds."""
+        keys = {(set_, name, seed): (set_, recipe(name), seed, epochs(set_, name)) for set_, name, seed in trainings}
         results = runs.complete(
             folder / "recipes.jsonl", keys.values(), functools.partial(measure_accuracy, npm=folder)
         )
-        curves = {of: results[key] for of, key in keys.items()}
-        return Study(curves, {name: rates[name,]["images_per_second"] for _, name, _ in keys}, held_out)
+        curves = {of: results[key]["epochs"] for of, key in keys.items()}
+        return Study(curves, {name: rates[recipe(name),]["images_per_second"] for _, name, _ in keys}, held_out)
 
     def in_time(set_: str, name: str) -> int:
         """The number of epochs that comes nearest to the time, rounded up."""
@@ -127,7 +137,7 @@ def measure(folder: Path, data: str | None = None) -> str:
         return max(1, math.ceil(SECONDS * per_second / images[set_] - 0.5))
 
     def as_decided(set_: str, name: str) -> int:
-        return _EPOCHS_BEFORE if name == BEFORE else _decided_epochs(images[set_])
+        return _EPOCHS_BEFORE if name == BEFORE else _decide(images[set_]).epochs
 
     same_time = run(itertools.product(images, compared, SEEDS), in_time)
     own_time = run(itertools.product(images, (BEFORE, DEFAULT), SEEDS), as_decided)
@@ -139,6 +149,12 @@ def measure(folder: Path, data: str | None = None) -> str:
         confirmed = run(itertools.product(images, (DEFAULT, *best, BEFORE), SEEDS), in_time)
         tables += [recipe_tables.accuracies(study) for study in (tried, confirmed)]
         tables.append(recipe_tables.leave_one_set_out(confirmed, BEFORE))
+        presets = run(
+            itertools.product(_SETS_OF_PRESETS, PRESETS, SEEDS[:1]),
+            lambda set_, preset: _decide(images[set_], preset).epochs,
+            lambda preset: _decide(max(images.values()), preset).architecture,
+        )
+        tables.append(recipe_tables.accuracies(presets))
     return "\n\n".join(tables)
 
 
@@ -153,7 +169,12 @@ def measure_rate(name: str) -> dict[str, Any]:
 
 
 def measure_accuracy(set_: str, name: str, seed: int, epochs: int, *, npm: Path) -> dict[str, Any]:
-    """Train on a set; the accuracy of the bundle, and of each epoch the images seen so far, losses and accuracy."""
+    """Train on a set.
+
+    Returns:
+        The held-out `accuracy` of the bundle, and of each of the `epochs` the images seen so far, the training loss,
+        the held-out loss and the held-out accuracy.
+    """
     trained = _train(RECIPES[name], data_sets.load(set_, npm), epochs, seed)
     passed = [[each.images, each.loss, each.held_out_loss, each.accuracy] for each in trained.epochs]
     return {"accuracy": trained.accuracy, "epochs": passed}
@@ -167,6 +188,6 @@ def _train(recipe: Recipe, data: DataSet, epochs: int, seed: int) -> Trained:
     return train_network(config, data.train, data.held_out, variant=lambda model: recipe.variant(model, data))
 
 
-def _decided_epochs(images: int) -> int:
+def _decide(images: int, preset: str = "default") -> DecidedConfig:
     facts = decisions.DataFacts(images=images, classes=10, side=data_sets.SIZE)
-    return decisions.decide(make_config(), facts)[0].epochs
+    return decisions.decide(make_config(preset=preset), facts)[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.data_sets import SIZE, Labelled
 from cnnray.training import decisions, epoch, recipe
+from cnnray.training.callbacks import epoch_score
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
 
@@ -38,7 +39,7 @@ class Trained:
     """A trained network."""
 
     model: Any
-    """With the weights of the epoch with the lowest loss on the held-out images, as in a bundle."""
+    """With the weights of the epoch that is best on the held-out images, as in a bundle."""
     accuracy: float
     """Of these weights, on the held-out images."""
     epochs: list[Passed]
@@ -109,8 +110,9 @@ def train_network(
                 continue
             loss, accuracy = _evaluate(steps, held_out)
             passed.append(Passed(number * len(train.targets), seconds, losses / len(train.targets), loss, accuracy))
-            if phase is phases[-1] and not (phase.sparsity and phase_epoch < phase.passes / 2) and loss < best[0]:
-                best = loss, steps.inference.get_weights()
+            score = epoch_score(accuracy, loss)
+            if phase is phases[-1] and not (phase.sparsity and phase_epoch < phase.passes / 2) and score < best[0]:
+                best = score, steps.inference.get_weights()
         zeros = max(zeros, phase.sparsity)
     if best[1] is not None:  # no loss was a number
         steps.inference.set_weights(best[1])

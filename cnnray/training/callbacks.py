@@ -75,6 +75,19 @@ class ProgressLogger(keras.callbacks.Callback):
         self._shown = time.monotonic()
 
 
+def epoch_score(accuracy: float, loss: float) -> float:
+    """What the best epoch has least of: the share of wrong answers; where that is equal, the loss.
+
+    The loss itself does not choose, because a network that trains for long gives wrong answers with ever more
+    confidence, and so a higher loss, while its accuracy still rises.
+
+    Args:
+        accuracy: on the validation images, 0 to 1.
+        loss: on the validation images, in nats.
+    """
+    return 1.0 - accuracy + 1e-9 * loss / (1.0 + loss)
+
+
 def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:
     """The callbacks that change a phase of the training: they run on every worker, on the same logs."""
     callbacks: list[keras.callbacks.Callback] = []

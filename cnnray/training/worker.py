@@ -187,12 +187,12 @@ class _Worker:
     def _score(self, logs: dict[str, float]) -> float:
         """The quantity that selects the best epoch (lower is better).
 
-        It is the validation loss, from the epoch on that has all the zeros that the last phase asks for.
+        Epochs count from the one on that has all the zeros that the last phase asks for.
         """
         phase, before = self.phases[self.progress.phase], self._zeros_before()
         reached = phase.sparsity == before or self.progress.phase_epoch > phase.passes / 2
         counts = reached and phase.sparsity == self.phases[-1].sparsity
-        return logs[callbacks.MONITOR] if counts else sys.float_info.max
+        return callbacks.epoch_score(logs["val_accuracy"], logs["val_loss"]) if counts else sys.float_info.max
 
     def _zeros_before(self) -> float:
         """The share of zeros at the beginning of the phase."""

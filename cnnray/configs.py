@@ -107,12 +107,17 @@ def upgrade(config_class: type[Config], values: Mapping[str, Any]) -> dict[str, 
     return current
 
 
-def dump(config: Config, **changes: Any) -> bytes:
+def dump(config: Config, facts: Mapping[str, Any] | None = None, **changes: Any) -> bytes:
     """A config as `config.yaml`, with other values for some fields.
 
     The key `cnnray` holds the version that wrote it and the numbers of the formats.
+
+    Args:
+        config: of the run.
+        facts: what else the key `cnnray` holds, for `load_facts`.
+        changes: values for fields.
     """
-    header = {"version": cnnray.__version__, "config": CONFIG_FORMAT, "output": OUTPUT_FORMAT}
+    header = {"version": cnnray.__version__, "config": CONFIG_FORMAT, "output": OUTPUT_FORMAT, **(facts or {})}
     return yaml.safe_dump(as_dict(config) | changes | {_HEADER: header}, sort_keys=False).encode()
 
 
@@ -135,6 +140,12 @@ def load(config_class: type[Config], text: bytes | str, source: str) -> dict[str
     if not isinstance(values, dict):
         raise BadInputError(f"{source} is not a config: expected a table of flags.")
     return without_header(config_class, values, source)
+
+
+def load_facts(text: bytes | str) -> dict[str, Any]:
+    """The facts in a text that `load` accepts."""
+    header = yaml.safe_load(text).get(_HEADER)
+    return dict(header) if isinstance(header, dict) else {}
 
 
 def without_header(config_class: type[Config], values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import time
@@ -29,6 +30,7 @@ from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import find_unusable
+from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import parts as prediction_parts
 from cnnray.prediction.job import run as predict
 
@@ -210,8 +212,8 @@ def _read_rows(folder: str) -> tuple[pa.Table, Any]:
         the rows with `_ROWS_COLUMNS`, and the probabilities of those without an error, float32 (N, classes).
     """
     tables, probabilities = [], []
-    for file in prediction_parts.list_parts(folder):
-        part = prediction_parts.read_all(folder, file)
+    current = (prediction_parts.read_all(folder, part) for part in prediction_parts.list_parts(folder))
+    for part in itertools.chain(current, earlier_versions.read_parts(folder)):
         tables.append(part.select(list(_ROWS_COLUMNS)))
         good = part["probabilities"].combine_chunks().drop_null()
         if len(good):

@@ -1,6 +1,7 @@
 """Turns outputs of versions up to 0.2, which had one manifest file and numbered parts, into those of today."""
 
 import re
+from collections.abc import Iterator
 
 import pyarrow as pa
 
@@ -41,7 +42,7 @@ def identity(output: str) -> tuple[str, str] | None:
 def convert(config: PredictConfig, folder: str) -> None:
     """Write the manifest of an earlier version's run as shards of generation 0, and its parts under today's names.
 
-    A conversion that is killed is done again.
+    A conversion that is killed is done again. The earlier manifest stays until `delete_manifest`.
 
     Args:
         config: of the run.
@@ -61,7 +62,18 @@ def convert(config: PredictConfig, folder: str) -> None:
         if not match[2] and match[3] == config.format and int(match[1]) < len(ranges):
             _convert_part(config, file.uri, ranges[int(match[1])])
         storage.delete_file(file.uri)
-    storage.delete_file(storage.join(config.output, _MANIFEST))
+
+
+def delete_manifest(output: str) -> None:
+    """Delete the manifest of an earlier version's run, whose output is then one of today's."""
+    storage.delete_file(storage.join(output, _MANIFEST))
+
+
+def read_parts(output: str) -> Iterator[pa.Table]:
+    """The rows of an earlier version's finished run that wrote Parquet files, in order."""
+    for file in storage.files(output):
+        if is_part(storage.name(file.uri)):
+            yield storage.parse_parquet(storage.read_bytes(file.uri))
 
 
 def _convert_part(config: PredictConfig, uri: str, range_: Range) -> None:

@@ -23,7 +23,7 @@ from cnnray.prediction.dispatch import Dispatcher
 from cnnray.prediction.listed import ListedTasks
 from cnnray.prediction.manifest import Manifest
 from cnnray.prediction.plan import Plan
-from cnnray.prediction.pool import check_room
+from cnnray.prediction.pool import Pool, check_room
 from cnnray.prediction.ranges import Output, RangeWorker, Receipt, Task
 from cnnray.prediction.reconcile import Received, left_out, reconcile, too_many_errors
 from cnnray.prediction.worker import Worker, rename_reserved
@@ -152,8 +152,11 @@ def list_images(config: PredictConfig, earlier: dict[str, Any] | None) -> Manife
         generation = 0
         earlier_versions.convert(config, manifests.folder_of(config, generation))
         resume.set_generation(config, generation)
-    if config.update and (updated := manifests.update(config, generation)) is not None:
-        return updated
+    if config.update:
+        committed = resume.Committed(config)
+        updated = manifests.update(config, generation, lambda range_: committed.of(range_) is not None)
+        if updated is not None:
+            return updated
     return manifests.proceed(config, generation)
 
 
@@ -226,7 +229,11 @@ def _classify(
     )
     metrics = None if plan.in_process else PredictionMetrics(config.output)
     progress = ProgressBar(manifest.rows or 0)
-    receipts = _in_process(plan, output, tasks) if plan.in_process else _on_cluster(config, plan, output, tasks)
+    if plan.in_process:
+        receipts = _in_process(plan, output, tasks)
+    else:
+        at_once = 1 if storage.is_local(manifest.example) else 2
+        receipts = _on_cluster(config, Dispatcher(plan, output, at_once), plan.pool, tasks)
     tasks.start()
     try:
         with contextlib.closing(receipts):
@@ -257,20 +264,21 @@ def _in_process(plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Rec
             yield worker.run(task)
 
 
-def _on_cluster(config: PredictConfig, plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Receipt | None]:
+def _on_cluster(
+    config: PredictConfig, dispatcher: Dispatcher, pool: Pool, tasks: ListedTasks
+) -> Generator[Receipt | None]:
     """Carry out the tasks with workers on the cluster.
 
     Raises:
         ClusterError: lost nodes did not come back.
     """
-    pool = plan.pool
     log.info(
         "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
     with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
-        yield from Dispatcher(plan, output).run(tasks)
+        yield from dispatcher.run(tasks)
 
 
 def _check_errors(config: PredictConfig, received: Received, tasks: ListedTasks) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,18 +97,20 @@ def proceed(config: PredictConfig, generation: int) -> Manifest:
     )
 
 
-def update(config: PredictConfig, before: int) -> Manifest | None:
+def update(config: PredictConfig, before: int, is_committed: Callable[[Range], bool]) -> Manifest | None:
     """Compare the input with the manifest of a run, and store that of the next generation.
 
     Images that are still there keep their ids and ranges. A range with an image that changed or is gone gets the next
-    generation. New images get new ids, and ranges of their own.
+    generation. New images get new ids, and ranges of their own. All images of a range without a part count as changed:
+    the rows that an earlier part has of them may be of images before an update that was cut off.
 
     Args:
         config: of the run.
         before: generation of its manifest.
+        is_committed: whether a range of that manifest has a part.
 
     Returns:
-        None where nothing has changed.
+        None where nothing has changed, or nothing was listed yet.
 
     Raises:
         ManifestError, OSError: with a sentence for the user.
@@ -118,6 +120,8 @@ def update(config: PredictConfig, before: int) -> Manifest | None:
     storage.delete_folder(folder)
     now = _limited(inputs.open_input(config.input).tables, config.limit)
     ranges = list(shards.ranges(old))
+    if not ranges:
+        return None
     with database.compare((shards.read(old, range_) for range_ in ranges), now) as comparison:
         if comparison.repeated:
             raise _repeated(config.input, comparison.repeated)
@@ -135,10 +139,11 @@ def update(config: PredictConfig, before: int) -> Manifest | None:
                 kept = comparison.kept(range_.first, range_.last)
                 is_same = len(kept) == range_.rows and not kept[shards.CHANGED].to_pylist().count(True)
                 if len(kept):
-                    yield kept, range_.generation if is_same else generation
+                    rows = kept if is_committed(range_) else _marked(kept.drop_columns([shards.CHANGED]))
+                    yield rows, range_.generation if is_same else generation
 
         new_ranges = list(shards.write_ranges(folder, updated()))
-        next_id = ranges[-1].last + 1 if ranges else 0
+        next_id = ranges[-1].last + 1
         new = (_marked(table) for table in comparison.new())
         new_ranges += _write(config, folder, new, generation, first_id=next_id)
     return _listed(folder, generation, new_ranges)

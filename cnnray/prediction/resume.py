@@ -33,8 +33,8 @@ RESULT = ("output", "rows", "ok", "errors", "resumed", "classified", "engine", "
 """Keys of the JSON line that a run returns; `summary.json` begins with them."""
 GENERATION, EARLIER_VERSION = "generation", -1
 _MODEL, _FILE = "model", "engine_file"
-"""Keys of `config.yaml` besides the flags: the generation of the manifest, `Bundle.version`, and `engines.digest` of
-the file that the engine runs."""
+"""Facts in `config.yaml` (see `configs.dump`): the generation of the manifest, `Bundle.version`, and `engines.digest`
+of the file that the engine runs."""
 _READING_THREADS = 16
 
 
@@ -88,11 +88,12 @@ def _read_config(config: PredictConfig) -> dict[str, Any] | None:
     values = configs.load(PredictConfig, text, uri)
     if "engine" not in values:
         raise PredictionError(f"{config.output} holds a {CONFIG} of another job; give another --output.")
-    if GENERATION not in values:
+    facts = configs.load_facts(text)
+    if GENERATION not in facts:
         if (identity := earlier_versions.identity(config.output)) is None:
             return None  # it was killed before it wrote its manifest
-        values |= {GENERATION: EARLIER_VERSION, _MODEL: identity[0], _FILE: identity[1]}
-    return values
+        facts = {GENERATION: EARLIER_VERSION, _MODEL: identity[0], _FILE: identity[1]}
+    return values | {name: facts[name] for name in (GENERATION, _MODEL, _FILE)}
 
 
 def read_result(config: PredictConfig, earlier: dict[str, Any]) -> dict[str, Any] | None:
@@ -121,9 +122,7 @@ def begin_output(config: PredictConfig, plan: Plan, generation: int, *, is_new: 
         storage.delete_file(storage.join(config.output, ERRORS))
         delete_files(config, keep=set())
     # The config comes before other files: an output with parts and no config is refused as not ours.
-    _write_config(config, {
-        "engine": plan.engine, GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest
-    })  # fmt: skip
+    _write_config(config, plan.engine, {GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest})
     if is_new:
         delete_manifests(config, generation)
 
@@ -133,11 +132,13 @@ def set_generation(config: PredictConfig, generation: int) -> None:
     earlier = _read_config(config)
     assert earlier is not None
     if earlier[GENERATION] != generation:
-        _write_config(config, {key: earlier[key] for key in ("engine", _MODEL, _FILE)} | {GENERATION: generation})
+        facts = {_MODEL: earlier[_MODEL], _FILE: earlier[_FILE], GENERATION: generation}
+        _write_config(config, earlier["engine"], facts)
 
 
-def _write_config(config: PredictConfig, values: dict[str, Any]) -> None:
-    text = configs.dump(config, overwrite=False, retry_errors=False, update=False, verify=False, **values)
+def _write_config(config: PredictConfig, engine: str, facts: dict[str, Any]) -> None:
+    flags = {"engine": engine, "overwrite": False, "retry_errors": False, "update": False, "verify": False}
+    text = configs.dump(config, facts, **flags)
     storage.write_bytes(storage.join(config.output, CONFIG), text)
 
 
@@ -155,11 +156,13 @@ def delete_manifests(config: PredictConfig, generation: int) -> None:
         for other in storage.folders(folder):
             if storage.name(other) != str(generation):
                 storage.delete_folder(other)
+    earlier_versions.delete_manifest(config.output)
 
 
 def delete_files(config: PredictConfig, keep: set[str]) -> None:
     """Delete the parts and lists of errors in the output whose names are not among these."""
-    stale = [name for name in _file_names(config) if parts.is_part_or_errors(name) and name not in keep]
+    ours = [name for name in _file_names(config) if parts.is_part_or_errors(name) or earlier_versions.is_part(name)]
+    stale = [name for name in ours if name not in keep]
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         list(pool.map(lambda name: storage.delete_file(storage.join(config.output, name)), stale))
 

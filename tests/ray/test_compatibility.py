@@ -32,7 +32,9 @@ from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
+from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import job as prediction
+from cnnray.prediction import parts, resume
 from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
 from cnnray.training.job import train
@@ -76,8 +78,11 @@ def test_the_bundle_gives_the_same_answers(engine, earlier):
 def test_finished_runs_are_not_repeated(earlier):
     summary = json.loads((earlier / "run/summary.json").read_text())
     assert train(_config(TrainConfig, earlier / "run")) == summary
+    before = {path.name: path.read_bytes() for path in (earlier / "predictions").iterdir()}
     summary = prediction.run(_config(PredictConfig, earlier / "predictions"))
     assert (summary["rows"], summary["ok"], summary["errors"], summary["resumed"]) == (73, 72, 1, 73)
+    assert summary["classified"] == 0
+    assert {path.name: path.read_bytes() for path in (earlier / "predictions").iterdir()} == before
     config = _config(EvaluateConfig, earlier / "report")
     rows = (earlier / "report/predictions/part-000000.parquet").read_bytes()
     assert evaluate(config)["accuracy"] == json.loads((earlier / "report/metrics.json").read_text())["accuracy"]
@@ -106,15 +111,83 @@ def test_the_interrupted_training_is_resumed(earlier, caplog):
     assert yaml.safe_load((earlier / "killed/config.yaml").read_text())["cnnray"]["config"] == configs.CONFIG_FORMAT
 
 
-def test_the_interrupted_prediction_is_resumed(earlier):
-    part = (earlier / "predictions-killed/part-000000.parquet").read_bytes()
-    summary = prediction.run(_config(PredictConfig, earlier / "predictions-killed"))
-    assert (summary["rows"], summary["ok"], summary["errors"], summary["resumed"]) == (73, 72, 1, 16)
-    assert (earlier / "predictions-killed/part-000000.parquet").read_bytes() == part
-    rows, expected = (read_rows(earlier / name) for name in ("predictions-killed", "predictions"))
+def _same_rows(output, expected):
+    """Check that the rows of two outputs have the same ids, uris and predictions."""
+    rows, expected_rows = (read_rows(folder) for folder in (output, expected))
     assert [(row["id"], row["uri"], row["prediction"]) for row in rows] == [
-        (row["id"], row["uri"], row["prediction"]) for row in expected
+        (row["id"], row["uri"], row["prediction"]) for row in expected_rows
     ]
+
+
+def test_the_interrupted_prediction_is_resumed(earlier):
+    output = earlier / "predictions-killed"
+    part = pq.read_table(output / "part-000000.parquet")
+    config = _config(PredictConfig, output)
+    summary = prediction.run(replace(config, verify=True))
+    assert (summary["rows"], summary["ok"], summary["errors"], summary["resumed"]) == (73, 72, 1, 16)
+    assert summary["classified"] == 73 - 16
+    # It is an output of this version, with the rows that were there.
+    assert pq.read_table(output / "part-000000000000-0.0.parquet").equals(part)
+    assert sorted(path.name for path in output.glob("part-*")) == [
+        f"part-{first:012d}-0.0.parquet" for first in range(0, 73, 16)
+    ]
+    assert [path.name for path in output.glob("manifest*")] == ["manifest"]
+    assert yaml.safe_load((output / "config.yaml").read_text())["cnnray"]["generation"] == 0
+    _same_rows(output, earlier / "predictions")
+    assert prediction.run(config)["resumed"] == 73
+
+
+@pytest.mark.parametrize(
+    ("module", "place", "resumed"),
+    [(parts, "write", 16), (resume, "set_generation", 16), (earlier_versions, "delete_manifest", 73)],
+)
+def test_a_conversion_that_is_cut_off_is_done_again(module, place, resumed, earlier, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    output = earlier / "predictions-killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prediction.run(_config(PredictConfig, output))
+    summary = prediction.run(replace(_config(PredictConfig, output), verify=True))
+    assert (summary["rows"], summary["ok"], summary["resumed"]) == (73, 72, resumed)
+    assert not (output / "manifest.parquet").exists()
+    _same_rows(output, earlier / "predictions")
+
+
+@pytest.mark.parametrize("name", ["predictions", "predictions-killed"])
+def test_a_prediction_that_is_overwritten_leaves_none_of_its_files(name, earlier):
+    for path in (earlier / name).glob(".*"):  # of a write that was cut off
+        path.unlink()
+    config = replace(_config(PredictConfig, earlier / name), overwrite=True, top_k=1)
+    summary = prediction.run(config)
+    assert (summary["rows"], summary["resumed"], summary["classified"]) == (73, 0, 73)
+    names = {path.name for path in (earlier / name).iterdir()}
+    parts_of_today = {f"part-{first:012d}-0.0.parquet" for first in range(0, 73, 16)}
+    others = {"config.yaml", "errors.csv", "manifest", "summary.json"}
+    assert {name for name in names if not name.startswith("errors-")} == parts_of_today | others
+    assert {len(row["top_k_labels"]) for row in read_rows(earlier / name) if row["top_k_labels"]} == {1}
+
+
+def test_a_finished_prediction_is_checked_and_updated(earlier):
+    output = earlier / "predictions"
+    config = _config(PredictConfig, output)
+    expected = read_rows(output)
+    for flag in ("verify", "retry_errors"):
+        summary = prediction.run(replace(config, **{flag: True}))
+        assert (summary["rows"], summary["ok"], summary["classified"]) == (73, 72, 0)
+        assert read_rows(output) == expected
+    with (output / "errors.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["uri"].endswith("broken.png")
+    # Versions of the files were not known then.
+    Path(row["uri"]).unlink()
+    summary = prediction.run(replace(config, update=True, verify=True))
+    assert (summary["rows"], summary["errors"], summary["classified"]) == (72, 0, 72)
+    for row, wanted in zip(read_rows(output), (row for row in expected if not row["error"]), strict=True):
+        assert (row["id"], row["uri"], row["prediction"]) == (wanted["id"], wanted["uri"], wanted["prediction"])
+    assert not (output / "errors.csv").exists()
 
 
 def test_the_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):

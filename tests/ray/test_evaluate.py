@@ -22,7 +22,7 @@ from cnnray.images.manifest import ManifestError, build_manifest
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.resume import PredictionError
+from cnnray.prediction.dispatch import PredictionError
 from tests.networks import coloured_noise
 
 IMAGES = 101  # neither batches of 7 nor 2 workers divide it
@@ -107,7 +107,8 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
     for path in (output / "plots").iterdir():
         with Image.open(path) as image:
             assert image.width > 200
-    before = (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns
+    (part,) = (output / "predictions").glob("part-*")
+    before = part.stat().st_mtime_ns
     again = evaluate(
         EvaluateConfig(
             bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8,
@@ -115,7 +116,7 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
         )
     )  # fmt: skip
     assert again["accuracy"] == line["accuracy"]
-    assert (output / "predictions" / "part-000000.parquet").stat().st_mtime_ns == before
+    assert part.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("values", [[np.nan, 0.5, 0.5], [0, 0, 0]])
@@ -288,13 +289,14 @@ def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
     with pytest.raises(EvaluationError, match="holds an evaluation of other images"):
         evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(tmp_path / "data"), output=str(output)))
     (tmp_path / "foreign" / "predictions").mkdir(parents=True)
-    (tmp_path / "foreign" / "predictions" / "part-000000.parquet").touch()
+    part = tmp_path / "foreign" / "predictions" / "part-000000000000-0.0.parquet"
+    part.touch()
     for changes in ({}, {"overwrite": True}):
         with pytest.raises(EvaluationError, match=r"holds predictions, but no config\.yaml of an evaluation"):
             evaluate(
                 EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "foreign"), **changes)
             )
-    assert (tmp_path / "foreign" / "predictions" / "part-000000.parquet").exists()
+    assert part.exists()
     (tmp_path / "foreign" / "config.yaml").write_text("epochs: 3\n")
     with pytest.raises(EvaluationError, match=r"a config\.yaml of another job"):
         evaluate(EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "foreign")))

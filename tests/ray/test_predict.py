@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray import cluster
+from cnnray import cluster, commandline
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
@@ -106,6 +106,12 @@ def test_the_files_of_a_finished_run(finished, bundle):
     names = {path.name for path in output.iterdir()}
     assert names - lists == {*parts, "config.yaml", "errors.csv", "manifest", "summary.json"}
     assert sum(len((output / name).read_text().splitlines()) - 1 for name in names & lists) == line["errors"]
+
+
+def test_the_config_of_a_run_gives_the_same_run(finished, bundle, images):
+    output, _ = finished
+    config = commandline.parse(PredictConfig, "jobs/predict.py", ["--config", str(output / "config.yaml")])
+    assert config == _config(bundle, images[0], output)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,10 @@ def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypat
 
     monkeypatch.setattr(s3_proxy, "faults", passing)
     line = job.run(config)
-    assert (line["rows"], line["errors"], line["resumed"]) == (300, 6 + 3, 236)
+    # Of its part, what could not be read is read again: this image, and two that are missing.
+    assert (line["rows"], line["errors"], line["resumed"], line["classified"]) == (300, 6 + 3, 297, 3)
+    read = {path.rpartition("/")[2] for path in attempts if "/photos/" in path}
+    assert read == {"0010.png", "0033.png", "0060.png"}
     rows = _predicted_rows(f"{bucket}/out")
     for row in rows:
         answer = row["prediction"] or row["error"].partition(":")[0]
@@ -184,6 +187,11 @@ def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypat
     assert not expected
     assert len(rows) == 300
     assert job.run(config)["resumed"] == 300
+    assert job.run(replace(config, verify=True))["classified"] == 0
+    names = [storage.name(file.uri) for file in storage.files(f"{bucket}/out")]
+    assert [name for name in sorted(names) if name.startswith("part-")] == [
+        f"part-{first:012d}-0.{int(first == 0)}.parquet" for first in range(0, 300, 64)
+    ]
     # Asked for, a row with an error.
     monkeypatch.setattr(s3_proxy, "faults", faults)
     asked = replace(config, output=f"{bucket}/asked", skip_unreadable=True)

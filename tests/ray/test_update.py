@@ -17,7 +17,7 @@ from cnnray.prediction import job, manifest, parts, resume
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.plan import plan_in_process
 from cnnray.prediction.ranges import Output, RangeWorker, Task
-from tests.awkward import awkward_images
+from tests.awkward import awkward_images, bad_images
 from tests.runs import read_rows
 
 GOOD = awkward_images()["rgb.png"]
@@ -130,6 +130,32 @@ def test_an_update_of_a_table_sees_changed_rows(bundle, in_process, tmp_path):
     assert rows[uris[5]]["id"] == 5
 
 
+def test_an_update_after_one_that_was_cut_off_takes_over_no_row_of_a_changed_image(bundle, tmp_path):
+    _fill(tmp_path / "images", 30)
+    paths = sorted((tmp_path / "images").rglob("*.png"))
+    config = _config(bundle, tmp_path / "images", tmp_path / "out", verify=True)
+    job.run(config)
+    update = dataclasses.replace(config, update=True)
+    for seconds, numbers in ((1, [0, 12]), (2, [15])):
+        for number in numbers:
+            paths[number].write_bytes(bad_images()["text.png"][0])
+            os.utime(paths[number], ns=(0, seconds * 10**9))
+        if seconds == 1:
+            plan = plan_in_process(Bundle.load(bundle), config)
+            listed = job.list_images(update, resume.earlier_run(update, plan.bundle))
+            resume.begin_output(update, plan, listed.generation, is_new=False)
+    assert job.run(update)["classified"] == 20
+    bad = [row["uri"] for row in read_rows(tmp_path / "out") if row["error"]]
+    assert bad == [str(paths[number]) for number in (0, 12, 15)]
+
+
+def test_an_update_of_a_run_that_was_killed_before_it_listed_an_image_lists_all(bundle, tmp_path):
+    _fill(tmp_path / "images", 12)
+    config = _config(bundle, tmp_path / "images", tmp_path / "out", verify=True)
+    resume.begin_output(config, plan_in_process(Bundle.load(bundle), config), 0, is_new=True)
+    assert job.run(dataclasses.replace(config, update=True))["rows"] == 12
+
+
 def test_a_listing_that_was_killed_goes_on(bundle, tmp_path):
     _fill(tmp_path / "images")
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
@@ -141,7 +167,9 @@ def test_a_listing_that_was_killed_goes_on(bundle, tmp_path):
     assert [range_.first for range_ in shards.ranges(listed.folder)] == [0, 10, 20]  # the next shard has two
     line = job.run(dataclasses.replace(config, verify=True))
     assert line["rows"] == 45
-    assert [row["uri"] for row in read_rows(tmp_path / "out")] == sorted(map(str, (tmp_path / "images").rglob("*.png")))
+    assert [row["uri"] for row in read_rows(tmp_path / "out")] == sorted(
+        map(str, (tmp_path / "images").rglob("*.png"))
+    )
 
 
 def test_two_workers_with_the_same_range_leave_one_part(bundle, tmp_path):
@@ -170,7 +198,7 @@ def test_an_overwritten_run_is_not_joined_by_workers_of_the_run_before(bundle, i
     _fill(tmp_path / "images", 12)
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     job.run(config)
-    (late, *_) = [path for path in (tmp_path / "out").glob("part-*")]
+    late = next((tmp_path / "out").glob("part-*"))
     shutil.copy(late, tmp_path / "late")
     job.run(dataclasses.replace(config, top_k=1, overwrite=True))
     shutil.copy(tmp_path / "late", late)

@@ -70,7 +70,7 @@ class PredictOptions(InferenceOptions):
     embeddings: bool = field(default=False, metadata=rules(resumable=False))
     """Add a column with the input of the last layer; needs the engine keras."""
     min_workers: int | None = None
-    """Number of workers that the pool shrinks to while it is idle; null: 1."""
+    """Number of workers that are started at least, also if there is no room for them yet; null: 1."""
     decoding: Decoding = "auto"
     """Where images are read and decoded: in the workers, or in separate tasks; auto: in tasks where workers have GPUs
     and the cluster has nodes without."""
@@ -123,7 +123,8 @@ class PredictConfig(PredictOptions):
     limit: int | None = None
     """Classify only the first N images."""
     rows_per_part: int = 4096
-    """Rows in each output file. A run that is killed loses only the files that were not complete."""
+    """Most rows of an output file; up to 262,144 images get smaller files, so that many workers have some. A run that
+    is killed loses only the files that were not complete."""
     threshold: float = field(default=0.5, metadata=rules(resumable=True))
     """The summary gives the share of predictions whose confidence is below this threshold."""
     max_error_fraction: float = field(default=0.5, metadata=rules(resumable=True))

@@ -18,7 +18,7 @@ from cnnray.prediction.worker import Worker as Worker
 log = logging.getLogger(__name__)
 
 _TASKS_OF_A_WORKER = 2
-"""Ranges that a worker has at once: it reads one while the part of the other is written."""
+"""Ranges that a worker has, so that it need not wait for the next one."""
 _MAX_LOST = 10
 """Workers that may be lost with the same range, on nodes that end or by crashes."""
 _SECONDS = 1.0
@@ -50,13 +50,15 @@ class _Actor:
 class Dispatcher:
     """The workers of a run."""
 
-    def __init__(self, plan: Plan, output: Output) -> None:
+    def __init__(self, plan: Plan, output: Output, at_once: int = 1) -> None:
         """
         Args:
             plan: the engine, and the number of workers and what each has.
             output: what workers know of the run.
+            at_once: ranges that a worker classifies at once, at most `_TASKS_OF_A_WORKER`. More than one pays where
+                images come over a network: with local files threads only wait for one another.
         """
-        self._plan, self._output = plan, output
+        self._plan, self._output, self._at_once = plan, output, at_once
         self._workers: list[_Actor] = []
         self._again: collections.deque[Task] = collections.deque()
         """Ranges of workers that were lost."""
@@ -76,7 +78,7 @@ class Dispatcher:
         import ray
 
         class_ = ray.remote(
-            num_cpus=self._plan.pool.cpus, num_gpus=self._plan.pool.gpus, max_concurrency=_TASKS_OF_A_WORKER
+            num_cpus=self._plan.pool.cpus, num_gpus=self._plan.pool.gpus, max_concurrency=self._at_once
         )(RangeWorker)
         try:
             while True:
@@ -128,7 +130,7 @@ class Dispatcher:
     def _most_useful(self, tasks: "Tasks") -> int:
         """The number of workers beyond which some would never have a range."""
         waiting = sum(len(worker.tasks) for worker in self._workers) + len(self._again) + tasks.known
-        return waiting if tasks.ended else self._plan.pool.largest
+        return waiting if tasks.is_complete else self._plan.pool.largest
 
     def _receipts(self, worker: _Actor, ready: set[Any]) -> Iterator[Receipt]:
         import ray
@@ -176,6 +178,9 @@ class Dispatcher:
 
 class Tasks(Protocol):
     """Where tasks come from."""
+
+    is_complete: bool
+    """Whether no tasks come in addition to those that are known."""
 
     @property
     def ended(self) -> bool:

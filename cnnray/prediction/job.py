@@ -229,6 +229,7 @@ def _classify(
     )
     metrics = None if plan.in_process else PredictionMetrics(config.output)
     progress = ProgressBar(manifest.rows or 0)
+    receipts: Generator[Receipt | None]
     if plan.in_process:
         receipts = _in_process(plan, output, tasks)
     else:
@@ -255,7 +256,7 @@ def _classify(
     return progress.images_per_second
 
 
-def _in_process(plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Receipt]:
+def _in_process(plan: Plan, output: Output, tasks: ListedTasks) -> Generator[Receipt | None]:
     """Carry out the tasks in this process."""
     log.info("in this process, with %d threads", plan.pool.threads)
     worker = RangeWorker(plan, output)

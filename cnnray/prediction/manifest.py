@@ -1,7 +1,9 @@
 """The manifest of a run: it is listed into shards, continued where a listing was killed, or updated."""
 
+import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +12,6 @@ import pyarrow as pa
 
 from cnnray.images import database, inputs, shards, storage
 from cnnray.images.listing import ManifestError, shorten
-from cnnray.images.reading import FEW_IMAGES
 from cnnray.images.shards import Range
 from cnnray.prediction.config import PredictConfig
 
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 FOLDER = "manifest"
 """In the output; holds a folder for each generation."""
+_MANY = 2**18
+"""Images beyond which ranges have `rows_per_part` rows. The fewer there are, the smaller are the ranges, so that each of
+many workers gets some."""
+_RANGES, _FEWEST_ROWS = 64, 512
 _SAMPLE_RANGES, _SAMPLE_ROWS, _SAMPLED_TABLES = 8, 32, 16
 
 
@@ -55,9 +60,12 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
     storage.delete_folder(folder)
     source = inputs.open_input(config.input)
     tables = _limited(source.tables, config.limit)
+    head = list(_first(tables, _MANY + 1))
+    rows = sum(map(len, head))
+    write = functools.partial(_write, config, folder, itertools.chain(head, tables), generation, rows)
     if source.is_table:
         try:
-            ranges = list(_write(config, folder, tables, generation))
+            ranges = list(write())
             _check_distinct(config.input, folder)
         except BaseException:
             storage.delete_folder(folder)
@@ -65,14 +73,12 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
                 storage.delete_folder(all_of_them)
             raise
         return _listed(folder, generation, ranges)
-    head = list(_first(tables, FEW_IMAGES + 1))
-    rows = sum(map(len, head))
     return Manifest(
         generation=generation,
         folder=folder,
-        ranges=_write(config, folder, itertools.chain(head, tables), generation),
+        ranges=write(),
         example=head[0]["uri"][0].as_py(),
-        rows=rows if rows <= FEW_IMAGES else None,
+        rows=rows if rows <= _MANY else None,
     )
 
 
@@ -91,7 +97,7 @@ def proceed(config: PredictConfig, generation: int) -> Manifest:
         return begin(config, generation)
     log.info("the listing of %s goes on after %s", config.input, last[1])
     tables = _limited(inputs.open_input(config.input).tables, config.limit)
-    rest = _write(config, folder, tables, generation, first_id=last[0], after=last[1])
+    rest = _write(config, folder, tables, generation, _MANY, first_id=last[0], after=last[1])
     return Manifest(
         generation=generation, folder=folder, ranges=itertools.chain(ranges, rest), example=last[1], rows=None
     )
@@ -101,7 +107,7 @@ def update(config: PredictConfig, before: int, is_committed: Callable[[Range], b
     """Compare the input with the manifest of a run, and store that of the next generation.
 
     Images that are still there keep their ids and ranges. A range with an image that changed or is gone gets the next
-    generation. New images get new ids, and ranges of their own. All images of a range without a part count as changed:
+    generation. New images get new ids, and ranges of their own. Images of a range without a part count as changed:
     the rows that an earlier part has of them may be of images before an update that was cut off.
 
     Args:
@@ -145,7 +151,7 @@ def update(config: PredictConfig, before: int, is_committed: Callable[[Range], b
         new_ranges = list(shards.write_ranges(folder, updated()))
         next_id = ranges[-1].last + 1
         new = (_marked(table) for table in comparison.new())
-        new_ranges += _write(config, folder, new, generation, first_id=next_id)
+        new_ranges += _write(config, folder, new, generation, comparison.new_rows, first_id=next_id)
     return _listed(folder, generation, new_ranges)
 
 
@@ -190,14 +196,24 @@ def _write(
     folder: str,
     tables: Iterator[pa.Table],
     generation: int,
+    rows: int,
     first_id: int = 0,
     after: str | None = None,
 ) -> Iterator[Range]:
-    """Store tables as shards, and mark the listing as complete."""
+    """Store tables as shards, and mark the listing as complete.
+
+    Args:
+        config: of the run.
+        folder: of the shards.
+        tables: rows of the input.
+        generation: of the ranges.
+        rows: number of rows, or one from `_MANY` on.
+        first_id, after: see `shards.write`.
+    """
     yield from shards.write(
         folder,
         tables,
-        rows_per_range=config.rows_per_part,
+        rows_per_range=min(config.rows_per_part, max(_FEWEST_ROWS, math.ceil(rows / _RANGES))),
         generation=generation,
         first_id=first_id,
         after=after,

@@ -9,6 +9,7 @@ Output rows come in any order. A row has the manifest's columns and
 - `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,7 @@ class Worker:
         )
         if engines.digest(plan.bundle, plan.engine) != plan.digest:
             raise BundleError(f"{plan.bundle.uri} was changed while the run was going on: run it again.")
+        self._predicting = threading.Lock()  # engines take one call at a time
         self._names = pa.array(self._info.class_names, pa.string())
         self._threads = plan.pool.threads
         self._metrics = None if plan.in_process else PredictionMetrics(plan.output)
@@ -187,10 +189,11 @@ class Worker:
             errors, now also of images for which the network gives no probabilities.
         """
         decoded, embeddings = np.flatnonzero([not error for error in errors]), None
-        if self._options.embeddings:
-            probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
-        else:
-            probabilities = self._predictor.probabilities(images[decoded])
+        with self._predicting:
+            if self._options.embeddings:
+                probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
+            else:
+                probabilities = self._predictor.probabilities(images[decoded])
         if unusable := find_unusable(probabilities):
             errors = [*errors]
             for index, error in unusable.items():

@@ -21,7 +21,7 @@ from tests.runs import final_state, largest_difference, read_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 
-TRAINER, PREDICTOR, REPLICA = "ray::RayTrainWorker", "ray::MapWorker", "ray::ServeReplica"
+TRAINER, PREDICTOR, REPLICA = "ray::RayTrainWorker", "ray::RangeWorker", "ray::ServeReplica"
 
 
 def _train(start, data, output, *arguments):

@@ -93,7 +93,7 @@ class Memory(threading.Thread):
         while not self._ended.wait(2):
             try:
                 driver = self._job.driver()
-                workers = [child for child, name in self._job.named_children() if "MapWorker" in name]
+                workers = [child for child, name in self._job.named_children() if "RangeWorker" in name]
                 sizes = [child.memory_full_info().uss / 2**20 for child in workers]
                 self.driver.append(driver.memory_full_info().uss / 2**20)
                 self.workers.append(max(sizes, default=0))

@@ -17,7 +17,7 @@ from tests.s3_proxy import Proxy
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
-STALLED = ("0007.png", "part-000002.parquet", "bundle.json")
+STALLED = ("0007.png", "part-000000000064-0.0.parquet", "bundle.json")
 """The first request of each kind for these files has no answer; clients wait a minute for it."""
 
 

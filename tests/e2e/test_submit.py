@@ -304,7 +304,7 @@ JOBS = {
     ),
     "predict": (
         "--bundle {out}/train/bundle --input {digits} --output {out}/predictions",
-        ["predictions/part-000000.parquet", "predictions/summary.json"],
+        ["predictions/part-000000000000-0.0.parquet", "predictions/summary.json"],
     ),
     "demo": ("--folder {out}/demo", ["demo/run/bundle/model.keras"]),
     "benchmark": ("ingest --images 400 --folder {out}/benchmark", ["benchmark/photos/class0/000000.jpg"]),

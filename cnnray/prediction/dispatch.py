@@ -21,6 +21,8 @@ _TASKS_OF_A_WORKER = 2
 """Ranges that a worker has, so that it need not wait for the next one."""
 _MAX_LOST = 10
 """Workers that may be lost with the same range, on nodes that end or by crashes."""
+_OWNER_DIED = "its owner has died"
+"""Ray says so of a worker where this process's own node is lost: the cluster gives this process no other worker."""
 _SECONDS = 1.0
 """Longest wait for a receipt, before other things are looked at."""
 
@@ -152,9 +154,17 @@ class Dispatcher:
             raise cluster.user_error(error) or PredictionError(sentence) from error
 
     def _lose(self, worker: _Actor, error: Exception) -> None:
-        """Take back the ranges of a worker that crashed, or whose node is lost."""
+        """Take back the ranges of a worker that crashed, or whose node is lost.
+
+        Raises:
+            CnnrayError: there is no use in another worker.
+        """
         import ray
 
+        if _OWNER_DIED in str(error):
+            raise PredictionError(
+                "The cluster has lost the node on which this job runs; the same command goes on from what was done."
+            ) from error
         log.warning("a worker was lost: %s", cluster.last_line(error))
         self._workers.remove(worker)
         ray.kill(worker.actor)  # one that is only cut off

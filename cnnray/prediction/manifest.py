@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 FOLDER = "manifest"
 """In the output; holds a folder for each generation."""
 _MANY = 2**18
-"""Images beyond which ranges have `rows_per_part` rows. Of fewer images the ranges are smaller, so that there are enough
-for many workers."""
+"""Images beyond which ranges have `rows_per_part` rows. Fewer images have smaller ranges, so that many workers get
+some."""
 _RANGES, _FEWEST_ROWS = 64, 512
 _SAMPLE_RANGES, _SAMPLE_ROWS, _SAMPLED_TABLES = 8, 32, 16
 

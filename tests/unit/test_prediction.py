@@ -731,6 +731,13 @@ def test_the_ranges_of_a_lost_worker_are_given_to_others_and_isolated_if_they_en
         pool._lose(pool._workers[0], RuntimeError("The actor died."))
 
 
+def test_a_run_whose_own_node_is_lost_ends(dispatcher):
+    pool = dispatcher(1, 1, 1)
+    pool._start_workers(_Tasks(1), _Class)
+    with pytest.raises(PredictionError, match="lost the node on which this job runs; the same command goes on"):
+        pool._lose(pool._workers[0], RuntimeError("The actor is dead because its owner has died. Owner Id: 01"))
+
+
 def test_workers_that_crash_while_they_load_end_the_run(dispatcher):
     pool = dispatcher(1, 1, 1)
     for sentence in (None, "A worker crashed 2 times while it loaded /b for onnx: it may have too little memory"):

@@ -261,14 +261,17 @@ def create(uri: str, data: bytes) -> bool:
     """Write one file whole, only if there is none by that name: of several writers one succeeds.
 
     Returns:
-        Whether this call has written it.
+        Whether this call has written it. False also where the answer to a request that wrote it was lost.
 
     Raises:
         OSError: storage that cannot be written.
     """
     _check_guards(uri)
     if not is_local(uri):
-        return write_if(uri, data, None) is not None
+        try:
+            return write_if(uri, data, None) is not None
+        except UnavailableError:  # obstore does not repeat such a request when it gets no answer
+            return write_if(uri, data, None) is not None
     path = Path(uri)
     if path.exists():
         return False

@@ -393,6 +393,27 @@ def test_a_part_counts_as_written_where_the_answer_to_its_request_was_lost(tmp_p
     assert _write_part(tmp_path, range(3)) in parts.list_parts(str(tmp_path))
 
 
+@pytest.mark.parametrize("was_written", [True, False])
+def test_the_request_that_creates_a_part_is_repeated_where_it_gets_no_answer(was_written, monkeypatch):
+    stored = {}
+
+    def write_if(uri, data, expected):
+        requests.append(uri)
+        is_first, is_free = len(requests) == 1, uri not in stored
+        if is_free and (was_written or not is_first):
+            stored[uri] = data
+        if is_first:
+            raise storage.UnavailableError("S3 cannot be reached.")
+        return {"e_tag": "1"} if is_free else None
+
+    requests = []
+    monkeypatch.setattr(storage, "write_if", write_if)
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: stored[uri])
+    part = _write_part("s3://bucket/out", range(3))
+    assert requests == [f"s3://bucket/out/{part.name}"] * 2
+    assert list(stored) == requests[:1]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize("data", [b'{"id": 1\n', b"", b'{"id": 1}\n', b"id,uri\r\n1,/a\r\n", b"PAR1"])
 def test_a_damaged_part_is_reported(data, kind, tmp_path):

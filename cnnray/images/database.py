@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
+from cnnray.images import storage
 from cnnray.images.shards import CHANGED
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ def _database() -> Iterator["duckdb.DuckDBPyConnection"]:
         connection = duckdb.connect(f"{folder}/rows.duckdb", config=options)
         try:
             yield connection
+        except duckdb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise storage.StorageError(
+                f"DuckDB cannot compare the images ({reason}); what does not fit in memory is in {folder}; TMPDIR "
+                "names another place."
+            ) from error
         finally:
             connection.close()
 

@@ -1,4 +1,4 @@
-"""Row ranges of a manifest: how its rows are cut into blocks, tasks, parts and shards."""
+"""Row ranges of a manifest: how its rows are cut into blocks, tasks and parts."""
 
 import itertools
 import math

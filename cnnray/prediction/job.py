@@ -59,13 +59,14 @@ def run(config: PredictConfig) -> dict[str, Any]:
         bundle = Bundle.load(config.bundle)
         earlier = resume.earlier_run(config, bundle)
         result = resume.read_result(config, earlier) if earlier else None
-        if result is not None and not (config.retry_errors or config.update or config.verify):
-            if not config.overwrite:
+        if result is not None and not (config.retry_errors or config.update):
+            if config.overwrite:
+                earlier = None
+            elif not config.verify:
                 log.info("%s is finished already; nothing was run.", config.output)
                 return result | {
                     "resumed": result["rows"], "classified": 0, "seconds": round(time.monotonic() - started, 2),
                 }  # fmt: skip
-            earlier = None
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         manifest = list_images(config, earlier)
@@ -166,7 +167,7 @@ def _task_planner(config: PredictConfig, manifest: Manifest, earlier: dict[str, 
         return lambda range_: Task(range=range_)
     committed = resume.Committed(config)
     retried = resume.find_retried(config, manifest, committed) if config.retry_errors else frozenset()
-    return functools.partial(resume.plan_task, committed=committed, retried=retried)
+    return functools.partial(resume.plan_task, committed=committed, retried=retried, retry_errors=config.retry_errors)
 
 
 def _images_left(manifest: Manifest, plan_task: Planner) -> int | None:
@@ -194,7 +195,9 @@ def _planned(
         return
     with cluster.connected(dashboard=config.dashboard):
         plan = _make_plan(config, bundle, engine, in_process=False)
-        paths.check_shared(cluster.resources(), [config.bundle, containers.containing_file(manifest.example)])
+        # Workers read the manifest from the output, and write its parts.
+        example = containers.containing_file(manifest.example)
+        paths.check_shared(cluster.resources(), [config.bundle, example, config.output])
         yield plan
 
 
@@ -240,19 +243,19 @@ def _classify(
         with contextlib.closing(receipts):
             for receipt in receipts:
                 held.raise_if_lost()
-                progress.set_total(tasks.rows, tasks.rows_done)
+                progress.set_total(tasks.rows, tasks.rows_done + received.rows - received.classified)
                 if receipt is None:
                     continue
                 received.add(receipt)
                 if metrics:
                     metrics.add(receipt.tally.ok, receipt.tally.reasons)
-                progress.add(receipt.range.rows, f"{received.errors} errors" if received.errors else "")
+                progress.add(receipt.classified, f"{received.errors} errors" if received.errors else "")
                 _check_errors(config, received, tasks)
     finally:
         tasks.stop()
         progress.close()
     if received.unavailable.rows:
-        raise left_out(config, received.unavailable, tasks.rows)
+        raise left_out(config, received, tasks.rows)
     return progress.images_per_second
 
 

@@ -1,5 +1,6 @@
 """The manifest of a run: it is listed into shards, continued where a listing was killed, or updated."""
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnnray.images import database, inputs, shards, storage
 from cnnray.images.listing import ManifestError, shorten
@@ -23,6 +25,8 @@ _MANY = 2**18
 """Images beyond which ranges have `rows_per_part` rows. Fewer images have smaller ranges, so that many workers get
 some."""
 _RANGES, _FEWEST_ROWS = 64, 512
+_NEXT_ID = "next_id"
+"""Fact of a complete manifest: the id that the next new image gets."""
 _SAMPLE_RANGES, _SAMPLE_ROWS, _SAMPLED_TABLES = 8, 32, 16
 
 
@@ -68,9 +72,10 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
             ranges = list(write())
             _check_distinct(config.input, folder)
         except BaseException:
-            storage.delete_folder(folder)
-            if not storage.folders(all_of_them := storage.join(config.output, FOLDER)):
-                storage.delete_folder(all_of_them)
+            with contextlib.suppress(OSError):  # the error that ended the listing is the one to be told
+                storage.delete_folder(folder)
+                if not storage.folders(all_of_them := storage.join(config.output, FOLDER)):
+                    storage.delete_folder(all_of_them)
             raise
         return _listed(folder, generation, ranges)
     return Manifest(
@@ -97,7 +102,7 @@ def proceed(config: PredictConfig, generation: int) -> Manifest:
         return begin(config, generation)
     log.info("the listing of %s goes on after %s", config.input, last[1])
     tables = _limited(inputs.open_input(config.input).tables, config.limit)
-    rest = _write(config, folder, tables, generation, _MANY, first_id=last[0], after=last[1])
+    rest = _write(config, folder, tables, generation, _MANY + 1, first_id=last[0], after=last[1])
     return Manifest(
         generation=generation, folder=folder, ranges=itertools.chain(ranges, rest), example=last[1], rows=None
     )
@@ -143,13 +148,14 @@ def update(config: PredictConfig, before: int, is_committed: Callable[[Range], b
         def updated() -> Iterator[tuple[pa.Table, int]]:
             for range_ in ranges:
                 kept = comparison.kept(range_.first, range_.last)
-                is_same = len(kept) == range_.rows and not kept[shards.CHANGED].to_pylist().count(True)
+                is_same = len(kept) == range_.rows and not pc.any(kept[shards.CHANGED]).as_py()
                 if len(kept):
                     rows = kept if is_committed(range_) else _marked(kept.drop_columns([shards.CHANGED]))
                     yield rows, range_.generation if is_same else generation
 
         new_ranges = list(shards.write_ranges(folder, updated()))
-        next_id = ranges[-1].last + 1
+        facts = shards.read_facts(old) or {}
+        next_id = max(ranges[-1].last + 1, facts.get(_NEXT_ID, 0))  # ids of images that are gone are not used again
         new = (_marked(table) for table in comparison.new())
         new_ranges += _write(config, folder, new, generation, comparison.new_rows, first_id=next_id)
     return _listed(folder, generation, new_ranges)
@@ -210,15 +216,19 @@ def _write(
         rows: number of rows, or one from `_MANY` on.
         first_id, after: see `shards.write`.
     """
-    yield from shards.write(
+    enough_for_many = max(_FEWEST_ROWS, math.ceil(rows / _RANGES))
+    last = first_id - 1
+    for range_ in shards.write(
         folder,
         tables,
-        rows_per_range=min(config.rows_per_part, max(_FEWEST_ROWS, math.ceil(rows / _RANGES))),
+        rows_per_range=config.rows_per_part if rows > _MANY else min(config.rows_per_part, enough_for_many),
         generation=generation,
         first_id=first_id,
         after=after,
-    )
-    shards.finish(folder)
+    ):
+        last = range_.last
+        yield range_
+    shards.finish(folder, **{_NEXT_ID: last + 1})
 
 
 def _limited(tables: Iterator[pa.Table], rows: int | None) -> Iterator[pa.Table]:

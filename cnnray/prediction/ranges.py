@@ -45,6 +45,8 @@ class Task:
     """Of the part to create."""
     earlier: Part | None = None
     """A Parquet part with rows of the range, which are taken over unless they changed or are to be tried again."""
+    retry: bool = False
+    """Whether its rows with errors that another attempt may not have (`RETRIED_REASONS`) are to be tried again."""
     isolated: bool = False
     """Whether the range has ended its workers: its images are classified one by one in a process of their own."""
 
@@ -95,18 +97,22 @@ class RangeWorker:
         if kept is not None:
             todo = todo.filter(pc.invert(pc.is_in(todo["id"], kept["id"].combine_chunks())))
         new = [*self._classify(todo, task.isolated)] if len(todo) else []
-        done = pa.concat_tables([*new, kept] if kept is not None else new)
-        return self._commit(task, done.sort_by("id") if kept is not None and new else done, len(todo))
+        if kept is not None:
+            new.append(kept)
+        done = pa.concat_tables(new, promote_options="permissive")
+        return self._commit(task, done.sort_by("id") if kept is not None else done, len(todo))
 
-    def _kept(self, task: Task, rows: pa.Table) -> pa.Table:
-        """The rows of the earlier part that are still true."""
+    def _kept(self, task: Task, rows: pa.Table) -> pa.Table | None:
+        """The rows of the earlier part that are still true; None where there are none."""
         assert task.earlier is not None
         kept = parts.read_all(self._output.folder, task.earlier)
         if task.earlier.generation < task.range.generation:
             same = rows.filter(pc.invert(rows[CHANGED])) if CHANGED in rows.column_names else rows.slice(0, 0)
-            return kept.filter(pc.is_in(kept["id"], same["id"].combine_chunks()))
-        reasons = pc.list_element(pc.split_pattern(pc.fill_null(kept["error"], ""), ":", max_splits=1), 0)
-        return kept.filter(pc.invert(pc.is_in(reasons, pa.array(RETRIED_REASONS))))
+            kept = kept.filter(pc.is_in(kept["id"], same["id"].combine_chunks()))
+        if task.retry:
+            reasons = pc.list_element(pc.split_pattern(pc.fill_null(kept["error"], ""), ":", max_splits=1), 0)
+            kept = kept.filter(pc.invert(pc.is_in(reasons, pa.array(RETRIED_REASONS))))
+        return kept if len(kept) else None
 
     def _classify(self, rows: pa.Table, isolated: bool) -> Iterator[pa.Table]:
         if self._plan.pool.decode_cpus and not isolated:
@@ -125,8 +131,9 @@ class RangeWorker:
         tally = Tally.of(rows, output.threshold)
         part = Part(range_.first, range_.generation, task.attempt, unavailable is not None, output.format)
         check_holder(output.folder, output.lease_holder)
-        if len(errors):
-            write_errors(storage.join(output.folder, part.errors_name), errors)
-        if not parts.write(output.folder, part, rows, tally):
+        if parts.write(output.folder, part, rows, tally):
+            if len(errors):
+                write_errors(storage.join(output.folder, part.errors_name), errors)
+        else:
             tally = parts.read_tally(output.folder, part, output.threshold)
         return Receipt(range=range_, part=part, tally=tally, classified=classified, unavailable=unavailable)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.dispatch import PredictionError
 from cnnray.prediction.parts import Part, PartError
 from cnnray.prediction.ranges import Receipt
-from cnnray.prediction.tally import Tally, join_errors
+from cnnray.prediction.tally import Tally, error_rows, join_errors, write_errors
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +27,42 @@ class Received:
     def __init__(self, config: PredictConfig) -> None:
         self.tally = Tally(config.threshold)
         """Of the parts that are complete."""
+        self.incomplete = Tally(config.threshold)
+        """Of the parts that are not."""
         self.unavailable = Tally(config.threshold)
-        """Of the rows that parts lack, because storage was in trouble."""
+        """Of the rows that these lack, because storage was in trouble."""
         self.classified = self.rows = self.errors = 0
         self.parts: set[Part] = set()
+        """That are complete."""
+        self.with_errors: set[Part] = set()
+        """That have rows without a prediction, or lack rows."""
 
     def add(self, receipt: Receipt) -> None:
         """
         Raises:
             PartError: the part lacks rows of its range.
         """
-        missing = 0 if receipt.unavailable is None else receipt.unavailable.rows
-        if receipt.tally.rows + missing != receipt.range.rows:
-            raise _wrong_rows(receipt.part.name, receipt.tally.rows + missing, receipt.range.rows)
-        self.classified += receipt.classified
-        self.rows += receipt.range.rows
-        self.errors += receipt.tally.errors + missing
-        if receipt.unavailable is not None:
-            self.unavailable.add(receipt.unavailable)
-        else:
+        if receipt.unavailable is None:
+            if receipt.tally.rows != receipt.range.rows:
+                raise _wrong_rows(receipt.part.name, receipt.tally.rows, receipt.range.rows)
             self.tally.add(receipt.tally)
             self.parts.add(receipt.part)
+        else:
+            self.incomplete.add(receipt.tally)
+            self.unavailable.add(receipt.unavailable)
+        errors = receipt.tally.errors + (receipt.unavailable.rows if receipt.unavailable else 0)
+        if errors:
+            self.with_errors.add(receipt.part)
+        self.classified += receipt.classified
+        self.rows += receipt.range.rows
+        self.errors += errors
 
     def everything(self) -> Tally:
         """The counts over all images so far, with and without a row."""
-        both = Tally(self.tally.threshold)
-        both.add(self.tally)
-        both.add(self.unavailable)
-        return both
+        total = Tally(self.tally.threshold)
+        for tally in (self.tally, self.incomplete, self.unavailable):
+            total.add(tally)
+        return total
 
 
 def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> Tally:
@@ -83,6 +91,7 @@ def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received
         tally.add(received.tally)
     else:  # a worker that was thought lost has committed the same range at the same time
         received.parts.clear()
+    with_errors = {part for part in received.with_errors if part in received.parts}
     unread = [part for part in counting if part not in received.parts]
     read = functools.partial(parts.read_tally, config.output, threshold=config.threshold)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -90,16 +99,20 @@ def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received
             if other.rows != counting[part].rows:
                 raise _wrong_rows(storage.join(config.output, part.name), other.rows, counting[part].rows)
             tally.add(other)
+            if other.errors:
+                with_errors.add(part)
     if tally.errors > config.max_error_fraction * tally.rows:
         raise too_many_errors(config, tally)
-    _list_errors(config, counting)
-    resume.delete_files(config, {name for part in counting for name in (part.name, part.errors_name)})
+    _list_errors(config, with_errors)
+    keep = {part.name for part in counting} | {part.errors_name for part in with_errors}
+    resume.delete_files(config, keep)
     return tally
 
 
-def left_out(config: PredictConfig, unavailable: Tally, images: int) -> CnnrayError:
+def left_out(config: PredictConfig, received: Received, images: int) -> CnnrayError:
     """The error for images that have no row. Writes the list of them, `errors.csv`."""
-    _list_errors(config, [part for part in parts.list_parts(config.output) if part.incomplete])
+    unavailable = received.unavailable
+    _list_errors(config, {part for part in received.with_errors if part.incomplete})
     example = _example(unavailable)
     return storage.UnavailableError(
         f"{unavailable.rows} of {images} images have no row, because storage was in trouble, for example "
@@ -123,10 +136,15 @@ def _example(tally: Tally) -> dict[str, Any]:
     return next(iter(tally.examples.values()))[0]
 
 
-def _list_errors(config: PredictConfig, counting: Any) -> None:
-    uri, prefix = storage.join(config.output, resume.ERRORS), storage.join(config.output, "")
-    there = {file.uri.removeprefix(prefix) for file in storage.walk(config.output)}
-    names = [part.errors_name for part in sorted(counting) if part.errors_name in there]
+def _list_errors(config: PredictConfig, with_errors: Set[Part]) -> None:
+    """Write `errors.csv` from the lists beside parts, and the list of a part that was killed before it had one."""
+    uri, names = storage.join(config.output, resume.ERRORS), []
+    there = set(resume.file_names(config))
+    for part in sorted(with_errors):
+        if part.errors_name not in there:
+            errors = error_rows(parts.read(config.output, part))
+            write_errors(storage.join(config.output, part.errors_name), errors)
+        names.append(part.errors_name)
     if names:
         join_errors(config.output, names, uri)
     else:

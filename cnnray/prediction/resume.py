@@ -79,7 +79,7 @@ def _read_config(config: PredictConfig) -> dict[str, Any] | None:
         text = storage.read_bytes(uri)
     except FileNotFoundError:
         foreign = [name for name in (SUMMARY, ERRORS) if storage.is_file(storage.join(config.output, name))]
-        foreign += [name for name in _file_names(config) if parts.parse_name(name) or earlier_versions.is_part(name)]
+        foreign += [name for name in file_names(config) if parts.parse_name(name) or earlier_versions.is_part(name)]
         if foreign:
             raise PredictionError(
                 f"{config.output} holds {', '.join(foreign[:3])}, but no {CONFIG} of a run; give another --output."
@@ -118,12 +118,12 @@ def begin_output(config: PredictConfig, plan: Plan, generation: int, *, is_new: 
         is_new: whether the run begins anew: files of an earlier run are deleted.
     """
     storage.delete_file(storage.join(config.output, SUMMARY))
+    # The config comes first: an output with parts and no config is refused as not ours. If the deletion is killed,
+    # the same command goes on with this run, and parts of an earlier generation do not count.
+    _write_config(config, plan.engine, {GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest})
     if is_new:
         storage.delete_file(storage.join(config.output, ERRORS))
         delete_files(config, keep=set())
-    # The config comes before other files: an output with parts and no config is refused as not ours.
-    _write_config(config, plan.engine, {GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest})
-    if is_new:
         delete_manifests(config, generation)
 
 
@@ -161,13 +161,13 @@ def delete_manifests(config: PredictConfig, generation: int) -> None:
 
 def delete_files(config: PredictConfig, keep: set[str]) -> None:
     """Delete the parts and lists of errors in the output whose names are not among these."""
-    ours = [name for name in _file_names(config) if parts.is_part_or_errors(name) or earlier_versions.is_part(name)]
+    ours = [name for name in file_names(config) if parts.is_part_or_errors(name) or earlier_versions.is_part(name)]
     stale = [name for name in ours if name not in keep]
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         list(pool.map(lambda name: storage.delete_file(storage.join(config.output, name)), stale))
 
 
-def _file_names(config: PredictConfig) -> Iterator[str]:
+def file_names(config: PredictConfig) -> Iterator[str]:
     """The files in the output, relative to it."""
     prefix = storage.join(config.output, "")
     files = storage.walk(config.output) if storage.exists(config.output) else ()
@@ -202,15 +202,25 @@ class Committed:
         return max(found, key=lambda part: (part.generation, part.attempt, not part.incomplete), default=None)
 
 
-def plan_task(range_: Range, committed: Committed, retried: frozenset[Part]) -> Task | None:
-    """What there is to do for a range; None where its part counts."""
+def plan_task(
+    range_: Range, committed: Committed, retried: frozenset[Part], *, retry_errors: bool = False
+) -> Task | None:
+    """What there is to do for a range; None where its part counts.
+
+    Args:
+        range_: of the manifest.
+        committed: the parts in the output.
+        retried: see `find_retried`.
+        retry_errors: the flag.
+    """
     part = committed.of(range_)
-    if part is None:
-        earlier = committed.before(range_)
-        return Task(range=range_, earlier=earlier if earlier and earlier.format == "parquet" else None)
-    if part.incomplete or part in retried:
-        return Task(range=range_, attempt=part.attempt + 1, earlier=part if part.format == "parquet" else None)
-    return None
+    attempt = 0 if part is None else part.attempt + 1
+    if part is not None and not part.incomplete and part not in retried:
+        return None
+    earlier = committed.before(range_) if part is None else part
+    if earlier is None or earlier.format != "parquet":
+        return Task(range=range_, attempt=attempt)
+    return Task(range=range_, attempt=attempt, earlier=earlier, retry=retry_errors or earlier in retried)
 
 
 def find_retried(config: PredictConfig, manifest: Manifest, committed: Committed) -> frozenset[Part]:

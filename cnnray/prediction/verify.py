@@ -44,7 +44,12 @@ def verify(config: PredictConfig, ranges: Sequence[Range], manifest: str) -> Non
 
         with cluster.connected(dashboard=config.dashboard):
             check = ray.remote(max_retries=3)(check_ranges)
-            problems = ray.get([check.remote(config.output, manifest, group) for group in groups])
+            try:
+                problems = ray.get([check.remote(config.output, manifest, group) for group in groups])
+            except ray.exceptions.RayError as error:
+                raise cluster.user_error(error) or PartError(
+                    f"The check failed: {cluster.last_line(error)}"
+                ) from error
     else:
         problems = [check_ranges(config.output, manifest, group) for group in groups]
     if found := [problem for group in problems for problem in group]:

@@ -1,6 +1,6 @@
 """Classifies rows of a manifest in one process: an actor of the pool, or the job itself.
 
-Output rows come in any order. A row has the manifest's columns and
+Output rows come in the order of the input. A row has the manifest's columns and
 
 - `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage` or
   `reading.UNAVAILABLE`, a colon and details);

@@ -214,3 +214,47 @@ def test_parquet_parts_of_an_output_can_be_read_as_one_data_set(bundle, in_proce
     job.run(_config(bundle, tmp_path / "images", tmp_path / "out"))
     paths = sorted((tmp_path / "out").glob("part-*"))
     assert len(pa.concat_tables(map(pyarrow.parquet.read_table, paths))) == 25
+
+
+def test_an_update_of_a_table_with_other_columns_classifies_all_rows(bundle, in_process, tmp_path):
+    _fill(tmp_path / "images", 12)
+    uris = sorted(map(str, (tmp_path / "images").rglob("*.png")))
+    (tmp_path / "images.csv").write_text("uri,shot\n" + "".join(f"{uri},1\n" for uri in uris))
+    config = _config(bundle, tmp_path / "images.csv", tmp_path / "out", verify=True)
+    job.run(config)
+    (tmp_path / "images.csv").write_text("uri,camera,shot\n" + "".join(f"{uri},left,1\n" for uri in uris))
+    assert job.run(dataclasses.replace(config, update=True))["classified"] == 12
+    assert {(row["camera"], row["shot"]) for row in read_rows(tmp_path / "out")} == {("left", 1)}
+
+
+def test_ids_of_images_that_are_gone_are_not_used_again(bundle, in_process, tmp_path):
+    _fill(tmp_path / "images", 12)
+    config = _config(bundle, tmp_path / "images", tmp_path / "out")
+    job.run(config)
+    last = sorted((tmp_path / "images").rglob("*.png"))[-1]
+    last.unlink()
+    job.run(dataclasses.replace(config, update=True))
+    last.with_name("zzz.png").write_bytes(GOOD)
+    job.run(dataclasses.replace(config, update=True))
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == [*range(11), 12]
+
+
+def test_an_overwrite_that_was_killed_goes_on_with_the_new_run(bundle, in_process, tmp_path, monkeypatch):
+    _fill(tmp_path / "images", 25)
+    config = _config(bundle, tmp_path / "images", tmp_path / "out")
+    job.run(config)
+    (tmp_path / "images" / "0" / "000.png").write_bytes(b"nothing")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume, "delete_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(dataclasses.replace(config, overwrite=True))
+    # As if it had been finished: a run that was not goes on with Ray.
+    monkeypatch.setattr(job, "_images_left", lambda *_: 25)
+    monkeypatch.setattr(job.resume, "read_result", lambda *_: {})
+    line = job.run(dataclasses.replace(config, retry_errors=True))
+    assert line["classified"] == 25
+    assert read_rows(tmp_path / "out")[0]["error"].startswith("not an image")

@@ -533,7 +533,7 @@ def test_rows_whose_storage_was_in_trouble_have_an_error_if_asked_for(tmp_path):
     assert parts.read(str(tmp_path / "out"), receipt.part)["id"].to_pylist() == list(range(10))
     # Repeated by --retry-errors, but not what is wrong with the images themselves.
     classifier.read, classifier.trouble = [], set()
-    receipt = worker.run(Task(range=range_, attempt=1, earlier=receipt.part))
+    receipt = worker.run(Task(range=range_, attempt=1, earlier=receipt.part, retry=True))
     assert classifier.read == [1, 8]
     assert receipt.tally.reasons == {"corrupt": 1}
 
@@ -594,7 +594,7 @@ def test_what_there_is_to_do_for_a_range(tmp_path):
         return resume.plan_task(range_, committed, frozenset(retried))
 
     assert planned(ranges[0]) is None
-    assert planned(ranges[0], complete) == Task(range=ranges[0], attempt=1, earlier=complete)
+    assert planned(ranges[0], complete) == Task(range=ranges[0], attempt=1, earlier=complete, retry=True)
     assert planned(ranges[1]) == Task(range=ranges[1], attempt=4, earlier=incomplete)
     assert planned(ranges[2]) == Task(range=ranges[2])
     updated = dataclasses.replace(ranges[0], generation=1)

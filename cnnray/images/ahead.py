@@ -54,7 +54,7 @@ def chained(streams: Iterable[Iterator[Item]], threads: int) -> Iterator[Item]:
 
     def begin(stream: Iterator[Item]) -> "tuple[queue.Queue[Item | None], Future[None]]":
         items: queue.Queue[Item | None] = queue.Queue(_ITEMS_AHEAD)
-        reading = pool.submit(read, stream, items)  # type: ignore[arg-type]
+        reading = pool.submit(read, stream, items)  # type: ignore[arg-type]  # a generic function
         reading.add_done_callback(lambda _: items.put(None))
         return items, reading
 

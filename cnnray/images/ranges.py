@@ -1,6 +1,5 @@
 """Row ranges of a manifest: how its rows are cut into blocks, tasks and parts."""
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -59,17 +58,3 @@ def ranges_of_stream(chunks: Iterable[pa.Array], rows: int, *, cut_groups: bool 
         start = stop
     if start:
         yield cut, start
-
-
-def divide_rows(uris: pa.ChunkedArray, count: int) -> list[tuple[int, int]]:
-    """Cut a manifest into `count` ranges of about the same size. Row groups stay whole.
-
-    Returns:
-        the first row of each range, and the row after its last; fewer than `count` if row groups are too large.
-    """
-    cuts, wanted, start = {0, len(uris)}, [len(uris) * number // count for number in range(1, count)], 0
-    for group, length in containers.row_group_runs(uris):
-        stop = start + length
-        cuts |= {stop if group is not None and cut > start else cut for cut in wanted if start <= cut < stop}
-        start = stop
-    return list(itertools.pairwise(sorted(cuts)))

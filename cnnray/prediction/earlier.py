@@ -1,4 +1,4 @@
-"""Turns outputs of versions up to 0.2, which had one manifest file and numbered parts, into those of today."""
+"""Converts outputs of versions up to 0.2, which had one manifest file and numbered parts, to the current format."""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def convert(config: PredictConfig, folder: str) -> None:
 
 
 def delete_manifest(output: str) -> None:
-    """Delete the manifest of an earlier version's run, whose output is then one of today's."""
+    """Delete the manifest of an earlier version's run, whose output then has the current format."""
     storage.delete_file(storage.join(output, _MANIFEST))
 
 

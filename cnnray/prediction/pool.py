@@ -32,7 +32,7 @@ class Pool:
 def plan_pool(options: PredictOptions, engine: str, resources: Resources) -> Pool:
     """Decide on the workers that a cluster has room for.
 
-    Ray Data waits for ever for a worker that fits on no node, and for its tasks where workers hold all CPUs. So at
+    Ray waits for ever for a worker that fits on no node, and for decoding tasks where workers hold all CPUs. So at
     least one worker must fit, and decoding tasks always keep some CPUs.
 
     Raises:

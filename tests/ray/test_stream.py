@@ -8,7 +8,7 @@ import pytest
 from cnnray.images import checks, reading, stream
 from cnnray.images.decode import decode
 from cnnray.images.manifest import build_manifest
-from cnnray.images.ranges import divide_rows, split_rows
+from cnnray.images.ranges import split_rows
 from cnnray.models import architectures, bundle
 from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.predictor import Predictor
@@ -172,10 +172,6 @@ def _split(uris, rows, **options):
     return split_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), rows, **options)
 
 
-def _divide(uris, count):
-    return divide_rows(pa.chunked_array([uris[:5], uris[5:]], pa.string()), count)
-
-
 def test_split_rows_cuts_only_large_row_groups():
     loose = [f"/{number}.png" for number in range(10)]
     group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
@@ -189,12 +185,3 @@ def test_split_rows_cuts_only_large_row_groups():
     ranges = _split(other + large, 3, cut_groups=True)
     assert ranges == [(0, 2), *((2 + place, 2 + place + 6250) for place in range(0, 50_000, 6250))]
     assert _split(large[:9000], 3, cut_groups=True) == [(0, 4096), (4096, 8192), (8192, 9000)]
-
-
-def test_divide_rows_gives_equal_ranges_and_cuts_no_row_group():
-    loose = [f"/{number}.png" for number in range(9)]
-    assert [stop - start for start, stop in _divide(loose, 4)] == [2, 2, 2, 3]
-    group = [f"/a.parquet#000000-{number:09d}" for number in range(7)]
-    assert _divide(group, 3) == [(0, 7)]
-    assert _divide(group + loose, 2) == [(0, 8), (8, 16)]
-    assert _divide(group + loose, 4) == [(0, 7), (7, 8), (8, 12), (12, 16)]

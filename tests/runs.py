@@ -1,8 +1,39 @@
-"""Reads what training and prediction runs leave."""
+"""Inputs of prediction runs that change, and what training and prediction runs leave."""
 
 import csv
 import json
 from pathlib import Path
+
+from cnnray.images import storage
+from tests.awkward import awkward_images
+
+GOOD = awkward_images()["rgb.png"]
+
+
+def fill(root: str, count: int = 45) -> None:
+    """Write images to three folders, on a disk or to a bucket."""
+    images = list(awkward_images().values())
+    for number in range(count):
+        storage.write_bytes(storage.join(root, f"{number % 3}", f"{number:05d}.png"), images[number % len(images)])
+
+
+def change(root: str) -> set[str]:
+    """Change two of the images, delete eleven, and add two.
+
+    Returns:
+        those that are to be read again.
+    """
+    again = {storage.join(root, name) for name in ("0/00003.png", "2/00044.png", "0/000000.png", "3/new.png")}
+    for uri in again:
+        storage.write_bytes(uri, GOOD)
+    for number in range(1, 33, 3):
+        storage.delete_file(storage.join(root, "1", f"{number:05d}.png"))
+    return again
+
+
+def without_ids(rows):
+    """The other columns of rows, by uri."""
+    return {row["uri"]: {name: value for name, value in row.items() if name != "id"} for row in rows}
 
 
 def last_checkpoint(output: Path) -> Path:

@@ -12,6 +12,7 @@ _NOT_PASSED = {"connection", "keep-alive", "transfer-encoding", "content-length"
 _REFUSALS = {
     "throttle": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
     "deny": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "conflict": (409, b"<Error><Code>ConditionalRequestConflict</Code><Message>Try again.</Message></Error>"),
     "expire": (400, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"),
 }
 
@@ -22,8 +23,8 @@ class Proxy:
     Attributes:
         url: its address.
         faults: called with the method, the path and the number of earlier such requests; returns `throttle` (503),
-            `deny` (403), `expire` (400), `slow` (one second later), `stall` (no answer), `break off` (half of the
-            body), or None.
+            `deny` (403), `conflict` (409), `expire` (400), `slow` (one second later), `stall` (no answer), `break
+            off` (half of the body), or None.
         expired_keys: access keys whose requests get the fault `expire`.
         fault_counts: how often each fault occurred.
     """

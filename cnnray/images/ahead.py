@@ -4,7 +4,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ _ITEMS_AHEAD = 4
 _STREAMS_AHEAD = 2
 
 
-def mapped(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def mapped(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
     """`map` in threads. At most twice as many items as threads are taken ahead of the consumer.
 
     Args:

@@ -195,6 +195,21 @@ def _profile_credentials(bucket: str) -> Callable[[], Any] | None:
     return current
 
 
+def deltalake_options(uri: str) -> dict[str, str]:
+    """Options of the library deltalake, which reads the environment itself, for the storage of `uri`."""
+    scheme, bucket, _ = split_address(uri)
+    if is_local(uri) or scheme != "s3":
+        return {}
+    options = {"aws_region": _region(bucket), "aws_conditional_put": "etag", "allow_http": "true"}
+    if address := _endpoint():
+        options["aws_endpoint"] = address.geturl()
+    if current := _profile_credentials(bucket):
+        keys = current()
+        options |= {"aws_access_key_id": keys["access_key_id"], "aws_secret_access_key": keys["secret_access_key"]}
+        options |= {"aws_session_token": keys["token"]} if keys["token"] else {}
+    return options
+
+
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The pyarrow filesystem of `uri`, one for each bucket and process, and `uri` as a path in it."""
     if is_local(uri):

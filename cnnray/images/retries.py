@@ -1,20 +1,26 @@
-"""Reading images again, after growing pauses, while storage is in trouble.
+"""Trying again, after growing pauses, while storage is in trouble.
 
 The storage layer itself repeats a request a few times within seconds. Throttling, outages and expired credentials
 last longer, and no image is bad because of them.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import random
 import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-from cnnray.errors import TransientError
+from cnnray.errors import CnnrayError, TransientError
 from cnnray.images import storage
 
 log = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _SECONDS = "CNNRAY_STORAGE_RETRY_SECONDS"
 _DEFAULT_SECONDS = 300.0
@@ -45,7 +51,7 @@ def retry_seconds() -> float:
 
 
 class Attempts:
-    """The attempts at reading one file."""
+    """The attempts at one file."""
 
     def __init__(self, uri: str) -> None:
         """
@@ -82,3 +88,26 @@ class Attempts:
         """Record that storage answered."""
         _given_up.discard(self._place)
         self._pause, self._until = _FIRST_PAUSE, 0.0
+
+
+def patient(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function of a file, or of a folder, whose address is its first argument.
+
+    It is called again while storage is in trouble, also where the answer to a call was lost. What it raises is raised
+    once no other attempt may succeed.
+    """
+
+    @functools.wraps(function)
+    def patiently(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        attempts = Attempts(str(arguments[0]))
+        while True:
+            try:
+                result = function(*arguments, **options)
+            except CnnrayError as error:
+                if not attempts.wait(error):
+                    raise
+            else:
+                attempts.succeeded()
+                return result
+
+    return patiently

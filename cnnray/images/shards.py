@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from cnnray.images import ahead, containers, manifest, storage
 from cnnray.images.ranges import ranges_of_stream
+from cnnray.images.retries import patient
 
 FORMAT = 2
 """Number of the manifest format (see `manifest.FORMAT`)."""
@@ -166,21 +167,18 @@ def _uri(folder: str, shard: int) -> str:
     return storage.join(folder, f"rows-{shard:012d}.parquet")
 
 
-def finish(folder: str, *, rows: int | None = None, **facts: Any) -> None:
+def finish(folder: str, **facts: Any) -> None:
     """Mark a manifest as complete.
 
     Args:
         folder: of the shards.
-        rows: their number; None: it is read from the shards.
         facts: kept for `read_facts`, as JSON.
     """
-    if rows is None:
-        rows = sum(range_.rows for range_ in ranges(folder))
-    storage.write_bytes(storage.join(folder, _COMPLETE), json.dumps({"rows": rows, **facts}).encode())
+    storage.write_bytes(storage.join(folder, _COMPLETE), json.dumps(facts).encode())
 
 
 def read_facts(folder: str) -> dict[str, Any] | None:
-    """`rows` and the facts that `finish` kept; None for a manifest that is not complete."""
+    """The facts that `finish` kept; None for a manifest that is not complete."""
     try:
         facts: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, _COMPLETE)))
     except storage.NotFoundError:
@@ -207,6 +205,7 @@ def _shards(folder: str) -> list[str]:
     return [uri for uri in uris if storage.name(uri).startswith("rows-") and uri.endswith(".parquet")]
 
 
+@patient
 def _shard_ranges(uri: str) -> list[Range]:
     with storage.translated_errors(uri), containers.open_parquet(uri) as parquet:
         metadata = parquet.metadata
@@ -227,6 +226,7 @@ def _checked(metadata: Any, uri: str) -> dict[bytes, bytes]:
     return values
 
 
+@patient
 def read(folder: str, range_: Range, columns: list[str] | None = None) -> pa.Table:
     """The rows of one range. In a bucket only its bytes are read.
 

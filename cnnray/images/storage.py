@@ -13,6 +13,7 @@ and then raised as `UnavailableError`.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -38,6 +39,7 @@ from cnnray.images.object_stores import TooLargeError as TooLargeError
 from cnnray.images.object_stores import UnavailableError as UnavailableError
 from cnnray.images.object_stores import arrow_filesystem as arrow_filesystem
 from cnnray.images.object_stores import cluster_environment as cluster_environment
+from cnnray.images.object_stores import deltalake_options as deltalake_options
 from cnnray.images.object_stores import is_local as is_local
 from cnnray.images.object_stores import locate, repeated, request, split_address
 from cnnray.images.object_stores import translated_errors as translated_errors
@@ -48,6 +50,8 @@ from cnnray.images.tree import stored_file as stored_file
 from cnnray.images.tree import walk as walk
 
 _TRANSFER_THREADS = 8
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""Of file systems such as SMB, exFAT and buckets that are mounted."""
 _MULTIPART_BYTES = 16 * 2**20
 """Larger files are uploaded in parts of this size, and appear when all parts have arrived."""
 
@@ -269,9 +273,11 @@ def create(uri: str, data: bytes) -> bool:
     _check_guards(uri)
     if not is_local(uri):
         try:
-            return write_if(uri, data, None) is not None
+            created = write_if(uri, data, None) is not None
         except UnavailableError:  # obstore does not repeat such a request when it gets no answer
-            return write_if(uri, data, None) is not None
+            created = False
+        # S3 refuses both of two writers at the same time (409), which obstore does not tell from a file that exists.
+        return created or (not is_file(uri) and write_if(uri, data, None) is not None)
     path = Path(uri)
     if path.exists():
         return False
@@ -281,7 +287,21 @@ def create(uri: str, data: bytes) -> bool:
             os.link(temporary, path)  # fails if the name is taken
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return _claim(path, temporary)
         return True
+
+
+def _claim(path: Path, temporary: Path) -> bool:
+    """Rename `temporary` unless `path` exists. One that is killed between the two calls leaves an empty file."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    temporary.replace(path)
+    return True
 
 
 @contextlib.contextmanager

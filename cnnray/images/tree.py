@@ -22,6 +22,8 @@ from cnnray.images.object_stores import (
 
 PAGE = 1000
 """Files that one request lists."""
+_FEW_FILES = 50
+"""Folders that have fewer files in the mean are not listed one by one."""
 _THREADS = 16
 
 Selects = Callable[[str, bool], bool]
@@ -60,7 +62,8 @@ def walk(root: str, selects: Selects | None = None) -> Iterator[StoredFile]:
     """All files below `root`, at any depth, in the order of their uris; hidden files and folders are left out.
 
     The files are never all in memory. In a bucket, the folders directly below `root` are listed in parallel, unless
-    there are few files, or most files are in no folder; each listing is at most some pages ahead of the consumer.
+    the first two pages show few files, most files in no folder, or small folders; each listing is at most some pages
+    ahead of the consumer.
 
     Args:
         root: a folder or prefix.
@@ -140,8 +143,10 @@ def _is_key(uri: str) -> bool:
 def _pages_in_parallel(root: str, selects: Selects | None) -> Iterator[list[StoredFile]]:
     pages = remote_pages(root)
     first = list(itertools.islice(pages, 2))
-    in_folders = sum("/" in file.uri[len(root) + 1 :] for page in first for file in page)
-    if len(first) < 2 or 2 * in_folders < sum(map(len, first)):
+    names = [file.uri[len(root) + 1 :].split("/") for page in first for file in page]
+    folders_seen = [name[0] for name in names if len(name) > 1]
+    in_folders = 2 * len(folders_seen) > len(names)
+    if len(first) < 2 or not in_folders or len(set(folders_seen)) * _FEW_FILES > len(folders_seen):
         yield from itertools.chain(first, pages)
         return
     folders, files = _level(root)
@@ -165,7 +170,7 @@ def _place_pages(places: list[tuple[str, StoredFile | None]]) -> Iterator[Iterat
 def _level(root: str) -> tuple[list[str], list[StoredFile]]:
     """Folders and files directly below a remote `root`, hidden ones left out."""
     store, key = locate(root)
-    level = repeated(obstore.list_with_delimiter, store, key or None)
+    level: Any = repeated(obstore.list_with_delimiter, store, key or None)
     base = root.removesuffix(key).rstrip("/") + "/"
     below = [base + path for path in level["common_prefixes"] if not _is_hidden(path)]
     return below, list(_stored(root, key, level["objects"], hidden=False))

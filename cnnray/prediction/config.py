@@ -3,16 +3,22 @@
 `InferenceOptions` is the group that jobs/evaluate.py shares (see `cnnray.configs` for groups).
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
 from cnnray.errors import BadInputError
+from cnnray.images import storage
 from cnnray.models import engines
 
-Format = Literal["parquet", "csv", "jsonl"]
+Format = Literal["parquet", "csv", "jsonl", "delta"]
+FileFormat = Literal["parquet", "csv", "jsonl"]
 Decoding = Literal["auto", "workers", "tasks"]
+
+DELTA_FOLDER = "table"
+"""In the output of `--format delta`: the Delta table, whose files are the parts."""
 
 
 @configs.group(resumable=True)
@@ -119,7 +125,8 @@ class PredictConfig(PredictOptions):
     """Folder or s3:// prefix for the rows and the summary. An interrupted run resumes when it is started again with
     the same output."""
     format: Format = "parquet"
-    """File format of the rows: parquet, csv or jsonl."""
+    """Format of the rows: parquet, csv, jsonl, or delta, a Delta Lake table in the folder table of the output, with a
+    commit for each run (needs the extra delta)."""
     limit: int | None = None
     """Classify only the first N images."""
     rows_per_part: int = 4096
@@ -144,6 +151,16 @@ class PredictConfig(PredictOptions):
 
     RENAMED: ClassVar[configs.Renamed] = {"shards": _without_shards, "shard": lambda _: {}}
 
+    @property
+    def file_format(self) -> FileFormat:
+        """Of the parts."""
+        return "parquet" if self.format == "delta" else self.format
+
+    @property
+    def parts_folder(self) -> str:
+        """Folder of the parts."""
+        return storage.join(self.output, DELTA_FOLDER) if self.format == "delta" else self.output
+
     def __post_init__(self) -> None:
         """
         Raises:
@@ -153,5 +170,7 @@ class PredictConfig(PredictOptions):
         flags.check_at_least_one(self, "limit", "rows_per_part")
         flags.check_share(self, "threshold", "max_error_fraction")
         flags.make_absolute(self, "bundle", "input", "output")
+        if self.format == "delta" and importlib.util.find_spec("deltalake") is None:
+            raise ValueError("--format delta needs the extra delta: pip install 'cnnray[delta]'.")
         if f"{self.output}/".startswith(f"{self.input}/"):
             raise ValueError(f"--output {self.output} lies in --input {self.input}: it would be read as input.")

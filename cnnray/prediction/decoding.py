@@ -42,9 +42,12 @@ def in_tasks(plan: Plan, rows: pa.Table, worker: Worker) -> Iterator[pa.Table]:
     while starts or pending:
         while starts and len(pending) < _AHEAD:
             block = rows.slice(starts.popleft(), step).combine_chunks()
-            pending.append(decode.remote(block, size, resize))
+            pending.append((block, decode.remote(block, size, resize)))
+        block, reference = pending.popleft()
         try:
-            decoded = ray.get(pending.popleft())
-        except ray.exceptions.WorkerCrashedError as error:
+            decoded = ray.get(reference)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             raise CrashedError("an image ended the process that decoded it") from error
+        except (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError):  # with its node, also when tried again
+            decoded = worker.decode_rows(block, size, resize)
         yield from worker(decoded)

@@ -78,8 +78,8 @@ def read_parts(output: str) -> Iterator[pa.Table]:
 
 def _convert_part(config: PredictConfig, uri: str, range_: Range) -> None:
     data = storage.read_bytes(uri)
-    part = Part(range_.first, 0, 0, False, config.format)
-    if config.format == "parquet":
+    part = Part(range_.first, 0, 0, False, config.file_format)
+    if config.file_format == "parquet":
         rows = storage.parse_parquet(data)
         parts.write(config.output, part, rows, Tally.of(rows, config.threshold))
     else:

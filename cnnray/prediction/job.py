@@ -14,10 +14,10 @@ from cnnray.images.lease import Lease, lease
 from cnnray.images.shards import Range
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
+from cnnray.prediction import delta, resume, summary, verify
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import manifest as manifests
 from cnnray.prediction import plan as plans
-from cnnray.prediction import resume, summary, verify
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.dispatch import Dispatcher
 from cnnray.prediction.listed import ListedTasks
@@ -41,8 +41,8 @@ Planner = Callable[[Range], Task | None]
 def run(config: PredictConfig) -> dict[str, Any]:
     """Classify all images of `config.input`.
 
-    Writes the rows (`part-*`), `summary.json`, `errors.csv` and `errors-*.csv` if there are errors, `manifest/` and
-    `config.yaml` to `config.output`.
+    Writes the rows (`part-*`, or the Delta table `table/`), `summary.json`, `errors.csv` and `errors-*.csv` if there
+    are errors, `manifest/` and `config.yaml` to `config.output`.
 
     An interrupted run resumes. A finished run is not repeated.
 
@@ -86,10 +86,12 @@ def run(config: PredictConfig) -> dict[str, Any]:
                 resume.begin_output(config, plan, manifest.generation, is_new=earlier is None)
                 rate = _classify(config, plan, manifest, tasks, received, held)
             ranges = tasks.ranges
-        totals = reconcile(config, ranges, received)
+        totals, counting = reconcile(config, ranges, received)
         resume.delete_manifests(config, manifest.generation)
         if config.verify:
             verify.verify(config, ranges, manifest.folder)
+        if config.format == "delta":
+            delta.commit(config.parts_folder, counting, bundle.version)
         values = summary.summarize(totals, bundle.info) | {
             "output": config.output,
             "resumed": totals.rows - received.classified,
@@ -223,11 +225,13 @@ def _classify(
         PredictionError: too large a share of the images has no prediction; or a worker failed.
     """
     output = Output(
-        folder=config.output,
+        folder=config.parts_folder,
         manifest=manifest.folder,
-        format=config.format,
+        format=config.file_format,
         threshold=config.threshold,
         skip_unreadable=config.skip_unreadable,
+        is_delta=config.format == "delta",
+        leased=config.output,
         lease_holder=held.holder,
     )
     metrics = None if plan.in_process else PredictionMetrics(config.output)

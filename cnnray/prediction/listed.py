@@ -40,7 +40,8 @@ class ListedTasks:
     @property
     def known(self) -> int:
         """Tasks that have been listed, and not taken."""
-        return self._queue.qsize()
+        end = self.is_complete and not self.ended  # is in the queue, too
+        return max(self._queue.qsize() - end, 0)
 
     def start(self) -> None:
         """Begin to list."""

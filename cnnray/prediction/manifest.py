@@ -1,6 +1,7 @@
 """The manifest of a run: it is listed into shards, continued where a listing was killed, or updated."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -13,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.images import database, inputs, shards, storage
+from cnnray.images.inputs import Input
 from cnnray.images.listing import ManifestError, shorten
 from cnnray.images.shards import Range
+from cnnray.prediction import delta
 from cnnray.prediction.config import PredictConfig
 
 log = logging.getLogger(__name__)
@@ -62,11 +65,10 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
     """
     folder = folder_of(config, generation)
     storage.delete_folder(folder)
-    source = inputs.open_input(config.input)
-    tables = _limited(source.tables, config.limit)
-    head = list(_first(tables, _MANY + 1))
+    source = _open(config)
+    head = list(_first(source.tables, _MANY + 1))
     rows = sum(map(len, head))
-    write = functools.partial(_write, config, folder, itertools.chain(head, tables), generation, rows)
+    write = functools.partial(_write, config, folder, itertools.chain(head, source.tables), generation, rows)
     if source.is_table:
         try:
             ranges = list(write())
@@ -101,8 +103,7 @@ def proceed(config: PredictConfig, generation: int) -> Manifest:
     if last is None:
         return begin(config, generation)
     log.info("the listing of %s goes on after %s", config.input, last[1])
-    tables = _limited(inputs.open_input(config.input).tables, config.limit)
-    rest = _write(config, folder, tables, generation, _MANY + 1, first_id=last[0], after=last[1])
+    rest = _write(config, folder, _open(config).tables, generation, _MANY + 1, first_id=last[0], after=last[1])
     return Manifest(
         generation=generation, folder=folder, ranges=itertools.chain(ranges, rest), example=last[1], rows=None
     )
@@ -129,11 +130,10 @@ def update(config: PredictConfig, before: int, is_committed: Callable[[Range], b
     old, generation = folder_of(config, before), before + 1
     folder = folder_of(config, generation)
     storage.delete_folder(folder)
-    now = _limited(inputs.open_input(config.input).tables, config.limit)
     ranges = list(shards.ranges(old))
     if not ranges:
         return None
-    with database.compare((shards.read(old, range_) for range_ in ranges), now) as comparison:
+    with database.compare((shards.read(old, range_) for range_ in ranges), _open(config).tables) as comparison:
         if comparison.repeated:
             raise _repeated(config.input, comparison.repeated)
         log.info(
@@ -170,7 +170,7 @@ def sample(config: PredictConfig) -> tuple[int, pa.Table]:
         ManifestError, OSError: with a sentence for the user.
     """
     rows, every, sampled = 0, 1, []
-    for number, table in enumerate(_limited(inputs.open_input(config.input).tables, config.limit)):
+    for number, table in enumerate(_open(config).tables):
         ids = pa.array(np.arange(rows, rows + len(table)))
         rows += len(table)
         if number % every == 0:
@@ -229,6 +229,24 @@ def _write(
         last = range_.last
         yield range_
     shards.finish(folder, **{_NEXT_ID: last + 1})
+
+
+def _open(config: PredictConfig) -> Input:
+    """The first `config.limit` images of the input.
+
+    Raises:
+        ColumnError, ManifestError, OSError: with a sentence for the user, also while the tables are taken.
+    """
+    source = inputs.open_input(config.input)
+    tables = _limited(source.tables, config.limit)
+    return dataclasses.replace(source, tables=_storable(tables) if config.format == "delta" else tables)
+
+
+def _storable(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, whose columns a Delta table can have."""
+    for table in tables:
+        delta.storable(table.schema)
+        yield table
 
 
 def _limited(tables: Iterator[pa.Table], rows: int | None) -> Iterator[pa.Table]:

@@ -25,7 +25,8 @@ import pyarrow.parquet
 
 from cnnray.errors import PermanentError
 from cnnray.images import storage
-from cnnray.prediction.config import Format
+from cnnray.images.retries import patient
+from cnnray.prediction.config import FileFormat
 from cnnray.prediction.tally import Tally
 
 _NAME = re.compile(r"part-(\d{12,})-(\d+)\.(\d+)(-incomplete)?\.(parquet|csv|jsonl)")
@@ -53,7 +54,7 @@ class Part:
     generation: int
     attempt: int
     incomplete: bool
-    format: Format
+    format: FileFormat
 
     @property
     def name(self) -> str:
@@ -88,6 +89,7 @@ def is_part_or_errors(name: str) -> bool:
     return parse_name(name) is not None or _ERRORS_NAME.fullmatch(name) is not None
 
 
+@patient
 def write(folder: str, part: Part, rows: pa.Table, tally: Tally) -> bool:
     """Create the file of a part, and read it back.
 
@@ -112,6 +114,7 @@ def write(folder: str, part: Part, rows: pa.Table, tally: Tally) -> bool:
     return is_same
 
 
+@patient
 def read(folder: str, part: Part) -> pa.Table:
     """Read the columns of a part that a receipt needs: `id`, `uri`, `status`, `error`, `prediction` and `confidence`.
 
@@ -129,15 +132,26 @@ def read_tally(folder: str, part: Part, threshold: float) -> Tally:
         PartError: the file is damaged, or gone.
     """
     if part.format == "parquet":
-        with _part_errors(folder, part) as uri:
-            filesystem, path = storage.arrow_filesystem(uri)
-            with storage.translated_errors(uri):
-                metadata = pyarrow.parquet.read_metadata(path, filesystem=filesystem).metadata
+        metadata = read_schema(folder, part).metadata or {}
         if _TALLY in metadata and (tally := Tally.from_json(metadata[_TALLY])).threshold == threshold:
             return tally
     return Tally.of(read(folder, part), threshold)
 
 
+@patient
+def read_schema(folder: str, part: Part) -> pa.Schema:
+    """Read the columns of a Parquet part, and its metadata, from the footer of its file.
+
+    Raises:
+        PartError: the file is damaged, or gone.
+    """
+    with _part_errors(folder, part) as uri:
+        filesystem, path = storage.arrow_filesystem(uri)
+        with storage.translated_errors(uri):
+            return pyarrow.parquet.read_schema(path, filesystem=filesystem)
+
+
+@patient
 def read_all(folder: str, part: Part) -> pa.Table:
     """Read all columns of a Parquet part.
 

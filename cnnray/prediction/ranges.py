@@ -10,8 +10,8 @@ from cnnray.images import reading, shards, storage
 from cnnray.images.inputs import VERSION
 from cnnray.images.lease import check_holder
 from cnnray.images.shards import CHANGED, Range
-from cnnray.prediction import decoding, isolation, parts
-from cnnray.prediction.config import Format
+from cnnray.prediction import decoding, delta, isolation, parts
+from cnnray.prediction.config import FileFormat
 from cnnray.prediction.parts import Part
 from cnnray.prediction.plan import Plan
 from cnnray.prediction.tally import Tally, error_rows, write_errors
@@ -26,12 +26,17 @@ class Output:
     """What workers know of the run that they work for."""
 
     folder: str
+    """Of the parts."""
     manifest: str
     """Folder of the manifest's shards."""
-    format: Format
+    format: FileFormat
     threshold: float
     """See `Tally`."""
     skip_unreadable: bool
+    is_delta: bool = False
+    """Whether rows get the types that a Delta table can have."""
+    leased: str = ""
+    """The folder whose lease the run has."""
     lease_holder: str = ""
     """See `lease.Lease`."""
 
@@ -97,6 +102,8 @@ class RangeWorker:
         if kept is not None:
             todo = todo.filter(pc.invert(pc.is_in(todo["id"], kept["id"].combine_chunks())))
         new = [*self._classify(todo, task.isolated)] if len(todo) else []
+        if self._output.is_delta:
+            new = [rows.cast(delta.storable(rows.schema), safe=False) for rows in new]
         if kept is not None:
             new.append(kept)
         done = pa.concat_tables(new, promote_options="permissive")
@@ -130,7 +137,7 @@ class RangeWorker:
             rows = rows.filter(pc.invert(is_unavailable))
         tally = Tally.of(rows, output.threshold)
         part = Part(range_.first, range_.generation, task.attempt, unavailable is not None, output.format)
-        check_holder(output.folder, output.lease_holder)
+        check_holder(output.leased, output.lease_holder)
         if parts.write(output.folder, part, rows, tally):
             if len(errors):
                 write_errors(storage.join(output.folder, part.errors_name), errors)

@@ -65,13 +65,14 @@ class Received:
         return total
 
 
-def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> Tally:
+def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> tuple[Tally, dict[Part, Range]]:
     """Check that every range has a part with all of its rows, and count the rows.
 
-    Writes `errors.csv`, and deletes the files that do not count.
+    Writes `errors.csv`, and deletes the files that do not count. Those of a Delta table stay: earlier versions of the
+    table have them.
 
     Returns:
-        the counts over all rows.
+        the counts over all rows; and the parts that count, with their ranges.
 
     Raises:
         PartError: a part is missing, or lacks rows.
@@ -93,11 +94,11 @@ def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received
         received.parts.clear()
     with_errors = {part for part in received.with_errors if part in received.parts}
     unread = [part for part in counting if part not in received.parts]
-    read = functools.partial(parts.read_tally, config.output, threshold=config.threshold)
+    read = functools.partial(parts.read_tally, config.parts_folder, threshold=config.threshold)
     with ThreadPoolExecutor(_THREADS) as pool:
         for part, other in zip(unread, pool.map(read, unread), strict=True):
             if other.rows != counting[part].rows:
-                raise _wrong_rows(storage.join(config.output, part.name), other.rows, counting[part].rows)
+                raise _wrong_rows(storage.join(config.parts_folder, part.name), other.rows, counting[part].rows)
             tally.add(other)
             if other.errors:
                 with_errors.add(part)
@@ -106,7 +107,7 @@ def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received
     _list_errors(config, with_errors)
     keep = {part.name for part in counting} | {part.errors_name for part in with_errors}
     resume.delete_files(config, keep)
-    return tally
+    return tally, counting
 
 
 def left_out(config: PredictConfig, received: Received, images: int) -> CnnrayError:
@@ -138,15 +139,14 @@ def _example(tally: Tally) -> dict[str, Any]:
 
 def _list_errors(config: PredictConfig, with_errors: Set[Part]) -> None:
     """Write `errors.csv` from the lists beside parts, and the list of a part that was killed before it had one."""
-    uri, names = storage.join(config.output, resume.ERRORS), []
-    there = set(resume.file_names(config))
+    folder, uri, names = config.parts_folder, storage.join(config.output, resume.ERRORS), []
+    there = set(resume.file_names(folder))
     for part in sorted(with_errors):
         if part.errors_name not in there:
-            errors = error_rows(parts.read(config.output, part))
-            write_errors(storage.join(config.output, part.errors_name), errors)
+            write_errors(storage.join(folder, part.errors_name), error_rows(parts.read(folder, part)))
         names.append(part.errors_name)
     if names:
-        join_errors(config.output, names, uri)
+        join_errors(folder, names, uri)
     else:
         storage.delete_file(uri)
 

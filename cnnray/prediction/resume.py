@@ -19,7 +19,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import manifest as manifests
 from cnnray.prediction import parts
-from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.config import DELTA_FOLDER, PredictConfig
 from cnnray.prediction.dispatch import PredictionError
 from cnnray.prediction.manifest import Manifest
 from cnnray.prediction.parts import Part
@@ -79,7 +79,8 @@ def _read_config(config: PredictConfig) -> dict[str, Any] | None:
         text = storage.read_bytes(uri)
     except FileNotFoundError:
         foreign = [name for name in (SUMMARY, ERRORS) if storage.is_file(storage.join(config.output, name))]
-        foreign += [name for name in file_names(config) if parts.parse_name(name) or earlier_versions.is_part(name)]
+        names = {*file_names(config.output), *file_names(config.parts_folder)}
+        foreign += [name for name in sorted(names) if parts.parse_name(name) or earlier_versions.is_part(name)]
         if foreign:
             raise PredictionError(
                 f"{config.output} holds {', '.join(foreign[:3])}, but no {CONFIG} of a run; give another --output."
@@ -124,6 +125,8 @@ def begin_output(config: PredictConfig, plan: Plan, generation: int, *, is_new: 
     if is_new:
         storage.delete_file(storage.join(config.output, ERRORS))
         delete_files(config, keep=set())
+        if config.format != "delta":
+            storage.delete_folder(storage.join(config.output, DELTA_FOLDER))
         delete_manifests(config, generation)
 
 
@@ -160,17 +163,19 @@ def delete_manifests(config: PredictConfig, generation: int) -> None:
 
 
 def delete_files(config: PredictConfig, keep: set[str]) -> None:
-    """Delete the parts and lists of errors in the output whose names are not among these."""
-    ours = [name for name in file_names(config) if parts.is_part_or_errors(name) or earlier_versions.is_part(name)]
+    """Delete parts and lists of errors whose names are not among these; those of a Delta table stay."""
+    ours = [
+        name for name in file_names(config.output) if parts.is_part_or_errors(name) or earlier_versions.is_part(name)
+    ]
     stale = [name for name in ours if name not in keep]
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         list(pool.map(lambda name: storage.delete_file(storage.join(config.output, name)), stale))
 
 
-def file_names(config: PredictConfig) -> Iterator[str]:
-    """The files in the output, relative to it."""
-    prefix = storage.join(config.output, "")
-    files = storage.walk(config.output) if storage.exists(config.output) else ()
+def file_names(folder: str) -> Iterator[str]:
+    """The files in a folder, relative to it."""
+    prefix = storage.join(folder, "")
+    files = storage.walk(folder) if storage.exists(folder) else ()
     return (file.uri.removeprefix(prefix) for file in files)
 
 
@@ -180,8 +185,8 @@ class Committed:
     def __init__(self, config: PredictConfig) -> None:
         """List them."""
         self._by_first: dict[int, list[Part]] = {}
-        for part in parts.list_parts(config.output):
-            if part.format == config.format:
+        for part in parts.list_parts(config.parts_folder):
+            if part.format == config.file_format:
                 self._by_first.setdefault(part.first, []).append(part)
         self._firsts = sorted(self._by_first)
 
@@ -226,7 +231,7 @@ def plan_task(
 def find_retried(config: PredictConfig, manifest: Manifest, committed: Committed) -> frozenset[Part]:
     """The parts that `--retry-errors` repeats: those with an error that another attempt may not have."""
     found = [part for range_ in shards.ranges(manifest.folder) if (part := committed.of(range_)) is not None]
-    read = functools.partial(parts.read_tally, config.output, threshold=config.threshold)
+    read = functools.partial(parts.read_tally, config.parts_folder, threshold=config.threshold)
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         tallies = pool.map(read, found)
         pairs = zip(found, tallies, strict=True)

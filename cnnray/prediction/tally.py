@@ -1,6 +1,8 @@
 """Counts over rows, which add up from ranges to a run, and the lists of rows without a prediction."""
 
+import contextlib
 import csv
+import functools
 import io
 import json
 from collections import Counter
@@ -12,13 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from cnnray.images import storage
+from cnnray.images import ahead, storage
+from cnnray.images.retries import patient
 
 _ERROR_COLUMNS = ("id", "uri", "error")
 _EXAMPLES = 3
 """Images listed for each error reason."""
 MAX_LISTED = 1_000_000
 """Rows of a run's list of errors at most."""
+_THREADS = 16
 
 
 @dataclass
@@ -88,6 +92,7 @@ def error_rows(rows: pa.Table) -> pa.Table:
     return rows.filter(pc.is_valid(rows["error"])).select(list(_ERROR_COLUMNS))
 
 
+@patient
 def write_errors(uri: str, errors: pa.Table) -> None:
     """Write rows of `error_rows` as CSV, with a header."""
     storage.write_bytes(uri, _as_csv(errors, header=True))
@@ -99,17 +104,21 @@ def join_errors(folder: str, names: Iterable[str], uri: str) -> None:
     The first `MAX_LISTED` rows are taken: a run of a billion images may have more errors than one file should hold.
     """
     rows, text = 0, [_as_csv(pa.table({name: [] for name in _ERROR_COLUMNS}), header=True)]
-    for name in names:
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(storage.read_bytes(storage.join(folder, name))),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("uri", "error"), pa.string())),
-        ).slice(0, MAX_LISTED - rows)
-        rows += len(table)
-        text.append(_as_csv(table, header=False))
-        if rows >= MAX_LISTED:
-            break
+    with contextlib.closing(ahead.mapped(functools.partial(_read_errors, folder), names, _THREADS)) as tables:
+        for table in tables:
+            text.append(_as_csv(table.slice(0, MAX_LISTED - rows), header=False))
+            rows += len(table)
+            if rows >= MAX_LISTED:
+                break
     storage.write_bytes(uri, b"".join(text))
+
+
+def _read_errors(folder: str, name: str) -> pa.Table:
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(storage.read_bytes(storage.join(folder, name))),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("uri", "error"), pa.string())),
+    )
 
 
 def _as_csv(rows: pa.Table, *, header: bool) -> bytes:

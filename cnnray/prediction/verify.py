@@ -34,10 +34,12 @@ def verify(config: PredictConfig, ranges: Sequence[Range], manifest: str) -> Non
         PartError: a part is missing, there is one too many, or its ids are not those of its range.
     """
     committed = resume.Committed(config)
-    there = set(parts.list_parts(config.output))
+    # A Delta table keeps the parts of its earlier versions.
+    folder = config.parts_folder
+    there = set(parts.list_parts(folder)) if config.format != "delta" else set()
     pairs = [(range_, committed.of(range_)) for range_ in ranges]
     if more := sorted(there - {part for _, part in pairs if part is not None}):
-        raise PartError(f"{storage.join(config.output, more[0].name)} is of no range of the manifest: delete it.")
+        raise PartError(f"{storage.join(folder, more[0].name)} is of no range of the manifest: delete it.")
     groups = [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)]
     if len(groups) > 1:
         import ray
@@ -45,33 +47,33 @@ def verify(config: PredictConfig, ranges: Sequence[Range], manifest: str) -> Non
         with cluster.connected(dashboard=config.dashboard):
             check = ray.remote(max_retries=3)(check_ranges)
             try:
-                problems = ray.get([check.remote(config.output, manifest, group) for group in groups])
+                problems = ray.get([check.remote(folder, manifest, group) for group in groups])
             except ray.exceptions.RayError as error:
                 raise cluster.user_error(error) or PartError(
                     f"The check failed: {cluster.last_line(error)}"
                 ) from error
     else:
-        problems = [check_ranges(config.output, manifest, group) for group in groups]
+        problems = [check_ranges(folder, manifest, group) for group in groups]
     if found := [problem for group in problems for problem in group]:
         raise PartError(f"{len(found)} output files have other ids than the manifest, for example {found[0]}")
     log.info("the ids of all %d output files are those of the manifest", len(pairs))
 
 
-def check_ranges(output: str, manifest: str, pairs: Sequence[tuple[Range, Part | None]]) -> list[str]:
+def check_ranges(folder: str, manifest: str, pairs: Sequence[tuple[Range, Part | None]]) -> list[str]:
     """Compare the ids of parts with those of their ranges, and say what is wrong."""
     with ThreadPoolExecutor(4) as pool:
-        problems = pool.map(lambda pair: _problem(output, manifest, *pair), pairs)
+        problems = pool.map(lambda pair: _problem(folder, manifest, *pair), pairs)
     return [problem for problem in problems if problem]
 
 
-def _problem(output: str, manifest: str, range_: Range, part: Part | None) -> str:
+def _problem(folder: str, manifest: str, range_: Range, part: Part | None) -> str:
     expected = shards.read(manifest, range_, columns=["id"])["id"].to_numpy()
     if part is None:
         return f"the ids from {range_.first} to {range_.last} have no file"
-    ids = parts.read(output, part)["id"].to_numpy()
+    ids = parts.read(folder, part)["id"].to_numpy()
     if np.array_equal(ids, expected):
         return ""
-    return f"{storage.join(output, part.name)} ({_difference(ids, expected)}): delete it, and run again."
+    return f"{storage.join(folder, part.name)} ({_difference(ids, expected)}): delete it, and run again."
 
 
 def _difference(ids: Ids, expected: Ids) -> str:

@@ -7,7 +7,7 @@ import ray
 from moto.server import ThreadedMotoServer
 
 from cnnray import cluster
-from cnnray.images import object_stores
+from cnnray.images import object_stores, reading
 from tests.s3_proxy import Proxy
 
 _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -71,3 +71,18 @@ def new_clients():
     object_stores._store.cache_clear()
     yield
     object_stores._store.cache_clear()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Jobs work in this process; gives the uris of the images that were read."""
+    monkeypatch.setattr(cluster, "starts_own", lambda: True)
+    monkeypatch.setattr(cluster, "connected", None)
+    read, load = [], reading.load_bytes
+
+    def recorded(source):
+        read.append(source)
+        return load(source)
+
+    monkeypatch.setattr(reading, "load_bytes", recorded)
+    return read

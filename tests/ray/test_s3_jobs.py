@@ -171,7 +171,10 @@ def test_predict_where_s3_answers_badly(bucket, s3_proxy, onnx_bundle, monkeypat
 
     def passing(method, path, before):
         attempts[path] += 1
-        return "throttle" if path.endswith("/0033.png") and attempts[path] < 8 else None
+        is_in_trouble = (
+            path.endswith("/0033.png") or "/manifest/0/rows" in path or (method == "PUT" and "/part-" in path)
+        )
+        return "throttle" if is_in_trouble and attempts[path] < 8 else None
 
     monkeypatch.setattr(s3_proxy, "faults", passing)
     line = job.run(config)

@@ -10,17 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cnnray.images import reading, shards
+from cnnray.images import shards
 from cnnray.images.shards import Range
 from cnnray.models.bundle import Bundle
 from cnnray.prediction import job, manifest, parts, resume
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.plan import plan_in_process
 from cnnray.prediction.ranges import Output, RangeWorker, Task
-from tests.awkward import awkward_images, bad_images
-from tests.runs import read_rows
-
-GOOD = awkward_images()["rgb.png"]
+from tests.awkward import bad_images
+from tests.runs import GOOD, change, fill, read_rows, without_ids
 
 
 @pytest.fixture(scope="module")
@@ -28,66 +26,18 @@ def bundle(onnx_bundle):
     return onnx_bundle
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Jobs work in this process; gives the uris of the images that were read."""
-    from cnnray import cluster
-
-    monkeypatch.setattr(cluster, "starts_own", lambda: True)
-    monkeypatch.setattr(cluster, "connected", None)
-    read, load = [], reading.load_bytes
-
-    def recorded(source):
-        read.append(source)
-        return load(source)
-
-    monkeypatch.setattr(reading, "load_bytes", recorded)
-    return read
-
-
 def _config(bundle, images, output, **changes):
     options = {"engine": "onnx", "rows_per_part": 10, "max_error_fraction": 1}
     return PredictConfig(bundle=bundle, input=str(images), output=str(output), **options | changes)
 
 
-def _fill(folder, count=45):
-    images = list(awkward_images().values())
-    for number in range(count):
-        path = folder / f"{number % 3}" / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images[number % len(images)])
-
-
-def _change(folder):
-    """Change, delete and add images.
-
-    Returns:
-        the paths of those that are to be read again.
-    """
-    changed = [folder / "0" / "003.png", folder / "2" / "044.png"]
-    for path in changed:
-        path.write_bytes(GOOD)
-        os.utime(path, ns=(0, 10**9))
-    for path in sorted((folder / "1").iterdir())[:11]:
-        path.unlink()
-    new = [folder / "0" / "0000.png", folder / "3" / "new.png"]
-    new[1].parent.mkdir()
-    for path in new:
-        path.write_bytes(GOOD)
-    return {str(path) for path in changed + new}
-
-
-def _by_uri(rows):
-    return {row["uri"]: {name: value for name, value in row.items() if name != "id"} for row in rows}
-
-
 @pytest.mark.parametrize("format_", ["parquet", "csv"])
 def test_an_update_equals_a_run_from_scratch(format_, bundle, in_process, tmp_path):
-    _fill(tmp_path / "images")
+    fill(str(tmp_path / "images"))
     config = _config(bundle, tmp_path / "images", tmp_path / "out", format=format_, verify=True)
     job.run(config)
     before = {row["uri"]: row["id"] for row in read_rows(tmp_path / "out", format_)}
-    read_again = _change(tmp_path / "images")
+    read_again = change(str(tmp_path / "images"))
     in_process.clear()
     line = job.run(dataclasses.replace(config, update=True))
     if format_ == "parquet":
@@ -95,7 +45,7 @@ def test_an_update_equals_a_run_from_scratch(format_, bundle, in_process, tmp_pa
         assert line["classified"] == len(in_process) == 4
     rows = read_rows(tmp_path / "out", format_)
     job.run(_config(bundle, tmp_path / "images", tmp_path / "anew", format=format_))
-    assert _by_uri(rows) == _by_uri(read_rows(tmp_path / "anew", format_))
+    assert without_ids(rows) == without_ids(read_rows(tmp_path / "anew", format_))
     assert len({row["id"] for row in rows}) == len(rows) == line["rows"] == 36
     assert all(row["id"] == before[row["uri"]] for row in rows if row["uri"] in before)
     assert min(row["id"] for row in rows if row["uri"] not in before) == len(before)
@@ -110,7 +60,7 @@ def test_an_update_equals_a_run_from_scratch(format_, bundle, in_process, tmp_pa
 
 
 def test_an_update_of_a_table_sees_changed_rows(bundle, in_process, tmp_path):
-    _fill(tmp_path / "images", 20)
+    fill(str(tmp_path / "images"), 20)
     uris = sorted(map(str, (tmp_path / "images").rglob("*.png")))
 
     def write(rows):
@@ -131,7 +81,7 @@ def test_an_update_of_a_table_sees_changed_rows(bundle, in_process, tmp_path):
 
 
 def test_an_update_after_one_that_was_cut_off_takes_over_no_row_of_a_changed_image(bundle, tmp_path):
-    _fill(tmp_path / "images", 30)
+    fill(str(tmp_path / "images"), 30)
     paths = sorted((tmp_path / "images").rglob("*.png"))
     config = _config(bundle, tmp_path / "images", tmp_path / "out", verify=True)
     job.run(config)
@@ -150,14 +100,14 @@ def test_an_update_after_one_that_was_cut_off_takes_over_no_row_of_a_changed_ima
 
 
 def test_an_update_of_a_run_that_was_killed_before_it_listed_an_image_lists_all(bundle, tmp_path):
-    _fill(tmp_path / "images", 12)
+    fill(str(tmp_path / "images"), 12)
     config = _config(bundle, tmp_path / "images", tmp_path / "out", verify=True)
     resume.begin_output(config, plan_in_process(Bundle.load(bundle), config), 0, is_new=True)
     assert job.run(dataclasses.replace(config, update=True))["rows"] == 12
 
 
 def test_a_listing_that_was_killed_goes_on(bundle, tmp_path):
-    _fill(tmp_path / "images")
+    fill(str(tmp_path / "images"))
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     listed = manifest.begin(config, 0)
     ranges = iter(listed.ranges)
@@ -173,7 +123,7 @@ def test_a_listing_that_was_killed_goes_on(bundle, tmp_path):
 
 
 def test_two_workers_with_the_same_range_leave_one_part(bundle, tmp_path):
-    _fill(tmp_path / "images", 12)
+    fill(str(tmp_path / "images"), 12)
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     listed = manifest.begin(config, 0)
     (range_, *_) = list(listed.ranges)
@@ -195,7 +145,7 @@ def test_two_workers_with_the_same_range_leave_one_part(bundle, tmp_path):
 
 
 def test_an_overwritten_run_is_not_joined_by_workers_of_the_run_before(bundle, in_process, tmp_path):
-    _fill(tmp_path / "images", 12)
+    fill(str(tmp_path / "images"), 12)
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     job.run(config)
     late = next((tmp_path / "out").glob("part-*"))
@@ -210,14 +160,14 @@ def test_an_overwritten_run_is_not_joined_by_workers_of_the_run_before(bundle, i
 
 
 def test_parquet_parts_of_an_output_can_be_read_as_one_data_set(bundle, in_process, tmp_path):
-    _fill(tmp_path / "images", 25)
+    fill(str(tmp_path / "images"), 25)
     job.run(_config(bundle, tmp_path / "images", tmp_path / "out"))
     paths = sorted((tmp_path / "out").glob("part-*"))
     assert len(pa.concat_tables(map(pyarrow.parquet.read_table, paths))) == 25
 
 
 def test_an_update_of_a_table_with_other_columns_classifies_all_rows(bundle, in_process, tmp_path):
-    _fill(tmp_path / "images", 12)
+    fill(str(tmp_path / "images"), 12)
     uris = sorted(map(str, (tmp_path / "images").rglob("*.png")))
     (tmp_path / "images.csv").write_text("uri,shot\n" + "".join(f"{uri},1\n" for uri in uris))
     config = _config(bundle, tmp_path / "images.csv", tmp_path / "out", verify=True)
@@ -228,7 +178,7 @@ def test_an_update_of_a_table_with_other_columns_classifies_all_rows(bundle, in_
 
 
 def test_ids_of_images_that_are_gone_are_not_used_again(bundle, in_process, tmp_path):
-    _fill(tmp_path / "images", 12)
+    fill(str(tmp_path / "images"), 12)
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     job.run(config)
     last = sorted((tmp_path / "images").rglob("*.png"))[-1]
@@ -240,10 +190,10 @@ def test_ids_of_images_that_are_gone_are_not_used_again(bundle, in_process, tmp_
 
 
 def test_an_overwrite_that_was_killed_goes_on_with_the_new_run(bundle, in_process, tmp_path, monkeypatch):
-    _fill(tmp_path / "images", 25)
+    fill(str(tmp_path / "images"), 25)
     config = _config(bundle, tmp_path / "images", tmp_path / "out")
     job.run(config)
-    (tmp_path / "images" / "0" / "000.png").write_bytes(b"nothing")
+    (tmp_path / "images" / "0" / "00000.png").write_bytes(b"nothing")
 
     def killed(*_, **__):
         raise KeyboardInterrupt

@@ -394,7 +394,7 @@ def test_a_part_counts_as_written_where_the_answer_to_its_request_was_lost(tmp_p
 
 
 @pytest.mark.parametrize("was_written", [True, False])
-def test_the_request_that_creates_a_part_is_repeated_where_it_gets_no_answer(was_written, monkeypatch):
+def test_the_request_that_creates_a_part_is_repeated_where_it_got_no_answer_and_did_nothing(was_written, monkeypatch):
     stored = {}
 
     def write_if(uri, data, expected):
@@ -408,9 +408,10 @@ def test_the_request_that_creates_a_part_is_repeated_where_it_gets_no_answer(was
 
     requests = []
     monkeypatch.setattr(storage, "write_if", write_if)
+    monkeypatch.setattr(storage, "is_file", lambda uri: uri in stored)
     monkeypatch.setattr(storage, "read_bytes", lambda uri: stored[uri])
     part = _write_part("s3://bucket/out", range(3))
-    assert requests == [f"s3://bucket/out/{part.name}"] * 2
+    assert requests == [f"s3://bucket/out/{part.name}"] * (1 if was_written else 2)
     assert list(stored) == requests[:1]
 
 
@@ -847,7 +848,9 @@ def test_at_the_end_every_range_has_one_part(committed, tmp_path):
     shutil.copy(out / receipts[0].part.errors_name, out / "errors-000000000000-1.0.csv")
     (out / "part-000000000010-0.0-incomplete.parquet").write_bytes(b"")
     (out / "mine.txt").write_bytes(b"")
-    totals = [reconcile(config, ranges, _received(config, some)) for some in (receipts, receipts[1:], [])]
+    results = [reconcile(config, ranges, _received(config, some)) for some in (receipts, receipts[1:], [])]
+    totals = [tally for tally, _ in results]
+    assert all(counting == {receipt.part: receipt.range for receipt in receipts} for _, counting in results)
     assert totals[0] == totals[1] == totals[2]
     assert (totals[0].rows, totals[0].errors) == (26, 3)
     assert [row["id"] for row in totals[0].examples["corrupt"]] == [3, 13, 23]
@@ -864,7 +867,9 @@ def test_a_part_that_another_worker_has_committed_at_the_same_time_is_counted_on
     assert late.part.incomplete
     classifier.trouble = set()
     late = worker.run(Task(range=ranges[0], attempt=2, earlier=late.part))
-    totals = reconcile(config, ranges, _received(config, receipts))
+    totals, counting = reconcile(config, ranges, _received(config, receipts))
+    assert late.part in counting
+    assert receipts[0].part not in counting
     assert (totals.rows, totals.errors) == (26, 3)
     assert late.part in parts.list_parts(config.output)
     assert receipts[0].part not in parts.list_parts(config.output)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_a_local_file_is_never_seen_in_part(tmp_path):
     thread.join()
     assert seen <= set(contents)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_of_eight_creators_one_succeeds_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(source, target):  # as on SMB and mounted buckets
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    for race in range(20):
+        uri, start = f"{tmp_path}/{race}", threading.Barrier(8)
+
+        def create(number, uri=uri, start=start):
+            start.wait()
+            return storage.create(uri, b"%d" % number)
+
+        with ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(create, range(8)))
+        assert created.count(True) == 1
+        assert storage.read_bytes(uri) == b"%d" % created.index(True)
+    assert len(list(tmp_path.iterdir())) == 20
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -130,13 +130,14 @@ def test_a_million_images(images, bundle, start_job, tmp_path, capsys):
     before = _part_times(output)
 
     restarted = time.time()
-    second_job = start_job(*command)
+    second_job = start_job(*command, "--verify")
     second_memory = Memory(second_job)
     second_memory.start()
     until(lambda: len(list(output.glob("part-*"))) > len(before), 300, "a part after the restart")
     resumed_after = time.time() - restarted
     assert second_job.wait(5000) == 0, second_job.err.read_text()
     second_memory.stop()
+    assert "output files are those of the manifest" in second_job.err.read_text()
     line = json.loads(second_job.out.read_text().splitlines()[-1])
 
     rows = pa.concat_tables(

@@ -11,19 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import ray
 
 from cnnray import cluster, commandline
 from cnnray.images.decode import BadImage
-from cnnray.images.manifest import ManifestError
+from cnnray.images.manifest import ManifestError, manifest_from_uris
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
-from cnnray.prediction import dispatch, job, predict
+from cnnray.prediction import decoding, dispatch, job, predict
 from cnnray.prediction.config import PredictConfig, PredictOptions
 from cnnray.prediction.dispatch import PredictionError
 from cnnray.prediction.isolation import CRASHED
 from cnnray.prediction.parts import PartError
+from cnnray.prediction.plan import plan_in_process
 from cnnray.prediction.ranges import RETRIED_REASONS
+from cnnray.prediction.worker import Worker
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import write_tar
 from tests.ray.workers import CrashedByAnImage, CrashedByItsBundle
@@ -122,9 +125,10 @@ def test_the_config_of_a_run_gives_the_same_run(finished, bundle, images):
         {"decoding": "tasks", "cpus_per_worker": 0.5},
         {"format": "csv"},
         {"format": "jsonl"},
+        {"format": "delta"},
         {"max_workers": None},
     ],
-    ids=["one", "many", "tasks", "csv", "jsonl", "no Ray"],
+    ids=["one", "many", "tasks", "csv", "jsonl", "delta", "no Ray"],
 )
 def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bundle, images, tmp_path, monkeypatch):
     expected = read_rows(finished[0])
@@ -132,7 +136,8 @@ def test_rows_do_not_depend_on_workers_batches_or_format(changes, finished, bund
         monkeypatch.setattr(cluster, "starts_own", lambda: True)
         monkeypatch.setattr(cluster, "connected", None)
     job.run(_config(bundle, images[0], tmp_path, **changes))
-    rows = read_rows(tmp_path, changes.get("format", "parquet"))
+    kind = changes.get("format", "parquet")
+    rows = read_rows(tmp_path / "table") if kind == "delta" else read_rows(tmp_path, kind)
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
         for name in wanted:
@@ -351,6 +356,25 @@ def test_images_that_crash_a_worker_are_found_and_the_others_are_classified(
     for row in read_rows(output):
         assert row["error"] == (CRASHED if row["id"] in poisonous else None)
         assert (row["prediction"] is None) == (row["id"] in poisonous)
+
+
+def test_decoded_images_that_are_lost_with_their_node_are_decoded_again(bundle, images, tmp_path, monkeypatch):
+    plan = plan_in_process(Bundle.load(bundle), _config(bundle, images[0], tmp_path, max_workers=None))
+    plan = dataclasses.replace(plan, pool=dataclasses.replace(plan.pool, decode_cpus=0.5))
+    rows = manifest_from_uris(list(images[1]))
+    get, lost = ray.get, []
+
+    def lose_one(reference):  # a stand-in for a node that is lost
+        if not lost:
+            lost.append(reference)
+            raise ray.exceptions.ObjectLostError(reference.hex(), None, "")
+        return get(reference)
+
+    worker = Worker(plan)
+    monkeypatch.setattr(ray, "get", lose_one)
+    decoded = pa.concat_tables(decoding.in_tasks(plan, rows, worker))
+    assert lost
+    assert decoded.to_pylist() == pa.concat_tables(worker(rows)).to_pylist()
 
 
 def test_a_worker_that_crashes_at_every_start_ends_the_run(tmp_path, bundle, images, monkeypatch):

@@ -2,10 +2,10 @@
 
 import itertools
 import logging
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 
@@ -81,7 +81,7 @@ def no_images(source: str) -> ManifestError:
 
 def is_image(uri: str) -> bool:
     """Whether a file name is one of an image."""
-    return PurePosixPath(uri).suffix.lower() in EXTENSIONS
+    return posixpath.splitext(uri)[1].lower() in EXTENSIONS
 
 
 def is_container(uri: str) -> bool:

@@ -95,8 +95,9 @@ def _local_walk(root: str, selects: Selects | None) -> Iterator[StoredFile]:
             if selects is None or selects(entry.path, is_folder):
                 names.append(entry.name + "/" * is_folder)
     names.sort()  # the order of uris, since folders end in /
+    prefix = f"{root.rstrip('/')}/"
     for name in names:
-        path = os.path.join(root, name)  # noqa: PTH118 - faster
+        path = prefix + name
         if name.endswith("/"):
             yield from _local_walk(path[:-1], selects)
             continue

@@ -69,13 +69,13 @@ def class_drift(actual: dict[str, int], expected: dict[str, int]) -> dict[str, A
         at least that, and p at most `DRIFT_FALSE_ALARMS`. None for less than `DRIFT_IMAGES` predictions, and where
         there are no training images or only one class.
     """
-    import scipy.stats  # takes a second
-
     names = [name for name in actual.keys() | expected.keys() if actual.get(name, 0) + expected.get(name, 0)]
     table = np.asarray([[counts.get(name, 0) for name in sorted(names)] for counts in (actual, expected)], np.int64)
     predicted, trained = table.sum(1).tolist()
     if predicted < DRIFT_IMAGES or not trained or len(names) < 2:
         return None
+    import scipy.stats  # takes a second
+
     test = scipy.stats.chi2_contingency(table, correction=False)
     effect = float(np.sqrt(max(test.statistic - test.dof, 0) * (1 / predicted + 1 / trained)))
     if effect < DRIFT_EFFECT:

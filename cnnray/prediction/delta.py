@@ -67,6 +67,9 @@ def _storable(kind: pa.DataType) -> pa.DataType | None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         value = _storable(kind.value_type)
         return None if value is None else pa.list_(value)
+    if pa.types.is_map(kind):
+        key, value = _storable(kind.key_type), _storable(kind.item_type)
+        return None if key is None or value is None else pa.map_(key, value)
     if pa.types.is_struct(kind):
         fields = [field.with_type(_storable(field.type)) for field in kind if _storable(field.type) is not None]
         return pa.struct(fields) if len(fields) == kind.num_fields else None

@@ -281,7 +281,7 @@ def translated_errors(uri: str) -> Iterator[None]:
         raise _system_error(uri, error) from None
     except Exception as error:
         if type(error).__module__ == "obstore.exceptions" or str(error).startswith("Could not parse path"):
-            raise _remote_error(uri, str(error).partition("\n\nDebug")[0]) from None
+            raise remote_error(uri, str(error).partition("\n\nDebug")[0]) from None
         raise
 
 
@@ -303,7 +303,7 @@ def _system_error(uri: str, error: OSError) -> CnnrayError:
     return BadFileError(sentence) if error.errno in _BAD_FILE_ERRNOS else StorageError(sentence)
 
 
-def _remote_error(uri: str, text: str) -> CnnrayError:
+def remote_error(uri: str, text: str) -> CnnrayError:
     """The error for an obstore exception, by its text, which quotes the server's answer; most have no own class."""
     service = _SERVICES[split_address(uri)[0]]
     status, code = (re.search(pattern, text) for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>"))

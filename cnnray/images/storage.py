@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ from cnnray.images.object_stores import cluster_environment as cluster_environme
 from cnnray.images.object_stores import deltalake_options as deltalake_options
 from cnnray.images.object_stores import is_local as is_local
 from cnnray.images.object_stores import locate, repeated, request, split_address
+from cnnray.images.object_stores import remote_error as remote_error
 from cnnray.images.object_stores import translated_errors as translated_errors
 from cnnray.images.tree import StoredFile as StoredFile
 from cnnray.images.tree import folders as folders
@@ -52,6 +54,8 @@ from cnnray.images.tree import walk as walk
 _TRANSFER_THREADS = 8
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Of file systems such as SMB, exFAT and buckets that are mounted."""
+_CLAIM_SECONDS = 10.0
+"""After which the empty file of a writer is that of one that was killed."""
 _MULTIPART_BYTES = 16 * 2**20
 """Larger files are uploaded in parts of this size, and appear when all parts have arrived."""
 
@@ -279,7 +283,7 @@ def create(uri: str, data: bytes) -> bool:
         # S3 refuses both of two writers at the same time (409), which obstore does not tell from a file that exists.
         return created or (not is_file(uri) and write_if(uri, data, None) is not None)
     path = Path(uri)
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         return False
     with translated_errors(uri), _temporary(path) as temporary:
         _write_durably(temporary, data)
@@ -295,12 +299,20 @@ def create(uri: str, data: bytes) -> bool:
 
 
 def _claim(path: Path, temporary: Path) -> bool:
-    """Rename `temporary` unless `path` exists. One that is killed between the two calls leaves an empty file."""
+    """Rename `temporary` unless `path` exists. A writer that is at work, or was killed here, has an empty file."""
     try:
         path.open("xb").close()
     except FileExistsError:
-        return False
-    temporary.replace(path)
+        until = time.monotonic() + _CLAIM_SECONDS
+        while time.monotonic() < until:
+            if path.stat().st_size:
+                return False
+            time.sleep(0.01)
+    try:
+        temporary.replace(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -170,6 +170,8 @@ class PredictConfig(PredictOptions):
         flags.check_at_least_one(self, "limit", "rows_per_part")
         flags.check_share(self, "threshold", "max_error_fraction")
         flags.make_absolute(self, "bundle", "input", "output")
+        if self.format == "delta" and "\\" in self.output:
+            raise ValueError(f"--output {self.output}: the path of a Delta table has no backslash.")
         if self.format == "delta" and importlib.util.find_spec("deltalake") is None:
             raise ValueError("--format delta needs the extra delta: pip install 'cnnray[delta]'.")
         if f"{self.output}/".startswith(f"{self.input}/"):

@@ -47,7 +47,7 @@ def in_tasks(plan: Plan, rows: pa.Table, worker: Worker) -> Iterator[pa.Table]:
         try:
             decoded = ray.get(reference)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            raise CrashedError("an image ended the process that decoded it") from error
+            raise CrashedError("an image ended the process that decoded it, or memory ran out") from error
         except (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError):  # with its node, also when tried again
             decoded = worker.decode_rows(block, size, resize)
         yield from worker(decoded)

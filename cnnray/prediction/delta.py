@@ -7,6 +7,7 @@ rows. Parts that an earlier commit has stay there for readers of that version un
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from cnnray.errors import BadInputError
 from cnnray.images import storage
+from cnnray.images.retries import patient
 from cnnray.images.shards import Range
 from cnnray.prediction import parts
 from cnnray.prediction.parts import Part, PartError
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 _SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
 _AS_THEY_ARE = (
     pa.types.is_signed_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_boolean, pa.types.is_string,
-    pa.types.is_binary, pa.types.is_decimal128, pa.types.is_date32,
+    pa.types.is_binary, pa.types.is_date32,
 )  # fmt: skip
 
 
@@ -36,8 +38,10 @@ def storable(schema: pa.Schema) -> pa.Schema:
     """The schema to which rows are cast, as Delta tables have fewer types than pyarrow.
 
     Raises:
-        ColumnError: a column has a type that no type of Delta stands for.
+        ColumnError: a column has a type that no type of Delta stands for, or two names differ in case only.
     """
+    if twice := _same_but_for_case(schema.names):
+        raise ColumnError(f"A Delta table cannot have both columns {twice[0]!r} and {twice[1]!r}: rename one.")
     fields = []
     for field in schema:
         kind = _storable(field.type)
@@ -47,10 +51,32 @@ def storable(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields)
 
 
+def check_types(before: pa.Schema, now: pa.Schema) -> None:
+    """
+    Raises:
+        ColumnError: a column would have another type than the rows that a Delta table has already.
+    """
+    earlier = {field.name: _storable(field.type) for field in before}
+    for field in storable(now):
+        if earlier.get(field.name, field.type) != field.type:
+            raise ColumnError(
+                f"Column {field.name!r} had the type {earlier[field.name]} in the earlier run and has {field.type} "
+                "now; a column of a Delta table has one type. Classify all images anew with --overwrite."
+            )
+
+
+def _same_but_for_case(names: Iterable[str]) -> tuple[str, str] | None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            return other, name
+    return None
+
+
 def _storable(kind: pa.DataType) -> pa.DataType | None:
     if kind in _SIGNED:
         return _SIGNED[kind]
-    if any(is_kind(kind) for is_kind in _AS_THEY_ARE):
+    if any(is_kind(kind) for is_kind in _AS_THEY_ARE) or (pa.types.is_decimal128(kind) and kind.scale >= 0):
         return kind
     if pa.types.is_null(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
@@ -72,10 +98,12 @@ def _storable(kind: pa.DataType) -> pa.DataType | None:
         return None if key is None or value is None else pa.map_(key, value)
     if pa.types.is_struct(kind):
         fields = [field.with_type(_storable(field.type)) for field in kind if _storable(field.type) is not None]
-        return pa.struct(fields) if len(fields) == kind.num_fields else None
+        is_whole = len(fields) == kind.num_fields and not _same_but_for_case(field.name for field in kind)
+        return pa.struct(fields) if is_whole else None
     return None
 
 
+@patient
 def commit(folder: str, counting: Mapping[Part, Range], model: str) -> None:
     """Make the parts that count the files of the table, in one transaction; if they are already, do nothing.
 
@@ -116,6 +144,11 @@ def commit(folder: str, counting: Mapping[Part, Range], model: str) -> None:
                 folder, schema, added, storage_options=options, commit_properties=properties
             )
         elif removed == present:  # by itself, this mode removes all files, and changes the columns
+            if '"timestamp_ntz"' in schema.to_json():  # such columns are a feature, which the mode does not add
+                table.alter.add_feature(
+                    deltalake.TableFeatures.TimestampWithoutTimezone, allow_protocol_versions_increase=True
+                )
+                table = deltalake.DeltaTable(folder, storage_options=options)
             table.create_write_transaction([*added], "overwrite", schema, commit_properties=properties)
         else:
             removals = [RemoveAction(name, True, now, partition_values={}) for name in sorted(removed)]
@@ -130,10 +163,14 @@ def _translated_errors(folder: str) -> Iterator[None]:
     from deltalake.exceptions import DeltaError
 
     try:
-        with storage.translated_errors(folder):
-            yield
+        yield
+    except OSError as error:  # of the object store, with its text as obstore has it, but in colours
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        if storage.is_local(folder):
+            raise storage.StorageError(f"{folder}: {_first_line(text)}.") from error
+        raise storage.remote_error(folder, text) from error
     except DeltaError as error:
-        raise PartError(f"The Delta table {folder} cannot be written: {_first_line(error)}.") from error
+        raise PartError(f"The Delta table {folder} cannot be written: {_first_line(str(error))}.") from error
 
 
 def _statistics(range_: Range) -> dict[str, Any]:
@@ -143,16 +180,16 @@ def _statistics(range_: Range) -> dict[str, Any]:
 
 
 def _schema(folder: str, counting: Iterable[Part]) -> pa.Schema:
-    """The columns of all parts. Those of one generation have the same: one of each is read."""
+    """The columns of all parts. Those of one generation have the same, as all tables of an input do: one is read."""
     examples = {part.generation: part for part in counting}.values()
     try:
         return pa.unify_schemas([parts.read_schema(folder, part) for part in examples])
     except pa.ArrowTypeError as error:
         raise PartError(
-            f"A column of the Delta table {folder} would have two types: {_first_line(error)}. Classify all "
+            f"A column of the Delta table {folder} would have two types: {_first_line(str(error))}. Classify all "
             "images anew with --overwrite."
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+def _first_line(text: str) -> str:
+    return text.splitlines()[0].rstrip(".")

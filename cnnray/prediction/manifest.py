@@ -19,6 +19,7 @@ from cnnray.images.listing import ManifestError, shorten
 from cnnray.images.shards import Range
 from cnnray.prediction import delta
 from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.worker import COLUMNS, rename_reserved
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ def update(config: PredictConfig, before: int, is_committed: Callable[[Range], b
     ranges = list(shards.ranges(old))
     if not ranges:
         return None
-    with database.compare((shards.read(old, range_) for range_ in ranges), _open(config).tables) as comparison:
+    now = _open(config, shards.read(old, ranges[0]).schema).tables
+    with database.compare((shards.read(old, range_) for range_ in ranges), now) as comparison:
         if comparison.repeated:
             raise _repeated(config.input, comparison.repeated)
         log.info(
@@ -231,21 +233,30 @@ def _write(
     shards.finish(folder, **{_NEXT_ID: last + 1})
 
 
-def _open(config: PredictConfig) -> Input:
+def _open(config: PredictConfig, before: pa.Schema | None = None) -> Input:
     """The first `config.limit` images of the input.
+
+    Args:
+        config: of the run.
+        before: the columns of the manifest that is updated.
 
     Raises:
         ColumnError, ManifestError, OSError: with a sentence for the user, also while the tables are taken.
     """
     source = inputs.open_input(config.input)
     tables = _limited(source.tables, config.limit)
-    return dataclasses.replace(source, tables=_storable(tables) if config.format == "delta" else tables)
+    return dataclasses.replace(source, tables=_storable(tables, before) if config.format == "delta" else tables)
 
 
-def _storable(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same tables, whose columns a Delta table can have."""
+def _storable(tables: Iterator[pa.Table], before: pa.Schema | None) -> Iterator[pa.Table]:
+    """The same tables, whose columns a Delta table can have beside those of predictions, with the types of before."""
     for table in tables:
-        delta.storable(table.schema)
+        columns = rename_reserved(table.slice(0, 0).drop_columns([inputs.VERSION])).schema
+        predictions = [pa.field(name, pa.string()) for name in ("id", *COLUMNS)]
+        delta.storable(pa.schema([*columns, *predictions]))
+        # Where the columns are others, all rows have changed.
+        if before is not None and set(before.names) - {"id", shards.CHANGED} == set(table.column_names):
+            delta.check_types(before, table.schema)
         yield table
 
 

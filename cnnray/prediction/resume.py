@@ -79,8 +79,12 @@ def _read_config(config: PredictConfig) -> dict[str, Any] | None:
         text = storage.read_bytes(uri)
     except FileNotFoundError:
         foreign = [name for name in (SUMMARY, ERRORS) if storage.is_file(storage.join(config.output, name))]
-        names = {*file_names(config.output), *file_names(config.parts_folder)}
-        foreign += [name for name in sorted(names) if parts.parse_name(name) or earlier_versions.is_part(name)]
+        foreign += [
+            name for name in file_names(config.output) if parts.parse_name(name) or earlier_versions.is_part(name)
+        ]
+        table = storage.join(config.output, DELTA_FOLDER)
+        if any(parts.list_parts(table)) or storage.exists(storage.join(table, "_delta_log")):
+            foreign.append(DELTA_FOLDER)
         if foreign:
             raise PredictionError(
                 f"{config.output} holds {', '.join(foreign[:3])}, but no {CONFIG} of a run; give another --output."
@@ -119,14 +123,15 @@ def begin_output(config: PredictConfig, plan: Plan, generation: int, *, is_new: 
         is_new: whether the run begins anew: files of an earlier run are deleted.
     """
     storage.delete_file(storage.join(config.output, SUMMARY))
+    before = _read_config(config) if is_new else None
+    if before is not None and before["format"] == "delta" != config.format:
+        storage.delete_folder(storage.join(config.output, DELTA_FOLDER))
     # The config comes first: an output with parts and no config is refused as not ours. If the deletion is killed,
     # the same command goes on with this run, and parts of an earlier generation do not count.
     _write_config(config, plan.engine, {GENERATION: generation, _MODEL: plan.bundle.version, _FILE: plan.digest})
     if is_new:
         storage.delete_file(storage.join(config.output, ERRORS))
         delete_files(config, keep=set())
-        if config.format != "delta":
-            storage.delete_folder(storage.join(config.output, DELTA_FOLDER))
         delete_manifests(config, generation)
 
 

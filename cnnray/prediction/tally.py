@@ -113,6 +113,7 @@ def join_errors(folder: str, names: Iterable[str], uri: str) -> None:
     storage.write_bytes(uri, b"".join(text))
 
 
+@patient
 def _read_errors(folder: str, name: str) -> pa.Table:
     return pyarrow.csv.read_csv(
         pa.BufferReader(storage.read_bytes(storage.join(folder, name))),

@@ -10,12 +10,13 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from cnnray.images import storage
 from cnnray.prediction import delta, job
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.delta import ColumnError
+from cnnray.prediction.dispatch import PredictionError
 from cnnray.prediction.parts import PartError
 from tests.runs import GOOD, change, fill, read_rows, without_ids
 
@@ -188,3 +189,71 @@ def test_the_library_is_asked_for(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^--format delta needs the extra delta: pip install 'cnnray\[delta\]'\.$"):
         _config(bundle, tmp_path / "images", tmp_path / "out")
+
+
+def test_a_folder_of_this_name_that_is_not_ours_stays(bundle, in_process, tmp_path):
+    fill(str(tmp_path / "images"), 12)
+    (tmp_path / "out" / "table").mkdir(parents=True)
+    (tmp_path / "out" / "table" / "mine.db").write_bytes(b"mine")
+    job.run(_config(bundle, tmp_path / "images", tmp_path / "out", format="parquet"))
+    assert (tmp_path / "out" / "table" / "mine.db").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("format_", ["parquet", "delta"])
+def test_a_table_of_another_writer_is_not_taken_over(format_, bundle, in_process, tmp_path):
+    fill(str(tmp_path / "images"), 12)
+    write_deltalake(str(tmp_path / "out" / "table"), pa.table({"x": [1]}))
+    with pytest.raises(PredictionError, match=r"/out holds table, but no config\.yaml of a run; give another"):
+        job.run(_config(bundle, tmp_path / "images", tmp_path / "out", format=format_))
+    assert DeltaTable(str(tmp_path / "out" / "table")).version() == 0
+
+
+def test_times_without_a_zone_can_come_later(bundle, in_process, tmp_path):
+    (tmp_path / "good.png").write_bytes(GOOD)
+    table = pa.table({"uri": [str(tmp_path / "good.png")]})
+    config = _config(bundle, tmp_path / "t.parquet", tmp_path / "out")
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    job.run(config)
+    for year in (2025, 2026):
+        time = datetime.datetime(year, 1, 2)
+        with_time = table.append_column("time", pa.array([time], pa.timestamp("ns")))
+        pyarrow.parquet.write_table(with_time, tmp_path / "t.parquet")
+        job.run(dataclasses.replace(config, update=True))
+        assert [row["time"] for row in _rows(tmp_path / "out")] == [time]
+
+
+def test_columns_that_cannot_be_together_are_named_before_anything_is_written(bundle, in_process, tmp_path):
+    (tmp_path / "good.png").write_bytes(GOOD)
+    for name, other in (("Prediction", "prediction"), ("ID", "id")):
+        table = pa.table({"uri": [str(tmp_path / "good.png")], name: [1]})
+        pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+        with pytest.raises(ColumnError, match=f"cannot have both columns '{name}' and '{other}': rename one"):
+            job.run(_config(bundle, tmp_path / "t.parquet", tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_an_update_with_another_type_is_refused_before_it_begins(bundle, in_process, tmp_path):
+    fill(str(tmp_path / "images"), 12)
+    uris = sorted(map(str, (tmp_path / "images").rglob("*.png")))
+    config = _config(bundle, tmp_path / "t.parquet", tmp_path / "out")
+    pyarrow.parquet.write_table(pa.table({"uri": uris, "shot": list(range(12))}), tmp_path / "t.parquet")
+    job.run(config)
+    pyarrow.parquet.write_table(
+        pa.table({"uri": uris, "shot": [*map(float, range(11)), 0.5]}), tmp_path / "t.parquet"
+    )
+    with pytest.raises(ColumnError, match=r"Column 'shot' had the type int64 .* has double now; .* --overwrite\."):
+        job.run(dataclasses.replace(config, update=True))
+    job.run(dataclasses.replace(config, overwrite=True))
+    assert _rows(tmp_path / "out")[-1]["shot"] == 0.5
+
+
+def test_trouble_of_the_object_store_is_of_its_kind():
+    text = (
+        "Generic S3 error: Error performing PUT http://x in 1s - \x1b[31mServer returned non-2xx status code: 503"
+        "\x1b[0m Service Unavailable: <Error><Code>SlowDown</Code></Error>"
+    )
+    with (
+        pytest.raises(storage.ThrottledError, match=r"^S3 asks for fewer requests, at s3://bucket/out/table"),
+        delta._translated_errors("s3://bucket/out/table"),
+    ):
+        raise OSError(text)

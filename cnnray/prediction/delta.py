@@ -1,7 +1,7 @@
-"""The rows of a run as a Delta table (https://github.com/delta-io/delta/blob/master/PROTOCOL.md): a commit a run.
+"""The rows of a run as a Delta table (https://github.com/delta-io/delta/blob/master/PROTOCOL.md).
 
-The table is a folder of its own in the output, `config.DELTA_FOLDER`, and its files are the parts: a commit writes no
-rows. Parts that an earlier commit has stay there for readers of that version until `VACUUM` deletes them.
+The table is a folder of its own in the output, `config.DELTA_FOLDER`. Its files are the parts: the commit at the end
+of a run writes no rows. Parts of earlier commits stay for readers of those versions, until `VACUUM` deletes them.
 """
 
 import contextlib
@@ -74,6 +74,7 @@ def _same_but_for_case(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _storable(kind: pa.DataType) -> pa.DataType | None:
+    """The type that a Delta table has for this one, without loss but of nanoseconds; None where there is none."""
     if kind in _SIGNED:
         return _SIGNED[kind]
     if any(is_kind(kind) for is_kind in _AS_THEY_ARE) or (pa.types.is_decimal128(kind) and kind.scale >= 0):
@@ -154,7 +155,11 @@ def commit(folder: str, counting: Mapping[Part, Range], model: str) -> None:
             removals = [RemoveAction(name, True, now, partition_values={}) for name in sorted(removed)]
             table.create_write_transaction([*added, *removals], "append", schema, commit_properties=properties)
     log.info(
-        "%s: a Delta table of %d files, of which %d are new; %d went", folder, len(ranges), len(added), len(removed)
+        "%s: a Delta table of %d files, %d of them new; %d removed",
+        folder,
+        len(ranges),
+        len(added),
+        len(removed),
     )
 
 
@@ -174,7 +179,7 @@ def _translated_errors(folder: str) -> Iterator[None]:
 
 
 def _statistics(range_: Range) -> dict[str, Any]:
-    """What lets readers skip files (*Per-file Statistics* in the protocol)."""
+    """Number of rows, and range of ids, by which readers skip files (*Per-file Statistics* in the protocol)."""
     ids = {"minValues": {"id": range_.first}, "maxValues": {"id": range_.last}, "nullCount": {"id": 0}}
     return {"numRecords": range_.rows, **ids}
 

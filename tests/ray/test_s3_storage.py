@@ -15,6 +15,7 @@ import pytest
 from cnnray.images import containers, inputs, lease, object_stores, shards, storage, tree
 from cnnray.images.manifest import ManifestError, build_manifest
 from tests.conftest import write_tar
+from tests.races import create_at_once
 from tests.unit import test_layouts as layouts
 
 pytestmark = pytest.mark.s3
@@ -290,14 +291,8 @@ def test_a_conflict_of_two_creators_is_tried_again(bucket, s3_proxy, monkeypatch
 
 def test_of_eight_creators_one_succeeds(bucket):
     for race in range(5):
-        uri, start = f"{bucket}/{race}", threading.Barrier(8)
-
-        def create(number, uri=uri, start=start):
-            start.wait()
-            return storage.create(uri, b"%d" % number)
-
-        with ThreadPoolExecutor(8) as pool:
-            created = list(pool.map(create, range(8)))
+        uri = f"{bucket}/{race}"
+        created = create_at_once(uri)
         assert created.count(True) == 1
         assert storage.read_bytes(uri) == b"%d" % created.index(True)
     large = b"1" * 20_000_000  # otherwise written in parts

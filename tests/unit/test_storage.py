@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from moto.server import ThreadedMotoServer
 
 from cnnray.errors import BadInputError, PermanentError, TransientError
 from cnnray.images import object_stores, storage
+from tests.races import create_at_once
 from tests.s3_proxy import Proxy
 
 
@@ -91,14 +91,8 @@ def test_of_eight_creators_one_succeeds_where_there_are_no_hard_links(tmp_path, 
 
     monkeypatch.setattr(os, "link", link)
     for race in range(20):
-        uri, start = f"{tmp_path}/{race}", threading.Barrier(8)
-
-        def create(number, uri=uri, start=start):
-            start.wait()
-            return storage.create(uri, b"%d" % number)
-
-        with ThreadPoolExecutor(8) as pool:
-            created = list(pool.map(create, range(8)))
+        uri = f"{tmp_path}/{race}"
+        created = create_at_once(uri)
         assert created.count(True) == 1
         assert storage.read_bytes(uri) == b"%d" % created.index(True)
     assert len(list(tmp_path.iterdir())) == 20

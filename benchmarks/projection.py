@@ -1,6 +1,6 @@
 """Projection of costs measured on a few cores to many nodes and a billion images.
 
-It names the part of a job that saturates first at each size. `docs/scaling.md` discusses the results. Values that
+It names the part of a job that limits it at each size. `docs/scaling.md` discusses the results. Values that
 cannot be measured on a few cores are constants with their sources.
 """
 
@@ -115,7 +115,7 @@ def table(costs: Costs, images: float = 1e9) -> str:
     lines = [
         f"{images:.0e} images that a table lists, 8 cores a node (to list a bucket: {listing}):",
         "",
-        "| nodes | prefixes | images/s | used up first | before the first image | images | the driver's memory |",
+        "| nodes | prefixes | images/s | limited by | before the first image | images | memory of the driver |",
         "|---|---|---|---|---|---|---|",
     ]
     for fleet in [*(Fleet(nodes=nodes) for nodes in (1, 10, 100, 1000)), Fleet(nodes=1000, prefixes=1000)]:
@@ -125,7 +125,7 @@ def table(costs: Costs, images: float = 1e9) -> str:
             f"| {_format_time(before)} | {_format_time(during)} | {costs.driver_bytes / 2**30:.1f} GiB |"
         )
     lines += [
-        "", "| training workers | images/s | each keeps | sum of gradients | an epoch |", "|---|---|---|---|---|",
+        "", "| training workers | images/s | efficiency | all-reduce | epoch |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for workers in (1, 2, 8, 64, 1000):
         rate, efficiency, epoch = project_training(costs, workers, images)

@@ -49,7 +49,7 @@ def table(heading: str, rates: Rates, unit: str = "images/s") -> str:
         rates: one entry per row.
         unit: unit of the rates.
     """
-    lines = [f"| {heading} | {unit} | of one's times as many | this step costs |", "|---|---|---|---|"]
+    lines = [f"| {heading} | {unit} | efficiency | lost by the doubling |", "|---|---|---|---|"]
     single = rates[0][2] / rates[0][1]
     previous = single
     for name, workers, rate in rates:

@@ -1,4 +1,4 @@
-"""The waits of jobs for nodes: those that a job needs to begin, and those that it loses while it runs."""
+"""The waits of jobs: for nodes that a job needs to begin or loses while it runs, and for functions in threads."""
 
 import contextlib
 import logging
@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from cnnray import cluster
@@ -15,6 +16,7 @@ from cnnray.progress import duration
 log = logging.getLogger(__name__)
 
 Planned = TypeVar("Planned")
+Result = TypeVar("Result")
 
 POLL_SECONDS = 5.0
 """Seconds between two readings of the resources of a cluster that lacks nodes or may lose some."""
@@ -145,3 +147,32 @@ def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterat
         ended.set()
         watcher.join(POLL_SECONDS)
         signal.signal(signal.SIGUSR1, before)
+
+
+def in_background(function: Callable[[], Result]) -> Future[Result]:
+    """Call a function in a thread, without which the process can end.
+
+    Ray's `fit` is called so: in the main thread it has a handler for Ctrl-C that ends the process with 0.
+    """
+    outcome: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome
+
+
+def interruptible(outcome: Future[Result], watch: Callable[[], None] = lambda: None) -> Result:
+    """Wait for a function that runs in a thread, so that Ctrl-C raises here.
+
+    Args:
+        outcome: of the function (see `in_background`).
+        watch: called every few seconds meanwhile; an exception that it raises ends the wait.
+    """
+    while not wait([outcome], timeout=POLL_SECONDS).done:
+        watch()
+    return outcome.result()

@@ -23,8 +23,8 @@ class Proxy:
     Attributes:
         url: its address.
         faults: called with the method, the path and the number of earlier such requests; returns `throttle` (503),
-            `deny` (403), `conflict` (409), `expire` (400), `slow` (one second later), `stall` (no answer), `break
-            off` (half of the body), or None.
+            `deny` (403), `conflict` (409), `expire` (400), `slow` (one second later), `stall` (no answer), `cut`
+            (the connection ends), `break off` (half of the body), or None.
         expired_keys: access keys whose requests get the fault `expire`.
         fault_counts: how often each fault occurred.
     """
@@ -53,6 +53,9 @@ class Proxy:
                 if fault in _REFUSALS:
                     status, content = _REFUSALS[fault]
                     self._answer(status, {"Content-Type": "application/xml"}, content)
+                    return
+                if fault == "cut":
+                    self.close_connection = True
                     return
                 if fault == "slow":
                     time.sleep(1)

@@ -101,6 +101,10 @@ class Bundle:
             BundleError: the model cannot be loaded safely, or contradicts `info`.
             OSError: the storage cannot be read.
         """
+        return self.load_model()
+
+    def load_model(self) -> "keras.Model":
+        """Load the model anew, for one who changes it. Raises what `model` does."""
         with self.local_copy(MODEL) as path:
             model = load_model(path, self.uri)
         _check_model(model, self.info, self.uri)

@@ -2,7 +2,7 @@
 
 An engine maps uint8 (N, size, size, 3) to float32 probabilities (N, classes), at the temperature that the bundle has
 now. The grouping of images into batches changes a probability by less than 1e-5. In int8 engines it changes nothing
-(LiteRT), or the rounding (ONNX Runtime).
+(LiteRT), or the rounding (ONNX Runtime), as in bfloat16.
 """
 
 import functools
@@ -33,7 +33,9 @@ from cnnray.models.runtimes import (
 
 log = logging.getLogger(__name__)
 
-KERAS, SAVED_MODEL = "keras", "saved_model"
+KERAS, KERAS_BFLOAT16, SAVED_MODEL = "keras", "keras-bfloat16", "saved_model"
+KERAS_POLICIES = {KERAS: "float32", KERAS_BFLOAT16: "mixed_bfloat16"}
+"""The engines that run the Keras model itself, on a GPU where there is one, with the dtype policy of its layers."""
 BATCH_SIZE = 64
 """Default of the largest batch that a network gets."""
 
@@ -83,7 +85,7 @@ RUNNERS = {
     "openvino-int8": Runner("onnx-int8", OpenVinoEngine, why_unavailable=_why_no_openvino),
 }
 """The engines that run exported files, by name."""
-ENGINES = (KERAS, *(name for name in RUNNERS if name != SAVED_MODEL))
+ENGINES = (*KERAS_POLICIES, *(name for name in RUNNERS if name != SAVED_MODEL))
 """The names that a job accepts besides `auto`. SavedModels are exported for other programs: `keras` is as fast."""
 
 
@@ -100,8 +102,8 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Engine
     """
     threads = threads or usable_cpus()
     check_exported(bundle, name)
-    if name == KERAS:
-        return KerasEngine(bundle, threads)
+    if name in KERAS_POLICIES:
+        return KerasEngine(bundle, threads, KERAS_POLICIES[name])
     file = FORMATS[RUNNERS[name].format].path
     with bundle.local_copy(file) as path:
         if not path.is_file():
@@ -145,7 +147,7 @@ def check_exported(bundle: Bundle, name: str) -> None:
     if name not in bundle.info.exports:
         listed = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
         raise BundleError(f"{bundle.uri} was not exported to {name} (it has {listed}): run jobs/export.py.")
-    if reason := RUNNERS[name].why_unavailable():
+    if reason := _why_unavailable(name):
         raise BundleError(f"The engine {name} cannot be used here: {reason}.")
 
 
@@ -156,17 +158,21 @@ def digest(bundle: Bundle, name: str) -> str:
         BundleError, OSError: as `load_engine`.
     """
     check_exported(bundle, name)
-    return bundle.digest(MODEL if name == KERAS else FORMATS[RUNNERS[name].format].path)
+    return bundle.digest(MODEL if name in KERAS_POLICIES else FORMATS[RUNNERS[name].format].path)
 
 
 def predict_in_batches(engine: Engine, images: Images, size: int = BATCH_SIZE) -> Probabilities:
     """Run an engine on any number of images, in batches of at most `size`."""
+    if isinstance(engine, KerasEngine):
+        return engine.outputs_in_batches(images, size).probabilities
     parts = [engine(images[start : start + size]) for start in range(0, len(images), size)]
     return np.concatenate(parts) if parts else np.empty((0, engine.classes), np.float32)
 
 
 def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     """Resolve the engine `auto`: Keras on a GPU, otherwise the fastest engine that export verified.
+
+    On a GPU, Keras computes in bfloat16 if export has verified it. Export measures speed on CPUs only.
 
     A quantized engine (int8, bfloat16) is chosen only if its accuracy was measured on labelled images. An engine that
     cannot run in this process is never chosen.
@@ -177,13 +183,15 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
         batch_size: images per call; the measurement at batch size 1 or 32 decides, whichever is nearer.
     """
     if gpus:
-        log.info("engine keras: there is a GPU")
-        return KERAS
+        report = bundle.info.exports.get(KERAS_BFLOAT16)
+        engine = KERAS_BFLOAT16 if report and _is_verified(KERAS_BFLOAT16, report) else KERAS
+        log.info("engine %s: there is a GPU", engine)
+        return engine
     key = "1" if batch_size < 6 else "32"
     speeds = {
         name: float(report["times_keras"][key])
         for name, report in bundle.info.exports.items()
-        if name == KERAS or (name in ENGINES and _is_verified(name, report) and not RUNNERS[name].why_unavailable())
+        if name == KERAS or (name in ENGINES and _is_verified(name, report) and not _why_unavailable(name))
     }
     if not speeds:
         log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
@@ -194,5 +202,14 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     return fastest
 
 
+def tolerance(name: str) -> float | None:
+    """See `Runner.tolerance`."""
+    return RUNNERS[name].tolerance if name in RUNNERS else None
+
+
 def _is_verified(name: str, report: dict[str, Any]) -> bool:
-    return RUNNERS[name].tolerance is not None or report["accuracy"] is not None
+    return tolerance(name) is not None or report["accuracy"] is not None
+
+
+def _why_unavailable(name: str) -> str:
+    return RUNNERS[name].why_unavailable() if name in RUNNERS else ""

@@ -139,10 +139,11 @@ class _Export:
         self._refused: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
-        """Convert, verify, and keep or refuse each format."""
+        """Convert, verify, and keep or refuse each format, and Keras in bfloat16."""
         log.info(
             "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
         )
+        self._measure_bfloat16()
         for name in self._config.formats:
             with tempfile.TemporaryDirectory(prefix="cnnray-export-") as folder:
                 self._export_format(name, Path(folder))
@@ -187,12 +188,22 @@ class _Export:
         if not isinstance(measured[name], str):
             storage.copy_folder(str(folder), self._bundle.uri)
         for engine, result in measured.items():
-            if isinstance(result, str):
-                self._refuse(engine, result)
-            else:
-                self._reports[engine] = result.as_dict()
-                log.info("%s: %s", engine, _summarize(result))
+            self._keep_or_refuse(engine, result)
         self._write_reports()
+
+    def _keep_or_refuse(self, engine: str, result: Report | str) -> None:
+        if isinstance(result, str):
+            self._refuse(engine, result)
+        else:
+            self._reports[engine] = result.as_dict()
+            log.info("%s: %s", engine, _summarize(result))
+
+    def _measure_bfloat16(self) -> None:
+        """Verify Keras in bfloat16, for workers with GPUs."""
+        name = engines.KERAS_BFLOAT16
+        engine = runtimes.KerasEngine(self._bundle, self._threads, engines.KERAS_POLICIES[name])
+        with self._bundle.local_copy(bundles.MODEL) as path:
+            self._keep_or_refuse(name, self._compare(name, engine, path))
 
     def _verify(self, name: str, path: Path) -> Report | str:
         """Compare an engine that runs the exported file with Keras.
@@ -200,7 +211,10 @@ class _Export:
         Returns:
             The report, or the reason why the engine is refused.
         """
-        engine = engines.load_file_engine(name, path, self._threads, self._bundle)
+        return self._compare(name, engines.load_file_engine(name, path, self._threads, self._bundle), path)
+
+    def _compare(self, name: str, engine: runtimes.Engine, path: Path) -> Report | str:
+        """See `_verify`."""
         probabilities = engines.predict_in_batches(engine, self._images)
         report = self._measure(engine, path, probabilities, self._keras)
         if isinstance(engine, runtimes.SavedModelEngine):  # a SavedModel has a second signature, for encoded images
@@ -230,7 +244,7 @@ class _Export:
 
 
 def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Report) -> str:
-    tolerance = engines.RUNNERS[name].tolerance
+    tolerance = engines.tolerance(name)
     if tolerance is not None and not report.max_difference <= tolerance:
         return f"a probability differs from Keras's by {report.max_difference:.2g}, more than {tolerance:g}"
     if report.accuracy is None or keras.accuracy is None:

@@ -105,9 +105,7 @@ class Predictor:
         """
         if not isinstance(self._engine, KerasEngine):
             raise BundleError("Only the engine keras gives logits and embeddings.")
-        starts = range(0, max(len(images), 1), self._batch_size)
-        parts = [self._engine.all_outputs(images[start : start + self._batch_size]) for start in starts]
-        return NetworkOutputs(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return self._engine.outputs_in_batches(images, self._batch_size)
 
     def _make_prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         names = self.bundle.info.class_names

@@ -3,6 +3,7 @@
 See `engines` for their names and for loading them.
 """
 
+import collections
 import logging
 import threading
 from collections.abc import Iterator
@@ -55,14 +56,25 @@ class NetworkOutputs(NamedTuple):
 class KerasEngine:
     """The Keras model as one compiled TensorFlow function. It runs on a GPU if TensorFlow sees one."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, policy: str = "float32") -> None:
+        """
+        Args:
+            bundle: holds the model.
+            threads: CPU threads of a call.
+            policy: Keras dtype policy of the layers before the logits.
+        """
         startup.ensure_tensorflow()
         import keras
         import tensorflow as tf
 
         _set_threads(threads)
-        last = bundle.model.get_layer("logits")
-        network = keras.Model(bundle.model.inputs, [last.output, last.input])
+        model = bundle.model if policy == "float32" else bundle.load_model()
+        last = model.get_layer("logits")
+        network = keras.Model(model.inputs, [last.output, last.input])
+        if policy != "float32":
+            for layer in network._flatten_layers():
+                if layer is not last and not isinstance(layer, keras.layers.InputLayer):
+                    layer.dtype_policy = policy
         temperature, size = bundle.info.temperature, bundle.info.image_size
         self.classes = len(bundle.info.class_names)
 
@@ -74,16 +86,39 @@ class KerasEngine:
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        return self.all_outputs(images).probabilities
+        return self.outputs_in_batches(images, len(images)).probabilities
 
-    def all_outputs(self, images: Images) -> NetworkOutputs:
-        """Compute probabilities, logits and embeddings of images, uint8 (N, size, size, 3)."""
+    def outputs_in_batches(self, images: Images, size: int) -> NetworkOutputs:
+        """Compute probabilities, logits and embeddings of images, in batches of at most `size`.
+
+        A GPU is given the next batch before the outputs of one are waited for.
+
+        Args:
+            images: uint8 (N, size, size, 3).
+            size: of a batch.
+        """
+        running: collections.deque[tuple[Any, int]] = collections.deque()
+        done = []
+        for start in range(0, max(len(images), 1), max(size, 1)):
+            running.append(self._start(images[start : start + size]))
+            if len(running) == 2:
+                done.append(_outputs(*running.popleft()))
+        done += [_outputs(*started) for started in running]
+        return NetworkOutputs(*(np.concatenate(values) for values in zip(*done, strict=True)))
+
+    def _start(self, images: Images) -> tuple[Any, int]:
+        """Begin to compute the outputs of a batch, and return their tensors and the number of images."""
         count = len(images)
         # Padding to a power of two limits the number of batch shapes that TensorFlow sees.
         padding = (1 << max(count - 1, 0).bit_length()) - count
         if padding:
             images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
-        return NetworkOutputs(*(values.numpy()[:count] for values in self._run(images)))
+        return self._run(images), count
+
+
+def _outputs(tensors: Any, count: int) -> NetworkOutputs:
+    """The outputs of the first images, once they are there."""
+    return NetworkOutputs(*(values.numpy()[:count] for values in tensors))
 
 
 class SavedModelEngine:
@@ -119,7 +154,7 @@ class EncodedSavedModelEngine:
 
 
 class OnnxEngine:
-    """An ONNX file in ONNX Runtime, on the CPU."""
+    """An ONNX file in ONNX Runtime: on a GPU, if this process was given one that ONNX Runtime can use."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime
@@ -127,7 +162,12 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if startup.was_given_gpu() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            onnxruntime.preload_dlls()  # of NVIDIA's packages, which TensorFlow needs, too
+            # TF32 would round the inputs of each layer to ten bits.
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+        self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         self.shape = tuple(self._session.get_inputs()[0].shape[1:])
         self.classes = self._session.get_outputs()[0].shape[-1]
 

@@ -52,13 +52,17 @@ def _load(*, gpus: bool) -> None:
             tf.config.set_visible_devices([], "GPU")
         for gpu in found if gpus else ():
             tf.config.experimental.set_memory_growth(gpu, True)
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # set by Ray for what has asked for GPUs
-    if gpus and not found and given not in ("", "-1", "NoDevFiles"):
+    if gpus and not found and was_given_gpu():
         log.warning(
             "TensorFlow finds no GPU, though this process has been given one, and computes on CPUs: it needs "
             "NVIDIA's driver and the packages of requirements-gpu.lock."
         )
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
+
+
+def was_given_gpu() -> bool:
+    """Whether this process has asked Ray for a GPU, or the user has named one in the environment."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles")
 
 
 @contextlib.contextmanager

@@ -27,9 +27,9 @@ class InferenceOptions:
     """The engine that runs the network, and the workers that it runs on."""
 
     engine: str = "auto"
-    """Engine that runs the network: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16 or
-    openvino-int8 (the bundle must have been exported to it); auto: keras on a GPU, otherwise the fastest engine that
-    export has verified."""
+    """Engine that runs the network: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
+    openvino-bfloat16 or openvino-int8 (but for keras, export must have verified it for the bundle); auto: keras or
+    keras-bfloat16 on a GPU, otherwise the fastest engine that export has verified."""
     batch_size: int = engines.BATCH_SIZE
     """Largest number of images in one call of the network."""
     max_workers: int | None = None

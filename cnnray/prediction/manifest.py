@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import math
@@ -13,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnnray import waiting
 from cnnray.images import database, inputs, shards, storage
 from cnnray.images.inputs import Input
 from cnnray.images.listing import ManifestError, shorten
+from cnnray.images.reading import FEW_IMAGES
 from cnnray.images.shards import Range
 from cnnray.prediction import delta
 from cnnray.prediction.config import PredictConfig
@@ -67,9 +68,15 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
     folder = folder_of(config, generation)
     storage.delete_folder(folder)
     source = _open(config)
-    head = list(_first(source.tables, _MANY + 1))
-    rows = sum(map(len, head))
-    write = functools.partial(_write, config, folder, itertools.chain(head, source.tables), generation, rows)
+    few = list(_first(source.tables, FEW_IMAGES + 1))
+    rows = sum(map(len, few))
+    more = waiting.in_background(lambda: list(_first(source.tables, _MANY + 1 - rows)))  # while Ray starts
+
+    def write() -> Iterator[Range]:
+        head = few + more.result()
+        tables = itertools.chain(head, source.tables)
+        yield from _write(config, folder, tables, generation, sum(map(len, head)))
+
     if source.is_table:
         try:
             ranges = list(write())
@@ -85,8 +92,8 @@ def begin(config: PredictConfig, generation: int) -> Manifest:
         generation=generation,
         folder=folder,
         ranges=write(),
-        example=head[0]["uri"][0].as_py(),
-        rows=rows if rows <= _MANY else None,
+        example=few[0]["uri"][0].as_py(),
+        rows=rows if rows <= FEW_IMAGES else None,
     )
 
 

@@ -42,7 +42,7 @@ def plan_pool(options: PredictOptions, engine: str, resources: Resources) -> Poo
         raise ClusterError("The cluster has no CPUs (yet): start a node that has some.")
     gpus = options.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if engine == engines.KERAS and resources.gpus >= 1 else 0.0
+        gpus = 1.0 if engine in engines.KERAS_POLICIES and resources.gpus >= 1 else 0.0
     in_tasks = options.decoding == "tasks"
     if options.decoding == "auto":
         in_tasks = gpus > 0 and any(node.cpus >= 1 and not node.gpus for node in resources.nodes)

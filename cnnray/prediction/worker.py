@@ -85,7 +85,7 @@ class Worker:
         Raises:
             BundleError: the bundle has changed since the plan was made.
         """
-        if plan.engine == engines.KERAS:
+        if plan.engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=plan.pool.gpus > 0)
         self._options, self._info, self._model = plan.options, plan.bundle.info, plan.bundle.version
         self._predictor = Predictor(

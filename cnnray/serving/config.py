@@ -41,8 +41,9 @@ class ServeConfig:
     """NAME=SHARE,NAME=SHARE: earlier form of the shares in --models, for the earlier form of --bundle,
     NAME=URI,NAME=URI."""
     engine: str = "auto"
-    """Engine that runs the networks: keras, onnx, onnx-int8, litert, litert-float16, litert-int8, openvino-bfloat16
-    or openvino-int8; auto: keras on a GPU, otherwise the fastest that the export has verified."""
+    """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
+    openvino-bfloat16 or openvino-int8; auto: keras or keras-bfloat16 on a GPU, otherwise the fastest that export has
+    verified."""
     batch_size: int = 32
     """Largest number of images in a micro-batch."""
     host: str = "127.0.0.1"

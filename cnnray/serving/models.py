@@ -115,7 +115,7 @@ class Loader:
         return Models(models)
 
     def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
-        if engine == engines.KERAS:
+        if engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=self._gpus)
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
         size = bundle.info.image_size

@@ -5,11 +5,9 @@ import functools
 import logging
 import os
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +79,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             tracker.params = config.tracked()
         recipe.check(config, manifest)
         weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
-        reading = in_background(functools.partial(data.read_few, config, manifest, check=earlier is None))
+        reading = waiting.in_background(functools.partial(data.read_few, config, manifest, check=earlier is None))
         with cluster.connected(dashboard=config.dashboard):
             shares = waiting.wait_for_resources(
                 functools.partial(share_out, config), resource_requests(config), config.wait_minutes
@@ -92,7 +90,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
             ahead = _load_ahead(config) if cached else []
-            few = interruptible(reading)
+            few = waiting.interruptible(reading)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, shares, few)
@@ -206,7 +204,7 @@ def _run(
         shortage.try_plan(functools.partial(check_fit, config, shares))
 
     try:
-        result = interruptible(in_background(trainer.fit), watch)
+        result = waiting.interruptible(waiting.in_background(trainer.fit), watch)
     except ray.train.TrainingFailedError as error:
         reason = cluster.user_error(error)
         raise reason or TrainingError(f"Training failed: {cluster.last_line(error)}") from error
@@ -238,35 +236,6 @@ def _weights_file(config: DecidedConfig) -> str | None:
     if config.weights == "imagenet":
         return storage.join(config.output, output.IMAGENET)
     return transfer.weights_file(config.weights)
-
-
-def interruptible(outcome: Future[Any], watch: Callable[[], None] = lambda: None) -> Any:
-    """Wait for a function that runs in a thread, so that Ctrl-C raises here.
-
-    Args:
-        outcome: of the function (see `in_background`).
-        watch: called every few seconds meanwhile; an exception that it raises ends the wait.
-    """
-    while not wait([outcome], timeout=waiting.POLL_SECONDS).done:
-        watch()
-    return outcome.result()
-
-
-def in_background(function: Callable[[], Any]) -> Future[Any]:
-    """Call a function in a thread, without which the process can end.
-
-    Ray Train's `fit` in the main thread has a handler for Ctrl-C that ends the process with 0.
-    """
-    outcome: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return outcome
 
 
 def _bundle_info(config: DecidedConfig, manifest: pa.Table) -> BundleInfo:

@@ -214,8 +214,6 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from cnnray.training.job import in_background, interruptible
-
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray Tune's tables are another progress beside ours
     filesystem, path = storage.arrow_filesystem(config.output)
     trainable = tune.with_resources(functools.partial(_run_trial, config, epochs), {"CPU": 0.001})
@@ -255,7 +253,7 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
                 callbacks=[_trial_logger(config, epochs)],
             ),
         )
-    return interruptible(in_background(tuner.fit))
+    return waiting.interruptible(waiting.in_background(tuner.fit))
 
 
 def _fit(config: SearchConfig, available: Resources) -> Resources:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
@@ -200,6 +201,26 @@ class Nodes:
         """Stop a node as a power failure does: first cut its network link, then kill all its processes."""
         _ip("link", "set", f"{self._id}v{number}", "down")
         self._end(number)
+
+    @contextlib.contextmanager
+    def cut_off(self, number: int, command: str) -> Generator[None]:
+        """Cut a node's network link and stop its processes whose command line starts with `command`; then both go on.
+
+        Ray takes the node for lost meanwhile, and its raylet ends when it hears of that. It is left to `restore`.
+        """
+        link, stopped = f"{self._id}v{number}", self.processes(number, command)
+        _ip("link", "set", link, "down")
+        for process in stopped:
+            process.suspend()
+        try:
+            yield
+        finally:
+            _ip("link", "set", link, "up")
+            for process in stopped:
+                process.resume()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._processes[number].wait(60)
+            self._end(number)
 
     def wait_until_lost(self, number: int) -> float:
         """Wait until Ray reports a node as lost, and return the seconds that it took."""

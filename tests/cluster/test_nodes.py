@@ -243,6 +243,29 @@ def test_prediction_survives_the_loss_of_a_node(nodes, start, photos, slow_bundl
     )
 
 
+def test_a_worker_that_is_cut_off_for_a_minute_adds_no_row(nodes, start, photos, slow_bundle, tmp_path):
+    images = tmp_path / "images"
+    for number, photo in enumerate(20 * sorted(photos.rglob("*.jpg"))):
+        link = images / f"{number // 1000:02d}" / f"{number:05d}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.hardlink_to(photo)
+    job = start(
+        "predict", "--bundle", slow_bundle, "--input", images, "--output", tmp_path / "out", "--engine", "onnx",
+        "--rows-per-part", "256", "--verify",
+    )  # fmt: skip
+    node = _choose_node(nodes, PREDICTOR)
+    _wait_for_log(job, r"[1-9]\d*/\d+ images")
+    with nodes.cut_off(node, PREDICTOR):
+        seconds = nodes.wait_until_lost(node)
+        _wait_for_log(job, "a worker was lost")
+        time.sleep(60)
+        assert job.process.poll() is None
+    summary = _wait_for_summary(job)
+    assert (summary["rows"], summary["errors"]) == (50_000, 0)
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == list(range(50_000))
+    _report(f"prediction, a worker cut off for {60 + seconds:.0f} s: {summary['seconds']:.0f} s; every image once")
+
+
 def test_the_service_survives_the_loss_of_a_node(nodes, start, photos, onnx_bundle):
     rate, seconds = 20, 60
     job = start(

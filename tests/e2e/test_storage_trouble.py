@@ -1,6 +1,8 @@
 """Jobs whose storage is in trouble (make chaos): nothing is skipped that could be read; a job that ends continues."""
 
 import json
+import random
+import time
 import uuid
 import zlib
 
@@ -11,6 +13,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cnnray.images import object_stores, storage
+from tests.e2e.conftest import until
 from tests.e2e.service import Service, send
 from tests.s3_proxy import Proxy
 
@@ -127,6 +130,40 @@ def test_predict(s3, digits, onnx_bundle, start_job, capsys):
     assert left == [row for row in expected if "/digits/3/" not in row["uri"] and "/digits/4/" not in row["uri"]]
     with capsys.disabled():
         print(f"\npredict: {dict(s3.fault_counts)}; {sentence}")
+
+
+def test_predict_through_cuts_of_20_seconds(s3, digits, onnx_bundle, start_job, capsys):
+    storage.copy_folder(str(digits), f"{s3.bucket}/digits")
+    storage.copy_folder(onnx_bundle, f"{s3.bucket}/bundle")
+    command = ["predict", "--input", f"{s3.bucket}/digits", "--bundle", f"{s3.bucket}/bundle", "--engine", "onnx"]
+    command += ["--rows-per-part", "8", "--max-workers", "2"]
+    s3.faults = slow_images
+    result(start_job(*command, "--output", f"{s3.bucket}/undisturbed"))
+    expected = rows(f"{s3.bucket}/undisturbed")
+    assert len(expected) == 200
+    for trial in range(5):
+        output, parts = f"{s3.bucket}/{trial}", random.randint(0, 20)
+        s3.faults, before = slow_images, s3.fault_counts["cut"]
+        job = start_job(*command, "--output", output)
+        until(lambda: count_parts(output) >= parts, 120, f"{parts} parts")  # noqa: B023 - called at once
+        s3.faults = lambda method, path, before: "cut"
+        time.sleep(20)
+        s3.faults = slow_images
+        line = result(job)
+        assert s3.fault_counts["cut"] > before
+        assert (line["rows"], line["errors"], rows(output)) == (200, 0, expected)
+        with capsys.disabled():
+            print(
+                f"\n{s3.fault_counts['cut'] - before} requests were cut after {parts} parts; {line['seconds']:.0f} s"
+            )
+
+
+def slow_images(method, path, before):
+    return "slow" if path.endswith(".png") else None
+
+
+def count_parts(output):
+    return sum("/part-" in file.uri for file in storage.files(output)) if storage.exists(output) else 0
 
 
 def test_serve(s3, digits, onnx_bundle, start_job, capsys):

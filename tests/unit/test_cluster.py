@@ -11,8 +11,7 @@ from ray._private import worker
 
 from cnnray import cluster, waiting
 from cnnray.cluster import ClusterError, Node, Resources
-from cnnray.training.job import in_background, interruptible
-from cnnray.waiting import Shortage
+from cnnray.waiting import Shortage, in_background, interruptible
 
 
 @pytest.fixture

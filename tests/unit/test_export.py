@@ -21,7 +21,7 @@ from cnnray.images.decode import BadImage
 from cnnray.images.lease import OutputInUseError, lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
-from cnnray.models import engines, formats, graph_decode, verification
+from cnnray.models import engines, formats, graph_decode, runtimes, verification
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.engines import RUNNERS
 from cnnray.models.export import ExportConfig, ExportError, export
@@ -112,7 +112,7 @@ def test_the_files_and_reports_of_an_export(exported):
     assert summary["bundle"] == str(folder)
     reports = json.loads((folder / "bundle.json").read_text())["exports"]
     assert list(summary["formats"]) == list(FORMATS)
-    on_other_engines = {"keras", "openvino-bfloat16", "openvino-int8"}
+    on_other_engines = {"keras", "keras-bfloat16", "openvino-bfloat16", "openvino-int8"}
     assert reports == summary["formats"] | {name: reports[name] for name in on_other_engines & set(reports)}
     for report in reports.values():
         path = folder / report["path"]
@@ -222,7 +222,8 @@ def test_answers_do_not_depend_on_the_grouping(name, exported):
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
     for size in (1, 7, 33):
         parts = [predictor.probabilities(images[start : start + size]) for start in range(0, 75, size)]
-        np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-5)
+        # The order of sums decides how bfloat16 rounds them.
+        np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-2 if "bfloat16" in name else 1e-5)
     assert predictor.probabilities(images[:0]).shape == (0, CLASSES)
 
 
@@ -385,7 +386,7 @@ def test_invalid_flags_are_refused(changes, sentence):
 
 
 def test_missing_engines_are_named(copy):
-    with pytest.raises(BundleError, match="The engine 'tensorrt' is unknown; expected one of keras, onnx"):
+    with pytest.raises(BundleError, match="The engine 'tensorrt' is unknown; expected one of keras, keras-bfloat16, onnx"):
         Predictor(Bundle.load(str(copy)), engine="tensorrt")
     (copy / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"lists an export to onnx, but holds no model\.onnx"):
@@ -413,10 +414,14 @@ def test_auto_chooses_the_fastest_verified_engine(exported, caplog):
         }
         return dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, exports=exports))
 
-    measured = with_speeds(keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), litert_int8=(40, 80))
+    fast = {"onnx": (20, 60), "onnx_int8": (30, 90), "litert_int8": (40, 80)}
+    measured = with_speeds(keras=(1, 50), keras_bfloat16=(2, 20), **fast)
     assert engines.choose(measured, gpus=False, batch_size=32) == "onnx-int8"
     assert engines.choose(measured, gpus=False, batch_size=1) == "litert-int8"
-    assert engines.choose(measured, gpus=True, batch_size=32) == "keras"
+    assert engines.choose(measured, gpus=True, batch_size=32) == "keras-bfloat16"
+    assert engines.choose(with_speeds(keras=(1, 50), **fast), gpus=True, batch_size=32) == "keras"
+    not_verified = with_speeds(False, keras=(1, 50), keras_bfloat16=(2, 20))
+    assert engines.choose(not_verified, gpus=True, batch_size=32) == "keras"
     caplog.set_level("INFO")
     unlabelled = with_speeds(
         False, keras=(1, 50), onnx=(20, 60), onnx_int8=(30, 90), saved_model=(99, 99), openvino_bfloat16=(70, 70)
@@ -427,6 +432,47 @@ def test_auto_chooses_the_fastest_verified_engine(exported, caplog):
         in caplog.text
     )
     assert engines.choose(with_speeds(), gpus=False, batch_size=32) == "keras"
+
+
+def test_keras_in_bfloat16_computes_its_layers_in_it_and_leaves_the_model_as_it_is(exported):
+    bundle = Bundle.load(str(exported[0]))
+    images, _ = coloured_noise(40, SIZE, seed=5)
+    expected, rounded = (Predictor(bundle, engine=name).probabilities(images) for name in ("keras", "keras-bfloat16"))
+    assert 0 < np.abs(rounded - expected).max() < 0.1
+    assert (rounded.argmax(1) == expected.argmax(1)).all()
+    assert {layer.compute_dtype for layer in bundle.model.layers} <= {"float32", "uint8"}
+    assert (Predictor(bundle).probabilities(images) == expected).all()
+
+
+def test_keras_gets_the_next_batch_before_the_outputs_of_one_are_waited_for(exported, monkeypatch):
+    engine = engines.load_engine(Bundle.load(str(exported[0])), "keras")
+    images, _ = coloured_noise(11, SIZE, seed=6)
+    expected, calls, start, outputs = engine(images), [], engine._start, runtimes._outputs
+    monkeypatch.setattr(engine, "_start", lambda batch: (calls.append(len(batch)), start(batch))[1])
+    monkeypatch.setattr(runtimes, "_outputs", lambda *started: (calls.append("waited"), outputs(*started))[1])
+    probabilities = engines.predict_in_batches(engine, images, 4)
+    assert calls == [4, 4, "waited", 3, "waited", "waited"]
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "can"), [("0", True), ("0", False), ("", True), ("NoDevFiles", True)])
+def test_onnx_runtime_uses_a_gpu_that_the_process_was_given(given, can, exported, monkeypatch):
+    """With ONNX Runtime's package for CUDA mocked: this machine has no GPU."""
+    import onnxruntime
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            asked.append(providers)
+            super().__init__(path, options, providers=providers[-1:])
+
+    asked, cpu = [], "CPUExecutionProvider"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"] * can + [cpu])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("preloaded"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    engines.load_engine(Bundle.load(str(exported[0])), "onnx")
+    on_gpu = ["preloaded", [("CUDAExecutionProvider", {"use_tf32": "0"}), cpu]]
+    assert asked == (on_gpu if given == "0" and can else [[cpu]])
 
 
 def test_engines_whose_library_is_missing_are_named_and_not_chosen(exported, monkeypatch):

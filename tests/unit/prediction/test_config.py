@@ -12,7 +12,7 @@ FLAGS = ["--bundle", "/b", "--input", "/in", "--output", "/out"]
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"engine": "tensorrt"}, "--engine 'tensorrt': expected auto, keras, onnx"),
+        ({"engine": "tensorrt"}, "--engine 'tensorrt': expected auto, keras, keras-bfloat16, onnx"),
         ({"engine": "onnx", "embeddings": True}, "--embeddings needs --engine keras, not onnx"),
         ({"top_k": 0}, "--top-k must be at least 1, not 0"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker must be more than 0"),

@@ -17,6 +17,7 @@ from tests.unit.prediction.helpers import make_cluster
         ([(2, 0)], "onnx", {"max_workers": 9}, Pool(smallest=1, first=2, largest=9)),
         ([(4, 0)], "onnx", {"decoding": "tasks"}, Pool(smallest=1, first=2, largest=2, decode_cpus=1)),
         ([(8, 2)], "keras", {}, Pool(smallest=1, first=2, largest=2, cpus=4, gpus=1)),
+        ([(8, 2)], "keras-bfloat16", {}, Pool(smallest=1, first=2, largest=2, cpus=4, gpus=1)),
         ([(8, 2)], "keras", {"gpus_per_worker": 0}, Pool(smallest=1, first=8, largest=8)),
         ([(8, 2)], "onnx-int8", {}, Pool(smallest=1, first=8, largest=8)),
         ([(4, 1), (16, 0)], "keras", {}, Pool(smallest=1, first=1, largest=1, gpus=1, decode_cpus=1)),

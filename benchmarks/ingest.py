@@ -14,9 +14,13 @@ from benchmarks.photos import Photos
 from benchmarks.report import Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import decode, storage
+from cnnray.images.decoders import Decoders
 from cnnray.training.data import StreamedSource
 
 SIZE = 224
+_BATCH = 32
+_STEPS, _SECONDS = (0.005, 0.02, 0.1), 4.0
+"""Seconds of steps that only sleep, in place of a GPU's; and of all steps of a measurement."""
 
 
 def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds: int = 3) -> list[Comparison]:
@@ -32,22 +36,21 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
     manifest = manifest.append_column("target", [np.zeros(len(manifest), np.int64)])
     paths = manifest["uri"].to_pylist()
     bare = plan_bare_loops(resources)
-    source = StreamedSource(
-        manifest=manifest,
-        image_size=SIZE,
-        resize="stretch",
-        cpus_per_task=1.0,
-        memory_bytes=resources.object_store_bytes // 2,
-    )
+    source = StreamedSource(manifest, Decoders(bare.processes, SIZE, "stretch", largest_batch=_BATCH))
 
-    def ours() -> int:
-        rows = np.arange(len(manifest))
-        sizes = [len(part) for part in np.array_split(rows, max(1, len(rows) // 32))]
-        return sum(len(batch["image"]) for batch in source.batches(rows, sizes))
+    def ours(step: float = 0.0) -> int:
+        """Decode for steps that take so many seconds, at most `_SECONDS` in all."""
+        steps = len(manifest) // _BATCH if not step else min(len(manifest) // _BATCH, round(_SECONDS / step))
+        rows = np.arange(steps * _BATCH)
+        count = 0
+        for batch in source.batches(rows, [_BATCH] * steps):
+            time.sleep(step)
+            count += len(batch["image"])
+        return count
 
     def read_images() -> int:
         dataset = ray.data.read_images(paths, size=(SIZE, SIZE), mode="RGB")
-        return sum(len(batch["image"]) for batch in dataset.iter_batches(batch_size=32))
+        return sum(len(batch["image"]) for batch in dataset.iter_batches(batch_size=_BATCH))
 
     with get_context("spawn").Pool(bare.processes) as pool:
 
@@ -59,6 +62,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
             "the same decoder": functools.partial(in_processes, decode.decode),
             "Pillow": functools.partial(in_processes, pixels.with_pillow),
             "read_images": read_images,
+            **{f"step {seconds}": functools.partial(ours, seconds) for seconds in _STEPS},
         }
         rates: dict[str, list[float]] = {name: [] for name in methods}
         for method in methods.values():
@@ -75,6 +79,11 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
         comparisons.append(
             Comparison(name, rates["ours"], label, [rate * bare.scale for rate in rates[peer]], target)
         )
+    for seconds in _STEPS:
+        allowed = [min(rate * bare.scale, _BATCH / seconds) for rate in rates["the same decoder"]]
+        label = f"the same, to steps of {1000 * seconds:g} ms"
+        peer = "what the steps, or the same decoder, bare, allow"
+        comparisons.append(Comparison(label, rates[f"step {seconds}"], peer, allowed, 0.95))
     return comparisons
 
 

@@ -52,7 +52,7 @@ def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: in
     for _ in range(rounds):
         fit.append(_measure_model_fit(threads, steps))
         measured = run_on_workers(
-            config, photos.folder, steps, cpus=shares.cpus_per_worker, decode_cpus=shares.decode_cpus,
+            config, photos.folder, steps, cpus=shares.cpus_per_worker, decoders=shares.decoders_per_worker,
             manifest=manifest.slice(0, steps * BATCH),
         )  # fmt: skip
         memory.append(measured["memory"])
@@ -110,7 +110,7 @@ def run_on_workers(
     steps: int,
     *,
     cpus: float,
-    decode_cpus: float = 0.0,
+    decoders: int = 1,
     manifest: pa.Table | None = None,
     spread: bool = False,
 ) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def run_on_workers(
         folder: for Ray Train's files; with several nodes, a shared one.
         steps: steps of each measurement.
         cpus: CPUs per worker.
-        decode_cpus: CPUs per decoding task.
+        decoders: processes that decode for each worker.
         manifest: `steps * batch_size` images; with it, steps with input from files are measured, too.
         spread: place the workers on as many nodes as possible instead of as few as possible.
 
@@ -137,7 +137,7 @@ def run_on_workers(
     resources = {"CPU": cpus} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     with tempfile.TemporaryDirectory(dir=folder) as storage_path:
         result = DataParallelTrainer(
-            functools.partial(_measure_on_worker, config, threads, decode_cpus, steps, manifest),
+            functools.partial(_measure_on_worker, config, threads, decoders, steps, manifest),
             backend_config=MultiWorkerConfig(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.max_workers,
@@ -154,19 +154,18 @@ def run_on_workers(
 
 
 def _measure_on_worker(
-    config: DecidedConfig, threads: int, decode_cpus: float, steps: int, manifest: pa.Table | None
+    config: DecidedConfig, threads: int, decoders: int, steps: int, manifest: pa.Table | None
 ) -> dict[str, Any]:
     """Measure steps with input from memory and from files. Runs on each worker."""
     startup.load_tensorflow(gpus=config.gpus_per_worker > 0)
     import ray.train
     import tensorflow as tf
 
-    from cnnray.images import stream
+    from cnnray.images.decoders import Decoders
     from cnnray.training.data import StreamedSource
     from cnnray.training.step import Steps
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    stream.silence_progress()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -178,16 +177,10 @@ def _measure_on_worker(
     inputs: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
-        source = StreamedSource(
-            manifest=manifest,
-            image_size=SIZE,
-            resize="stretch",
-            cpus_per_task=decode_cpus,
-            memory_bytes=2**28,
-        )
+        source = StreamedSource(manifest, Decoders(decoders, SIZE, "stretch", largest_batch=len(images)))
         bounds = epoch.step_bounds(len(manifest), config.batch_size)
         rows, sizes = epoch.rank_rows(epoch.order(0, 0, len(manifest)), bounds, 0, rank, world)
-        list(source.batches(rows[: sum(sizes[:2])], sizes[:2]))  # warm-up: starts the processes of the tasks
+        list(source.batches(rows[: sum(sizes[:2])], sizes[:2]))  # warm-up: the processes start
         inputs["files"] = source.batches(rows, sizes)
     rates: dict[str, Any] = {}
     for name, batches in inputs.items():

@@ -20,7 +20,7 @@ from cnnray.images.decode import MAX_BYTES, BadImage, decode
 from cnnray.images.resize import ResizeRule
 from cnnray.images.retries import Attempts
 
-_THREADS = {"local": 4, "remote": 16}
+THREADS = {"local": 4, "remote": 16}
 """Threads of one task. They read and decode: Pillow releases the interpreter's lock while it decodes."""
 _TURN = 8
 """Images that a thread takes at once: to hand one over costs a tenth of the time to decode it."""
@@ -34,6 +34,7 @@ UNAVAILABLE = "unavailable"
 """Begins the error of a row whose storage was in trouble, which says nothing about the image."""
 
 Batch = dict[str, npt.NDArray[Any]]
+Images = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 
 
@@ -72,7 +73,7 @@ def decoded_blocks(
     sources = containers.encoded(uris) if sources is None else sources
     at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
     threads = threads or threads_for(uris[0])
-    decode_all = functools.partial(_decode_all, size=size, resize=resize, keep_unavailable=keep_unavailable)
+    decode_turn = functools.partial(decode_all, size=size, resize=resize, keep_unavailable=keep_unavailable)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
@@ -84,7 +85,7 @@ def decoded_blocks(
                 starts = range(0, len(chunk), turn)
                 turns = [chunk[start : start + turn] for start in starts]
                 taken = [list(itertools.islice(sources, turn)) for _ in starts]
-                errors += itertools.chain.from_iterable(pool.map(decode_all, turns, taken))
+                errors += itertools.chain.from_iterable(pool.map(decode_turn, turns, taken))
             columns = {name: rows[name].to_numpy() for name in rows.column_names}
             yield columns | {"image": images, "error": np.asarray(errors, dtype=object)}
 
@@ -115,11 +116,12 @@ def _loaded(table: pa.Table) -> Iterator[tuple[pa.Table, list[Source]]]:
     for start in range(0, len(table), _SOURCES_AT_ONCE):
         part = table.slice(start, _SOURCES_AT_ONCE)
         with ThreadPoolExecutor(threads_for(uris[0])) as pool:
-            encoded = list(pool.map(_bytes_or_error, itertools.islice(sources, len(part))))
+            encoded = list(pool.map(bytes_or_error, itertools.islice(sources, len(part))))
         yield part, encoded
 
 
-def _bytes_or_error(source: Source) -> Source:
+def bytes_or_error(source: Source) -> Source:
+    """`load_bytes` whose error is returned."""
     try:
         return load_bytes(source)
     except CnnrayError as error:
@@ -128,7 +130,12 @@ def _bytes_or_error(source: Source) -> Source:
 
 def threads_for(uri: str) -> int:
     """The number of threads that read images from the storage of this one."""
-    return _THREADS["local" if storage.is_local(uri) else "remote"]
+    return THREADS[place_of(uri)]
+
+
+def place_of(uri: str) -> str:
+    """Where an image is: `local` or `remote`."""
+    return "local" if storage.is_local(uri) else "remote"
 
 
 def prefetched(items: Iterator[Item]) -> Iterator[Item]:
@@ -179,9 +186,10 @@ def is_unavailable(errors: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(pc.starts_with(errors, f"{UNAVAILABLE}: "), False)
 
 
-def _decode_all(
+def decode_all(
     images: npt.NDArray[np.uint8], sources: list[Source], size: int, resize: ResizeRule, keep_unavailable: bool
 ) -> list[str]:
+    """Decode images into arrays, as `decoded_blocks` does, and return their errors, empty where there are none."""
     pairs = zip(images, sources, strict=True)
     return [_decode_into(pixels, source, size, resize, keep_unavailable) for pixels, source in pairs]
 
@@ -192,10 +200,12 @@ def _decode_into(
     try:
         pixels[:] = decode(load_bytes(source), size, resize)
     except BadImage as error:
+        pixels[:] = 0
         return str(error)
     except CnnrayError as error:
         if not keep_unavailable:
             raise
+        pixels[:] = 0
         return unavailable(error)
     return ""
 

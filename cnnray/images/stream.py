@@ -1,15 +1,12 @@
 """Read manifest rows into a Ray Dataset of decoded images: the only module that reads with Ray Data."""
 
 import logging
-from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 import ray.data
 
 from cnnray.images import checks, reading
 from cnnray.images.ranges import ROWS_PER_BLOCK, rows_per_block, split_rows
-from cnnray.images.reading import Batch
 from cnnray.images.resize import ResizeRule
 
 log = logging.getLogger(__name__)
@@ -113,32 +110,3 @@ def silence_progress() -> None:
     """Stop Ray Data in this process from logging each execution: the jobs show progress of their own."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-
-
-def in_order(dataset: ray.data.Dataset, prefetch_blocks: int = 2) -> Iterator[Batch]:
-    """The blocks of a dataset as NumPy batches, in the order and with the sizes that its tasks produced."""
-    dataset.context.execution_options.preserve_order = True
-    yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_blocks)
-
-
-def rebatch(blocks: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
-    """Cut a stream of blocks into batches of the given sizes.
-
-    Raises:
-        RuntimeError: the blocks have fewer or more rows than the sizes ask for.
-    """
-    held = next(blocks, {"id": np.empty(0, np.int64)})
-    for size in sizes:
-        parts = []
-        while size > len(held["id"]):
-            parts.append(held)
-            size -= len(held["id"])
-            block = next(blocks, None)
-            if block is None:
-                raise RuntimeError(f"The stream ended {size} rows early.")
-            held = block
-        parts.append({name: values[:size] for name, values in held.items()})
-        held = {name: values[size:] for name, values in held.items()}
-        yield reading.concatenated(parts)
-    if len(held["id"]) or next(blocks, None) is not None:
-        raise RuntimeError("The stream has more rows than the sizes ask for.")

@@ -30,19 +30,18 @@ from cnnray.models import startup
 class Trainer(DataParallelTrainer):
     """Ray Train's, without processes that it does not need: each takes one to three seconds of a CPU to start."""
 
-    def __init__(self, *arguments: Any, reads: bool, ahead: Sequence[Any] = (), **options: Any) -> None:
+    def __init__(self, *arguments: Any, ahead: Sequence[Any] = (), **options: Any) -> None:
         """
         Args:
             arguments: see `DataParallelTrainer`.
-            reads: whether the workers read with Ray Data.
             ahead: what `load_ahead` has started.
             options: see `DataParallelTrainer`.
         """
         super().__init__(*arguments, **options)
-        self._is_alone, self._ahead = cluster.is_own() and not reads, list(ahead)
+        self._is_alone, self._ahead = cluster.is_own(), list(ahead)
 
     def _create_default_callbacks(self) -> list[Any]:
-        # The workers make their datasets themselves. What frees their resources if the job dies asks the dashboard
+        # The workers have no datasets of Ray Data. What frees their resources if the job dies asks the dashboard
         # whether it lives, and is not needed where Ray ends with the job.
         unneeded = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.is_own() else (DatasetsCallback,)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
@@ -104,7 +103,7 @@ def load_ahead(workers: int) -> list[Any]:
     They reserve nothing: the placement group that Ray Train makes for them does.
 
     Args:
-        workers: their number, which does not change. They have no GPUs, and do not read with Ray Data.
+        workers: their number, which does not change. They have no GPUs.
 
     Returns:
         Their actors; nothing where this process has not started Ray itself.

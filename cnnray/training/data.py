@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from cnnray import cluster
 from cnnray.images import checks, containers, reading
 from cnnray.images import manifest as manifests
+from cnnray.images.decoders import Decoders
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch, concatenated
@@ -237,43 +238,35 @@ class Source(Protocol):
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
         """The rows' images in batches of `sizes`: dicts of `id` int64 (n,), `target` int64 (n,) (the class's
-        index), `image` uint8 (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings."""
+        index), `image` uint8 (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings.
+
+        The pixels of a batch may be gone when the next but one is asked for.
+        """
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
 class StreamedSource:
-    """Reads and decodes in Ray tasks while the network trains.
+    """Reads and decodes while the network trains, in processes on the worker's node.
 
-    Each worker runs its own pipeline over its own rows. Ray Train's shared pipeline (`streaming_split`) drops rows to
-    make equal shards, and gives a block to the worker that asks first, so that no two runs are the same.
+    Each worker reads its own rows. Ray Train's shared pipeline (`streaming_split`) drops rows to make equal shards,
+    and gives a block to the worker that asks first, so that no two runs are the same.
     """
 
-    manifest: pa.Table
-    image_size: int
-    resize: ResizeRule
-    cpus_per_task: float
-    memory_bytes: int
-    """Bytes of the object store that the pipeline may fill ahead of training."""
-    keep_unavailable: bool = False
-    """See `stream.decoded`."""
+    def __init__(self, manifest: pa.Table, decoders: Decoders) -> None:
+        """
+        Args:
+            manifest: of the split.
+            decoders: may be those of other sources, too.
+        """
+        self._manifest, self._decoders = manifest.select(["id", "target", "uri"]), decoders
 
     def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
-        """See `Source`."""
-        from cnnray.images import stream
+        """See `Source`. Decoding begins at once, after what was asked for before."""
 
-        if not len(rows):
-            return  # a worker without a validation image
-        dataset = stream.decoded(
-            self.manifest.take(pa.array(rows)),
-            self.image_size,
-            resize=self.resize,
-            cpus_per_task=self.cpus_per_task,
-            keep_unavailable=self.keep_unavailable,
-        )
-        options = dataset.context.execution_options
-        options.resource_limits = options.resource_limits.copy(object_store_memory=self.memory_bytes)
-        yield from stream.rebatch(stream.in_order(dataset), iter(sizes))
+        def take(start: int, stop: int) -> pa.Table:
+            return self._manifest.take(pa.array(rows[start:stop]))
+
+        return self._decoders.batches(take, sizes)
 
 
 class CachedSource:

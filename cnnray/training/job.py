@@ -89,7 +89,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             opened = filter(None, [first, config.output, config.teacher, weights_file])
             paths.check_shared(cluster.resources(), opened)
             cached = data.is_cached(config, manifest, shares)
-            ahead = _load_ahead(config) if cached else []
+            ahead = _load_ahead(config)
             few = waiting.interruptible(reading)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
@@ -148,9 +148,9 @@ def _run(
 
     workers = f"{config.fewest_workers} to {config.most_workers}" if config.is_elastic else config.most_workers
     log.info(
-        "%s worker(s) of %g CPUs (%d threads) and %g GPUs; decoding tasks of %g CPUs",
-        workers, shares.cpus_per_worker, shares.threads_per_worker,
-        config.gpus_per_worker, shares.decode_cpus,
+        "%s worker(s) of %g CPUs (%d threads) and %g GPUs; %s",
+        workers, shares.cpus_per_worker, shares.threads_per_worker, config.gpus_per_worker,
+        "images in memory" if cached else f"{shares.decoders_per_worker} process(es) decode for each",
     )  # fmt: skip
     assignment = Assignment(
         config=config,
@@ -158,8 +158,7 @@ def _run(
         manifest=storage.join(config.output, output.MANIFEST),
         weights=_weights_file(config),
         threads=shares.threads_per_worker,
-        decode_cpus=shares.decode_cpus,
-        stream_bytes=shares.stream_bytes,
+        decoders=shares.decoders_per_worker,
         cached=cached,
         started=started,
         lease_holder=held.holder,
@@ -175,7 +174,6 @@ def _run(
     filesystem, path = storage.arrow_filesystem(config.output)
     trainer = Trainer(
         functools.partial(train_on_worker, assignment),
-        reads=not cached,
         ahead=ahead,
         backend_config=MultiWorkerConfig(),
         scaling_config=ray.train.ScalingConfig(

@@ -14,7 +14,6 @@ from cnnray.training.decided import DecidedConfig
 
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2
-_STREAMS_SHARE = 0.5
 _LEFT_OF_A_NODE, _LEAST_DECODE_CPUS = 1 / 8, 0.01
 
 
@@ -26,8 +25,8 @@ class Shares:
     threads_per_worker: int
     decode_cpus: float
     """CPUs that Ray reserves for a decoding task."""
-    stream_bytes: int
-    """Object store that one worker's stream may fill ahead."""
+    decoders_per_worker: int
+    """Processes that decode for a worker while it trains, where images are streamed."""
     cache_bytes: int
     """Largest decoded data set that is kept in the object store on `--cache auto`."""
     store_bytes: int
@@ -47,10 +46,8 @@ class Assignment:
     """File of weights that the backbone begins with."""
     threads: int
     """TensorFlow threads of a worker."""
-    decode_cpus: float
-    """CPUs of a decoding task."""
-    stream_bytes: int
-    """Object store that one worker's stream may fill."""
+    decoders: int
+    """Processes that decode for a worker."""
     cached: dict[str, list[Any]]
     """By split: references to decoded blocks; empty where images are streamed."""
     started: float
@@ -85,7 +82,7 @@ def share_out(config: TrainConfig, available: Resources) -> Shares:
         cpus_per_worker=cpus,
         threads_per_worker=max(1, math.ceil(cpus)),
         decode_cpus=decode,
-        stream_bytes=int(available.object_store_bytes * _STREAMS_SHARE / config.most_workers),
+        decoders_per_worker=_decoders(config, cpus, available),
         cache_bytes=int(available.smallest_object_store_bytes * _CACHE_SHARE),
         store_bytes=available.smallest_object_store_bytes,
     )
@@ -125,6 +122,12 @@ def _check_left(config: TrainConfig, cpus: float, decode: float | None, availabl
             "--cpus-per-worker."
         )
     return free
+
+
+def _decoders(config: TrainConfig, cpus: float, available: Resources) -> int:
+    """As many as a worker's share of its node's CPUs: they use those that the training step leaves idle."""
+    shares = [node.cpus / workers for node in available.nodes if (workers := _filled(config, cpus, node)[0])]
+    return max(1, math.floor(min(shares)))
 
 
 def _fits_beside(config: TrainConfig, workers: int, cpus: float, decode: float, available: Resources) -> bool:

@@ -6,24 +6,27 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray.train
 import tensorflow as tf
 
 from cnnray.errors import CnnrayError
 from cnnray.images import manifest as manifests
-from cnnray.images import storage, stream
+from cnnray.images import storage
+from cnnray.images.decoders import Decoders
 from cnnray.images.lease import LeaseLostError, check_holder
+from cnnray.images.reading import Batch
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.transfer import WeightsError
 from cnnray.tracking.prometheus import TrainingMetrics
-from cnnray.training import callbacks, checkpoint, epoch, recipe
+from cnnray.training import callbacks, checkpoint, epoch, other_nodes, recipe
 from cnnray.training.checkpoint import BadImages
 from cnnray.training.data import CachedSource, Source, StreamedSource
 from cnnray.training.epoch import Sums
@@ -32,6 +35,9 @@ from cnnray.training.plan import Assignment
 from cnnray.training.step import Steps
 
 log = logging.getLogger(__name__)
+
+_DECODERS_ELSEWHERE = 4
+"""Processes on other nodes, for each on the worker's own node, at most."""
 
 
 def run(assignment: Assignment) -> CnnrayError | None:
@@ -59,7 +65,6 @@ def _set_up(assignment: Assignment) -> None:
     # Ray Train has given the root logger its handlers, and the level INFO.
     for name, level in (("", logging.WARNING), ("cnnray", logging.INFO)):
         logging.getLogger(name).setLevel(level)
-    stream.silence_progress()
     tf.config.threading.set_intra_op_parallelism_threads(assignment.threads)
     tf.config.threading.set_inter_op_parallelism_threads(2)
 
@@ -73,9 +78,11 @@ class _Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         manifest = manifests.with_targets(manifests.read(assignment.manifest))
         train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
-        self.train_source = self._source("train", train)
-        self.validation_source = self._source("validation", validation)
         self.images, self.validation_images = len(train), len(validation)
+        self.validation_batch = math.ceil(min(self.config.batch_size, self.validation_images) / self.world)
+        self.other_nodes: other_nodes.OtherNodes | None = None
+        self.train_source, self.validation_source = self._sources(train, validation)
+        self.upcoming: Iterator[Batch] | None = None
         self.expected = epoch.tally(train["id"].to_numpy())
         self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
         self.bad_images: BadImages = {}
@@ -97,17 +104,20 @@ class _Worker:
                 class_weights=recipe.class_weights(self.config, self.counts),
             )
 
-    def _source(self, split: str, manifest: pa.Table) -> Source:
-        if split in self.assignment.cached:
-            return CachedSource(self.assignment.cached[split])
-        return StreamedSource(
-            manifest=manifest,
-            image_size=self.config.image_size,
-            resize=self.config.resize,
-            cpus_per_task=self.assignment.decode_cpus,
-            memory_bytes=self.assignment.stream_bytes,
+    def _sources(self, train: pa.Table, validation: pa.Table) -> tuple[Source, Source]:
+        if cached := self.assignment.cached:
+            return CachedSource(cached["train"]), CachedSource(cached["validation"])
+        cpus = other_nodes.free_cpus(self.rank, self.world)[: _DECODERS_ELSEWHERE * self.assignment.decoders]
+        decoders = Decoders(
+            self.assignment.decoders,
+            self.config.image_size,
+            self.config.resize,
+            largest_batch=max(math.ceil(self.config.batch_size / self.world), self.validation_batch),
+            elsewhere=len(cpus),
             keep_unavailable=self.config.skip_unreadable,
         )
+        self.other_nodes = other_nodes.OtherNodes(decoders, cpus)
+        return StreamedSource(train, decoders), StreamedSource(validation, decoders)
 
     def check_lease(self) -> None:
         """
@@ -222,19 +232,18 @@ class _Worker:
 
     def _train_epoch(self, shown: keras.callbacks.CallbackList) -> None:
         progress, every = self.progress, self.config.checkpoint_every_steps
-        order = epoch.order(self.config.seed, progress.epoch, self.images)
-        rows, sizes = epoch.rank_rows(order, self.bounds, progress.step, self.rank, self.world)
+        batches = self.upcoming or self._train_batches(progress.epoch, progress.step)
+        self.upcoming = self._validation_batches()
         phase = self.phases[progress.phase]
         before = self._zeros_before()
         per_epoch = len(self.bounds) - 1
         clock = time.monotonic()
-        for batch in self.train_source.batches(rows, sizes):
+        for batch in batches:
             shown.on_train_batch_begin(progress.step)
-            good = self._good(batch)
-            bad = len(good) - int(good.sum())
+            images, targets, bad = self._good(batch)
             self.steps.prune_at(progress.phase_epoch * per_epoch + progress.step, per_epoch, phase, before)
             position = (progress.epoch, progress.step, self.rank)
-            sums = self.steps.train(batch["image"][good], batch["target"][good], bad, position)
+            sums = self.steps.train(images, targets, bad, position)
             now = time.monotonic()
             took, clock = now - clock, now
             progress.sums += sums
@@ -253,9 +262,24 @@ class _Worker:
             logs = progress.sums.metrics(self.classes) | {"images_per_second": rate}
             shown.on_train_batch_end(progress.step - 1, logs)
             self._check_bad(progress.sums.bad)
+            if self.other_nodes:
+                self.other_nodes.ask()
             if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
                 self._checkpoint(None, sys.float_info.max)
                 clock = time.monotonic()
+
+    # Images are decoded in the order in which batches are asked for: those of the next part of the run are asked for
+    # before the last ones of this part are there.
+
+    def _train_batches(self, number: int, step: int) -> Iterator[Batch]:
+        """This worker's part of an epoch, from a step on."""
+        order = epoch.order(self.config.seed, number, self.images)
+        return self.train_source.batches(*epoch.rank_rows(order, self.bounds, step, self.rank, self.world))
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        rows, size = np.arange(self.rank, self.validation_images, self.world), self.validation_batch
+        sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return self.validation_source.batches(rows, sizes)
 
     def _end_epoch(self) -> dict[str, float]:
         progress = self.progress
@@ -268,7 +292,10 @@ class _Worker:
         self.steps.average_statistics()
         self.steps.update_inference()
         trained = progress.sums
-        validation = self._validate()
+        batches = self.upcoming or self._validation_batches()
+        is_last = progress.phase + 1 == len(self.phases) and progress.phase_epoch + 1 >= self.phases[-1].passes
+        self.upcoming = None if is_last else self._train_batches(progress.epoch + 1, 0)
+        validation = self._validate(batches)
         self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
@@ -318,26 +345,27 @@ class _Worker:
             f"{precision}."
         )
 
-    def _validate(self) -> Sums:
-        rows = np.arange(self.rank, self.validation_images, self.world)
-        size = math.ceil(min(self.config.batch_size, self.validation_images) / self.world)
-        sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
+    def _validate(self, batches: Iterator[Batch]) -> Sums:
         sums = Sums()
-        for batch in self.validation_source.batches(rows, sizes):
-            good = self._good(batch)
-            sums += self.steps.evaluate(batch["image"][good], batch["target"][good], size)
-            sums += Sums(bad=len(good) - int(good.sum()))
+        for batch in batches:
+            images, targets, bad = self._good(batch)
+            sums += self.steps.evaluate(images, targets, self.validation_batch)
+            sums += Sums(bad=bad)
         return Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
 
     # -- bad images and checkpoints --------------------------------------------------------------------
 
-    def _good(self, batch: dict[str, Any]) -> Any:
-        """Which images of a batch could be read, bool (n,); the others go to the list of bad images."""
-        good = batch["error"] == ""
-        for index in np.flatnonzero(~good):
+    def _good(self, batch: Batch) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], int]:
+        """The images of a batch that could be read, and their targets; and the number of the others, which go to the
+        list of bad images."""
+        bad = np.flatnonzero(batch["error"] != "")
+        for index in bad:
             row = {"id": int(batch["id"][index]), "uri": batch["uri"][index], "error": batch["error"][index]}
             self.bad_images[row["id"]] = row
-        return good
+        images, targets = batch["image"], batch["target"]
+        if len(bad):
+            images, targets = np.delete(images, bad, 0), np.delete(targets, bad)
+        return images, targets, len(bad)
 
     def _check_bad(self, bad: float) -> None:
         images = self.images + self.validation_images

@@ -266,6 +266,27 @@ def test_a_worker_that_is_cut_off_for_a_minute_adds_no_row(nodes, start, photos,
     _report(f"prediction, a worker cut off for {60 + seconds:.0f} s: {summary['seconds']:.0f} s; every image once")
 
 
+def test_other_nodes_decode_for_a_worker_that_waits_for_images(nodes, start, photos, tmp_path):
+    def train(name):
+        return start(
+            "train", "--data", photos, "--output", tmp_path / name, "--architecture", "small_cnn", "--image-size",
+            "32", "--epochs", "8", "--data-checks", "false", "--cache", "none", "--max-workers", "1",
+            "--augment", "none",
+        )  # fmt: skip
+
+    disturbed = train("disturbed")
+    _wait_for_log(disturbed, "CPUs of other nodes decode for this worker")
+    node = _choose_node(nodes, "ray::join")
+    assert TRAINER not in "".join(" ".join(process.cmdline()) for process in nodes.processes(node))
+    nodes.cut_power(node)
+    _wait_for_summary(disturbed)
+    nodes.restore()
+    _wait_for_summary(train("undisturbed"))
+    weights = [final_state(tmp_path / name)[0] for name in ("disturbed", "undisturbed")]
+    assert largest_difference(*weights) < 1e-5
+    _report(f"{nodes.name(node)} decoded for a worker on another node, and was lost: the same weights")
+
+
 def test_the_service_survives_the_loss_of_a_node(nodes, start, photos, onnx_bundle):
     rate, seconds = 20, 60
     job = start(

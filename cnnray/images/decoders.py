@@ -35,7 +35,7 @@ from cnnray.images.resize import ResizeRule
 CRASHED = "crashed: it ended the process that decoded it, each time"
 """The error of such an image."""
 _PROGRAM = "cnnray.images.decoder_process"
-_TURN = {"local": 8, "remote": 32}
+_TURN = {"local": 16, "remote": 32}
 """Images that a process is given at once."""
 _TURNS_OF_A_PROCESS = 2
 """The images of one are decoded while those of the other are read."""
@@ -112,7 +112,7 @@ class _ProcessHere(_Process):
     def __init__(self, settings: Settings, memory: int) -> None:
         mine, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", _PROGRAM, str(theirs.fileno()), str(memory)]
+        command = [sys.executable, "-P", "-m", _PROGRAM, str(theirs.fileno()), str(memory)]
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno(), memory], env=environment, stdin=subprocess.DEVNULL

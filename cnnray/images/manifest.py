@@ -116,37 +116,6 @@ def _reprs(values: pa.Array) -> pa.Array:
     return pc.replace_with_mask(reprs, is_other, pa.array(others, pa.string())) if others else reprs
 
 
-def split_off_validation(manifest: pa.Table, fraction: float, seed: int) -> pa.Table:
-    """Split a labelled manifest into `train` and `validation` at random, stratified by class.
-
-    round(fraction * n) of the n images of each class go to `validation`, but at least one stays in `train`.
-    (scikit-learn's stratified splitters refuse classes of one image and small fractions.)
-
-    Args:
-        manifest: labelled; rows of the split `test` keep it and are not counted, any other split is replaced.
-        fraction: of the images, 0 to 1.
-        seed: the same seed gives the same split.
-
-    Raises:
-        ManifestError: no image would be in `validation`.
-    """
-    train, validation, test = range(len(SPLITS))
-    splits = _split_numbers(manifest)
-    rows = np.flatnonzero(splits != test)
-    labels = manifest["label"].filter(pa.array(splits != test))
-    names = pa.array(sorted(pc.unique(labels).to_pylist()), pa.string())
-    classes: npt.NDArray[np.int32] = pc.index_in(labels, names).to_numpy()
-    splits[rows] = train
-    generator = np.random.default_rng([seed, 0x5711])
-    rows_by_class = np.split(rows[np.argsort(classes, kind="stable")], np.cumsum(np.bincount(classes))[:-1])
-    for rows_of_class in rows_by_class:
-        shuffled = generator.permutation(rows_of_class)
-        splits[shuffled[: min(round(fraction * len(shuffled)), len(shuffled) - 1)]] = validation
-    if not (splits == validation).any():
-        raise ManifestError(f"A validation fraction of {fraction} of {len(rows)} images leaves none for validation.")
-    return _with_splits(manifest, splits)
-
-
 def with_validation(data: pa.Table, validation: pa.Table) -> pa.Table:
     """Join the manifest of a data set with one of other images, which take the place of its validation images.
 
@@ -179,10 +148,10 @@ def with_validation(data: pa.Table, validation: pa.Table) -> pa.Table:
 
 def _divided(manifest: pa.Table, split: str) -> tuple[pa.Table, pa.Table]:
     """The rows that serve as `split`, which they get, and the other rows."""
-    numbers, wanted, test = _split_numbers(manifest), SPLITS.index(split), SPLITS.index("test")
+    numbers, wanted, test = split_numbers(manifest), SPLITS.index(split), SPLITS.index("test")
     serving = next(mask for mask in (numbers == wanted, numbers != test, numbers == test) if mask.any())
     return (
-        _with_splits(manifest.filter(pa.array(serving)), np.full(serving.sum(), wanted, np.int8)),
+        with_splits(manifest.filter(pa.array(serving)), np.full(serving.sum(), wanted, np.int8)),
         manifest.filter(pa.array(~serving)),
     )
 
@@ -302,13 +271,13 @@ def _check_labels(table: pa.Table, source: str) -> None:
         raise ManifestError(f"{source} has one class only ({names[0]}); a classifier needs at least two.")
 
 
-def _split_numbers(manifest: pa.Table) -> npt.NDArray[np.int8]:
+def split_numbers(manifest: pa.Table) -> npt.NDArray[np.int8]:
     """The index of each row's split in `SPLITS`, or -1: int8 (rows,)."""
     numbers: npt.NDArray[np.int32] = pc.fill_null(pc.index_in(manifest["split"], pa.array(SPLITS)), -1).to_numpy()
     return numbers.astype(np.int8)
 
 
-def _with_splits(manifest: pa.Table, numbers: npt.NDArray[np.int8]) -> pa.Table:
+def with_splits(manifest: pa.Table, numbers: npt.NDArray[np.int8]) -> pa.Table:
     """The manifest with these splits, indices in `SPLITS`, in place of its own."""
     splits = pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(SPLITS)).cast(pa.string())
     return manifest.set_column(manifest.column_names.index("split"), "split", splits)

@@ -49,6 +49,14 @@ class DataConfig:
     They take the place of the validation images in --data."""
     validation_fraction: float = 0.2
     """Share of each class that is kept for validation where the data brings no validation images."""
+    group: str | None = None
+    """Column of --data whose values keep together, such as the patient or the product on the images: all images of a
+    value train, or all validate. The share for validation is then one part of so many equal ones."""
+    folds: int | None = None
+    """Divide the images into so many parts for cross-validation, of which one validates, in place of
+    --validation-fraction."""
+    fold: int = 0
+    """The part of --folds that validates, from 0 on."""
     data_checks: bool = field(default=True, metadata=rules(resumable=True))
     """Look first for images in two splits or under two labels, unreadable ones, odd sizes and small classes, and warn
     of them; where there are at most 50,000 (jobs/evaluate.py --check-data looks at more)."""
@@ -69,6 +77,12 @@ class DataConfig:
         flags.check_below_one(self, "validation_fraction", "max_bad_fraction")
         if self.validation_fraction == 0 and self.validation is None:
             raise ValueError("--validation-fraction must be more than 0 where --validation is not given.")
+        if self.folds is not None and not self.folds >= 2:
+            raise ValueError(f"--folds must be at least 2, not {self.folds}.")
+        if not 0 <= self.fold < (self.folds or 1):
+            raise ValueError(f"--fold {self.fold}: there is no such part of --folds {self.folds or 1}.")
+        if self.validation is not None and (self.folds or self.group):
+            raise ValueError("--folds and --group divide --data, and do not go with --validation.")
         flags.make_absolute(self, "data", "output", "validation")
         if f"{self.output}/".startswith(f"{self.data}/"):
             raise ValueError(

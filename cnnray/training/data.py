@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import checks, containers, reading
+from cnnray.images import checks, containers, reading, splits
 from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders
 from cnnray.images.listing import SPLITS
@@ -40,25 +40,36 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: the input gives no manifest that can be trained on.
     """
-    manifest = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
-    splits = set(pc.unique(manifest["split"]).to_pylist())
-    if None in splits and splits - {None, "test"}:
+    manifest = manifests.build_manifest(config.data, labelled=True)
+    if config.group is not None and config.group not in manifest.column_names:
+        raise ManifestError(f"{config.data} has no column {config.group!r} for --group.")
+    given = set(pc.unique(manifest["split"]).to_pylist())
+    if None in given and given - {None, "test"}:
         raise ManifestError(f"{config.data}: some images have a split and some have none.")
     if config.validation is not None:
         if config.validation == config.data:
             raise ManifestError("--validation is the same as --data.")
         validation = manifests.build_manifest(config.validation, labelled=True)
         manifest = manifests.with_validation(manifest, validation)
-    elif splits == {"test"}:
+    elif given == {"test"}:
         raise ManifestError(f"{config.data} holds no images to train on: all are of the split test.")
-    elif "validation" not in splits:
-        manifest = manifests.split_off_validation(manifest, config.validation_fraction, config.seed)
+    elif "validation" not in given:
+        manifest = _split(config, manifest)
+    elif config.folds or config.group:
+        raise ManifestError(f"{config.data} says which images validate: --folds and --group do not go with that.")
+    manifest = manifest.select(["id", "uri", "label", "split"])
     train = _labels(manifest, "train")
     if missing := sorted(set(manifests.class_names(manifest)) - set(pc.unique(train).to_pylist())):
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
     if len(train) < config.most_workers:
         raise ManifestError(f"{config.data} holds {len(train)} training images for {config.most_workers} workers.")
     return manifest
+
+
+def _split(config: TrainConfig, manifest: pa.Table) -> pa.Table:
+    if config.folds is not None:
+        return splits.with_fold(manifest, config.folds, config.fold, config.seed, config.group)
+    return splits.split_off_validation(manifest, config.validation_fraction, config.seed, config.group)
 
 
 def log_counts(manifest: pa.Table) -> None:

@@ -3,9 +3,7 @@ import hashlib
 import json
 import logging
 import os
-import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -210,57 +208,10 @@ def test_missing_folder_and_unknown_scheme(tmp_path):
         build_manifest("ftp://bucket/x", labelled=True)
 
 
-def test_split_is_seeded_and_stratified(tmp_path):
-    _touch(tmp_path, *(f"a/{i}.png" for i in range(10)), *(f"b/{i}.png" for i in range(5)), "c/0.png")
-    manifest = build_manifest(str(tmp_path), labelled=True)
-    first, again, other = (manifests.split_off_validation(manifest, 0.2, seed) for seed in (1, 1, 2))
-    assert first.equals(again)
-    assert not first.equals(other)
-    held = manifests.select_split(first, "validation")["label"].to_pylist()
-    assert (held.count("a"), held.count("b"), held.count("c")) == (2, 1, 0)
-
-
-def test_a_fraction_that_leaves_nothing_is_refused(tmp_path):
-    _touch(tmp_path, "a/0.png", "b/0.png")
-    with pytest.raises(ManifestError, match="leaves none"):
-        manifests.split_off_validation(build_manifest(str(tmp_path), labelled=True), 0.2, 0)
-
-
-def _earlier_split(labels, fraction, seed):
-    """The split as version 0.1.0 drew it."""
-    labels = np.asarray(labels, dtype=object)
-    split = np.full(len(labels), "train", dtype=object)
-    generator = np.random.default_rng([seed, 0x5711])
-    for label in sorted(set(labels)):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        split[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = "validation"
-    return split.tolist()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_seed_gives_the_split_that_earlier_versions_drew(seed):
-    labels = [str(number) for number in np.random.default_rng(seed).zipf(1.5, 500) % 37]
-    labels += ["é", "Z", "a b", ""]
-    manifest = _labelled([f"/{row:04d}.png" for row in range(len(labels))], labels)
-    for fraction in (0.05, 0.2, 0.5):
-        split = manifests.split_off_validation(manifest, fraction, seed)["split"].to_pylist()
-        assert split == _earlier_split(labels, fraction, seed)
-
-
 def _labelled(uris, labels, splits=None):
     columns = {"uri": uris, "label": labels, "split": splits or [None] * len(uris)}
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     return table.add_column(0, "id", [list(range(len(table)))])
-
-
-def test_the_split_test_is_kept_when_validation_images_are_drawn():
-    splits = ["train", "test", "train", "train", "test", "train"]
-    manifest = _labelled([f"/{row}.png" for row in range(6)], list("aabbab"), splits)
-    split = manifests.split_off_validation(manifest, 0.5, 0)
-    assert split["id"].to_pylist() == list(range(6))
-    assert [row for row, name in enumerate(split["split"].to_pylist()) if name == "test"] == [1, 4]
-    others = [0, 2, 3, 5]
-    assert split.take(others)["split"].to_pylist() == _earlier_split(list("abbb"), 0.5, 0)
 
 
 def test_the_fingerprint_is_that_of_earlier_versions():
@@ -273,16 +224,6 @@ def test_the_fingerprint_is_that_of_earlier_versions():
             digest.update(repr(value).encode())
     for table in (manifest, pa.concat_tables([manifest.slice(0, 4), manifest.slice(4)])):
         assert manifests.fingerprint(table) == digest.hexdigest()[:32]
-
-
-def test_many_classes_take_no_time_for_each_row():
-    rows, classes = 60_000, 20_000
-    labels = [f"n{row % classes:08d}" for row in range(rows)]
-    manifest = _labelled([f"/{row:06d}.png" for row in range(rows)], labels)
-    started = time.monotonic()
-    split = manifests.split_off_validation(manifest, 0.4, 0)
-    assert split["split"].to_pylist().count("validation") == classes
-    assert time.monotonic() - started < 5  # 38 s when each class was compared with all rows
 
 
 def test_validation_may_not_repeat_or_add_labels(tmp_path):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ class _ProcessHere(_Process):
 
     def __init__(self, settings: Settings, memory: int) -> None:
         mine, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        folders = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
         command = [sys.executable, "-P", "-m", _PROGRAM, str(theirs.fileno()), str(memory)]
         with theirs:
             self._process = subprocess.Popen(

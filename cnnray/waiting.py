@@ -150,7 +150,7 @@ def watch(check: Callable[[Resources], object], minutes: float | None) -> Iterat
 
 
 def in_background(function: Callable[[], Result]) -> Future[Result]:
-    """Call a function in a thread, without which the process can end.
+    """Call a function in a thread that does not keep the process alive.
 
     Ray's `fit` is called so: in the main thread it has a handler for Ctrl-C that ends the process with 0.
     """

@@ -1,4 +1,4 @@
-"""A process of `cnnray.images.decoder_process` that images with the content of `POISON` end."""
+"""A process of `cnnray.images.decoder_process` that images with the content of `POISON` or `BUG` end."""
 
 import os
 import sys
@@ -6,12 +6,14 @@ from multiprocessing.connection import Connection
 
 from cnnray.images import decoder_process, reading
 
-POISON = b"poison"
+POISON, BUG = b"poison", b"bug"
 
 
 def _decode(data, size, resize):
     if data == POISON:
         os._exit(1)
+    if data == BUG:
+        raise RuntimeError("a bug")
     return decode(data, size, resize)
 
 

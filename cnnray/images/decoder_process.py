@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,13 @@ def main(connection: Connection, memory: int) -> None:
     connection.send(None)
     turns = _Turns(connection, settings)
     for first, sources in turns:
-        connection.send(turns.decode(images[first : first + len(sources)], sources))
+        try:
+            connection.send(turns.decode(images[first : first + len(sources)], sources))
+        except OSError:  # the other process is gone
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the thread that waits for the next turn would keep this process from ending
 
 
 def join(address: tuple[str, int], key: bytes) -> None:
@@ -64,16 +71,29 @@ def join(address: tuple[str, int], key: bytes) -> None:
     Args:
         address, key: from `Decoders.invite`.
     """
-    with contextlib.suppress(OSError, EOFError), Client(address, authkey=key) as connection:
+    with (
+        ThreadPoolExecutor(max(reading.THREADS.values())) as pool,
+        contextlib.suppress(OSError, EOFError),
+        Client(address, authkey=key) as connection,
+    ):
         settings: Settings = connection.recv()
-        connection.send(None)
-        turns = _Turns(connection, settings)
-        for _, sources in turns:
+        while True:
+            uris: list[str] = connection.recv()
+            sources = list(pool.map(reading.bytes_or_error, containers.encoded(uris)))
             images = np.empty((len(sources), settings.size, settings.size, 3), np.uint8)
-            answer = turns.decode(images, sources)
+            answer = _decode(images, sources, settings)
             connection.send(answer)
             if not isinstance(answer, Exception):
                 connection.send_bytes(images.data.cast("B"))
+
+
+def _decode(images: Images, sources: list[Source], settings: Settings) -> list[str] | Exception | None:
+    """Decode a turn, and return its errors, None where there are none, or the exception that ends the stream."""
+    try:
+        errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
+    except CnnrayError as error:
+        return error
+    return errors if any(errors) else None
 
 
 class _Turns:
@@ -106,14 +126,11 @@ class _Turns:
                 yield first, encoded
 
     def decode(self, images: Images, sources: list[Source]) -> list[str] | Exception | None:
-        """Decode a turn, and return its errors, None where there are none, or the exception that ends the stream."""
-        started, settings = time.perf_counter(), self._settings
-        try:
-            errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
-        except CnnrayError as error:
-            return error
+        """See `_decode`."""
+        started = time.perf_counter()
+        answer = _decode(images, sources, self._settings)
         self._decoding = time.perf_counter() - started
-        return errors if any(errors) else None
+        return answer
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ _TURNS_OF_A_PROCESS = 2
 """The images of one are decoded while those of the other are read."""
 _MAX_CRASHES, _MAX_FAILED_STARTS = 2, 3
 """Of a turn, and then of an image; and of processes that end before they are ready, one after another."""
-_LEAST_BATCHES, _MOST_BYTES = 4, 2**31
-"""Of the shared memory: the batch in use, the one before it, and those that are decoded ahead."""
+_LEAST_BATCHES = 4
+"""That the memory has room for: the one in use, the one before it, and those that are decoded ahead."""
+_MOST_BYTES = 2**30
+"""Of the memory, unless so few batches take more."""
+_PATIENCE = 20
+"""Seconds after which a process of another machine that does not answer is given up."""
 
 
 class DecoderError(TransientError, RuntimeError):
@@ -82,33 +87,7 @@ class _Stream:
 
 
 class _Process:
-    """A process that decodes, on another machine, and the turns that it has."""
-
-    is_here = False
-
-    def __init__(self, connection: Any, settings: Settings) -> None:
-        self.connection = connection
-        self.turns: collections.deque[_Turn] = collections.deque()
-        self.is_ready = False
-        self.connection.send(settings)
-
-    def receive(self, into: reading.Images) -> Any:
-        """What it answers: first that it is ready, then the errors of a turn, whose pixels are then in `into`."""
-        answer = self.connection.recv()
-        if self.is_ready and not isinstance(answer, Exception):
-            self.connection.recv_bytes_into(into.data.cast("B"))
-        return answer
-
-    def end(self) -> int | None:
-        """End it, and return its exit code, if that is known."""
-        self.connection.close()
-        return None
-
-
-class _ProcessHere(_Process):
-    """A process on this machine, which shares the memory."""
-
-    is_here = True
+    """A process on this machine that decodes, and the turns that it has."""
 
     def __init__(self, settings: Settings, memory: int) -> None:
         mine, theirs = socket.socketpair()
@@ -119,15 +98,14 @@ class _ProcessHere(_Process):
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno(), memory], env=environment, stdin=subprocess.DEVNULL
             )
-        super().__init__(Connection(mine.detach()), settings)
+        self.connection: Any = Connection(mine.detach())
+        self.turns: collections.deque[_Turn] = collections.deque()
+        self.is_ready = False
+        self.connection.send(settings)
 
-    def receive(self, into: reading.Images) -> Any:
-        """See `_Process`."""
-        return self.connection.recv()
-
-    def end(self) -> int | None:
-        """See `_Process`."""
-        super().end()
+    def end(self) -> int:
+        """End it, and return its exit code."""
+        self.connection.close()
         self._process.kill()
         return self._process.wait()
 
@@ -155,21 +133,27 @@ class Decoders:
             size: height and width in pixels.
             resize: see `decode`.
             largest_batch: most images of a batch.
-            elsewhere: number of processes that will join from other machines.
+            elsewhere: most processes that join from other machines.
             keep_unavailable: see `reading.decoded_blocks`.
         """
         largest_batch = max(largest_batch, 1)
         bytes_of_a_batch = largest_batch * size * size * 3
-        at_once = 2 * _TURNS_OF_A_PROCESS * (processes + elsewhere) * max(_TURN.values())
-        slots = max(_LEAST_BATCHES, min(2 + math.ceil(at_once / largest_batch), _MOST_BYTES // bytes_of_a_batch))
-        self._memory = _shared_memory(slots * bytes_of_a_batch)
-        pixels = np.frombuffer(mmap.mmap(self._memory, slots * bytes_of_a_batch), np.uint8)
-        self._images = pixels.reshape(slots, largest_batch, size, size, 3)
+        most = max(_LEAST_BATCHES, _MOST_BYTES // bytes_of_a_batch)
+        # A process has some turns, and as many wait for it.
+        of_a_process = 2 * _TURNS_OF_A_PROCESS * max(_TURN.values()) / largest_batch
+        slots = min(max(_LEAST_BATCHES, 2 + math.ceil(processes * of_a_process)), most)
+        all_slots = min(slots + math.ceil(elsewhere * of_a_process), most)
+        self._slots_of_another = math.ceil(of_a_process)
+        self._memory = _shared_memory(all_slots * bytes_of_a_batch)
+        pixels = np.frombuffer(mmap.mmap(self._memory, all_slots * bytes_of_a_batch), np.uint8)
+        self._images = pixels.reshape(all_slots, largest_batch, size, size, 3)
         self._settings = Settings(
-            size=size, resize=resize, keep_unavailable=keep_unavailable, images=slots * largest_batch
+            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch
         )
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._free = collections.deque(range(slots))
+        self._unused = collections.deque(range(slots, all_slots))
+        """Slots for what processes of other machines decode."""
         self._streams: collections.deque[_Stream] = collections.deque()
         """With batches that have no place in memory yet."""
         self._batches: dict[tuple[_Stream, int], _Batch] = {}
@@ -180,9 +164,8 @@ class Decoders:
         self._failed_starts = 0
         self.waited = 0.0
         self._woken, self._wake = (Connection(end.detach()) for end in socket.socketpair())
-        self._listener: Listener | None = None
-        self._joining: collections.deque[_Process] = collections.deque()
-        self._processes: list[_Process] = [_ProcessHere(self._settings, self._memory) for _ in range(processes)]
+        self._listener: socket.socket | None = None
+        self._processes = [_Process(self._settings, self._memory) for _ in range(processes)]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -198,33 +181,13 @@ class Decoders:
             DecoderError: a process cannot start.
 
         Yields:
-            the batches of `reading.decoded_blocks`. The pixels of one are there until the next but one is asked for.
+            the batches of `reading.decoded_blocks`. The pixels of one are there until the next but one, or the end of
+            the stream, is asked for.
         """
         stream = _Stream(rows, np.cumsum([0, *sizes]).tolist())
         self._streams.append(stream)
         self._wake_up()
         return self._received(stream)
-
-    def invite(self, host: str) -> tuple[tuple[str, int], bytes]:
-        """Let processes of other machines `join`. They are given turns while more wait than this machine takes next.
-
-        Args:
-            host: address of this machine.
-
-        Returns:
-            what they call `join` with.
-        """
-        key = secrets.token_bytes(32)
-        self._listener = Listener((host, 0), family="AF_INET6" if ":" in host else "AF_INET", authkey=key)
-        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
-        address: Any = self._listener.address
-        return address[:2], key
-
-    def _accept(self, listener: Listener) -> None:
-        while not self._wake.closed:
-            with contextlib.suppress(OSError, EOFError, AuthenticationError):  # of others that connect
-                self._joining.append(_Process(listener.accept(), self._settings))
-                self._wake_up()
 
     def close(self) -> None:
         """End the processes."""
@@ -234,11 +197,14 @@ class Decoders:
         self._thread.join()
         os.close(self._memory)
         if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listener.close()
 
     def _wake_up(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            self._wake.send_bytes(b"1")
+        if self._failure is None:
+            with contextlib.suppress(OSError):  # closed
+                self._wake.send_bytes(b"1")
 
     # -- the consumer's thread ---------------------------------------------------------------------------------
 
@@ -275,6 +241,10 @@ class Decoders:
             for key in [key for key in self._batches if key[0] is stream]:
                 batch = self._batches.pop(key)
                 batch.is_dropped = True
+                waiting = [turn for turn in self._turns if turn.batch is batch]
+                for turn in waiting:
+                    self._turns.remove(turn)
+                batch.turns_left -= len(waiting)
                 if not batch.turns_left:
                     self._free.append(batch.slot)
             self._free.extend(batch.slot for batch in held)
@@ -283,24 +253,23 @@ class Decoders:
     # -- the thread that hands out turns -----------------------------------------------------------------------
 
     def _run(self) -> None:
+        failure: Exception = DecoderError("The processes that decode images were ended.")
         try:
             while True:
-                self._processes += [self._joining.popleft() for _ in range(len(self._joining))]
                 self._begin_batches()
                 self._hand_out()
                 ready = wait([self._woken, *(process.connection for process in self._processes)])
-                if self._woken in ready:
-                    self._woken.recv_bytes()
+                if self._woken in ready and not _received_byte(self._woken):
+                    return
                 for process in [process for process in self._processes if process.connection in ready]:
                     self._receive(process)
-        except EOFError:  # of `close`
-            pass
         except Exception as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            failure = error
         finally:
-            for process in (*self._processes, *self._joining):
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+            for process in self._processes:
                 process.end()
 
     def _begin_batches(self) -> None:
@@ -321,48 +290,53 @@ class Decoders:
                     continue
                 stream.begun += 1
                 self._batches[stream, number] = batch
+                self._turns += turns
                 self._changed.notify_all()
-            self._turns += turns
 
     def _hand_out(self) -> None:
-        next_here = _TURNS_OF_A_PROCESS * sum(process.is_here for process in self._processes)
         for count in range(_TURNS_OF_A_PROCESS):
             for process in self._processes:
-                kept = 0 if process.is_here else next_here
-                while process.is_ready and len(process.turns) == count and len(self._turns) > kept:
-                    turn = self._turns.popleft() if process.is_here else self._turns.pop()
-                    if turn.batch.is_dropped:
-                        self._end_turn(turn)
-                        continue
+                while process.is_ready and len(process.turns) == count and (turn := self._next_turn()):
                     process.turns.append(turn)
                     first = turn.batch.slot * self._images.shape[1] + turn.start
                     with contextlib.suppress(OSError):  # it has crashed, as its answer will tell
                         process.connection.send((first, turn.uris))
 
+    def _next_turn(self) -> _Turn | None:
+        with self._changed:
+            return self._turns.popleft() if self._turns else None
+
     def _receive(self, process: _Process) -> None:
-        turn = process.turns[0] if process.turns else None
-        batch = turn.batch if turn else None
-        places = slice(turn.start, turn.start + len(turn.uris)) if turn else slice(0, 0)
         try:
-            answer = process.receive(self._images[batch.slot if batch else 0, places])
+            answer = process.connection.recv()
         except (EOFError, OSError):
             self._replace(process)
             return
-        if turn is None or batch is None:
+        if not process.is_ready:
             process.is_ready, self._failed_starts = True, 0
             return
-        process.turns.popleft()
-        if isinstance(answer, Exception):
-            batch.error = answer
-        elif answer is not None:
-            batch.errors[places] = answer
-        self._end_turn(turn)
+        self._end_turn(process.turns.popleft(), answer)
 
-    def _end_turn(self, turn: _Turn) -> None:
+    def _end_turn(self, turn: _Turn, answer: list[str] | Exception | None) -> None:
+        """Take what a process answered: the images' errors, None where there are none, or what ends the stream."""
         with self._changed:
+            if isinstance(answer, Exception):
+                turn.batch.error = answer
+            elif answer is not None:
+                turn.batch.errors[turn.start : turn.start + len(turn.uris)] = answer
             turn.batch.turns_left -= 1
             if turn.batch.is_dropped and not turn.batch.turns_left:
                 self._free.append(turn.batch.slot)
+            self._changed.notify_all()
+
+    def _again(self, turns: Sequence[_Turn]) -> None:
+        """Let other processes have turns."""
+        with self._changed:
+            for turn in reversed(turns):
+                if turn.batch.is_dropped:
+                    self._end_turn(turn, None)
+                else:
+                    self._turns.appendleft(turn)
             self._changed.notify_all()
 
     def _replace(self, process: _Process) -> None:
@@ -372,7 +346,7 @@ class Decoders:
             DecoderError: too many have crashed before they were ready.
         """
         code = process.end()
-        self._failed_starts += process.is_here and not process.is_ready
+        self._failed_starts += not process.is_ready
         if self._failed_starts == _MAX_FAILED_STARTS:
             raise DecoderError(f"Processes that decode images end when they start, with exit code {code}.")
         again = list(process.turns)
@@ -387,11 +361,83 @@ class Decoders:
                 again[:1] = singles
             elif first.crashes == _MAX_CRASHES:
                 self._images[first.batch.slot, first.start] = 0
-                first.batch.errors[first.start] = CRASHED
-                self._end_turn(again.pop(0))
-        self._turns.extendleft(reversed(again))
-        place = self._processes.index(process)
-        self._processes[place : place + 1] = [_ProcessHere(self._settings, self._memory)] if process.is_here else []
+                self._end_turn(again.pop(0), [CRASHED])
+        self._again(again)
+        self._processes[self._processes.index(process)] = _Process(self._settings, self._memory)
+
+    # -- processes of other machines, a thread for each --------------------------------------------------------
+
+    def invite(self, host: str) -> tuple[tuple[str, int], bytes]:
+        """Let processes of other machines `join`. They are given turns while more wait than this machine takes next.
+
+        Args:
+            host: address of this machine.
+
+        Returns:
+            what they call `join` with.
+        """
+        key = secrets.token_bytes(32)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        threading.Thread(target=self._accept, args=[self._listener, key], daemon=True).start()
+        return self._listener.getsockname()[:2], key
+
+    def _accept(self, listener: socket.socket, key: bytes) -> None:
+        while not self._wake.closed:
+            with contextlib.suppress(OSError):
+                accepted, _ = listener.accept()
+                threading.Thread(target=self._serve, args=[accepted, key], daemon=True).start()
+
+    def _serve(self, accepted: socket.socket, key: bytes) -> None:
+        """Give turns to a process of another machine. If it is lost or does not answer, another one has its turn."""
+        patience = struct.pack("ll", _PATIENCE, 0)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        turn = None
+        with contextlib.suppress(OSError, EOFError, AuthenticationError), _authenticated(accepted, key) as connection:
+            connection.send(self._settings)
+            with self._changed:
+                self._free += [self._unused.popleft() for _ in range(min(self._slots_of_another, len(self._unused)))]
+            self._wake_up()
+            while (turn := self._turn_for_other()) is not None:
+                connection.send(turn.uris)
+                answer = connection.recv()
+                if not isinstance(answer, Exception):
+                    images = self._images[turn.batch.slot, turn.start : turn.start + len(turn.uris)]
+                    connection.recv_bytes_into(images.data.cast("B"))
+                self._end_turn(turn, answer)
+                turn = None
+                self._wake_up()
+        if turn is not None:
+            self._again([turn])
+            self._wake_up()
+
+    def _turn_for_other(self) -> _Turn | None:
+        """The last turn, once more wait than this machine takes next; None at the end."""
+        with self._changed:
+            while self._failure is None:
+                if len(self._turns) > _TURNS_OF_A_PROCESS * len(self._processes):
+                    return self._turns.pop()
+                self._changed.wait()
+        return None
+
+
+@contextlib.contextmanager
+def _authenticated(accepted: socket.socket, key: bytes) -> Iterator[Any]:
+    """The connection of a process that has called `join` with this key."""
+    with Connection(accepted.detach()) as connection:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        yield connection
+
+
+def _received_byte(connection: Connection) -> bool:
+    """Whether a byte came; False at the end of the connection."""
+    try:
+        connection.recv_bytes()
+    except EOFError:
+        return False
+    return True
 
 
 def _shared_memory(size: int) -> int:

@@ -107,15 +107,23 @@ def _parts_of_groups(manifest: pa.Table, rows: Ints, classes: Ints, group: str, 
     """The part of each row, so that the rows of a group are in the same one."""
     from sklearn.model_selection import StratifiedGroupKFold  # takes a second
 
-    values = manifest[group].take(pa.array(rows)).combine_chunks()
-    if values.null_count:
-        raise ManifestError(f"{values.null_count} images have no value in the column {group!r} (--group).")
+    try:
+        values = manifest[group].take(pa.array(rows)).cast(pa.string()).combine_chunks()
+    except pa.ArrowException:
+        raise ManifestError(f"The column {group!r} (--group) has lists or structures: expected one value.") from None
+    if missing := pc.sum(pc.is_in(values, pa.array(["nan", "", None]))).as_py():
+        raise ManifestError(f"{missing} images have no value in the column {group!r} (--group).")
     groups = pc.dictionary_encode(values)
     if len(groups.dictionary) < parts:
-        found = shorten([str(value) for value in groups.dictionary.to_pylist()])
+        found = shorten(groups.dictionary.to_pylist())
         raise ManifestError(
             f"The column {group!r} (--group) has {len(groups.dictionary)} values ({found}), too few for {parts} "
             "parts: lower --folds, or raise --validation-fraction."
+        )
+    if np.bincount(classes).max() < parts:
+        raise ManifestError(
+            f"No class has {parts} images, one for each part that --group is to divide: lower --folds, or raise "
+            "--validation-fraction."
         )
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
     part_of = np.empty(len(rows), np.int64)

@@ -185,7 +185,8 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     if gpus:
         report = bundle.info.exports.get(KERAS_BFLOAT16)
         engine = KERAS_BFLOAT16 if report and _is_verified(KERAS_BFLOAT16, report) else KERAS
-        log.info("engine %s: there is a GPU", engine)
+        advice = "" if engine == KERAS_BFLOAT16 else " (export --formats keras-bfloat16 verifies a faster one)"
+        log.info("engine %s: there is a GPU%s", engine, advice)
         return engine
     key = "1" if batch_size < 6 else "32"
     speeds = {

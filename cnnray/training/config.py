@@ -51,7 +51,7 @@ class DataConfig:
     """Share of each class that is kept for validation where the data brings no validation images."""
     group: str | None = None
     """Column of --data whose values keep together, such as the patient or the product on the images: all images of a
-    value train, or all validate. The share for validation is then one part of so many equal ones."""
+    value train, or all validate. With it, --validation-fraction 0.2 is one of five equal parts."""
     folds: int | None = None
     """Divide the images into so many parts for cross-validation, of which one validates, in place of
     --validation-fraction."""
@@ -80,7 +80,10 @@ class DataConfig:
         if self.folds is not None and not self.folds >= 2:
             raise ValueError(f"--folds must be at least 2, not {self.folds}.")
         if not 0 <= self.fold < (self.folds or 1):
-            raise ValueError(f"--fold {self.fold}: there is no such part of --folds {self.folds or 1}.")
+            of = "needs --folds" if self.folds is None else f"must be 0 to {self.folds - 1}"
+            raise ValueError(f"--fold {of}, and is {self.fold}.")
+        if self.group is not None and self.folds is None and self.validation_fraction > 0.5:
+            raise ValueError(f"--validation-fraction with --group is at most 0.5, not {self.validation_fraction}.")
         if self.validation is not None and (self.folds or self.group):
             raise ValueError("--folds and --group divide --data, and do not go with --validation.")
         flags.make_absolute(self, "data", "output", "validation")
@@ -283,7 +286,8 @@ class ClusterConfig:
     gpus_per_worker: float = 0.0
     """GPUs of one worker."""
     decode_cpus: float | None = None
-    """CPUs that Ray reserves for one reading and decoding task; null: 1, or less where few are left."""
+    """CPUs that Ray reserves for a task that checks images or decodes them into memory; null: 1, or less where few
+    are left. Images that are streamed are decoded by processes beside the workers."""
     cache: Cache = "auto"
     """Keep the decoded images in Ray's object store: memory, none (read them anew each epoch), or auto (memory
     where they take less than a fifth of it)."""

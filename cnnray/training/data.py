@@ -60,7 +60,8 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
     manifest = manifest.select(["id", "uri", "label", "split"])
     train = _labels(manifest, "train")
     if missing := sorted(set(manifests.class_names(manifest)) - set(pc.unique(train).to_pylist())):
-        raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}.")
+        why = ": all of its images validate, by --group or --folds" if config.group or config.folds else ""
+        raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}{why}.")
     if len(train) < config.most_workers:
         raise ManifestError(f"{config.data} holds {len(train)} training images for {config.most_workers} workers.")
     return manifest

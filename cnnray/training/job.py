@@ -159,6 +159,7 @@ def _run(
         weights=_weights_file(config),
         threads=shares.threads_per_worker,
         decoders=shares.decoders_per_worker,
+        uses_other_nodes=not callbacks,
         cached=cached,
         started=started,
         lease_holder=held.holder,

@@ -46,15 +46,18 @@ class OtherNodes:
             cpus: from `free_cpus`.
         """
         self._decoders, self._left, self._started = decoders, cpus, 0
-        self._clock, self._waited = time.monotonic(), 0.0
+        self._clock: float | None = None
+        self._waited = 0.0
         self._invitation: tuple[Any, ...] = decoders.invite(ray.util.get_node_ip_address()) if cpus else ()
 
     def ask(self) -> None:
-        """Start tasks on other nodes, twice as many as there are, if the last seconds were spent waiting for images.
+        """Start tasks on other nodes, twice as many as before, if the last seconds were spent waiting for images.
 
         The tasks end with this process, or when its decoders are closed.
         """
         now, waited = time.monotonic(), self._decoders.waited
+        if self._clock is None:  # the first batch waits for the processes to start
+            self._clock, self._waited = now, waited
         if not self._left or now - self._clock < _SECONDS:
             return
         is_slow = waited - self._waited > _SHARE * (now - self._clock)
@@ -67,4 +70,4 @@ class OtherNodes:
                 task = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy=strategy)(decoder_process.join)
                 task.remote(*self._invitation)
             self._started += len(more)
-            log.info("%d CPUs of other nodes decode for this worker", self._started)
+            log.info("%d CPUs of other nodes are asked to decode for this worker", self._started)

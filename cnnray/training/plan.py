@@ -48,6 +48,8 @@ class Assignment:
     """TensorFlow threads of a worker."""
     decoders: int
     """Processes that decode for a worker."""
+    uses_other_nodes: bool
+    """Whether nodes without a worker may decode, too: in a search, they are for other trials."""
     cached: dict[str, list[Any]]
     """By split: references to decoded blocks; empty where images are streamed."""
     started: float
@@ -127,6 +129,8 @@ def _check_left(config: TrainConfig, cpus: float, decode: float | None, availabl
 def _decoders(config: TrainConfig, cpus: float, available: Resources) -> int:
     """As many as a worker's share of its node's CPUs: they use those that the training step leaves idle."""
     shares = [node.cpus / workers for node in available.nodes if (workers := _filled(config, cpus, node)[0])]
+    if config.cpus_per_worker:  # other things run beside this training
+        shares.append(math.ceil(config.cpus_per_worker / _WORKERS_SHARE))
     return max(1, math.floor(min(shares)))
 
 

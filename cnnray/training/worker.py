@@ -80,6 +80,7 @@ class _Worker:
         train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
         self.images, self.validation_images = len(train), len(validation)
         self.validation_batch = math.ceil(min(self.config.batch_size, self.validation_images) / self.world)
+        self.decoders: Decoders | None = None
         self.other_nodes: other_nodes.OtherNodes | None = None
         self.train_source, self.validation_source = self._sources(train, validation)
         self.upcoming: Iterator[Batch] | None = None
@@ -107,8 +108,9 @@ class _Worker:
     def _sources(self, train: pa.Table, validation: pa.Table) -> tuple[Source, Source]:
         if cached := self.assignment.cached:
             return CachedSource(cached["train"]), CachedSource(cached["validation"])
-        cpus = other_nodes.free_cpus(self.rank, self.world)[: _DECODERS_ELSEWHERE * self.assignment.decoders]
-        decoders = Decoders(
+        cpus = other_nodes.free_cpus(self.rank, self.world) if self.assignment.uses_other_nodes else []
+        cpus = cpus[: _DECODERS_ELSEWHERE * self.assignment.decoders]
+        decoders = self.decoders = Decoders(
             self.assignment.decoders,
             self.config.image_size,
             self.config.resize,
@@ -141,7 +143,11 @@ class _Worker:
             self.lines = callbacks.ProgressLogger(self.config.all_epochs, len(self.bounds) - 1, self.images)
             if self.rank == 0:
                 shown = [keras.callbacks.TensorBoard(events, write_graph=False), self.lines]
-            self._run(keras.callbacks.CallbackList(shown, model=self.steps.model), events)
+            try:
+                self._run(keras.callbacks.CallbackList(shown, model=self.steps.model), events)
+            finally:
+                if self.decoders is not None:
+                    self.decoders.close()
 
     def _run(self, shown: keras.callbacks.CallbackList, events: str) -> None:
         self._restore()

@@ -277,7 +277,7 @@ def test_other_nodes_decode_for_a_worker_that_waits_for_images(nodes, start, pho
         )  # fmt: skip
 
     disturbed = train("disturbed")
-    _wait_for_log(disturbed, "CPUs of other nodes decode for this worker")
+    _wait_for_log(disturbed, "CPUs of other nodes are asked to decode")
     node = _choose_node(nodes, "ray::join")
     assert TRAINER not in "".join(" ".join(process.cmdline()) for process in nodes.processes(node))
     nodes.cut_power(node)

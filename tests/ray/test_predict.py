@@ -297,7 +297,7 @@ def test_the_output_of_another_job_is_not_replaced(tmp_path, bundle, images):
 
 def test_mistakes_are_reported_before_anything_is_written(tmp_path, bundle, images):
     for changes, error, sentence in (
-        ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, keras-bfloat16, onnx"),
+        ({"engine": "litert"}, BundleError, r"was not exported to litert \(it has keras, onnx"),
         ({"bundle": str(tmp_path / "none")}, BundleError, "is not a bundle"),
         ({"input": str(tmp_path / "none")}, ManifestError, "does not exist"),
         ({"input": str(tmp_path / "twice.csv")}, ManifestError, "same image is listed more than once: '/b.png'"),

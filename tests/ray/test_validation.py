@@ -54,6 +54,7 @@ def validated(digits, tmp_path_factory):
             weights=None,
             threads=1,
             decoders=1,
+            uses_other_nodes=False,
             cached={},
             started=0.0,
             lease_holder="",

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from cnnray.images import decoders, reading, storage
 from cnnray.images.decoders import Decoders
 from tests.awkward import awkward_images, bad_images
-from tests.poisoned_decoder import POISON
+from tests.poisoned_decoder import BUG, POISON
 
 SIZE = 24
 
@@ -136,25 +137,65 @@ def test_a_process_that_cannot_start_is_an_error(manifest, monkeypatch, started)
         next(stream)
 
 
-def test_processes_of_other_machines_take_turns(manifest, started):
-    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
-    for here in (0, 1):
-        decoding = started(here, SIZE, "stretch", largest_batch=60, elsewhere=2)
-        address, key = decoding.invite("127.0.0.1")
+@pytest.fixture
+def joined():
+    """Start processes that join as those of other machines do; they are ended after the test."""
+    running = []
+
+    def start(invitation):
         program = "import sys; from cnnray.images import decoder_process as d; d.join(*eval(sys.argv[1]))"
-        others = [subprocess.Popen([sys.executable, "-c", program, repr((address, key))]) for _ in range(2)]
-        refused = subprocess.Popen([sys.executable, "-c", program, repr((address, b"wrong"))], stderr=subprocess.PIPE)
-        assert b"AuthenticationError" in refused.communicate()[1]
-        batches = []
-        for number, batch in enumerate(decoding.batches(rows_of(manifest), [20] * 3)):
-            batches.append(batch | {"image": batch["image"].copy()})
-            if number == 0:
-                others[0].kill()  # its turns go to others
-        for name in ("id", "image", "error"):
-            np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
-        decoding.close()
-        assert others[1].wait(20) == 0
-        others[0].wait(20)
+        running.append(subprocess.Popen([sys.executable, "-c", program, repr(invitation)], stderr=subprocess.PIPE))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("here", [0, 1])
+@pytest.mark.parametrize("loss", ["killed", "silent"])
+def test_processes_of_other_machines_take_turns(here, loss, manifest, started, joined, monkeypatch):
+    monkeypatch.setattr(decoders, "_PATIENCE", 2)
+    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    decoding = started(here, SIZE, "stretch", largest_batch=60, elsewhere=2)
+    address, key = decoding.invite("127.0.0.1")
+    others = [joined((address, key)) for _ in range(2)]
+    assert b"AuthenticationError" in joined((address, b"wrong")).communicate()[1]
+    batches = []
+    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+        batches.append(batch | {"image": batch["image"].copy()})
+        if number == 2:  # its turn goes to another one
+            others[0].send_signal(signal.SIGKILL if loss == "killed" else signal.SIGSTOP)
+    for name in ("id", "image", "error"):
+        np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
+    decoding.close()
+    assert others[1].wait(20) == 0
+
+
+def test_a_stream_that_is_dropped_before_anything_is_decoded_does_not_stop_the_next(manifest, started):
+    decoding = started(1, SIZE, "stretch", largest_batch=4)
+    first = decoding.batches(rows_of(manifest), [4] * 15)
+    second = decoding.batches(rows_of(manifest), [4] * 15)
+    decoding._drop(next(iter(decoding._streams)), [])
+    assert sum(len(batch["id"]) for batch in second) == 60
+    first.close()
+
+
+def test_an_error_that_is_none_of_ours_ends_the_process_and_the_image_is_at_fault(tmp_path, monkeypatch, started):
+    (tmp_path / "a").write_bytes(BUG)
+    monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
+    table = pa.table({"id": [0], "uri": [str(tmp_path / "a")]})
+    (batch,) = started(1, SIZE, "stretch", largest_batch=1).batches(rows_of(table), [1])
+    assert batch["error"].tolist() == [decoders.CRASHED]
+
+
+def test_a_consumer_that_waits_is_told_of_the_end(manifest, started):
+    decoding = started(0, SIZE, "stretch", largest_batch=8)
+    stream = decoding.batches(rows_of(manifest), [8])
+    threading.Timer(0.5, decoding.close).start()
+    with pytest.raises(decoders.DecoderError, match="were ended"):
+        next(stream)
 
 
 def test_processes_end_with_the_one_that_started_them(manifest):

@@ -122,6 +122,19 @@ def test_what_cannot_be_divided_is_refused():
         splits.with_fold(manifest, 2, 0, 0, "patient")
     with pytest.raises(ManifestError, match=r"has 2 values \(.*x.*y.*\), too few for 5 parts: lower --folds"):
         splits.with_fold(manifest.slice(0, 3), 5, 0, 0, "patient")
+    with pytest.raises(ManifestError, match="No class has 3 images, one for each part that --group is to divide"):
+        splits.with_fold(
+            _labelled([f"/{row}.png" for row in range(4)], list("aabb"), patient=list("wxyz")), 3, 0, 0, "patient"
+        )
+    odd = (
+        manifest.slice(0, 3)
+        .append_column("lists", [[[1], [2], [3]]])
+        .append_column("sizes", [[1.0, float("nan"), 2.0]])
+    )
+    with pytest.raises(ManifestError, match=r"'lists' \(--group\) has lists or structures"):
+        splits.with_fold(odd, 2, 0, 0, "lists")
+    with pytest.raises(ManifestError, match="1 images have no value in the column 'sizes'"):
+        splits.with_fold(odd, 2, 0, 0, "sizes")
     with pytest.raises(ManifestError, match="4 images are too few for 9 folds: fold 8 has none"):
         splits.with_fold(manifest, 9, 8, 0)
 

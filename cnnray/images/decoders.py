@@ -296,7 +296,7 @@ class Decoders:
     def _hand_out(self) -> None:
         for count in range(_TURNS_OF_A_PROCESS):
             for process in self._processes:
-                while process.is_ready and len(process.turns) == count and (turn := self._next_turn()):
+                if process.is_ready and len(process.turns) == count and (turn := self._next_turn()):
                     process.turns.append(turn)
                     first = turn.batch.slot * self._images.shape[1] + turn.start
                     with contextlib.suppress(OSError):  # it has crashed, as its answer will tell

@@ -199,7 +199,7 @@ def test_the_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):
     def interrupt(fit):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnray.training.job.interruptible", interrupt)
+    monkeypatch.setattr("cnnray.waiting.interruptible", interrupt)
     with pytest.raises(KeyboardInterrupt):
         search(replace(config, overwrite=True))
     assert not (earlier / "search-killed/trials").exists()

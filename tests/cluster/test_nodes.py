@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.load import read_steady
 from benchmarks.photos import write as write_photos
@@ -269,10 +270,15 @@ def test_a_worker_that_is_cut_off_for_a_minute_adds_no_row(nodes, start, photos,
 
 
 def test_other_nodes_decode_for_a_worker_that_waits_for_images(nodes, start, photos, tmp_path):
+    for photo in sorted(photos.rglob("*.jpg"))[::3]:
+        path = tmp_path / "images" / photo.parent.name / f"{photo.stem}.png"  # takes ten times as long to decode
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photo).save(path, compress_level=1)
+
     def train(name):
         return start(
-            "train", "--data", photos, "--output", tmp_path / name, "--architecture", "small_cnn", "--image-size",
-            "32", "--epochs", "8", "--data-checks", "false", "--cache", "none", "--max-workers", "1",
+            "train", "--data", tmp_path / "images", "--output", tmp_path / name, "--architecture", "small_cnn",
+            "--image-size", "32", "--epochs", "8", "--data-checks", "false", "--cache", "none", "--max-workers", "1",
             "--augment", "none",
         )  # fmt: skip
 

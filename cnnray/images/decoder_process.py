@@ -24,6 +24,7 @@ from cnnray.images.resize import ResizeRule
 _NICE = 5
 """A training step goes first."""
 _SLOW_TURNS = 3
+"""Turns, one after another, that took longer to read than to decode, after which several threads read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def main(connection: Connection, memory: int) -> None:
     for first, sources in turns:
         try:
             connection.send(turns.decode(images[first : first + len(sources)], sources))
-        except OSError:  # the other process is gone
+        except ConnectionError:  # the other process is gone
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -108,7 +109,7 @@ class _Turns:
         self._decoding = math.inf
         """Seconds of the last turn."""
         self._slow = 0
-        """Turns, one after another, that took longer to read."""
+        """Turns so far that were slow to read, one after another."""
 
     def __iter__(self) -> Iterator[tuple[int, list[Source]]]:
         return reading.prefetched(self._read())

@@ -145,7 +145,7 @@ def test_predict_through_cuts_of_20_seconds(s3, digits, onnx_bundle, start_job, 
         output, parts = f"{s3.bucket}/{trial}", random.randint(0, 20)
         s3.faults, before = slow_images, s3.fault_counts["cut"]
         job = start_job(*command, "--output", output)
-        until(lambda: count_parts(output) >= parts, 120, f"{parts} parts")  # noqa: B023 - called at once
+        wait_for_parts(output, parts)
         s3.faults = lambda method, path, before: "cut"
         time.sleep(20)
         s3.faults = slow_images
@@ -162,8 +162,11 @@ def slow_images(method, path, before):
     return "slow" if path.endswith(".png") else None
 
 
-def count_parts(output):
-    return sum("/part-" in file.uri for file in storage.files(output)) if storage.exists(output) else 0
+def wait_for_parts(output, parts):
+    def are_there():
+        return storage.exists(output) and sum("/part-" in file.uri for file in storage.files(output)) >= parts
+
+    until(lambda: parts == 0 or are_there(), 120, f"{parts} parts")
 
 
 def test_serve(s3, digits, onnx_bundle, start_job, capsys):

@@ -97,10 +97,13 @@ def _wrapped(error: BaseException) -> list[BaseException]:
 
 def full_trace(error: BaseException) -> str:
     """The traceback of an error, and behind it those of the workers that made it, which Ray keeps as text."""
-    text, left = "".join(traceback.format_exception(error)), [error]
+    text, left, seen = "".join(traceback.format_exception(error)), [error], {id(error)}
     while left:
         inner = left.pop()
-        left += _wrapped(inner)
+        # An error that was taken out of Ray's is raised from it, and so each holds the other.
+        new = [held for held in _wrapped(inner) if id(held) not in seen]
+        seen |= {id(held) for held in new}
+        left += new
         for worker in (str(inner), *getattr(inner, "__notes__", ())):
             if worker not in text:
                 text += f"\n{type(inner).__name__}: {worker}\n"

@@ -180,3 +180,13 @@ def test_a_shutdown_that_hangs_for_ever_is_left(own_ray, monkeypatch):
     monkeypatch.setattr(ray, "shutdown", ended.wait)
     cluster.shut_down(0.2)  # of a cluster that this process has not started
     ended.set()
+
+
+@pytest.mark.timeout(20)
+def test_the_trace_of_errors_that_hold_each_other_has_an_end():
+    of_worker, of_ray = ClusterError("the worker's"), RuntimeError("Ray's")
+    of_ray.cause = of_worker
+    of_worker.__cause__ = of_ray
+    trace = cluster.full_trace(of_worker)
+    assert "ClusterError: the worker's" in trace
+    assert "RuntimeError: Ray's" in trace

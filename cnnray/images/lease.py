@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cnnray.errors import PermanentError
 from cnnray.images import storage
+from cnnray.images.retries import patient
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ class _RemoteLease(Lease):
             log.warning("The lease on %s could not be released: %s", self._output, error)
 
 
+@patient
 def check_holder(output: str, holder: str) -> None:
     """Check in another process of the run that the run still holds its lease.
 

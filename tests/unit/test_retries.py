@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cnnray.images import containers, reading, retries, storage
+from cnnray.images import containers, lease, reading, retries, storage
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import build_manifest, manifest_from_uris
 from tests.conftest import write_tar
@@ -41,7 +41,7 @@ def answers(monkeypatch):
     """What the next reads of storage give: bytes, or an error to raise."""
     queue = []
 
-    def read_bytes(uri, max_bytes=None):
+    def read_bytes(uri, max_bytes=None, quick=False):
         answer = queue.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -56,6 +56,15 @@ def test_images_are_read_again_after_growing_pauses(pauses, answers, caplog):
     assert reading.load_bytes("s3://a/1.png") == b"image"
     assert pauses == [1.0, 2.0, 4.0]
     assert caplog.messages == [f"{THROTTLED} Trying again for 100 s."]
+
+
+def test_a_worker_waits_to_see_whether_its_run_has_the_lease(pauses, answers):
+    answers += [storage.UnavailableError("No answer."), b"holder since today", b"another since today"]
+    lease.check_holder("s3://a/out", "holder")
+    assert pauses == [1.0]
+    with pytest.raises(lease.LeaseLostError):
+        lease.check_holder("s3://a/out", "holder")
+    assert pauses == [1.0]
 
 
 def test_trouble_of_a_bucket_is_logged_once_a_minute(pauses, answers, caplog):

@@ -17,10 +17,9 @@ from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.models import startup
-from cnnray.training import decisions, epoch
+from cnnray.training import decisions, epoch, plan
 from cnnray.training.config import TrainConfig
-from cnnray.training.decided import DecidedConfig
-from cnnray.training.plan import share_out
+from cnnray.training.decided import PlannedConfig
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: in
         )
     threads = plan_bare_loops(resources).processes
     config = make_config(2, cpus_per_worker=None if len(resources.nodes) == 1 else threads / 2)
-    shares = share_out(config, resources)
+    shares = plan.share_out(config, resources)
     fit, memory, files = [], [], []
     for _ in range(rounds):
         fit.append(_measure_model_fit(threads, steps))
@@ -64,14 +63,14 @@ def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: in
     ]
 
 
-def make_config(workers: int, **flags: Any) -> DecidedConfig:
+def make_config(workers: int, **flags: Any) -> PlannedConfig:
     """The config of a training like the peer's: Adam at a constant rate, without augmentation."""
     defaults: dict[str, Any] = {
         "data": "/none", "output": "/nowhere", "architecture": "vgg_bn", "image_size": SIZE, "batch_size": BATCH,
         "max_workers": workers, "augment": "none", "optimizer": "adam", "schedule": "constant",
     }  # fmt: skip
     facts = decisions.DataFacts(images=BATCH, classes=CLASSES, side=SIZE)
-    return decisions.decide(TrainConfig(**defaults | flags), facts)[0]
+    return plan.planned(decisions.decide(TrainConfig(**defaults | flags), facts)[0])
 
 
 def _measure_model_fit(threads: int, steps: int) -> float:
@@ -105,7 +104,7 @@ def _random_batches(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 
 def run_on_workers(
-    config: DecidedConfig,
+    config: PlannedConfig,
     folder: Path,
     steps: int,
     *,
@@ -129,19 +128,18 @@ def run_on_workers(
         `memory` and, with a manifest, `files`: images/s; `nodes`: number of nodes with workers.
     """
     import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from cnnray.training.backend import MultiWorkerConfig
+    from cnnray.training.backend import MultiWorkerConfig, Trainer
 
     threads = max(1, math.ceil(cpus))
-    resources = {"CPU": cpus} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+    resources = {"CPU": cpus} | ({"GPU": config.gpus} if config.gpus else {})
     with tempfile.TemporaryDirectory(dir=folder) as storage_path:
-        result = DataParallelTrainer(
+        result = Trainer(
             functools.partial(_measure_on_worker, config, threads, decoders, steps, manifest),
             backend_config=MultiWorkerConfig(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.max_workers,
-                use_gpu=config.gpus_per_worker > 0,
+                use_gpu=config.gpus > 0,
                 resources_per_worker=resources,
                 placement_strategy="SPREAD" if spread else "PACK",
             ),
@@ -154,10 +152,10 @@ def run_on_workers(
 
 
 def _measure_on_worker(
-    config: DecidedConfig, threads: int, decoders: int, steps: int, manifest: pa.Table | None
+    config: PlannedConfig, threads: int, decoders: int, steps: int, manifest: pa.Table | None
 ) -> dict[str, Any]:
     """Measure steps with input from memory and from files. Runs on each worker."""
-    startup.load_tensorflow(gpus=config.gpus_per_worker > 0)
+    startup.load_tensorflow(gpus=config.gpus > 0)
     import ray.train
     import tensorflow as tf
 

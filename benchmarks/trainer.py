@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data_sets import SIZE, Labelled
-from cnnray.training import decisions, epoch, recipe
+from cnnray.training import decisions, epoch, plan, recipe
 from cnnray.training.callbacks import epoch_score
 from cnnray.training.config import TrainConfig
-from cnnray.training.decided import DecidedConfig
+from cnnray.training.decided import PlannedConfig
 
 _AT_ONCE = 500
 """Images that are evaluated at once."""
@@ -43,7 +43,7 @@ class Trained:
     accuracy: float
     """Of these weights, on the held-out images."""
     epochs: list[Passed]
-    config: DecidedConfig
+    config: PlannedConfig
 
 
 def make_config(**flags: Any) -> TrainConfig:
@@ -80,13 +80,13 @@ def train_network(
 
     class VariantSteps(Steps):
         @staticmethod
-        def _build(config: DecidedConfig, classes: int, policy: str) -> Any:
+        def _build(config: PlannedConfig, classes: int, policy: str) -> Any:
             return variant(Steps._build(config, classes, policy))
 
     keras.backend.clear_session()
     counts = np.bincount(train.targets).tolist()
     facts = decisions.DataFacts(images=len(train.targets), classes=len(counts), side=train.images.shape[1])
-    decided, _ = decisions.decide(config, facts)
+    decided = plan.planned(decisions.decide(config, facts)[0])
     class_weights = recipe.class_weights(decided, counts)
     steps = VariantSteps(decided, len(counts), weights=weights, teacher=teacher, class_weights=class_weights)
     bounds = epoch.step_bounds(len(train.targets), decided.batch_size)

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from cnnray.errors import CnnrayError, PermanentError
 from cnnray.images import storage
 
 log = logging.getLogger(__name__)
+
+
+_GPU_TYPE = "accelerator_type:"
+"""Beginning of the name of a node's resource."""
 
 
 class ClusterError(PermanentError, RuntimeError):
@@ -32,6 +36,8 @@ class Node:
 
     cpus: float
     gpus: float = 0.0
+    gpu_type: str | None = None
+    """Such as A100 or T4, as Ray calls it; None where Ray does not know it."""
     object_store_bytes: int = 0
 
 
@@ -60,6 +66,15 @@ class Resources:
     def smallest_object_store_bytes(self) -> int:
         """Bytes of the smallest object store."""
         return min(node.object_store_bytes for node in self.nodes)
+
+    @property
+    def gpu_types(self) -> set[str | None]:
+        """The types of all GPUs."""
+        return {node.gpu_type for node in self.nodes if node.gpus}
+
+    def without_gpus(self) -> "Resources":
+        """The same nodes, without their GPUs."""
+        return Resources(tuple(replace(node, gpus=0.0, gpu_type=None) for node in self.nodes))
 
     def room_for(self, cpus: float, gpus: float) -> int:
         """How many processes with this many CPUs (more than 0) and GPUs fit, each on one node."""
@@ -348,6 +363,7 @@ def resources() -> Resources:
             Node(
                 cpus=node.get("CPU", 0.0),
                 gpus=node.get("GPU", 0.0),
+                gpu_type=next((name[len(_GPU_TYPE) :] for name in node if name.startswith(_GPU_TYPE)), None),
                 object_store_bytes=int(node.get("object_store_memory", 0)),
             )
             for node in nodes

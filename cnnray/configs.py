@@ -88,6 +88,11 @@ def groups(config_class: type[Config]) -> list[tuple[type[Config], set[str]]]:
     return classes
 
 
+def fields_of(config: Config, config_class: type[Config]) -> dict[str, Any]:
+    """The values of those fields that another class has, too, by field."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config_class)}
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """A config as plain values, for YAML and JSON."""
     return asdict(config)

@@ -1,9 +1,9 @@
 """The config of an evaluation: every field is a flag of jobs/evaluate.py and a key of its YAML."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from cnnray import flags
+from cnnray import configs, flags
 from cnnray.images import storage
 from cnnray.models import engines
 from cnnray.prediction.config import InferenceOptions, PredictConfig
@@ -82,7 +82,7 @@ class EvaluateConfig(InferenceOptions):
         """
         assert self.bundle is not None
         assert self.output is not None
-        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(InferenceOptions)}
+        shared = configs.fields_of(self, InferenceOptions)
         if self.calibrate and self.engine == "auto":
             shared["engine"] = engines.KERAS  # probabilities of int8 engines are too coarse to fit a temperature to
         return PredictConfig(

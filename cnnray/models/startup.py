@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import re
@@ -58,6 +59,15 @@ def _load(*, gpus: bool) -> None:
             "NVIDIA's driver and the packages of requirements-gpu.lock."
         )
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
+
+
+def is_built_for_gpus() -> bool:
+    """Whether the installed TensorFlow may use GPUs: it is not the package without CUDA."""
+    try:
+        importlib.metadata.version("tensorflow-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
 
 
 def was_given_gpu() -> bool:

@@ -7,6 +7,7 @@ Ray's own `ray.train.tensorflow` does the same, but imports TensorFlow into the 
 import contextlib
 import importlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
@@ -25,6 +27,9 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cnnray import cluster
 from cnnray.models import startup
+from cnnray.training.output import TooLittleMemoryError, TrainingError
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(DataParallelTrainer):
@@ -47,6 +52,7 @@ class Trainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["failure_policy"] = _FailurePolicy(self.run_config.failure_config)
         if not self._is_alone or type(options["scaling_policy"]) is not FixedScalingPolicy:
             return super()._initialize_and_run_controller(**options)
         options["scaling_policy"] = _AloneScalingPolicy(self.scaling_config)
@@ -54,6 +60,19 @@ class Trainer(DataParallelTrainer):
         controller = ray.remote(num_cpus=0)(_AloneController).remote(self._ahead, **options)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
+
+
+class _FailurePolicy(DefaultFailurePolicy):
+    """Begins anew after trouble that the workers have made smaller, and ends after what remains the same."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        error = cluster.user_error(training_failed_error)
+        if isinstance(error, TooLittleMemoryError):
+            log.warning("%s", error)
+            return FailureDecision.RETRY
+        if isinstance(error, TrainingError):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class _AloneScalingPolicy(FixedScalingPolicy):

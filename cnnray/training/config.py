@@ -23,7 +23,7 @@ DEFAULT_AUGMENT: Strength = "light"
 """What null stands for; it mirrors nothing."""
 
 SIXTEENTHS = 16
-"""Ray adds up shares of a CPU or GPU as floating-point numbers; sixteenths add up without rounding."""
+"""Ray adds up shares of a CPU as floating-point numbers; sixteenths add up without rounding."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -213,8 +213,9 @@ class RecipeConfig:
     """Share of the teacher's answers in the loss."""
     distillation_temperature: float = 3.0
     """Divisor of the logits of both networks; higher: more weight on the teacher's scores of the wrong classes."""
-    precision: Precision = "float32"
-    """Type that the network computes in; weights, statistics and the bundle stay float32."""
+    precision: Precision | None = None
+    """Type that the network computes in; weights, statistics, losses and the bundle stay float32. null: bfloat16 on
+    GPUs that compute in it (such as A100, L4 and H100), else float32."""
     early_stopping_patience: int | None = None
     """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0
@@ -275,16 +276,20 @@ class ClusterConfig:
     """Worker processes that are needed at least: training goes on with fewer than --max-workers where a node is lost,
     and with more when one is added. null: as many as --max-workers."""
     max_workers: int | None = None
-    """Worker processes that train side by side, at most. null: 2 on a cluster or with --min-workers, and 1 where the
-    job starts a Ray of its own, as one process starts sooner. A run that goes on keeps its number."""
+    """Worker processes that train side by side, at most. null: one for each GPU; without GPUs one for each node, but
+    for nodes so small that the others would wait for them. A run that goes on keeps its number."""
     wait_minutes: float | None = None
     """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
     lost while it trains."""
     cpus_per_worker: float | None = None
     """CPUs of one worker, rounded up also its TensorFlow threads; null: three quarters of the cluster's CPUs
     shared by the workers, or 1 where they have GPUs."""
-    gpus_per_worker: float = 0.0
-    """GPUs of one worker."""
+    gpus_per_worker: float | None = None
+    """1 or 0: whether a worker has a GPU of its own. null: 1 where the cluster has one for each worker."""
+    images_per_worker: int | None = None
+    """Most images that a worker takes at once. Of a larger part of a step it takes several micro-batches, and sums
+    their gradients; batch norm, dropout and augmentation see each for itself. null: the whole part, or, after it has
+    run out of memory, half as many, as often as that is needed."""
     decode_cpus: float | None = None
     """CPUs that Ray reserves for a task that checks images or decodes them into memory; null: 1, or less where few
     are left. Images that are streamed are decoded by processes beside the workers."""
@@ -304,23 +309,23 @@ class ClusterConfig:
         Raises:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
-        flags.check_at_least_one(self, "min_workers", "max_workers", "checkpoint_every_steps")
+        flags.check_at_least_one(self, "min_workers", "max_workers", "images_per_worker", "checkpoint_every_steps")
         flags.check_more_than_zero(self, "cpus_per_worker", "decode_cpus")
         flags.check_not_negative(self, "wait_minutes", "max_failures")
         flags.check_choices(self, cache=Cache)
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"--min-workers {self.min_workers} is more than --max-workers {self.max_workers}.")
-        if not 0 <= self.gpus_per_worker <= 1:
+        if self.gpus_per_worker not in (None, 0, 1):
             raise ValueError(
-                f"--gpus-per-worker must be 0 to 1, not {self.gpus_per_worker}: for more GPUs raise --max-workers."
+                f"--gpus-per-worker must be 0 or 1, not {self.gpus_per_worker:g}: workers cannot share a GPU (NCCL "
+                "refuses it), and more GPUs take more workers (--max-workers)."
             )
-        for name in ("cpus_per_worker", "gpus_per_worker") if self.is_elastic else ():
-            share = getattr(self, name)
-            if share is not None and share * SIXTEENTHS % 1:
-                raise ValueError(
-                    f"{flags.flag_name(name)} {share} with --min-workers: expected sixteenths, such as "
-                    f"{max(1, round(share * SIXTEENTHS)) / SIXTEENTHS:g}, in which Ray counts without rounding."
-                )
+        cpus = self.cpus_per_worker
+        if self.is_elastic and cpus is not None and cpus * SIXTEENTHS % 1:
+            raise ValueError(
+                f"--cpus-per-worker {cpus} with --min-workers: expected sixteenths, such as "
+                f"{max(1, round(cpus * SIXTEENTHS)) / SIXTEENTHS:g}, in which Ray counts without rounding."
+            )
 
     @property
     def fewest_workers(self) -> int:
@@ -331,6 +336,11 @@ class ClusterConfig:
     def most_workers(self) -> int:
         """`max_workers`; the fewest that it may become as long as it is not decided."""
         return self.max_workers or (1 if self.min_workers is None else max(2, self.min_workers))
+
+    @property
+    def gpus(self) -> float:
+        """`gpus_per_worker`; 0 as long as it is not decided."""
+        return self.gpus_per_worker or 0.0
 
     @property
     def is_elastic(self) -> bool:

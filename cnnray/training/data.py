@@ -189,6 +189,16 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
     return True
 
 
+def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
+    """What becomes of the decoded images, for the plan."""
+    size = (
+        f"{_decoded_bytes(config, _used(manifest)) / 2**30:.2g} GiB of {config.image_size}x{config.image_size} pixels"
+    )
+    if is_cached(config, manifest, shares):
+        return f"{size}, decoded once and kept in memory"
+    return f"{size}, decoded anew in each epoch by {shares.decoders_per_worker} process(es) for each worker"
+
+
 def decode_splits_into_memory(
     config: DecidedConfig, manifest: pa.Table, shares: Shares, few: FewImages | None = None
 ) -> dict[str, list[Any]]:
@@ -229,12 +239,11 @@ def decode_splits_into_memory(
             }
         except ray.exceptions.RayError as error:
             raise cluster.user_error(error) or error from None
-    log.info("%d decoded images are kept in memory (%.0f MiB)", len(rows), _decoded_bytes(config, rows) / 2**20)
     return cached
 
 
-def _decoded_bytes(config: DecidedConfig, manifest: pa.Table) -> int:
-    return len(manifest) * config.image_size**2 * 3
+def _decoded_bytes(config: DecidedConfig, rows: pa.Table) -> int:
+    return len(rows) * config.image_size**2 * 3
 
 
 def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:

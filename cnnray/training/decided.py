@@ -1,4 +1,4 @@
-"""The config that a run is trained with, in which nothing is left to be decided."""
+"""The configs of a run whose flags are decided: first by its images, then by the cluster that it runs on."""
 
 import itertools
 from collections.abc import Collection, Mapping
@@ -9,13 +9,13 @@ from cnnray import configs
 from cnnray.configs import rules
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Strength
-from cnnray.training.config import TrainConfig
+from cnnray.training.config import Precision, TrainConfig
 from cnnray.training.phases import PRESETS, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecidedConfig(TrainConfig):
-    """A config without flags that are still to be decided (see `decisions.decide`): what a run is trained with."""
+    """A config whose network and recipe are decided (see `decisions.decide`)."""
 
     architecture: str
     head: Head
@@ -24,7 +24,6 @@ class DecidedConfig(TrainConfig):
     augment: Strength
     epochs: int = field(metadata=rules(resumable=True))
     batch_size: int
-    max_workers: int = field(metadata=rules(resumable=True))
     learning_rate: float
     weight_decay: float
     average: float
@@ -55,8 +54,19 @@ class DecidedConfig(TrainConfig):
         return sum(phase.passes for phase in self.resolved_phases)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedConfig(DecidedConfig):
+    """A config in which nothing is left to be decided (see `plan.planned`): what a run is trained with."""
+
+    max_workers: int = field(metadata=rules(resumable=True))
+    gpus_per_worker: float = field(metadata=rules(resumable=True))
+    precision: Precision
+
+
 DECIDED: tuple[str, ...] = tuple(DecidedConfig.__annotations__)
-"""The fields that are decided where they are null."""
+"""The fields that are decided by the images where they are null."""
+PLANNED: tuple[str, ...] = tuple(PlannedConfig.__annotations__)
+"""The fields that are decided by the cluster where they are null."""
 
 
 def differences(config: TrainConfig, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
@@ -74,5 +84,5 @@ def differences(config: TrainConfig, earlier: Mapping[str, Any], fixed: Collecti
     if config.phases is not None or (config.schedule == "cosine" and derived):
         # The learning rate of each step, or what it trains, depends on how many there are.
         fixed = {"epochs", *fixed}
-    undecided = {name: None for name in DECIDED if getattr(config, name) is None}
+    undecided = {name: None for name in DECIDED + PLANNED if getattr(config, name) is None}
     return configs.differences(config, {**earlier, **undecided}, fixed)

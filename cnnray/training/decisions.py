@@ -1,10 +1,10 @@
 """The flags that are null: their values, decided by the training images and by the other flags.
 
-`decide` depends on the config, a few facts about the images, and the bundle of `weights` alone, so that a run can be
-explained and repeated. A run writes the values into its `config.yaml`, and a run that goes on takes them from there.
+Those that the cluster decides are in `plan`. `decide` depends on the config, a few facts about the images, and the
+bundle of `weights` alone, so that a run can be explained and repeated. A run writes the values into its
+`config.yaml`, and a run that goes on takes them from there.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnnray import cluster, flags
+from cnnray import configs, flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.models import architectures, bundle
 from cnnray.training.config import DEFAULT_AUGMENT, Effort, TrainConfig
-from cnnray.training.decided import DECIDED, DecidedConfig
+from cnnray.training.decided import DECIDED, PLANNED, DecidedConfig
 from cnnray.training.recipe import RecipeError
 
 log = logging.getLogger(__name__)
@@ -65,15 +65,12 @@ def data_facts(config: TrainConfig, manifest: pa.Table) -> DataFacts:
     return DataFacts(images=len(train), classes=len(pc.unique(train["label"])), side=side)
 
 
-def decide(
-    config: TrainConfig, facts: DataFacts, *, on_cluster: bool = False
-) -> tuple[DecidedConfig, dict[str, str]]:
+def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[str, str]]:
     """Choose values for the flags that are null.
 
     Args:
         config: the flags.
         facts: about the images.
-        on_cluster: whether there may be several nodes.
 
     Returns:
         The config, and the reason for each value that was chosen, by field.
@@ -105,9 +102,7 @@ def decide(
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")
     choose("weight_decay", 0.01 if config.optimizer == "adamw" else 0.0, f"that of {config.optimizer}")
-    most = max(config.most_workers, min(2, facts.images, config.batch_size or 2) if on_cluster else 1)
-    choose("max_workers", most, "on a cluster" if on_cluster else "the job starts its own Ray")
-    choose("batch_size", max(64, values["max_workers"]), "64, or one image for each worker")
+    choose("batch_size", max(64, config.most_workers), "64, or one image for each worker")
     choose("augment", DEFAULT_AUGMENT, "safe for all kinds of images: nothing is mirrored")
     choose("average", 0.0, preset)
     choose("label_smoothing", 0.0, preset)
@@ -115,7 +110,7 @@ def decide(
     epochs = min(most, max(fewest, math.ceil(_IMAGES_SEEN[config.preset] / facts.images)))
     choose("epochs", epochs, f"{preset}, and {facts.images:,} images: the fewer, the more epochs")
     try:
-        return DecidedConfig(**_fields(config) | values), reasons
+        return DecidedConfig(**configs.fields_of(config, TrainConfig) | values), reasons
     except ValueError as error:
         raise RecipeError(str(error)) from None
 
@@ -126,7 +121,7 @@ def for_images(config: TrainConfig, manifest: pa.Table) -> DecidedConfig:
     Raises:
         CnnrayError, OSError: as `decide` and `data_facts`.
     """
-    decided, reasons = decide(config, data_facts(config, manifest), on_cluster=not cluster.starts_own())
+    decided, reasons = decide(config, data_facts(config, manifest))
     for name, reason in reasons.items():
         log.info("%s %s  (%s)", flags.flag_name(name), getattr(decided, name), reason)
     return decided
@@ -137,9 +132,10 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
 
     Args:
         config: of this run.
-        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for three flags that had a rule.
+        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for four flags that had a rule.
     """
-    values = {name: earlier.get(name) if getattr(config, name) is None else getattr(config, name) for name in DECIDED}
+    names = DECIDED + PLANNED
+    values = {name: earlier.get(name) if getattr(config, name) is None else getattr(config, name) for name in names}
     is_backbone = values["architecture"] in architectures.BACKBONES
     for name, value in {
         "learning_rate": 0.001 if is_backbone else 0.003,
@@ -150,11 +146,7 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
         values[name] = value if values[name] is None else values[name]
     if config.max_workers is None and config.min_workers is None:
         values["min_workers"] = earlier.get("min_workers")
-    return DecidedConfig(**_fields(config) | values)
-
-
-def _fields(config: TrainConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    return DecidedConfig(**configs.fields_of(config, TrainConfig) | values)
 
 
 def _architecture_of_weights(config: TrainConfig) -> str | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster, configs, paths, waiting
+from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
@@ -23,11 +24,10 @@ from cnnray.images.lease import Lease, lease
 from cnnray.models import startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
-from cnnray.training import data, decisions, output, recipe
+from cnnray.training import data, decisions, output, plan, recipe
 from cnnray.training.config import TrainConfig
-from cnnray.training.decided import DecidedConfig
+from cnnray.training.decided import DecidedConfig, PlannedConfig
 from cnnray.training.output import TrainingError
-from cnnray.training.plan import Assignment, Shares, check_cpus, check_fit, resource_requests, share_out
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     started = time.time()
     if cluster.starts_own():
-        check_cpus(config, usable_cpus())
+        plan.check_cpus(config, usable_cpus())
     with lease(config.output) as held:
         if config.weights not in ("none", "imagenet"):
             transfer.check(config.weights)
@@ -74,20 +74,22 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         manifest_uri = storage.join(config.output, output.MANIFEST)
         manifest = manifests.read(manifest_uri) if earlier else data.build_run_manifest(config)
         data.log_counts(manifest)
-        config = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
-        if tracker:
-            tracker.params = config.tracked()
-        recipe.check(config, manifest)
-        weights = _imagenet_weights(config) if config.weights == "imagenet" and not earlier else None
-        reading = waiting.in_background(functools.partial(data.read_few, config, manifest, check=earlier is None))
+        decided = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
+        recipe.check(decided, manifest)
+        weights = _imagenet_weights(decided) if config.weights == "imagenet" and not earlier else None
+        reading = waiting.in_background(functools.partial(data.read_few, decided, manifest, check=earlier is None))
         with cluster.connected(dashboard=config.dashboard):
-            shares = waiting.wait_for_resources(
-                functools.partial(share_out, config), resource_requests(config), config.wait_minutes
+            config, shares, available = waiting.wait_for_resources(
+                functools.partial(_plan, decided, manifest), plan.resource_requests(decided), config.wait_minutes
             )
+            for line in plan.describe(config, shares, available, data.describe(config, manifest, shares)):
+                log.info(line)
+            if tracker:
+                tracker.params = config.tracked()
             weights_file = None if config.weights in ("none", "imagenet") else config.weights
             first = containers.containing_file(manifest["uri"][0].as_py())
             opened = filter(None, [first, config.output, config.teacher, weights_file])
-            paths.check_shared(cluster.resources(), opened)
+            paths.check_shared(available, opened)
             cached = data.is_cached(config, manifest, shares)
             ahead = _load_ahead(config)
             few = waiting.interruptible(reading)
@@ -113,6 +115,18 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         return summary
 
 
+def _plan(
+    config: DecidedConfig, manifest: pa.Table, available: Resources
+) -> tuple[PlannedConfig, plan.Shares, Resources]:
+    """The config with nothing left to be decided, the workers' shares, and the cluster that they are of.
+
+    Raises:
+        ClusterError: the cluster is too small.
+    """
+    placed = plan.place(config, len(manifests.select_split(manifest, "train")), available)
+    return placed, plan.share_out(placed, available), available
+
+
 def make_tracker(config: TrainConfig) -> Tracker | None:
     """The tracker of a run, where `--mlflow` asks for one.
 
@@ -128,9 +142,9 @@ def make_tracker(config: TrainConfig) -> Tracker | None:
 
 
 def _run(
-    config: DecidedConfig,
+    config: PlannedConfig,
     manifest: pa.Table,
-    shares: Shares,
+    shares: plan.Shares,
     cached: dict[str, list[Any]],
     started: float,
     held: Lease,
@@ -146,13 +160,7 @@ def _run(
 
     from cnnray.training.backend import MultiWorkerConfig, Trainer
 
-    workers = f"{config.fewest_workers} to {config.most_workers}" if config.is_elastic else config.most_workers
-    log.info(
-        "%s worker(s) of %g CPUs (%d threads) and %g GPUs; %s",
-        workers, shares.cpus_per_worker, shares.threads_per_worker, config.gpus_per_worker,
-        "images in memory" if cached else f"{shares.decoders_per_worker} process(es) decode for each",
-    )  # fmt: skip
-    assignment = Assignment(
+    assignment = plan.Assignment(
         config=config,
         info=_bundle_info(config, manifest),
         manifest=storage.join(config.output, output.MANIFEST),
@@ -180,9 +188,11 @@ def _run(
         scaling_config=ray.train.ScalingConfig(
             num_workers=((config.fewest_workers, config.most_workers) if config.is_elastic else config.most_workers),
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": shares.cpus_per_worker}
-            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+            use_gpu=config.gpus > 0,
+            resources_per_worker={"CPU": shares.cpus_per_worker} | ({"GPU": config.gpus} if config.gpus else {}),
+            # GPUs of one node exchange gradients faster than those of several; without them, each worker is to have
+            # a node's CPUs.
+            placement_strategy="PACK" if config.gpus else "SPREAD",
         ),
         run_config=ray.train.RunConfig(
             name=output.CHECKPOINTS,
@@ -200,7 +210,7 @@ def _run(
 
     def watch() -> None:
         held.raise_if_lost()
-        shortage.try_plan(functools.partial(check_fit, config, shares))
+        shortage.try_plan(functools.partial(plan.check_fit, config, shares))
 
     try:
         result = waiting.interruptible(waiting.in_background(trainer.fit), watch)
@@ -212,9 +222,9 @@ def _run(
     return result.get_best_checkpoint("score", "min"), result.checkpoint
 
 
-def _load_ahead(config: DecidedConfig) -> list[Any]:
+def _load_ahead(config: PlannedConfig) -> list[Any]:
     """See `backend.load_ahead`; nothing where the number of workers may change, or they have GPUs."""
-    if config.is_elastic or config.gpus_per_worker:
+    if config.is_elastic or config.gpus:
         return []
     from cnnray.training.backend import load_ahead
 
@@ -229,7 +239,7 @@ def _imagenet_weights(config: DecidedConfig) -> bytes:
         return path.read_bytes()
 
 
-def _weights_file(config: DecidedConfig) -> str | None:
+def _weights_file(config: PlannedConfig) -> str | None:
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
@@ -237,7 +247,7 @@ def _weights_file(config: DecidedConfig) -> str | None:
     return transfer.weights_file(config.weights)
 
 
-def _bundle_info(config: DecidedConfig, manifest: pa.Table) -> BundleInfo:
+def _bundle_info(config: PlannedConfig, manifest: pa.Table) -> BundleInfo:
     labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
     counts = {row["values"]: row["counts"] for row in pc.value_counts(labels).to_pylist()}
     return BundleInfo(
@@ -251,9 +261,9 @@ def _bundle_info(config: DecidedConfig, manifest: pa.Table) -> BundleInfo:
     )
 
 
-def train_on_worker(assignment: Assignment) -> CnnrayError | None:
+def train_on_worker(assignment: plan.Assignment) -> CnnrayError | None:
     """Entry point of a Ray Train worker: see `worker.run`."""
-    startup.load_tensorflow(gpus=assignment.config.gpus_per_worker > 0)
+    startup.load_tensorflow(gpus=assignment.config.gpus > 0)
     from cnnray.training import worker
 
     try:

@@ -8,27 +8,32 @@ import time
 from typing import Any
 
 from cnnray import configs
-from cnnray.errors import PermanentError
+from cnnray.errors import PermanentError, TransientError
 from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.models import bundle
 from cnnray.tracking.mlflow import RECORD
 from cnnray.training import checkpoint, decided, recipe
 from cnnray.training.config import TrainConfig
-from cnnray.training.decided import DecidedConfig
+from cnnray.training.decided import PlannedConfig
 
 log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.parquet", "summary.json"
 BUNDLE, CHECKPOINTS, TENSORBOARD = "bundle", "checkpoints", "tensorboard"
 HISTORY, BAD_IMAGES, IMAGENET = "history.csv", "bad_images.csv", "imagenet.weights.h5"
+IMAGES_PER_WORKER = "images_per_worker.txt"
 # In the order of deletion: without its summary a run is not finished.
-_FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, RECORD)
+_FILES = (SUMMARY, HISTORY, BAD_IMAGES, MANIFEST, IMAGENET, IMAGES_PER_WORKER, RECORD)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD, BUNDLE)
 
 
 class TrainingError(PermanentError, RuntimeError):
     """A run that cannot start or failed; the message is one sentence for the user."""
+
+
+class TooLittleMemoryError(TransientError, MemoryError):
+    """A worker ran out of memory, and the workers that take over take fewer images at once."""
 
 
 def earlier_run(config: TrainConfig) -> dict[str, Any] | None:
@@ -79,7 +84,7 @@ def delete_run(output: str) -> None:
         storage.delete_folder(storage.join(output, part))
 
 
-def write_config(config: DecidedConfig) -> None:
+def write_config(config: PlannedConfig) -> None:
     """Make the output that of this run, which is not finished."""
     storage.delete_file(storage.join(config.output, SUMMARY))
     storage.write_bytes(storage.join(config.output, CONFIG), configs.dump(config))
@@ -99,7 +104,7 @@ def drop_torn_checkpoints(output: str) -> None:
         storage.delete_folder(storage.join(output, CHECKPOINTS))
 
 
-def finish(config: DecidedConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
+def finish(config: PlannedConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
     """Write what a run ends with: the bundle, the list of bad images, and last the summary.
 
     Args:

@@ -1,20 +1,25 @@
-"""The plan of a run: which share of the cluster its workers and decoding tasks get, and what each worker receives.
+"""The plan of a run: its workers, which share of the cluster they and the decoding tasks get, and what each receives.
 
-Shares are decided, or refused with a sentence, before anything waits for resources.
+It is decided, or refused with a sentence, before anything waits for resources.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cnnray import configs
 from cnnray.cluster import ClusterError, Node, Resources
+from cnnray.models import startup
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.config import SIXTEENTHS, TrainConfig
-from cnnray.training.decided import DecidedConfig
+from cnnray.training.config import SIXTEENTHS, Precision, TrainConfig
+from cnnray.training.decided import PLANNED, DecidedConfig, PlannedConfig
 
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2
 _LEFT_OF_A_NODE, _LEAST_DECODE_CPUS = 1 / 8, 0.01
+_BFLOAT16 = re.compile(r"(A|L|H|B|GH|GB|RTX-A|RTX-PRO-)\d")
+"""Matches the types of GPUs that compute in bfloat16: NVIDIA's from Ampere on (2020)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class Shares:
 class Assignment:
     """What each worker of a run needs to know."""
 
-    config: DecidedConfig
+    config: PlannedConfig
     info: BundleInfo
     """Info of the future bundle, without metrics."""
     manifest: str
@@ -58,6 +63,89 @@ class Assignment:
     """See `lease.Lease.holder`."""
 
 
+def planned(
+    config: DecidedConfig, *, workers: int = 1, gpus: float = 0.0, precision: Precision = "float32"
+) -> PlannedConfig:
+    """The config with these values where it leaves them open."""
+    values: dict[str, Any] = {"max_workers": workers, "gpus_per_worker": gpus, "precision": precision}
+    stated = {name: value for name in PLANNED if (value := getattr(config, name)) is not None}
+    return PlannedConfig(**configs.fields_of(config, DecidedConfig) | values | stated)
+
+
+def place(config: DecidedConfig, images: int, available: Resources, *, parallel: int = 1) -> PlannedConfig:
+    """Decide the number of workers, whether they have GPUs, and the type that they compute in.
+
+    Args:
+        config: the flags. What they state is kept.
+        images: training images.
+        available: the cluster.
+        parallel: such runs share it.
+    """
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = float(_gpus(available) >= parallel * config.fewest_workers and startup.is_built_for_gpus())
+    workers = min(_most_workers(config, gpus, available) // parallel, images, config.batch_size)
+    kinds = available.gpu_types if gpus else set()
+    computes = bool(kinds) and all(kind and _BFLOAT16.match(kind) for kind in kinds)
+    return planned(
+        config,
+        workers=max(workers, config.most_workers),
+        gpus=gpus,
+        precision="bfloat16" if computes else "float32",
+    )
+
+
+def _most_workers(config: TrainConfig, gpus: float, available: Resources) -> int:
+    """One worker for each GPU, or for each node.
+
+    Each step waits for the slowest worker: as many of the largest nodes are used as have the most CPUs together, if
+    all count as the smallest of them.
+    """
+    if gpus:
+        return _gpus(available)
+    cpus = sorted((node.cpus for node in available.nodes if node.cpus >= (config.cpus_per_worker or 0)), reverse=True)
+    together = [(count * smallest, -count) for count, smallest in enumerate(cpus, 1)]
+    return -max(together)[1] if together else 1
+
+
+def _gpus(available: Resources) -> int:
+    """The number of whole GPUs."""
+    return sum(int(node.gpus) for node in available.nodes)
+
+
+def describe(config: PlannedConfig, shares: Shares, available: Resources, decoded: str) -> list[str]:
+    """The plan in three lines.
+
+    Args:
+        config: of the run.
+        shares: of the cluster.
+        available: the cluster.
+        decoded: what becomes of the decoded images.
+    """
+    least, most = config.fewest_workers, config.most_workers
+    kinds = ", ".join(sorted(kind for kind in available.gpu_types if kind))
+    gpu = f"{config.gpus:g} GPU{f' ({kinds})' if kinds else ''} and " if config.gpus else ""
+    threads = shares.threads_per_worker
+    share = math.ceil(config.batch_size / most)
+    fewer = f", or more with fewer than {most} workers" if config.is_elastic else ""
+    at_once = f"; at most {config.images_per_worker} at once" if config.images_per_worker else ""
+    return [
+        f"workers: {f'{least} to {most}' if config.is_elastic else most}, each of {gpu}{shares.cpus_per_worker:g} "
+        f"CPU(s) ({threads} thread(s)), computing in {config.precision}; of a cluster of {len(available.nodes)} "
+        f"node(s), {available.cpus:g} CPUs and {available.gpus:g} GPUs{_why_unused(config, available)}",
+        f"each step: {config.batch_size} images, {share} of each worker{fewer}{at_once}",
+        f"images: {decoded}",
+    ]
+
+
+def _why_unused(config: PlannedConfig, available: Resources) -> str:
+    if config.gpus or not available.gpus:
+        return ""
+    if not startup.is_built_for_gpus():
+        return ", which this TensorFlow cannot use: install requirements-gpu.lock"
+    return ", which are not used: --gpus-per-worker 0, or fewer GPUs than workers"
+
+
 def share_out(config: TrainConfig, available: Resources) -> Shares:
     """Share out a cluster between workers and decoding tasks.
 
@@ -68,11 +156,11 @@ def share_out(config: TrainConfig, available: Resources) -> Shares:
         ClusterError: the cluster has too little, in one sentence with what would fit.
     """
     check_cpus(config, available.cpus)
-    workers, gpus = config.fewest_workers, config.gpus_per_worker
-    if gpus * workers > available.gpus:
+    workers = config.fewest_workers
+    if config.gpus * workers > available.gpus:
         raise ClusterError(
-            f"{workers} workers of {gpus:g} GPUs do not fit a cluster of {available.gpus:g} GPUs: lower "
-            "--max-workers or --gpus-per-worker."
+            f"{workers} worker(s) with a GPU each do not fit a cluster of {available.gpus:g} GPUs: lower "
+            "--max-workers, or use --gpus-per-worker 0."
         )
     default = _elastic_cpus if config.is_elastic else _default_cpus
     cpus = config.cpus_per_worker or default(config, available)
@@ -92,7 +180,7 @@ def share_out(config: TrainConfig, available: Resources) -> Shares:
 
 def resource_requests(config: TrainConfig) -> list[dict[str, float]]:
     """Resource requests to an autoscaler: one for each worker, and one for a decoding task."""
-    worker = {"CPU": config.cpus_per_worker or 1.0, "GPU": config.gpus_per_worker}
+    worker = {"CPU": config.cpus_per_worker or 1.0, "GPU": config.gpus}
     return [worker] * config.most_workers + [{"CPU": config.decode_cpus or 1.0}]
 
 
@@ -107,19 +195,19 @@ def check_fit(config: TrainConfig, shares: Shares, available: Resources) -> None
 
 
 def _check_room(config: TrainConfig, cpus: float, available: Resources) -> None:
-    if (room := available.room_for(cpus, config.gpus_per_worker)) < config.fewest_workers:
+    if (room := available.room_for(cpus, config.gpus)) < config.fewest_workers:
         raise ClusterError(
-            f"Only {room} of {config.fewest_workers} workers of {cpus:g} CPUs and {config.gpus_per_worker:g} GPUs "
+            f"Only {room} of {config.fewest_workers} worker(s) of {cpus:g} CPUs and {config.gpus:g} GPUs "
             f"fit the cluster's {len(available.nodes)} node(s): lower --max-workers or --cpus-per-worker."
         )
 
 
 def _check_left(config: TrainConfig, cpus: float, decode: float | None, available: Resources) -> float:
-    workers = min(config.most_workers, available.room_for(cpus, config.gpus_per_worker))
+    workers = min(config.most_workers, available.room_for(cpus, config.gpus))
     free = available.cpus - cpus * workers
     if free <= 0 or (decode and not _fits_beside(config, workers, cpus, decode, available)):
         raise ClusterError(
-            f"{workers} workers of {cpus:g} CPUs leave {max(free, 0):g} of the cluster's {available.cpus:g} CPUs, "
+            f"{workers} worker(s) of {cpus:g} CPUs leave {max(free, 0):g} of the cluster's {available.cpus:g} CPUs, "
             f"and reading the images needs {f'{decode:g}' if decode else 'some'} on one node: lower --max-workers or "
             "--cpus-per-worker."
         )
@@ -139,7 +227,7 @@ def _fits_beside(config: TrainConfig, workers: int, cpus: float, decode: float, 
     for place, node in enumerate(available.nodes):
         left = replace(node, cpus=node.cpus - decode + 1e-6)
         others = available.nodes[:place] + available.nodes[place + 1 :]
-        if left.cpus >= 0 and Resources((left, *others)).room_for(cpus, config.gpus_per_worker) >= workers:
+        if left.cpus >= 0 and Resources((left, *others)).room_for(cpus, config.gpus) >= workers:
             return True
     return False
 
@@ -163,34 +251,34 @@ def _elastic_decode_cpus(config: TrainConfig, cpus: float, available: Resources)
             shares.append(free / max(2, workers))
             if free <= 0 or (config.decode_cpus or 0) > free:
                 raise ClusterError(
-                    f"{workers} workers of {cpus:g} CPUs leave {free:g} of a node's {node.cpus:g} CPUs, and reading "
-                    f"the images needs {config.decode_cpus or 'some'} where other nodes are lost: choose another "
-                    "--cpus-per-worker."
+                    f"{workers} worker(s) of {cpus:g} CPUs leave {free:g} of a node's {node.cpus:g} CPUs, and "
+                    f"reading the images needs {config.decode_cpus or 'some'} where other nodes are lost: choose "
+                    "another --cpus-per-worker."
                 )
     return config.decode_cpus or min(1.0, math.floor(min(shares) * 1000) / 1000)
 
 
 def _filled(config: TrainConfig, cpus: float, node: Node) -> tuple[int, float]:
     """The most workers that a node may get, and the CPUs that they leave."""
-    workers = min(config.most_workers, Resources((node,)).room_for(cpus, config.gpus_per_worker))
+    workers = min(config.most_workers, Resources((node,)).room_for(cpus, config.gpus))
     return workers, node.cpus - workers * cpus
 
 
 def _elastic_cpus(config: TrainConfig, available: Resources) -> float:
     """The largest CPU share, in sixteenths, at which all workers fit the nodes without filling any."""
     largest = available.cpus * _WORKERS_SHARE / config.most_workers
-    if config.gpus_per_worker:
+    if config.gpus:
         largest = min(1.0, largest)
     # Nodes with more GPUs may be added.
-    wanted = min(config.most_workers, available.room_for(1 / SIXTEENTHS, config.gpus_per_worker))
+    wanted = min(config.most_workers, available.room_for(1 / SIXTEENTHS, config.gpus))
     for sixteenths in range(math.floor(largest * SIXTEENTHS), 0, -1):
         cpus = sixteenths / SIXTEENTHS
-        if available.room_for(cpus, config.gpus_per_worker) < wanted:
+        if available.room_for(cpus, config.gpus) < wanted:
             continue
         filled = [(node, *_filled(config, cpus, node)) for node in available.nodes]
         if all(free >= node.cpus * _LEFT_OF_A_NODE for node, workers, free in filled if workers):
             return cpus
-    raise ClusterError(f"{config.most_workers} workers do not fit {available.cpus:g} CPUs: lower --max-workers.")
+    raise ClusterError(f"{config.most_workers} worker(s) do not fit {available.cpus:g} CPUs: lower --max-workers.")
 
 
 def check_cpus(config: TrainConfig, cpus: float) -> None:
@@ -204,7 +292,7 @@ def check_cpus(config: TrainConfig, cpus: float) -> None:
     if needed > cpus:
         each = f" of {config.cpus_per_worker:g} CPUs" if config.cpus_per_worker else ""
         raise ClusterError(
-            f"{workers} workers{each} do not fit {cpus:g} CPUs: lower --max-workers, or give each a fraction "
+            f"{workers} worker(s){each} do not fit {cpus:g} CPUs: lower --max-workers, or give each a fraction "
             "with --cpus-per-worker."
         )
 
@@ -212,7 +300,7 @@ def check_cpus(config: TrainConfig, cpus: float) -> None:
 def _default_cpus(config: TrainConfig, available: Resources) -> float:
     """The largest equal CPU share that fits the nodes, in whole CPUs if there are enough for several workers."""
     share = available.cpus * _WORKERS_SHARE / config.most_workers
-    if config.gpus_per_worker:
+    if config.gpus:
         return min(1.0, share)
     for cpus in range(math.floor(share), 0, -1):
         if available.room_for(cpus, 0) >= config.most_workers:

@@ -20,9 +20,9 @@ from cnnray.images import reading, storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import startup, transfer
 from cnnray.models.augment import Augmentations
-from cnnray.training import data, decisions, epoch, recipe
+from cnnray.training import data, decisions, epoch, plan, recipe
 from cnnray.training.config import TrainConfig
-from cnnray.training.decided import DecidedConfig
+from cnnray.training.decided import DecidedConfig, PlannedConfig
 from cnnray.training.output import IMAGENET, TrainingError
 from cnnray.training.phases import Phase
 
@@ -76,8 +76,8 @@ def check_sanity(config: TrainConfig) -> dict[str, Any]:
     # What makes memorising hard on purpose is left out.
     plain = replace(
         decided, augment="none", augmentations=Augmentations(), dropout=0.0, label_smoothing=0.0, average=0.0,
-        weight_decay=0.0, accumulate=1, class_weights="none", teacher=None, schedule="constant", max_workers=1,
-        warmup_epochs=None, warmup_steps=None, decay_epochs=None, decay_steps=None, min_workers=None,
+        weight_decay=0.0, accumulate=1, class_weights="none", teacher=None, schedule="constant",
+        warmup_epochs=None, warmup_steps=None, decay_epochs=None, decay_steps=None,
     )  # fmt: skip
     counts = np.bincount(sample.targets, minlength=len(sample.counts)).tolist()
     guessing = recipe.guessing_loss(plain, counts)
@@ -132,7 +132,7 @@ def find_learning_rate(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     decided, sample = _prepare(config, _MOST_IMAGES)
-    steps = _begin(replace(decided, schedule="constant", accumulate=1, max_workers=1, min_workers=None), sample)
+    steps = _begin(replace(decided, schedule="constant", accumulate=1), sample)
     guessing = recipe.guessing_loss(decided, sample.counts)
     rates = np.geomspace(_LOWEST_RATE, _HIGHEST_RATE, _RATES)
     bounds = epoch.step_bounds(len(sample.targets), decided.batch_size)
@@ -213,7 +213,7 @@ def _plot(
     return buffer.getvalue()
 
 
-def _prepare(config: TrainConfig, count: int) -> tuple[DecidedConfig, _Sample]:
+def _prepare(config: TrainConfig, count: int) -> tuple[PlannedConfig, _Sample]:
     """Decide the config, and read the first training images of the first epoch.
 
     Raises:
@@ -238,10 +238,11 @@ def _prepare(config: TrainConfig, count: int) -> tuple[DecidedConfig, _Sample]:
         raise ManifestError(f"None of the first {len(order)} training images can be read: {errors[0]}.")
     counts = np.bincount(train["target"].to_numpy()).tolist()
     startup.load_tensorflow(gpus=False)
-    return decided, _Sample(images[good], targets[good], counts)
+    alone = plan.planned(replace(decided, max_workers=None, min_workers=None, gpus_per_worker=None))
+    return alone, _Sample(images[good], targets[good], counts)
 
 
-def _begin(config: DecidedConfig, sample: _Sample) -> "Steps":
+def _begin(config: PlannedConfig, sample: _Sample) -> "Steps":
     from cnnray.models.bundle import Bundle
     from cnnray.training.step import Steps
 

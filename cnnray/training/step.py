@@ -6,6 +6,7 @@ of the global batch, and the gradients are summed over the workers before the op
 the check for overflow and accumulation do the same on every worker, and the same as in one process.
 """
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,28 @@ import tensorflow as tf
 from cnnray.models import architectures, augment, transfer
 from cnnray.models.augment import Augmenter
 from cnnray.training import recipe
-from cnnray.training.decided import DecidedConfig
-from cnnray.training.epoch import TOP_K, Sums
+from cnnray.training.decided import PlannedConfig
+from cnnray.training.epoch import Sums
+from cnnray.training.losses import Losses
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.pruning import Pruning
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+
+
+class Started:
+    """A step that has begun, and that a GPU may be busy with."""
+
+    def __init__(self, sums: Any) -> None:
+        self._sums = sums
+
+    def result(self) -> Sums:
+        """Wait for its end.
+
+        Returns:
+            The sums over all workers' images, before the update; their loss is the one that is minimised.
+        """
+        return Sums(*self._sums.numpy().tolist())
 
 
 class Steps:
@@ -38,7 +55,7 @@ class Steps:
 
     def __init__(
         self,
-        config: DecidedConfig,
+        config: PlannedConfig,
         classes: int,
         *,
         weights: Path | None = None,
@@ -65,17 +82,11 @@ class Steps:
             self.inference = self._build(config, classes, "float32")
             self.inference.set_weights(self.model.get_weights())
         self._network = _logits_of(self.model)
-        self._teacher = None if teacher is None else _logits_of(teacher)
-        # Given by its name, "kl_divergence", Keras would apply it to the logits as if they were probabilities.
-        self._distillation = keras.distillation.LogitsDistillation(
-            config.distillation_temperature, keras.losses.KLDivergence()
-        )
+        self._losses = Losses(config, classes, None if teacher is None else _logits_of(teacher), class_weights)
         self._augmenter = Augmenter(augment.resolve(config.augment, config.augmentations))
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         self._seeds += self._augmenter.seeds
         self._classes = classes
-        self._class_weights = np.ones(classes, np.float32) if class_weights is None else class_weights
-        self._top_k = min(TOP_K, classes)
         shape = (None, config.image_size, config.image_size, 3)
         self._signature = [
             tf.TensorSpec(shape, tf.uint8),
@@ -86,13 +97,15 @@ class Steps:
         self._compiled_reduce = tf.function(self._reduce, autograph=False)
         inference = _logits_of(self.inference)
         self._compiled_evaluate = tf.function(
-            lambda images, targets, weights: self._evaluate(inference(images, training=False), targets, weights),
+            lambda images, targets, weights: self._losses.validation_sums(
+                inference(images, training=False), targets, weights
+            ),
             self._signature,
             autograph=False,
         )
 
     @staticmethod
-    def _build(config: DecidedConfig, classes: int, policy: str) -> Any:
+    def _build(config: PlannedConfig, classes: int, policy: str) -> Any:
         return architectures.build(
             config.architecture,
             config.image_size,
@@ -125,9 +138,15 @@ class Steps:
             self._accumulated = [
                 tf.Variable(tf.zeros(v.shape), trainable=False) for v in self.model.trainable_variables
             ]
-        signature = [*self._signature, tf.TensorSpec((), tf.float32), tf.TensorSpec((None, 2), tf.int64)]
-        self._compiled_train = tf.function(self._train, signature, autograph=False)
-        self._compiled_accumulate = tf.function(self._accumulate, signature, autograph=False)
+        number, seeds = tf.TensorSpec((), tf.float32), tf.TensorSpec((None, 2), tf.int64)
+        signature = [*self._signature, seeds, number, number]
+        self._compiled = {
+            (updates, parts): tf.function(functools.partial(function, parts), signature, autograph=False)
+            for updates, function in ((True, self._train), (False, self._accumulate))
+            for parts in (False, True)
+        }
+        self._compiled_part = tf.function(self._part, signature[:-1], autograph=False)
+        self._part_gradients: list[Any] = []
 
     # -- one step --------------------------------------------------------------------------------------
 
@@ -137,19 +156,48 @@ class Steps:
         targets: npt.NDArray[np.int64],
         bad: int = 0,
         position: tuple[int, int, int] = (0, 0, 0),
+        parts: int = 1,
     ) -> Sums:
-        """Train on one global batch, of which this worker has a part.
+        """`start` a step, and wait for its end."""
+        return self.start(images, targets, bad, position, parts).result()
+
+    def start(
+        self,
+        images: npt.NDArray[np.uint8],
+        targets: npt.NDArray[np.int64],
+        bad: int = 0,
+        position: tuple[int, int, int] = (0, 0, 0),
+        parts: int = 1,
+    ) -> "Started":
+        """Begin to train on one global batch, of which this worker has a share.
 
         Args:
-            images: uint8 (n, size, size, 3), this worker's part without those that could not be read; n may
-                differ between workers and steps, and may be 0.
+            images: uint8 (n, size, size, 3), this worker's share without those that could not be read; n may
+                differ between workers and steps, and may be 0. Not to be changed before the end of the step.
             targets: int64 (n,), class indices.
-            bad: number of images of this worker's part that could not be read.
+            bad: number of images of this worker's share that could not be read.
             position: epoch, step and rank; with the run's seed they determine all that is random.
-
-        Returns:
-            The sums over all workers' parts, before the update; their loss is the one that is minimised.
+            parts: micro-batches that the share is cut into, whose gradients are summed. The same on all workers if
+                batch norm is synchronized.
         """
+        self._waiting = (self._waiting + 1) % self._config.accumulate
+        count = np.float32(max(len(images), 1))
+        pairs = list(zip(np.array_split(images, parts), np.array_split(targets, parts), strict=True))
+        if parts > 1 and not self._part_gradients:
+            self._begin_parts()
+        for index, (part, labels) in enumerate(pairs[:-1]):
+            self._run(self._compiled_part, part, labels, (*position, index + 1), count)
+        last = self._compiled[not self._waiting, parts > 1]
+        return Started(self._run(last, *pairs[-1], position, count, np.float32(bad)))
+
+    def _run(
+        self,
+        step: Any,
+        images: npt.NDArray[np.uint8],
+        targets: npt.NDArray[np.int64],
+        position: tuple[int, ...],
+        *numbers: np.float32,
+    ) -> Any:
         weights = np.ones(len(images), np.float32)
         statistics = []
         if not len(images):
@@ -160,15 +208,34 @@ class Steps:
                 statistics = [variable.numpy() for variable in self._statistics]
         entropy = np.random.SeedSequence([self._config.seed, *position])
         seeds = entropy.generate_state(2 * len(self._seeds)).reshape(-1, 2) >> 1  # Keras's are int32
-        self._waiting = (self._waiting + 1) % self._config.accumulate
-        step = self._compiled_accumulate if self._waiting else self._compiled_train
-        sums = Sums(*step(images, targets, weights, np.float32(bad), seeds.astype(np.int64)).numpy().tolist())
+        sums = step(images, targets, weights, seeds.astype(np.int64), *numbers)
         for variable, value in zip(self._statistics, statistics, strict=False):
             variable.assign(value)
         return sums
 
-    def _train(self, *batch: Any) -> Any:
-        sums = self._strategy.run(self._replica_step, args=batch)
+    def _begin_parts(self) -> None:
+        """Make room for the sums of this worker over the micro-batches of a step."""
+        local: dict[str, Any] = {
+            "synchronization": tf.VariableSynchronization.ON_READ,
+            "aggregation": tf.VariableAggregation.SUM,
+        }
+        shapes = [variable.shape for variable in self.model.trainable_variables]
+        with self._strategy.scope():
+            self._part_gradients = [tf.Variable(tf.zeros(shape), trainable=False, **local) for shape in shapes]
+            self._part_sums = tf.Variable(tf.zeros(len(Sums().values) - 1), trainable=False, **local)
+
+    def _part(self, *batch: Any) -> None:
+        self._strategy.run(self._replica_part, args=batch)
+
+    def _replica_part(self, images: Any, targets: Any, weights: Any, seeds: Any, count: Any) -> None:
+        """Add up sums and gradients of a micro-batch. Without synchronized batch norm, no worker waits for others."""
+        sums, gradients = self._gradients(images, targets, weights, seeds, count, 0.0)
+        self._part_sums.assign_add(sums)
+        for total, gradient in zip(self._part_gradients, gradients, strict=True):
+            total.assign_add(gradient)
+
+    def _train(self, is_last_part: bool, *batch: Any) -> Any:
+        sums = self._strategy.run(functools.partial(self._replica_step, is_last_part), args=batch)
         with tf.control_dependencies([sums]):
             if self._config.accumulate > 1:
                 for gradient in self._accumulated:
@@ -179,53 +246,62 @@ class Steps:
                 self._average()
         return sums
 
-    def _accumulate(self, *batch: Any) -> Any:
-        sums, gradients = self._strategy.run(self._replica_gradients, args=batch)
+    def _accumulate(self, is_last_part: bool, *batch: Any) -> Any:
+        sums, gradients = self._strategy.run(functools.partial(self._replica_gradients, is_last_part), args=batch)
         for accumulated, gradient in zip(self._accumulated, gradients, strict=True):
             accumulated.assign_add(gradient)
         return sums
 
-    def _replica_step(self, *batch: Any) -> Any:
-        sums, gradients = self._replica_gradients(*batch)
+    def _replica_step(self, is_last_part: bool, *batch: Any) -> Any:
+        sums, gradients = self._replica_gradients(is_last_part, *batch)
         if self._config.accumulate > 1:
             pairs = zip(self._accumulated, gradients, strict=True)
             gradients = [(earlier + gradient) / self._config.accumulate for earlier, gradient in pairs]
         self.optimizer.apply_gradients(zip(gradients, self._network.trainable_variables, strict=True))
         return sums
 
-    def _replica_gradients(self, images: Any, targets: Any, weights: Any, bad: Any, seeds: Any) -> Any:
-        """The step's sums and gradients, over all workers."""
+    def _replica_gradients(
+        self, is_last_part: bool, images: Any, targets: Any, weights: Any, seeds: Any, share: Any, bad: Any
+    ) -> Any:
+        """The step's sums and gradients, over all workers. Earlier parts of this worker's share are counted in."""
         replica = tf.distribute.get_replica_context()
         # Waits until the other workers begin the step; a sum of the losses would wait for their forward pass.
-        count = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
+        mine = tf.reduce_sum(weights)
+        if is_last_part:
+            mine += tf.identity(self._part_sums)[0]
+        count = tf.maximum(replica.all_reduce(tf.distribute.ReduceOp.SUM, mine), 1.0)
+        # Weight penalties are the same on every worker, and the workers' gradients are summed.
+        penalty = 1.0 / replica.num_replicas_in_sync
+        if is_last_part:
+            # The other parts are divided by the images of this worker, as they do not know those of all workers.
+            sums, gradients = self._gradients(images, targets, weights, seeds, share, penalty * count / share)
+            sums += tf.identity(self._part_sums)
+            totals = zip(self._part_gradients, gradients, strict=True)
+            gradients = [(earlier + gradient) * (share / count) for earlier, gradient in totals]
+            for variable in (self._part_sums, *self._part_gradients):
+                variable.assign(tf.zeros(variable.shape))
+        else:
+            sums, gradients = self._gradients(images, targets, weights, seeds, count, penalty)
+        gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.concat([sums, [bad]], 0)), gradients
+
+    def _gradients(
+        self, images: Any, targets: Any, weights: Any, seeds: Any, divisor: Any, penalty: Any
+    ) -> tuple[Any, list[Any]]:
+        """This worker's sums over images, and the gradients of its loss: the images' losses by `divisor`, and the
+        network's weight penalties times `penalty`."""
         for index, state in enumerate(self._seeds):
             state.assign(tf.cast(seeds[index], state.dtype))
         images, labels = self._augmenter(images, tf.one_hot(targets, self._classes))
         with tf.GradientTape() as tape:
             logits = tf.cast(self._network(images, training=True), tf.float32)
             losses = self._losses(images, labels, logits)
-            loss = tf.reduce_sum(losses * weights) / tf.maximum(count, 1.0)
+            loss = tf.reduce_sum(losses * weights) / divisor
             if self._network.losses:
-                # Weight penalties are the same on every worker, and the workers' gradients are summed.
-                loss += tf.add_n(self._network.losses) / replica.num_replicas_in_sync
+                loss += tf.add_n(self._network.losses) * penalty
             loss = self.optimizer.scale_loss(loss)
-        variables = self._network.trainable_variables
-        gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, tape.gradient(loss, variables))
-        sums = tf.concat([self._sums(losses, logits, targets, weights), [bad]], 0)
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, sums), gradients
-
-    def _losses(self, images: Any, labels: Any, logits: Any) -> Any:
-        """The loss of each image, float32 (n,); labels: the shares of each class, float32 (n, classes)."""
-        importance = tf.linalg.matvec(labels, self._class_weights)
-        smoothing = self._config.label_smoothing
-        labels = labels * (1 - smoothing) + smoothing / self._classes
-        losses = importance * tf.nn.softmax_cross_entropy_with_logits(labels, logits)
-        if self._teacher is None:
-            return losses
-        share = self._config.distillation
-        # Keras's is a mean over the images.
-        taught = self._distillation.compute_loss(self._teacher(images, training=False), logits)
-        return (1 - share) * losses + share * taught
+        gradients = tape.gradient(loss, self._network.trainable_variables)
+        return self._losses.sums(losses, logits, targets, weights), gradients
 
     def _average(self) -> None:
         """Update the moving average of the weights and statistics, which goes into the bundle."""
@@ -234,16 +310,6 @@ class Steps:
         momentum = tf.minimum(self._config.average, (1 + updates) / (10 + updates))
         for average, variable in zip(self.inference.weights, self.model.weights, strict=True):
             average.assign(average + (1 - momentum) * (tf.cast(variable, tf.float32) - average))
-
-    def _sums(self, losses: Any, logits: Any, targets: Any, weights: Any) -> Any:
-        correct = tf.cast(tf.equal(tf.argmax(logits, -1), targets), tf.float32)
-        in_top_k = tf.cast(keras.ops.in_top_k(targets, logits, self._top_k), tf.float32)
-        return tf.reduce_sum(tf.stack([tf.ones_like(weights), losses, correct, in_top_k]) * weights, axis=1)
-
-    def _evaluate(self, logits: Any, targets: Any, weights: Any) -> Any:
-        logits = tf.cast(logits, tf.float32)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-        return self._sums(losses, logits, targets, weights)
 
     def evaluate(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int) -> Sums:
         """The sums over this worker's images only, with the weights that would go into the bundle.

@@ -13,31 +13,26 @@ from pathlib import Path
 import keras
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray.train
 import tensorflow as tf
 
 from cnnray.errors import CnnrayError
-from cnnray.images import manifest as manifests
 from cnnray.images import storage
-from cnnray.images.decoders import Decoders
 from cnnray.images.lease import LeaseLostError, check_holder
 from cnnray.images.reading import Batch
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.transfer import WeightsError
 from cnnray.tracking.prometheus import TrainingMetrics
-from cnnray.training import callbacks, checkpoint, epoch, other_nodes, recipe
+from cnnray.training import callbacks, checkpoint, epoch, memory, recipe
 from cnnray.training.checkpoint import BadImages
-from cnnray.training.data import CachedSource, Source, StreamedSource
+from cnnray.training.decided import PlannedConfig
 from cnnray.training.epoch import Sums
+from cnnray.training.feed import Feed
 from cnnray.training.output import HISTORY, TENSORBOARD, TrainingError
 from cnnray.training.plan import Assignment
-from cnnray.training.step import Steps
+from cnnray.training.step import Started, Steps
 
 log = logging.getLogger(__name__)
-
-_DECODERS_ELSEWHERE = 4
-"""Processes on other nodes, for each on the worker's own node, at most."""
 
 
 def run(assignment: Assignment) -> CnnrayError | None:
@@ -49,7 +44,9 @@ def run(assignment: Assignment) -> CnnrayError | None:
     """
     _set_up(assignment)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    worker = None
     try:
+        _check_devices(assignment.config, strategy)
         with strategy.scope():
             worker = _Worker(assignment, strategy)
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
@@ -57,7 +54,31 @@ def run(assignment: Assignment) -> CnnrayError | None:
             worker.run()
     except (TrainingError, WeightsError, BundleError, LeaseLostError) as error:
         return error
+    except tf.errors.OpError as error:
+        if worker is None or not memory.is_out_of_memory(error):
+            raise
+        # Others may wait for this worker in the middle of a step, so that it must not simply end.
+        raise memory.halve(assignment.config, worker.at_once) from None
     return None
+
+
+def _check_devices(config: PlannedConfig, strategy: tf.distribute.Strategy) -> None:
+    """Check that TensorFlow computes on what Ray gave this worker.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    gpus, workers = len(tf.config.list_logical_devices("GPU")), ray.train.get_context().get_world_size()
+    if gpus != config.gpus:
+        raise TrainingError(
+            f"TensorFlow finds {gpus} GPU(s) on a worker that was to have {config.gpus:g}: NVIDIA's driver and the "
+            "packages of requirements-gpu.lock are needed, or use --gpus-per-worker 0."
+        )
+    if strategy.num_replicas_in_sync != workers:
+        raise TrainingError(
+            f"TensorFlow trains on {strategy.num_replicas_in_sync} device(s), and the run has {workers} worker(s) of "
+            "one device each."
+        )
 
 
 def _set_up(assignment: Assignment) -> None:
@@ -76,18 +97,12 @@ class _Worker:
         self.config = assignment.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        manifest = manifests.with_targets(manifests.read(assignment.manifest))
-        train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
-        self.images, self.validation_images = len(train), len(validation)
-        self.validation_batch = math.ceil(min(self.config.batch_size, self.validation_images) / self.world)
-        self.decoders: Decoders | None = None
-        self.other_nodes: other_nodes.OtherNodes | None = None
-        self.train_source, self.validation_source = self._sources(train, validation)
-        self.upcoming: Iterator[Batch] | None = None
-        self.expected = epoch.tally(train["id"].to_numpy())
-        self.bounds = epoch.step_bounds(self.images, self.config.batch_size)
+        self.at_once = memory.images_at_once(self.config, self.world)
+        self.feed = Feed(assignment, self.rank, self.world, self.at_once)
         self.bad_images: BadImages = {}
         self.compiled = False
+        self.overlaps = self.config.gpus > 0
+        """Whether the images of a step are brought to the device while it computes the one before."""
         self.metrics = TrainingMetrics(self.config.output) if self.rank == 0 else None
         self.phases = self.config.resolved_phases
         names, counts = assignment.info.class_names, assignment.info.class_counts
@@ -104,22 +119,6 @@ class _Worker:
                 teacher=teacher,
                 class_weights=recipe.class_weights(self.config, self.counts),
             )
-
-    def _sources(self, train: pa.Table, validation: pa.Table) -> tuple[Source, Source]:
-        if cached := self.assignment.cached:
-            return CachedSource(cached["train"]), CachedSource(cached["validation"])
-        cpus = other_nodes.free_cpus(self.rank, self.world) if self.assignment.uses_other_nodes else []
-        cpus = cpus[: _DECODERS_ELSEWHERE * self.assignment.decoders]
-        decoders = self.decoders = Decoders(
-            self.assignment.decoders,
-            self.config.image_size,
-            self.config.resize,
-            largest_batch=max(math.ceil(self.config.batch_size / self.world), self.validation_batch),
-            elsewhere=len(cpus),
-            keep_unavailable=self.config.skip_unreadable,
-        )
-        self.other_nodes = other_nodes.OtherNodes(decoders, cpus)
-        return StreamedSource(train, decoders), StreamedSource(validation, decoders)
 
     def check_lease(self) -> None:
         """
@@ -140,14 +139,13 @@ class _Worker:
         temporary = tempfile.TemporaryDirectory(prefix="cnnray-tensorboard-") if self.rank == 0 else None
         with temporary or contextlib.nullcontext("") as events:
             shown: list[keras.callbacks.Callback] = []
-            self.lines = callbacks.ProgressLogger(self.config.all_epochs, len(self.bounds) - 1, self.images)
+            self.lines = callbacks.ProgressLogger(self.config.all_epochs, self.feed.steps, self.feed.images)
             if self.rank == 0:
                 shown = [keras.callbacks.TensorBoard(events, write_graph=False), self.lines]
             try:
                 self._run(keras.callbacks.CallbackList(shown, model=self.steps.model), events)
             finally:
-                if self.decoders is not None:
-                    self.decoders.close()
+                self.feed.close()
 
     def _run(self, shown: keras.callbacks.CallbackList, events: str) -> None:
         self._restore()
@@ -185,7 +183,7 @@ class _Worker:
     def _begin_phase(self) -> None:
         phase = self.phases[self.progress.phase]
         with self.strategy.scope():
-            self.steps.begin(phase, len(self.bounds) - 1)
+            self.steps.begin(phase, self.feed.steps)
         self.steps.model.stop_training = False
         self.compiled = False
         self.deciding = keras.callbacks.CallbackList(
@@ -238,70 +236,68 @@ class _Worker:
 
     def _train_epoch(self, shown: keras.callbacks.CallbackList) -> None:
         progress, every = self.progress, self.config.checkpoint_every_steps
-        batches = self.upcoming or self._train_batches(progress.epoch, progress.step)
-        self.upcoming = self._validation_batches()
+        batches = self.feed.training(progress.epoch, progress.step)
         phase = self.phases[progress.phase]
         before = self._zeros_before()
-        per_epoch = len(self.bounds) - 1
-        clock = time.monotonic()
-        for batch in batches:
-            shown.on_train_batch_begin(progress.step)
+        per_epoch = self.feed.steps
+        self.clock = time.monotonic()
+        running: tuple[Started, Batch] | None = None
+        for step, batch in enumerate(batches, progress.step):
             images, targets, bad = self._good(batch)
-            self.steps.prune_at(progress.phase_epoch * per_epoch + progress.step, per_epoch, phase, before)
-            position = (progress.epoch, progress.step, self.rank)
-            sums = self.steps.train(images, targets, bad, position)
-            now = time.monotonic()
-            took, clock = now - clock, now
-            progress.sums += sums
-            if self.metrics:
-                self.metrics.step(sums.count, sums.bad, progress.sums.metrics(self.classes))
-            progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
-            progress.step += 1
-            progress.epoch_seconds += took
-            if self.compiled:
-                progress.images += sums.count
-                progress.seconds += took
-            elif not progress.seconds_to_first_step:
-                progress.seconds_to_first_step = time.time() - self.assignment.started
-            self.compiled = True
-            rate = progress.images / max(progress.seconds, 1e-9)
-            logs = progress.sums.metrics(self.classes) | {"images_per_second": rate}
-            shown.on_train_batch_end(progress.step - 1, logs)
-            self._check_bad(progress.sums.bad)
-            if self.other_nodes:
-                self.other_nodes.ask()
-            if every and progress.step % every == 0 and progress.step < len(self.bounds) - 1:
+            self.steps.prune_at(progress.phase_epoch * per_epoch + step, per_epoch, phase, before)
+            position = (progress.epoch, step, self.rank)
+            parts = math.ceil(self.feed.share(step) / self.at_once)
+            started = self.steps.start(images, targets, bad, position, parts)
+            if running:
+                self._end_step(*running, shown)
+            running = started, batch
+            is_checkpoint = every and (step + 1) % every == 0 and step + 1 < per_epoch
+            if is_checkpoint or not (self.overlaps and self.compiled):
+                self._end_step(*running, shown)
+                running = None
+            self.feed.ask_other_nodes()
+            if is_checkpoint:
                 self._checkpoint(None, sys.float_info.max)
-                clock = time.monotonic()
+                self.clock = time.monotonic()
+        if running:
+            self._end_step(*running, shown)
 
-    # Images are decoded in the order in which batches are asked for: those of the next part of the run are asked for
-    # before the last ones of this part are there.
-
-    def _train_batches(self, number: int, step: int) -> Iterator[Batch]:
-        """This worker's part of an epoch, from a step on."""
-        order = epoch.order(self.config.seed, number, self.images)
-        return self.train_source.batches(*epoch.rank_rows(order, self.bounds, step, self.rank, self.world))
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        rows, size = np.arange(self.rank, self.validation_images, self.world), self.validation_batch
-        sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return self.validation_source.batches(rows, sizes)
+    def _end_step(self, started: Started, batch: Batch, shown: keras.callbacks.CallbackList) -> None:
+        progress = self.progress
+        shown.on_train_batch_begin(progress.step)
+        sums = started.result()
+        now = time.monotonic()
+        took, self.clock = now - self.clock, now
+        progress.sums += sums
+        if self.metrics:
+            self.metrics.step(sums.count, sums.bad, progress.sums.metrics(self.classes))
+        progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
+        progress.step += 1
+        progress.epoch_seconds += took
+        if self.compiled:
+            progress.images += sums.count
+            progress.seconds += took
+        elif not progress.seconds_to_first_step:
+            progress.seconds_to_first_step = time.time() - self.assignment.started
+        self.compiled = True
+        rate = progress.images / max(progress.seconds, 1e-9)
+        logs = progress.sums.metrics(self.classes) | {"images_per_second": rate}
+        shown.on_train_batch_end(progress.step - 1, logs)
+        self._check_bad(progress.sums.bad)
 
     def _end_epoch(self) -> dict[str, float]:
         progress = self.progress
         seen = self.steps.reduce(np.asarray(progress.seen, np.int64))
-        if not np.array_equal(seen, self.expected):
+        if not np.array_equal(seen, self.feed.tally):
             raise RuntimeError(
                 f"Epoch {progress.epoch + 1} did not see every image of the manifest once: tally {seen.tolist()}, "
-                f"expected {self.expected.tolist()}."
+                f"expected {self.feed.tally.tolist()}."
             )
         self.steps.average_statistics()
         self.steps.update_inference()
         trained = progress.sums
-        batches = self.upcoming or self._validation_batches()
         is_last = progress.phase + 1 == len(self.phases) and progress.phase_epoch + 1 >= self.phases[-1].passes
-        self.upcoming = None if is_last else self._train_batches(progress.epoch + 1, 0)
-        validation = self._validate(batches)
+        validation = self._validate(self.feed.validation(None if is_last else progress.epoch + 1))
         self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
@@ -327,7 +323,7 @@ class _Worker:
 
     def _check_learning(self, loss: float) -> None:
         """Warn where the loss is still that of guessing after the warm-up of the first phase."""
-        progress, per_epoch = self.progress, len(self.bounds) - 1
+        progress, per_epoch = self.progress, self.feed.steps
         if progress.phase or self.has_learned or self.rank:
             return
         self.has_learned = recipe.has_learned(self.config, loss, self.counts)
@@ -355,7 +351,7 @@ class _Worker:
         sums = Sums()
         for batch in batches:
             images, targets, bad = self._good(batch)
-            sums += self.steps.evaluate(images, targets, self.validation_batch)
+            sums += self.steps.evaluate(images, targets, self.feed.validation_batch)
             sums += Sums(bad=bad)
         return Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
 
@@ -374,7 +370,7 @@ class _Worker:
         return images, targets, len(bad)
 
     def _check_bad(self, bad: float) -> None:
-        images = self.images + self.validation_images
+        images = self.feed.images + self.feed.validation_images
         if bad <= self.config.max_bad_fraction * images:
             return
         example = next(iter(self.bad_images.values()), None)

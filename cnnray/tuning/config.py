@@ -65,6 +65,8 @@ class SearchConfig(TrainConfig):
         if not self.search:
             raise ValueError("--search is needed, such as --search '{learning_rate: {loguniform: [1e-4, 1e-2]}}'.")
         object.__setattr__(self, "search", _spaces(self.search))
+        if self.parallel > 1 and "max_workers" in self.search and self.cpus_per_worker is None:
+            raise ValueError("--search max_workers with --parallel: give --cpus-per-worker, too.")
 
     def trial(self, values: dict[str, Any], output: str) -> TrainConfig:
         """The training run that a trial is.
@@ -76,7 +78,7 @@ class SearchConfig(TrainConfig):
         Raises:
             ValueError: values that cannot work.
         """
-        shared = {item.name: getattr(self, item.name) for item in dataclasses.fields(TrainConfig)}
+        shared = configs.fields_of(self, TrainConfig)
         for name, value in values.items():
             outer, _, inner = name.partition(".")
             shared[outer] = dataclasses.replace(shared[outer], **{inner: value}) if inner else value

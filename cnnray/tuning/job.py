@@ -8,23 +8,25 @@ import io
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from cnnray import cluster, configs, waiting
 from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
+from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.tracking.mlflow import RECORD
 from cnnray.tracking.mlflow_search import SearchTracker
 from cnnray.training import data, decided, decisions, recipe
 from cnnray.training.config import TrainConfig
+from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import CONFIG, HISTORY
-from cnnray.training.plan import check_cpus, resource_requests, share_out
+from cnnray.training.plan import check_cpus, place, resource_requests, share_out
 from cnnray.tuning.config import LISTS, SearchConfig
 
 log = logging.getLogger(__name__)
@@ -64,20 +66,22 @@ def search(config: SearchConfig) -> dict[str, Any]:
         # Each trial would find the same fault.
         manifest = data.build_run_manifest(config)
         earlier = _earlier_search(config)
-        config, epochs = _decide(config, manifest, earlier)
+        first = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
+        config = _decide(config, first)
         recipe.check(decisions.decide(config, decisions.data_facts(config, manifest))[0], manifest)
         # Ray Train's actors in the trials ask the dashboard for each other.
         with cluster.connected(dashboard=True):
-            available = waiting.wait_for_resources(
-                functools.partial(_fit, config), resource_requests(config), config.wait_minutes
+            images = len(manifests.select_split(manifest, "train"))
+            config, available = waiting.wait_for_resources(
+                functools.partial(_plan, config, first, images), resource_requests(config), config.wait_minutes
             )
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, share_out(config, available))
                 _begin(config)
             with tracker.following() if tracker else contextlib.nullcontext():
-                results = _results(_for_trials(config, available), spaces, epochs)
-        rows = _rows(config, results, epochs)
+                results = _results(_for_trials(config, available), spaces, first.all_epochs)
+        rows = _rows(config, results, first.all_epochs)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -180,17 +184,17 @@ def _earlier_search(config: SearchConfig) -> dict[str, Any] | None:
     return None
 
 
-def _decide(config: SearchConfig, manifest: pa.Table, earlier: dict[str, Any] | None) -> tuple[SearchConfig, int]:
-    """Decide the flags that are null and the same for all trials.
+def _decide(config: SearchConfig, first: DecidedConfig) -> SearchConfig:
+    """The config with those values of `first` that are the same for all trials.
 
-    Returns:
-        The config, and the epochs of a trial that is not stopped early.
+    Each trial decides what depends on the flags that are searched; the scheduler needs the same epochs for all.
     """
-    first = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
-    # Each trial decides what depends on the flags that are searched; the scheduler needs the same epochs for all.
-    names = ("epochs", "max_workers") if _DECISIVE & set(config.search) else decided.DECIDED
-    values = {name: getattr(first, name) for name in names if name not in config.search}
-    return dataclasses.replace(config, **values), first.all_epochs
+    return _with_values(config, first, ("epochs",) if _DECISIVE & set(config.search) else decided.DECIDED)
+
+
+def _with_values(config: SearchConfig, values: DecidedConfig, names: Sequence[str]) -> SearchConfig:
+    """The config with these fields of `values`, but for the flags that are searched."""
+    return dataclasses.replace(config, **{name: getattr(values, name) for name in names if name not in config.search})
 
 
 def _begin(config: SearchConfig) -> None:
@@ -256,14 +260,17 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
     return waiting.interruptible(waiting.in_background(tuner.fit))
 
 
-def _fit(config: SearchConfig, available: Resources) -> Resources:
-    """The same resources, if a trial fits them.
+def _plan(
+    config: SearchConfig, first: DecidedConfig, images: int, available: Resources
+) -> tuple[SearchConfig, Resources]:
+    """The config with the workers of each trial, and the cluster that has room for them.
 
     Raises:
         ClusterError: it does not.
     """
+    config = _with_values(config, place(first, images, available, parallel=config.parallel), decided.PLANNED)
     share_out(config, available)
-    return available
+    return config, available
 
 
 def _for_trials(config: SearchConfig, available: Resources) -> SearchConfig:

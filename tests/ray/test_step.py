@@ -1,5 +1,7 @@
 """Two workers and a single process train the same weights from the same global batches."""
 
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,11 +11,17 @@ from tests.ray.workers import run_on_workers
 from tests.runs import largest_difference
 
 STEPS, BATCH, SIZE, CLASSES = 10, 32, 32, 4
+PARTS = 3
 WEIGHTS = (0.5, 1.0, 2.0, 1.0)
 # One process and two round differently, and training amplifies the difference: by 30 per step at a learning rate of
 # 0.01 and batches of 8. At these rates it is 1e-6 after ten steps; a wrong statistic makes it 1e-3 (`plain`).
+_WITHOUT_BATCH_NORM = {"architecture": "vgg16", "head": "linear", "optimizer": "sgd", "learning_rate": 1e-5}
+_RECIPE = {"clip_norm": 0.5, "accumulate": 2, "weight_decay": 0.1, "label_smoothing": 0.1, "average": 0.9}
 CASES = {
-    "sgd": {"architecture": "vgg16", "head": "linear", "optimizer": "sgd", "learning_rate": 1e-5},
+    "sgd": _WITHOUT_BATCH_NORM,
+    "sgd in parts": _WITHOUT_BATCH_NORM,
+    "whole recipe": _WITHOUT_BATCH_NORM | _RECIPE,
+    "whole recipe in parts": _WITHOUT_BATCH_NORM | _RECIPE,
     "sgd_synchronized": {
         "architecture": "small_cnn",
         "optimizer": "sgd",
@@ -29,14 +37,12 @@ CASES = {
         "optimizer": "sgd",
         "learning_rate": 1e-4,
         "synchronized_batch_norm": True,
-        "clip_norm": 0.5,
-        "accumulate": 2,
-        "weight_decay": 0.1,
-        "label_smoothing": 0.1,
-        "average": 0.9,
+        **_RECIPE,
     },
+    "synchronized in parts": {"architecture": "small_cnn", "synchronized_batch_norm": True},
     "bfloat16": {"architecture": "small_cnn", "precision": "bfloat16"},
     "float16": {"architecture": "small_cnn", "precision": "float16"},
+    "float16 in parts": {"architecture": "small_cnn", "precision": "float16"},
 }
 
 
@@ -71,7 +77,8 @@ def _train(rank, world, cases, batches):
             steps.begin(config.resolved_phases[0], STEPS)
         # Low precision is slow here, and not compared with one process.
         used = batches[:3] if "precision" in case else batches
-        sums = [steps.train(x[rank::world], y[rank::world]).values for x, y in used]
+        parts = PARTS if "in parts" in name else 1
+        sums = [steps.train(x[rank::world], y[rank::world], parts=parts).values for x, y in used]
         statistics = [v.numpy() for v in steps._statistics]
         steps.average_statistics()
         steps.update_inference()
@@ -83,7 +90,7 @@ def _train(rank, world, cases, batches):
         before = [v.numpy() for v in steps._statistics]
         # A step in which every image of the second worker was bad.
         good = images[: 4 if rank == 0 else 0]
-        one_sided = steps.train(good, targets[: len(good)], bad=rank * 4)
+        one_sided = steps.train(good, targets[: len(good)], bad=rank * 4, parts=parts)
         results[name] = {
             "sums": np.asarray(sums),
             "weights": weights,
@@ -110,7 +117,7 @@ def _overflow(rank, steps, images, targets):
         steps.optimizer.scale_loss = lambda loss: loss * np.inf
     import tensorflow as tf
 
-    steps._compiled_train = tf.function(steps._train, autograph=False)
+    steps._compiled[True, False] = tf.function(functools.partial(steps._train, False), autograph=False)
     steps.train(images[rank::2], targets[rank::2])
     unmoved = all((v.numpy() == b).all() for v, b in zip(steps.model.trainable_variables, before, strict=True))
     return unmoved, float(scale), float(steps.optimizer.dynamic_scale.numpy())
@@ -131,6 +138,28 @@ def test_sgd_gives_the_same_weights(trained, case):
     assert largest_difference(first["weights"], single["weights"]) <= 1e-5
     assert largest_difference(second["weights"], first["weights"]) == 0
     np.testing.assert_allclose(first["sums"], single["sums"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["sgd", "whole recipe"])
+def test_micro_batches_give_the_same_weights(trained, case):
+    for result in trained:
+        whole, parts = result[case], result[f"{case} in parts"]
+        assert largest_difference(parts["weights"], whole["weights"]) <= 1e-5
+        assert largest_difference(parts["inference"], whole["inference"]) <= 1e-5
+        np.testing.assert_allclose(parts["sums"], whole["sums"], rtol=1e-4)
+        assert parts["one_sided"].values == pytest.approx(whole["one_sided"].values, rel=1e-4)
+    single, first, second = (result[f"{case} in parts"] for result in trained)
+    assert largest_difference(first["weights"], single["weights"]) <= 1e-5
+    assert largest_difference(second["weights"], first["weights"]) == 0
+
+
+@pytest.mark.parametrize("case", ["synchronized in parts", "float16 in parts"])
+def test_micro_batches_train_every_network(trained, case):
+    _, first, second = (result[case] for result in trained)
+    assert largest_difference(second["weights"], first["weights"]) == 0
+    assert np.isfinite(first["sums"]).all()
+    assert first["sums"][-1, 1] < first["sums"][0, 1] or "float16" in case
+    assert first["one_sided"] == second["one_sided"]
 
 
 @pytest.mark.parametrize("case", ["adam", "residual"])

@@ -156,7 +156,7 @@ def test_the_rules_are_those_of_version_0_1_0():
         "epochs", "min_workers", "max_workers", "wait_minutes", "cpus_per_worker", "gpus_per_worker", "decode_cpus",
         "data_checks", "cache", "max_bad_fraction", "max_failures", "overwrite", "output", "preview_augmentations",
         "mlflow", "mlflow_experiment", "mlflow_model", "skip_unreadable", "sanity", "find_learning_rate",
-        "dashboard",
+        "dashboard", "images_per_worker",
     }  # fmt: skip
     assert configs.names(SearchConfig, searchable=False) == {
         "output", "overwrite", "preview_augmentations", "search", "trials", "parallel", "metric", "mlflow",

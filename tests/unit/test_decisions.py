@@ -87,13 +87,15 @@ def test_a_flag_that_does_not_fit_the_chosen_values_gets_a_sentence(flags, sente
 
 def test_a_batch_has_an_image_for_each_worker():
     assert _decide(max_workers=200)[0].batch_size == 200
-    assert _decide()[0].max_workers == 1
-    assert _decide(min_workers=1)[0].max_workers == 2
-    earlier = {**dataclasses.asdict(_decide()[0]), "min_workers": 2, "max_workers": 8}
+    assert _decide(min_workers=100)[0].batch_size == 100
+    assert _decide()[0].batch_size == 64
+
+
+def test_a_run_that_goes_on_keeps_its_workers():
+    earlier = {**configs.as_dict(decided()), "min_workers": 2, "max_workers": 8, "gpus_per_worker": 1.0}
+    earlier["precision"] = "bfloat16"
     again = decisions.as_before(TrainConfig(data="/d", output="/o"), earlier)
-    assert (again.min_workers, again.max_workers) == (2, 8)
-    config = TrainConfig(data="/d", output="/o")
-    assert decisions.decide(config, DataFacts(images=100, classes=2, side=32), on_cluster=True)[0].max_workers == 2
+    assert (again.min_workers, again.max_workers, again.gpus_per_worker, again.precision) == (2, 8, 1, "bfloat16")
 
 
 def test_nothing_is_mirrored_by_default():
@@ -115,7 +117,7 @@ def test_the_network_is_that_of_the_weights(tmp_path):
 
 
 def test_a_run_that_goes_on_keeps_its_values():
-    earlier = configs.as_dict(_decide(images=100, architecture="small_cnn")[0])
+    earlier = configs.as_dict(decided(images=100))
     config = TrainConfig(data="/d", output="/o")
     assert differences(config, earlier) == []
     assert configs.as_dict(decisions.as_before(config, earlier)) == earlier

@@ -41,9 +41,8 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
     def ours(step: float = 0.0) -> int:
         """Decode for steps that take so many seconds, at most `_SECONDS` in all."""
         steps = len(manifest) // _BATCH if not step else min(len(manifest) // _BATCH, round(_SECONDS / step))
-        rows = np.arange(steps * _BATCH)
         count = 0
-        for batch in source.batches(rows, [_BATCH] * steps):
+        for batch in source.batches(lambda number: np.arange(number * _BATCH, (number + 1) * _BATCH), steps):
             time.sleep(step)
             count += len(batch["image"])
         return count

@@ -27,7 +27,7 @@ class Costs:
     driver_bytes: float
     """Peak memory of the driver meanwhile, whatever the number of images."""
     order: float
-    """Seconds of each training worker to compute the order of an epoch."""
+    """Seconds of a training worker to find which image it takes next."""
     row_bytes: float
     """Bytes in a part's file."""
     image: float
@@ -106,7 +106,7 @@ def project_training(costs: Costs, workers: int, images: float) -> tuple[float, 
     """
     seconds = costs.step + all_reduce_seconds(costs, workers)
     rate = workers * costs.step_images / seconds
-    return rate, costs.step / seconds, costs.order * images + images / rate
+    return rate, costs.step / seconds, costs.order * images / workers + images / rate
 
 
 def table(costs: Costs, images: float = 1e9) -> str:

@@ -10,6 +10,7 @@ from benchmarks import (
     few_images,
     ingest,
     load,
+    manifest_rows,
     pixels,
     predict,
     projection,
@@ -85,6 +86,9 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
             sizes = bookkeeping.ROWS if measure == "scale" else bookkeeping.ROWS[:1]
             kept = [bookkeeping.measure(folder, predict.write_random_bundle(folder), rows) for rows in sizes]
             result.tables.append(bookkeeping.table(kept))
+            if measure == "scale":
+                measured = [manifest_rows.measure(folder, rows) for rows in manifest_rows.ROWS]
+                result.tables.append(manifest_rows.table(measured))
         with cluster.connected() as resources:
             if len(resources.nodes) > 1 and not shared:
                 raise BenchmarkError("The cluster has several nodes: give a --folder that all of them share.")

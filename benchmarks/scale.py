@@ -150,9 +150,15 @@ def measure_costs(photos: Photos, training: Rates, prediction: Rates, kept: Book
 
 
 def _measure_listing_and_order(folder: str) -> tuple[float, float]:
-    """CPU seconds to list a folder, and to compute the order of an epoch of `_ROWS` images."""
+    """CPU seconds to list a folder, and to compute the order of `_ROWS` images of an epoch of a billion."""
     storage.files(folder)  # warm-up: imports libraries
-    return _cpu_seconds(lambda: storage.files(folder)), _cpu_seconds(lambda: epoch.order(0, 0, _ROWS))
+    ordered = epoch.Epoch(seed=0, number=0, images=10**9, batch_size=_BATCH_PER_WORKER)
+
+    def order() -> None:
+        for step in range(_ROWS // _BATCH_PER_WORKER):
+            ordered.rows(step)
+
+    return _cpu_seconds(lambda: storage.files(folder)), _cpu_seconds(order)
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:

@@ -176,10 +176,10 @@ def _measure_on_worker(
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
         source = StreamedSource(manifest, Decoders(decoders, SIZE, "stretch", largest_batch=len(images)))
-        bounds = epoch.step_bounds(len(manifest), config.batch_size)
-        rows, sizes = epoch.rank_rows(epoch.order(0, 0, len(manifest)), bounds, 0, rank, world)
-        list(source.batches(rows[: sum(sizes[:2])], sizes[:2]))  # warm-up: the processes start
-        inputs["files"] = source.batches(rows, sizes)
+        ordered = epoch.Epoch(0, 0, len(manifest), config.batch_size)
+        rows = functools.partial(ordered.rows, rank=rank, world=world)
+        list(source.batches(rows, 2))  # warm-up: the processes start
+        inputs["files"] = source.batches(rows, ordered.steps)
     rates: dict[str, Any] = {}
     for name, batches in inputs.items():
         # Time starts after the first step, because the first batch of a stream takes a second or two, once per epoch.

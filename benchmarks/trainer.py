@@ -89,8 +89,7 @@ def train_network(
     decided = plan.planned(decisions.decide(config, facts)[0])
     class_weights = recipe.class_weights(decided, counts)
     steps = VariantSteps(decided, len(counts), weights=weights, teacher=teacher, class_weights=class_weights)
-    bounds = epoch.step_bounds(len(train.targets), decided.batch_size)
-    per_epoch, number, zeros, seconds = len(bounds) - 1, 0, 0.0, 0.0
+    per_epoch, number, zeros, seconds = epoch.steps(len(train.targets), decided.batch_size), 0, 0.0, 0.0
     passed: list[Passed] = []
     best: tuple[float, Any] = (np.inf, None)
     phases = decided.resolved_phases
@@ -98,10 +97,10 @@ def train_network(
         steps.begin(phase, per_epoch)
         for phase_epoch in range(phase.passes):
             started, losses = time.perf_counter(), 0.0
-            order = epoch.order(decided.seed, number, len(train.targets))
+            ordered = epoch.Epoch(decided.seed, number, len(train.targets), decided.batch_size)
             for step in range(per_epoch):
                 steps.prune_at(phase_epoch * per_epoch + step, per_epoch, phase, zeros)
-                rows = order[bounds[step] : bounds[step + 1]]
+                rows = ordered.rows(step)
                 losses += steps.train(train.images[rows], train.targets[rows], position=(number, step, 0)).loss
             steps.update_inference()
             seconds += time.perf_counter() - started

@@ -359,11 +359,18 @@ def _length_of_run(places: list[tuple[int, int]]) -> int:
     return end - start
 
 
-def open_parquet(file: str) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that reads large columns piece by piece."""
+def open_parquet(file: str, **options: Any) -> Any:
+    """A `pyarrow.parquet.ParquetFile` that reads large columns piece by piece.
+
+    Args:
+        file: its uri.
+        options: see `ParquetFile`.
+    """
     filesystem, path = storage.arrow_filesystem(file)
     # Without these two options Arrow holds the column of a whole row group in memory: gigabytes of photos.
-    return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=_BYTES_AT_ONCE)
+    return pyarrow.parquet.ParquetFile(
+        path, filesystem=filesystem, pre_buffer=False, buffer_size=_BYTES_AT_ONCE, **options
+    )
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

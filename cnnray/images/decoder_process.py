@@ -54,7 +54,8 @@ def main(connection: Connection, memory: int) -> None:
     settings: Settings = connection.recv()
     pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
     images = pixels.reshape(-1, settings.size, settings.size, 3)
-    connection.send(None)
+    with contextlib.suppress(ConnectionError):  # the other process is gone, and there will be no turn
+        connection.send(None)
     turns = _Turns(connection, settings)
     for first, sources in turns:
         try:

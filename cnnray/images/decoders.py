@@ -79,9 +79,8 @@ class _Turn:
 
 @dataclass(eq=False)
 class _Stream:
-    rows: Callable[[int, int], pa.Table]
-    bounds: list[int]
-    """Where each batch begins, and the last one ends."""
+    rows: Callable[[int], pa.Table]
+    batches: int
     begun: int = 0
     """Batches that have a place in memory."""
 
@@ -169,12 +168,12 @@ class Decoders:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def batches(self, rows: Callable[[int, int], pa.Table], sizes: Sequence[int]) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], pa.Table], count: int) -> Iterator[Batch]:
         """Decode images, after those of earlier streams. It begins at once, before the first batch is asked for.
 
         Args:
-            rows: gives the rows from a place of the stream to another, with `uri`.
-            sizes: images of each batch, at most `largest_batch`.
+            rows: the rows of each batch, with `uri`, by its number; at most `largest_batch`.
+            count: number of batches.
 
         Raises:
             CnnrayError: as `reading.decoded_blocks`.
@@ -184,7 +183,7 @@ class Decoders:
             the batches of `reading.decoded_blocks`. The pixels of one are there until the next but one, or the end of
             the stream, is asked for.
         """
-        stream = _Stream(rows, np.cumsum([0, *sizes]).tolist())
+        stream = _Stream(rows, count)
         self._streams.append(stream)
         self._wake_up()
         return self._received(stream)
@@ -211,7 +210,7 @@ class Decoders:
     def _received(self, stream: _Stream) -> Iterator[Batch]:
         held: collections.deque[_Batch] = collections.deque()
         try:
-            for number in range(len(stream.bounds) - 1):
+            for number in range(stream.batches):
                 batch = self._wait_for(stream, number)
                 held.append(batch)
                 columns = {name: batch.rows[name].to_numpy() for name in batch.rows.column_names}
@@ -237,7 +236,7 @@ class Decoders:
     def _drop(self, stream: _Stream, held: Sequence[_Batch]) -> None:
         """Forget the rest of a stream."""
         with self._changed:
-            stream.begun = len(stream.bounds) - 1
+            stream.begun = stream.batches
             for key in [key for key in self._batches if key[0] is stream]:
                 batch = self._batches.pop(key)
                 batch.is_dropped = True
@@ -276,10 +275,10 @@ class Decoders:
         while self._free and self._streams:
             stream = self._streams[0]
             number = stream.begun
-            if number == len(stream.bounds) - 1:
+            if number == stream.batches:
                 self._streams.popleft()
                 continue
-            batch = _Batch(stream.rows(*stream.bounds[number : number + 2]), self._free.popleft())
+            batch = _Batch(stream.rows(number), self._free.popleft())
             uris = batch.rows["uri"].to_pylist()
             length = _TURN[reading.place_of(uris[0])] if uris else 1
             turns = [_Turn(batch, start, uris[start : start + length]) for start in range(0, len(uris), length)]

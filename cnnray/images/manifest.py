@@ -32,6 +32,8 @@ FORMAT = 1
 """Number of the manifest format (columns and their meaning), kept in the metadata of the schema."""
 FORMAT_KEY = b"cnnray.manifest_format"
 _ROWS_AT_ONCE = 2**16
+_ROWS_OF_A_GROUP = 2**18
+"""In a file; readers hold a few row groups in memory."""
 _PLAIN = r"^[ -&(-\[\]-~]*$"
 """Matches strings of printable ASCII without ' and \\, whose `repr` is the string between two '."""
 
@@ -171,7 +173,7 @@ def write(manifest: pa.Table, uri: str) -> None:
     """Write a manifest as Parquet, whole or not at all."""
     metadata = {**(manifest.schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()}
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(manifest.replace_schema_metadata(metadata), buffer)
+    pyarrow.parquet.write_table(manifest.replace_schema_metadata(metadata), buffer, row_group_size=_ROWS_OF_A_GROUP)
     storage.write_bytes(uri, buffer.getvalue())
 
 

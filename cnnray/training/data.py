@@ -5,12 +5,11 @@ Ray is imported where it is first needed, so that mistakes in a manifest are rep
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,6 +23,7 @@ from cnnray.images.reading import Batch, concatenated
 from cnnray.images.resize import ResizeRule
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
+from cnnray.training.epoch import Ints
 from cnnray.training.plan import Shares
 
 log = logging.getLogger(__name__)
@@ -257,12 +257,24 @@ def _used(manifest: pa.Table) -> pa.Table:
 class Source(Protocol):
     """Where a worker's images come from: gives the images of chosen rows of a manifest, in order."""
 
-    def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
-        """The rows' images in batches of `sizes`: dicts of `id` int64 (n,), `target` int64 (n,) (the class's
-        index), `image` uint8 (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings.
+    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
+        """The images of rows: dicts of `id` int64 (n,), `target` int64 (n,) (the class's index), `image` uint8
+        (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings.
 
         The pixels of a batch may be gone when the next but one is asked for.
+
+        Args:
+            rows: the row numbers of each batch, by its own number.
+            count: number of batches.
         """
+        ...
+
+
+class Taken(Protocol):
+    """Rows with `id`, `target` and `uri`, such as a `rows.Rows` or a table."""
+
+    def take(self, rows: Ints) -> pa.Table:
+        """The rows with these numbers."""
         ...
 
 
@@ -273,21 +285,17 @@ class StreamedSource:
     and gives a block to the worker that asks first, so that no two runs are the same.
     """
 
-    def __init__(self, manifest: pa.Table, decoders: Decoders) -> None:
+    def __init__(self, manifest: Taken, decoders: Decoders) -> None:
         """
         Args:
             manifest: of the split.
             decoders: may be those of other sources, too.
         """
-        self._manifest, self._decoders = manifest.select(["id", "target", "uri"]), decoders
+        self._manifest, self._decoders = manifest, decoders
 
-    def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
         """See `Source`. Decoding begins at once, after what was asked for before."""
-
-        def take(start: int, stop: int) -> pa.Table:
-            return self._manifest.take(pa.array(rows[start:stop]))
-
-        return self._decoders.batches(take, sizes)
+        return self._decoders.batches(lambda number: self._manifest.take(rows(number)), count)
 
 
 class CachedSource:
@@ -305,12 +313,10 @@ class CachedSource:
         self._block_of = np.repeat(np.arange(len(lengths)), lengths)
         self._row_of = np.concatenate([np.arange(length) for length in lengths])
 
-    def batches(self, rows: npt.NDArray[np.int64], sizes: list[int]) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
         """See `Source`."""
-        start = 0
-        for size in sizes:
-            places = [(self._blocks[self._block_of[row]], self._row_of[row]) for row in rows[start : start + size]]
-            start += size
+        for number in range(count):
+            places = [(self._blocks[self._block_of[row]], self._row_of[row]) for row in rows(number)]
             yield {
                 name: np.stack([block[name][row] for block, row in places]) if places else column[:0]
                 for name, column in self._blocks[0].items()

@@ -2,9 +2,12 @@
 
 An epoch is a permutation of the training images, cut into equal steps; step s of worker r of w takes every
 w-th image of the step from the r-th on. A position in an epoch is therefore one number, the step, and a run
-may go on from it with another number of workers.
+may go on from it with another number of workers. The permutation of many images is computed place by place, and
+not stored.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +16,71 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 
-def order(seed: int, epoch: int, images: int) -> Ints:
-    """The permutation of `images` row numbers of an epoch: int64 (images,)."""
-    return np.random.default_rng([seed, epoch]).permutation(images)
+ORDER = 2
+"""Number of the order that runs begin with."""
+_STORED = 2**22
+"""Images whose order takes little memory: it is stored, and the same as in all versions."""
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The images of an epoch, in order, and its steps."""
+
+    seed: int
+    number: int
+    """From 0 on."""
+    images: int
+    batch_size: int
+    order: int = ORDER
+    """Number of the order: 1, of runs that began with version 0.2 or earlier, is stored for any number of images."""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return steps(self.images, self.batch_size)
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """The places in the order where a step begins and ends.
+
+        All steps have the same number of images or one more, and at most `batch_size`. (A short last step, as
+        usual, would be noisier than the others, and might leave workers without an image.)
+        """
+        return step * self.images // self.steps, (step + 1) * self.images // self.steps
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> Ints:
+        """The row numbers of a worker's images in a step: int64."""
+        start, stop = self.bounds(step)
+        return self.at(np.arange(start + rank, stop, world))
+
+    def at(self, places: Ints) -> Ints:
+        """The row numbers at places of the order: int64, as many.
+
+        Those of many images are a Feistel network over pairs of numbers, whose last few pairs may lead beyond the
+        images: it is then applied again (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+        """
+        if self.order == 1 or self.images <= _STORED:
+            return self._stored[places]
+        low = np.uint64(math.isqrt(self.images))
+        high = np.uint64(-(-self.images // int(low)))
+        rows, outside = places.astype(np.uint64), np.ones(len(places), bool)
+        while outside.any():
+            left, right = np.divmod(rows[outside], low)
+            for first, second in self._keys:
+                left = (left + _hash(right ^ first)) % high
+                right = (right + _hash(left ^ second)) % low
+            rows[outside] = left * low + right
+            outside = rows >= self.images
+        return rows.astype(np.int64)
+
+    @functools.cached_property
+    def _keys(self) -> npt.NDArray[np.uint64]:
+        keys = np.random.SeedSequence([self.seed, self.number]).generate_state(2 * _ROUNDS, np.uint64)
+        return keys.astype(np.uint64).reshape(_ROUNDS, 2)
+
+    @functools.cached_property
+    def _stored(self) -> Ints:
+        return np.random.default_rng([self.seed, self.number]).permutation(self.images)
 
 
 def steps(images: int, batch_size: int) -> int:
@@ -23,40 +88,22 @@ def steps(images: int, batch_size: int) -> int:
     return -(-images // batch_size)
 
 
-def step_bounds(images: int, batch_size: int) -> Ints:
-    """Where each step begins in the order, and after the last, where it ends: int64 (steps + 1,).
-
-    All steps have the same number of images or one more, and at most `batch_size`. (A short last step, as
-    usual, would be noisier than the others, and might leave workers without an image.)
-    """
-    count = steps(images, batch_size)
-    return np.arange(count + 1, dtype=np.int64) * images // count
-
-
-def rank_rows(epoch_order: Ints, bounds: Ints, first_step: int, rank: int, world: int) -> tuple[Ints, list[int]]:
-    """What a worker reads from `first_step` to the end of an epoch.
-
-    Returns:
-        Row numbers, int64, in the order of reading, and the length of each step's part.
-    """
-    parts = [
-        epoch_order[start + rank : stop : world]
-        for start, stop in zip(bounds[first_step:-1], bounds[first_step + 1 :], strict=True)
-    ]
-    return np.concatenate([np.empty(0, np.int64), *parts]), [len(part) for part in parts]
-
-
 def tally(ids: Ints) -> Ints:
     """A checksum that tells two collections of ids apart, in any order: int64 (3,).
 
-    Their number, their sum, and the sum of 31 bits of a hash (splitmix64, Steele et al. 2014). Tallies of the
-    workers add up; an epoch's must equal that of the manifest, or an image was lost or seen twice.
+    Their number, their sum, and the sum of 31 bits of a hash. Tallies of the workers add up; an epoch's must equal
+    that of the manifest, or an image was lost or seen twice.
     """
-    values = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    hashed = (_hash(ids.astype(np.uint64)) & np.uint64(0x7FFFFFFF)).astype(np.int64)
+    return np.asarray([len(ids), ids.sum(), hashed.sum()], np.int64)
+
+
+def _hash(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64 (Steele et al. 2014)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    hashed = ((values ^ (values >> np.uint64(31))) & np.uint64(0x7FFFFFFF)).astype(np.int64)
-    return np.asarray([len(ids), ids.sum(), hashed.sum()], np.int64)
+    return values ^ (values >> np.uint64(31))
 
 
 TOP_K = 5

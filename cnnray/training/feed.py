@@ -1,17 +1,18 @@
 """What a worker trains and validates on, batch after batch, ahead of its steps."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 
-from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders
 from cnnray.images.reading import Batch
-from cnnray.training import epoch, other_nodes
+from cnnray.training import epoch, other_nodes, rows
 from cnnray.training.data import CachedSource, Source, StreamedSource
+from cnnray.training.epoch import Epoch, Ints
 from cnnray.training.plan import Assignment
+from cnnray.training.rows import Rows
 
 _DECODERS_ELSEWHERE = 4
 """Processes on other nodes, for each on the worker's own node, at most."""
@@ -25,9 +26,10 @@ class Feed:
 
     Attributes:
         images, validation_images: numbers of images, over all workers.
-        bounds: see `epoch.step_bounds`.
+        steps: of an epoch.
         tally: `epoch.tally` of all training images.
         validation_batch: most images of a batch for validation.
+        order: number of the order of epochs (see `epoch.Epoch`).
     """
 
     def __init__(self, assignment: Assignment, rank: int, world: int, at_once: int) -> None:
@@ -39,11 +41,13 @@ class Feed:
             at_once: most images that the worker takes at once.
         """
         self._config, self._rank, self._world = assignment.config, rank, world
-        manifest = manifests.with_targets(manifests.read(assignment.manifest))
-        train, validation = (manifests.select_split(manifest, split) for split in ("train", "validation"))
-        self.images, self.validation_images = len(train), len(validation)
-        self.bounds = epoch.step_bounds(self.images, self._config.batch_size)
-        self.tally = epoch.tally(train["id"].to_numpy())
+        self.order = epoch.ORDER
+        self._opened = contextlib.ExitStack()
+        names = assignment.info.class_names
+        splits = self._opened.enter_context(rows.open_rows(assignment.manifest, names, assignment.lease_holder))
+        train, validation = splits["train"], splits["validation"]
+        self.images, self.validation_images, self.tally = len(train), len(validation), train.tally
+        self.steps = self._epoch(0).steps
         self.validation_batch = min(at_once, math.ceil(self.validation_images / world))
         self._decoders: Decoders | None = None
         self._other_nodes: other_nodes.OtherNodes | None = None
@@ -51,7 +55,7 @@ class Feed:
         self._next_train: Iterator[Batch] | None = None
         self._next_validation: Iterator[Batch] | None = None
 
-    def _sources(self, assignment: Assignment, train: pa.Table, validation: pa.Table) -> tuple[Source, Source]:
+    def _sources(self, assignment: Assignment, train: Rows, validation: Rows) -> tuple[Source, Source]:
         if cached := assignment.cached:
             return CachedSource(cached["train"]), CachedSource(cached["validation"])
         cpus = other_nodes.free_cpus(self._rank, self._world) if assignment.uses_other_nodes else []
@@ -67,14 +71,10 @@ class Feed:
         self._other_nodes = other_nodes.OtherNodes(decoders, cpus)
         return StreamedSource(train, decoders), StreamedSource(validation, decoders)
 
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.bounds) - 1
-
     def share(self, step: int) -> int:
         """The most images of a step that any worker has."""
-        return math.ceil(int(self.bounds[step + 1] - self.bounds[step]) / self._world)
+        start, stop = self._epoch(0).bounds(step)
+        return math.ceil((stop - start) / self._world)
 
     def training(self, number: int, step: int) -> Iterator[Batch]:
         """The batches of an epoch from a step on. Those of validation are asked for, too.
@@ -99,13 +99,23 @@ class Feed:
         return batches
 
     def _training(self, number: int, step: int) -> Iterator[Batch]:
-        order = epoch.order(self._config.seed, number, self.images)
-        return self._train_source.batches(*epoch.rank_rows(order, self.bounds, step, self._rank, self._world))
+        ordered = self._epoch(number)
+        return self._train_source.batches(
+            lambda batch: ordered.rows(step + batch, self._rank, self._world), ordered.steps - step
+        )
 
     def _validation(self) -> Iterator[Batch]:
-        rows, size = np.arange(self._rank, self.validation_images, self._world), self.validation_batch
-        sizes = [len(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return self._validation_source.batches(rows, sizes)
+        of_all = self.validation_batch * self._world
+        mine = len(range(self._rank, self.validation_images, self._world))
+
+        def rows_of(batch: int) -> Ints:
+            last = min((batch + 1) * of_all, self.validation_images)
+            return np.arange(batch * of_all + self._rank, last, self._world)
+
+        return self._validation_source.batches(rows_of, math.ceil(mine / max(self.validation_batch, 1)))
+
+    def _epoch(self, number: int) -> Epoch:
+        return Epoch(self._config.seed, number, self.images, self._config.batch_size, self.order)
 
     def ask_other_nodes(self) -> None:
         """Let other nodes decode, too, where this one is too slow."""
@@ -113,6 +123,7 @@ class Feed:
             self._other_nodes.ask()
 
     def close(self) -> None:
-        """End the processes that decode."""
+        """End the processes that decode, and let go of the rows."""
         if self._decoders is not None:
             self._decoders.close()
+        self._opened.close()

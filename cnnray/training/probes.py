@@ -23,6 +23,7 @@ from cnnray.models.augment import Augmentations
 from cnnray.training import data, decisions, epoch, plan, recipe
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig, PlannedConfig
+from cnnray.training.epoch import Epoch
 from cnnray.training.output import IMAGENET, TrainingError
 from cnnray.training.phases import Phase
 
@@ -135,14 +136,13 @@ def find_learning_rate(config: TrainConfig) -> dict[str, Any]:
     steps = _begin(replace(decided, schedule="constant", accumulate=1), sample)
     guessing = recipe.guessing_loss(decided, sample.counts)
     rates = np.geomspace(_LOWEST_RATE, _HIGHEST_RATE, _RATES)
-    bounds = epoch.step_bounds(len(sample.targets), decided.batch_size)
+    per_epoch = epoch.steps(len(sample.targets), decided.batch_size)
     losses: list[float] = []
     averages: list[float] = []
     average = 0.0
     for step, rate in enumerate(rates):
-        passed, place = divmod(step, len(bounds) - 1)
-        order = epoch.order(decided.seed, passed, len(sample.targets))
-        rows = order[bounds[place] : bounds[place + 1]]
+        passed, place = divmod(step, per_epoch)
+        rows = Epoch(decided.seed, passed, len(sample.targets), decided.batch_size).rows(place)
         _set_learning_rate(steps, float(rate))
         sums = steps.train(sample.images[rows], sample.targets[rows], position=(passed, place, 0))
         loss = sums.loss / sums.count
@@ -225,7 +225,7 @@ def _prepare(config: TrainConfig, count: int) -> tuple[PlannedConfig, _Sample]:
     manifest = data.build_run_manifest(config)
     decided = decisions.for_images(config, manifest)
     train = manifests.select_split(manifests.with_targets(manifest), "train")
-    order = epoch.order(decided.seed, 0, len(train))[:count]
+    order = Epoch(decided.seed, 0, len(train), decided.batch_size).at(np.arange(min(count, len(train))))
     # Images in containers are read in the order of the file.
     rows = train.take(np.sort(order))
     blocks = list(reading.decoded_blocks(rows, decided.image_size, decided.resize, 256))

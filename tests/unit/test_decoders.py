@@ -45,8 +45,10 @@ def started():
         one.close()
 
 
-def rows_of(table):
-    return lambda start, stop: table.slice(start, stop - start)
+def parts(table, sizes):
+    """The arguments of `Decoders.batches` for a table in batches of these sizes."""
+    starts = np.cumsum([0, *sizes]).tolist()
+    return lambda number: table.slice(starts[number], sizes[number]), len(sizes)
 
 
 def copied(batches):
@@ -59,7 +61,7 @@ def test_the_batches_are_those_of_one_process(processes, manifest, started):
     decoding = started(processes, SIZE, "stretch", largest_batch=20)
     assert (expected["error"] != "").any()
     for sizes in ([20, 20, 20], [1, 0, 7, 20, 20, 11, 1], [5] * 12):
-        batches = copied(decoding.batches(rows_of(manifest), sizes))
+        batches = copied(decoding.batches(*parts(manifest, sizes)))
         assert [len(batch["image"]) for batch in batches] == sizes
         for name in ("id", "uri", "image", "error"):
             np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected[name])
@@ -67,7 +69,7 @@ def test_the_batches_are_those_of_one_process(processes, manifest, started):
 
 def test_images_are_decoded_before_their_batch_is_asked_for(manifest, started):
     decoding = started(2, SIZE, "stretch", largest_batch=8)
-    first, second = (decoding.batches(rows_of(manifest.slice(start, 16)), [8, 8]) for start in (0, 16))
+    first, second = (decoding.batches(*parts(manifest.slice(start, 16), [8, 8])) for start in (0, 16))
     deadline = time.monotonic() + 20
     while len(decoding._batches) < 4 or any(batch.turns_left for batch in decoding._batches.values()):
         assert time.monotonic() < deadline
@@ -79,7 +81,7 @@ def test_the_pixels_of_a_batch_stay_until_the_next_but_one(manifest, started):
     decoding = started(2, SIZE, "stretch", largest_batch=4)
     (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
     before = None
-    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+    for number, batch in enumerate(decoding.batches(*parts(manifest, [4] * 15))):
         time.sleep(0.02)  # what can be decoded meanwhile is
         if before is not None:
             np.testing.assert_array_equal(before, expected["image"][4 * number - 4 : 4 * number])
@@ -89,17 +91,17 @@ def test_the_pixels_of_a_batch_stay_until_the_next_but_one(manifest, started):
 def test_streams_that_are_given_up_make_room(manifest, started):
     decoding = started(2, SIZE, "stretch", largest_batch=8)
     for _ in range(20):
-        stream = decoding.batches(rows_of(manifest), [8] * 7)
+        stream = decoding.batches(*parts(manifest, [8] * 7))
         next(stream)
         stream.close()
-    assert sum(len(batch["id"]) for batch in decoding.batches(rows_of(manifest), [8] * 7)) == 56
+    assert sum(len(batch["id"]) for batch in decoding.batches(*parts(manifest, [8] * 7))) == 56
 
 
 def test_processes_that_are_killed_are_replaced(manifest, started):
     decoding = started(2, SIZE, "stretch", largest_batch=8)
     (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
     seen = []
-    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+    for number, batch in enumerate(decoding.batches(*parts(manifest, [4] * 15))):
         seen.append(batch["image"].copy())
         if number in (0, 5, 9):
             decoding._processes[0]._process.kill()
@@ -112,7 +114,7 @@ def test_images_that_end_their_process_have_an_error(tmp_path, monkeypatch, star
         (tmp_path / f"{number:02d}").write_bytes(POISON if number in (3, 4, 12) else good)
     table = pa.table({"id": range(20), "uri": [str(tmp_path / f"{number:02d}") for number in range(20)]})
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
-    (batch,) = started(2, SIZE, "stretch", largest_batch=20).batches(rows_of(table), [20])
+    (batch,) = started(2, SIZE, "stretch", largest_batch=20).batches(*parts(table, [20]))
     assert [number for number in range(20) if batch["error"][number]] == [3, 4, 12]
     assert batch["error"][3] == decoders.CRASHED
     assert not batch["image"][[3, 4, 12]].any()
@@ -125,14 +127,14 @@ def test_storage_in_trouble_ends_the_stream_or_is_an_error_of_the_image(manifest
         monkeypatch.setenv(f"AWS_{name}", value)
     table = pa.table({"id": [0, 1], "uri": [manifest["uri"][0].as_py(), "s3://nowhere/b.png"]})
     with pytest.raises(storage.UnavailableError):
-        list(started(1, SIZE, "stretch", largest_batch=2).batches(rows_of(table), [2]))
-    (batch,) = started(1, SIZE, "stretch", largest_batch=2, keep_unavailable=True).batches(rows_of(table), [2])
+        list(started(1, SIZE, "stretch", largest_batch=2).batches(*parts(table, [2])))
+    (batch,) = started(1, SIZE, "stretch", largest_batch=2, keep_unavailable=True).batches(*parts(table, [2]))
     assert [error[:11] for error in batch["error"]] == ["", "unavailable"]
 
 
 def test_a_process_that_cannot_start_is_an_error(manifest, monkeypatch, started):
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.no_such_module")
-    stream = started(1, SIZE, "stretch", largest_batch=8).batches(rows_of(manifest), [8])
+    stream = started(1, SIZE, "stretch", largest_batch=8).batches(*parts(manifest, [8]))
     with pytest.raises(decoders.DecoderError, match="end when they start, with exit code 1"):
         next(stream)
 
@@ -163,7 +165,7 @@ def test_processes_of_other_machines_take_turns(here, loss, manifest, started, j
     others = [joined((address, key)) for _ in range(2)]
     assert b"AuthenticationError" in joined((address, b"wrong")).communicate()[1]
     batches = []
-    for number, batch in enumerate(decoding.batches(rows_of(manifest), [4] * 15)):
+    for number, batch in enumerate(decoding.batches(*parts(manifest, [4] * 15))):
         batches.append(batch | {"image": batch["image"].copy()})
         if number == 2:  # its turn goes to another one
             others[0].send_signal(signal.SIGKILL if loss == "killed" else signal.SIGSTOP)
@@ -175,8 +177,8 @@ def test_processes_of_other_machines_take_turns(here, loss, manifest, started, j
 
 def test_a_stream_that_is_dropped_before_anything_is_decoded_does_not_stop_the_next(manifest, started):
     decoding = started(1, SIZE, "stretch", largest_batch=4)
-    first = decoding.batches(rows_of(manifest), [4] * 15)
-    second = decoding.batches(rows_of(manifest), [4] * 15)
+    first = decoding.batches(*parts(manifest, [4] * 15))
+    second = decoding.batches(*parts(manifest, [4] * 15))
     decoding._drop(next(iter(decoding._streams)), [])
     assert sum(len(batch["id"]) for batch in second) == 60
     first.close()
@@ -186,13 +188,13 @@ def test_an_error_that_is_none_of_ours_ends_the_process_and_the_image_is_at_faul
     (tmp_path / "a").write_bytes(BUG)
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
     table = pa.table({"id": [0], "uri": [str(tmp_path / "a")]})
-    (batch,) = started(1, SIZE, "stretch", largest_batch=1).batches(rows_of(table), [1])
+    (batch,) = started(1, SIZE, "stretch", largest_batch=1).batches(*parts(table, [1]))
     assert batch["error"].tolist() == [decoders.CRASHED]
 
 
 def test_a_consumer_that_waits_is_told_of_the_end(manifest, started):
     decoding = started(0, SIZE, "stretch", largest_batch=8)
-    stream = decoding.batches(rows_of(manifest), [8])
+    stream = decoding.batches(*parts(manifest, [8]))
     threading.Timer(0.5, decoding.close).start()
     with pytest.raises(decoders.DecoderError, match="were ended"):
         next(stream)
@@ -203,7 +205,7 @@ def test_processes_end_with_the_one_that_started_them(manifest):
 import sys, time, pyarrow as pa
 from cnnray.images.decoders import Decoders
 table = pa.table({{"id": range(60), "uri": {manifest["uri"].to_pylist()!r}}})
-stream = Decoders(2, {SIZE}, "stretch", largest_batch=8).batches(lambda a, b: table.slice(a, b - a), [8] * 7)
+stream = Decoders(2, {SIZE}, "stretch", largest_batch=8).batches(lambda number: table.slice(8 * number, 8), 7)
 next(stream)
 print("ready", flush=True)
 time.sleep(60)

@@ -1,9 +1,12 @@
 """The order of the images in an epoch, and how steps and workers share it."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from cnnray.training import epoch
+from cnnray.training.epoch import Epoch
 
 
 @pytest.mark.parametrize(("classes", "names"), [(2, 2), (5, 2), (6, 3), (1000, 3)])
@@ -12,53 +15,66 @@ def test_there_is_a_top_5_accuracy_for_more_than_five_classes(classes, names):
     assert metrics == dict(list({"val_loss": 0.5, "val_accuracy": 0.25, "val_top_5_accuracy": 0.75}.items())[:names])
 
 
+@pytest.fixture(params=["stored", "computed"])
+def kind(request, monkeypatch):
+    """Orders of few images are stored, and those of many are computed."""
+    if request.param == "computed":
+        monkeypatch.setattr(epoch, "_STORED", 0)
+    return request.param
+
+
+def _whole(ordered):
+    return ordered.at(np.arange(ordered.images))
+
+
 @pytest.mark.parametrize("images", [1, 2, 7, 64, 65, 1438])
 @pytest.mark.parametrize("batch_size", [2, 7, 64])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_steps_have_the_same_images_for_any_number_of_workers(images, batch_size, world):
-    order, bounds = epoch.order(3, 5, images), epoch.step_bounds(images, batch_size)
-    sizes = np.diff(bounds)
-    assert sizes.max() <= batch_size
-    assert sizes.max() - sizes.min() <= 1
-    steps_by_rank = []
-    for rank in range(world):
-        rows, parts = epoch.rank_rows(order, bounds, 0, rank, world)
-        steps_by_rank.append(np.split(rows, np.cumsum(parts)[:-1]))
-    for step in range(len(bounds) - 1):
-        batch = np.concatenate([steps_by_rank[rank][step] for rank in range(world)])
-        assert sorted(batch) == sorted(order[bounds[step] : bounds[step + 1]])
-    assert sorted(np.concatenate([part for steps in steps_by_rank for part in steps])) == list(range(images))
+def test_steps_have_the_same_images_for_any_number_of_workers(images, batch_size, world, kind):
+    ordered = Epoch(3, 5, images, batch_size)
+    order, seen = _whole(ordered), []
+    assert sorted(order) == list(range(images))
+    sizes = [stop - start for start, stop in map(ordered.bounds, range(ordered.steps))]
+    assert (sum(sizes), max(sizes) <= batch_size, max(sizes) - min(sizes) <= 1) == (images, True, True)
+    for step in range(ordered.steps):
+        shares = [ordered.rows(step, rank, world) for rank in range(world)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        start, stop = ordered.bounds(step)
+        assert sorted(np.concatenate(shares)) == sorted(order[start:stop])
+        seen += np.concatenate(shares).tolist()
+    assert sorted(seen) == list(range(images))
 
 
-def test_a_resume_reads_the_remaining_steps():
-    order, bounds = epoch.order(0, 0, 100), epoch.step_bounds(100, 8)
-    whole, sizes = epoch.rank_rows(order, bounds, 0, 1, 2)
-    rest, rest_sizes = epoch.rank_rows(order, bounds, 4, 1, 2)
-    assert rest.tolist() == whole[sum(sizes[:4]) :].tolist()
-    assert rest_sizes == sizes[4:]
-    assert epoch.rank_rows(order, bounds, len(bounds) - 1, 0, 2)[1] == []
+def test_the_order_depends_on_seed_and_epoch_only(kind):
+    orders = [_whole(Epoch(seed, number, 50, 8)).tolist() for seed, number in ((1, 2), (1, 2), (1, 3), (2, 2))]
+    assert orders[0] == orders[1]
+    assert len(set(map(tuple, orders))) == 3
+    assert _whole(Epoch(1, 2, 50, 7)).tolist() == orders[0]
 
 
-def test_a_changed_number_of_workers_changes_no_global_batch():
-    """A run that resumes with another number of workers gets the same images in each step."""
-    order, bounds = epoch.order(1, 2, 1438), epoch.step_bounds(1438, 64)
-    steps = len(bounds) - 1
-    batches = []
-    for world, first, stop in ((3, 0, 5), (2, 5, 9), (1, 9, 10), (3, 10, steps)):
-        parts = []
-        for rank in range(world):
-            rows, sizes = epoch.rank_rows(order, bounds, first, rank, world)
-            parts.append(np.split(rows, np.cumsum(sizes)[:-1])[: stop - first])
-        batches += [np.concatenate(step) for step in zip(*parts, strict=True)]
-    assert len(batches) == steps
-    for step, batch in enumerate(batches):
-        assert sorted(batch) == sorted(order[bounds[step] : bounds[step + 1]])
+def test_every_order_is_as_likely_as_any_other(kind):
+    """Also of few images: all 24 orders of four."""
+    counts = Counter(tuple(_whole(Epoch(1, number, 4, 2)).tolist()) for number in range(12_000))
+    assert len(counts) == 24
+    assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 50  # chi-squared, p = 0.001
+    firsts = np.bincount([int(Epoch(1, number, 100, 2).at(np.zeros(1, np.int64))[0]) for number in range(10_000)])
+    assert ((firsts - 100) ** 2 / 100).sum() < 149
 
 
-def test_the_order_depends_on_seed_and_epoch_only():
-    assert epoch.order(1, 2, 50).tolist() == epoch.order(1, 2, 50).tolist()
-    assert epoch.order(1, 2, 50).tolist() != epoch.order(1, 3, 50).tolist()
-    assert epoch.order(2, 2, 50).tolist() != epoch.order(1, 2, 50).tolist()
+def test_runs_of_earlier_versions_keep_their_order(monkeypatch):
+    expected = np.random.default_rng([3, 1]).permutation(100)
+    np.testing.assert_array_equal(_whole(Epoch(3, 1, 100, 8)), expected)
+    monkeypatch.setattr(epoch, "_STORED", 0)
+    np.testing.assert_array_equal(_whole(Epoch(3, 1, 100, 8, order=1)), expected)
+    assert _whole(Epoch(3, 1, 100, 8)).tolist() != expected.tolist()
+
+
+def test_the_order_of_a_billion_images_takes_no_memory():
+    ordered = Epoch(0, 0, 10**9, 64)
+    rows = np.concatenate([ordered.rows(step) for step in (0, 1, 2, ordered.steps - 1)])
+    assert len(set(rows.tolist())) == len(rows) == 256
+    assert rows.max() < 10**9
+    assert "_stored" not in vars(ordered)
 
 
 def test_tallies_add_up_and_reveal_a_lost_or_repeated_image():

@@ -1,0 +1,147 @@
+"""The rows of a run's manifest on a worker: files that are mapped into memory, of which a machine has one copy.
+
+They are Arrow's, in a temporary folder. A process holds a lock of the folder as long as it uses it. A folder that
+nobody uses is deleted by who used it last, or, if that process was killed, by the next one that comes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cnnray.cpus import usable_cpus
+from cnnray.images import ahead, containers, storage
+from cnnray.images.retries import patient
+from cnnray.training import epoch
+from cnnray.training.epoch import Ints
+
+SPLITS = ("train", "validation")
+_ROOT = f"cnnray-rows-{os.getuid()}"
+_LOCK, _FACTS = "lock", "facts.json"
+_COLUMNS = pa.schema([("id", pa.int64()), ("target", pa.int64()), ("uri", pa.string())])
+_BATCH = 2**11
+"""Rows of a batch of the files, which is read for each of its rows."""
+_MANY = 2**23
+"""So many rows or more are compressed: to write them takes a disk longer than to compress them."""
+
+
+class Rows:
+    """The rows of a split: `id` and `target`, int64, and `uri`.
+
+    Attributes:
+        tally: `epoch.tally` of all ids.
+    """
+
+    def __init__(self, file: Path, tally: Sequence[int], batches: Sequence[int]) -> None:
+        """
+        Args:
+            file: that `open_rows` wrote.
+            tally: see `tally`.
+            batches: number of rows in each batch of the file.
+        """
+        self.tally = np.asarray(tally, np.int64)
+        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        self._starts = np.cumsum([0, *batches])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, rows: Ints) -> pa.Table:
+        """The rows with these numbers, in their order."""
+        batches = np.searchsorted(self._starts, rows, side="right") - 1
+        places = rows - self._starts[batches]
+        pairs = zip(batches.tolist(), places.tolist(), strict=True)
+        parts = [self._reader.get_batch(batch).slice(place, 1) for batch, place in pairs]
+        return pa.Table.from_batches(parts, _COLUMNS).combine_chunks()
+
+
+@contextlib.contextmanager
+def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[dict[str, Rows]]:
+    """The rows of each split of a manifest. The first process of a machine writes them, and others wait for it.
+
+    Args:
+        manifest: uri of the run's manifest.
+        class_names: `target` is the index of a row's label in these.
+        run: names this start of the job, after which the manifest may be another one.
+
+    Raises:
+        ManifestError, OSError: the manifest cannot be read, or the temporary folder has too little room.
+    """
+    root = Path(tempfile.gettempdir(), _ROOT)
+    folder = root / hashlib.sha256(f"{manifest} {run}".encode()).hexdigest()[:32]
+    root.mkdir(mode=0o700, exist_ok=True)
+    for other in set(root.iterdir()) - {folder}:
+        _delete_unused(other)
+    while True:
+        with _locked(folder, shared=True):
+            if (folder / _FACTS).exists():
+                facts = json.loads((folder / _FACTS).read_bytes())
+                yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
+                break
+        with _locked(folder), storage.translated_errors(str(folder)):
+            if not (folder / _FACTS).exists():
+                _write(manifest, class_names, folder)
+    _delete_unused(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which another process may delete as long as nobody has it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), (folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:
+                yield
+                return
+
+
+def _delete_unused(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+
+
+@patient
+def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
+    """Write the rows of each split, and then the facts of their files."""
+    names = pa.array(class_names, pa.string())
+    with containers.open_parquet(manifest) as parquet:
+        groups, many = parquet.num_row_groups, parquet.metadata.num_rows >= _MANY
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if many else None)
+    facts: dict[str, Any] = {split: {"tally": epoch.tally(np.empty(0, np.int64)), "batches": []} for split in SPLITS}
+    with contextlib.ExitStack() as opened:
+        writers = {
+            split: opened.enter_context(pa.ipc.new_file(folder / split, _COLUMNS, options=options))
+            for split in SPLITS
+        }
+        for parts in ahead.mapped(lambda group: _read(manifest, group, names), range(groups), usable_cpus()):
+            for split, part in parts.items():
+                batches = part.combine_chunks().to_batches(_BATCH)
+                for batch in batches:
+                    writers[split].write_batch(batch)
+                facts[split]["tally"] += epoch.tally(part["id"].to_numpy())
+                facts[split]["batches"] += map(len, batches)
+    for values in facts.values():
+        values["tally"] = values["tally"].tolist()
+    (folder / _FACTS).write_text(json.dumps(facts))
+
+
+def _read(manifest: str, group: int, names: pa.Array) -> dict[str, pa.Table]:
+    """The rows of a row group of the manifest, by split. Few labels and splits are read as they are: as numbers."""
+    with containers.open_parquet(manifest, read_dictionary=["label", "split"]) as parquet:
+        table = parquet.read_row_group(group, ["id", "uri", "label", "split"], use_threads=False)
+    labels = table["label"].combine_chunks()
+    targets = pc.index_in(labels.dictionary, names).cast(pa.int64()).take(labels.indices)
+    rows = pa.table([table["id"], targets, table["uri"]], schema=_COLUMNS)
+    return {split: rows.filter(pc.equal(table["split"], split)) for split in SPLITS}

@@ -1,0 +1,108 @@
+"""The rows of a manifest that processes of a machine share: one copy, written once, and deleted at the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cnnray.images import manifest as manifests
+from cnnray.training import epoch, rows
+
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """The temporary folder."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(rows.tempfile, "tempdir", None)
+    return folder / rows._ROOT
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    """A manifest of 1,000 rows in 16 row groups, and its uri."""
+    monkeypatch.setattr(manifests, "_ROWS_OF_A_GROUP", 64)
+    generator = np.random.default_rng(0)
+    table = pa.table({
+        "id": np.arange(1000),
+        "uri": [f"/data/{number:04d}.jpg" for number in range(1000)],
+        "label": generator.choice(NAMES, 1000),
+        "split": generator.choice(["train", "validation", "test"], 1000),
+    })  # fmt: skip
+    uri = str(tmp_path / "manifest.parquet")
+    manifests.write(table, uri)
+    return table, uri
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_rows_are_those_of_the_manifest(manifest, root, monkeypatch, many):
+    monkeypatch.setattr(rows, "_BATCH", 7)
+    if many:
+        monkeypatch.setattr(rows, "_MANY", 0)
+    table, uri = manifest
+    with rows.open_rows(uri, NAMES, "") as splits:
+        for split, mapped in splits.items():
+            expected = manifests.select_split(manifests.with_targets(table), split)
+            assert len(mapped) == len(expected)
+            assert mapped.tally.tolist() == epoch.tally(expected["id"].to_numpy()).tolist()
+            some = np.random.default_rng(1).permutation(len(mapped))[:50]
+            taken = mapped.take(some)
+            for name in ("id", "target", "uri"):
+                assert taken[name].to_pylist() == expected[name].take(pa.array(some)).to_pylist()
+            assert len(mapped.take(np.empty(0, np.int64))) == 0
+    assert not any(root.iterdir())
+
+
+def test_the_second_process_reads_what_the_first_has_written(manifest, monkeypatch):
+    _, uri = manifest
+    with rows.open_rows(uri, NAMES, "") as first:
+        monkeypatch.setattr(rows, "_write", None)
+        with rows.open_rows(uri, NAMES, "") as second:
+            assert len(second["train"]) == len(first["train"])
+        assert first["train"].take(np.arange(3))["uri"].to_pylist()  # the second has not deleted it
+
+
+def test_a_manifest_of_another_run_is_another_one(manifest, root):
+    table, uri = manifest
+    with rows.open_rows(uri, NAMES, "first") as first:
+        manifests.write(table.slice(0, 10), uri)
+        with rows.open_rows(uri, NAMES, "second") as second:
+            assert len(second["train"]) < 10 < len(first["train"])
+            assert len(list(root.iterdir())) == 2
+
+
+def test_what_a_killed_process_leaves_is_deleted_by_the_next(manifest, root):
+    _, uri = manifest
+    program = (
+        "import sys, time; from cnnray.training import rows\n"
+        f"with rows.open_rows({uri!r}, {NAMES!r}, 'killed'): print('open', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=dict(os.environ))
+    assert process.stdout.readline() == b"open\n"
+    with rows.open_rows(uri, NAMES, "another"):
+        assert len(list(root.iterdir())) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with rows.open_rows(uri, NAMES, "third"):
+        assert len(list(root.iterdir())) == 1
+
+
+def test_processes_that_begin_at_once_share_one_copy(manifest, root):
+    _, uri = manifest
+    program = (
+        "import sys, time; from cnnray.training import rows\n"
+        f"for _ in range(20):\n with rows.open_rows({uri!r}, {NAMES!r}, '') as splits: assert len(splits['train'])"
+    )
+    started = time.monotonic()
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
+    assert not any(root.iterdir())

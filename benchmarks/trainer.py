@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.data_sets import SIZE, Labelled
 from cnnray.training import decisions, epoch, plan, recipe
-from cnnray.training.callbacks import epoch_score
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import PlannedConfig
+from cnnray.training.selection import epoch_score
 
 _AT_ONCE = 500
 """Images that are evaluated at once."""
@@ -109,7 +109,7 @@ def train_network(
                 continue
             loss, accuracy = _evaluate(steps, held_out)
             passed.append(Passed(number * len(train.targets), seconds, losses / len(train.targets), loss, accuracy))
-            score = epoch_score(accuracy, loss)
+            score = epoch_score(decided.select, {"val_accuracy": accuracy, "val_loss": loss})
             if phase is phases[-1] and not (phase.sparsity and phase_epoch < phase.passes / 2) and score < best[0]:
                 best = score, steps.inference.get_weights()
         zeros = max(zeros, phase.sparsity)
@@ -123,7 +123,7 @@ def _evaluate(steps: Any, data: Labelled) -> tuple[float, float]:
     count = len(data.targets)
     size = min(_AT_ONCE, count)
     parts = [
-        steps.evaluate(data.images[start : start + size], data.targets[start : start + size], size)
+        steps.evaluate(data.images[start : start + size], data.targets[start : start + size], size)[0]
         for start in range(0, count, size)
     ]
     return sum(part.loss for part in parts) / count, sum(part.correct for part in parts) / count

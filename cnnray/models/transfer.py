@@ -1,9 +1,10 @@
-"""Transfer learning: loading the weights of a trained backbone, and freezing its layers.
+"""Transfer learning: loading the weights of a trained backbone, perhaps with its head, and freezing its layers.
 
 The backbone is everything before the global pooling, the head everything after it.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,39 @@ def load(model: "keras.Model", path: Path) -> None:
         raise WeightsError(f"{path} does not hold weights of {model.name}: it has none for the layer {unchanged[0]}.")
     if nested is not None:
         architectures.scale_as_published(nested)
+
+
+def load_head(model: "keras.Model", path: Path, names: Sequence[str], known: Sequence[str]) -> None:
+    """Load the head of a trained network. Classes that it does not know keep what they have.
+
+    Args:
+        model: from `architectures.build`, with the logits of `names`.
+        path: local `.keras` file of a bundle.
+        names: classes of the model.
+        known: classes of the bundle.
+
+    Raises:
+        WeightsError: the bundle has another kind of head.
+    """
+    source = bundle.load_model(path, str(path))
+    old, new = _head_layers(source), _head_layers(model)
+    before = [[weight.shape for layer in layers[:-1] for weight in layer.weights] for layers in (old, new)]
+    if before[0] != before[1] or old[-1].weights[0].shape[0] != new[-1].weights[0].shape[0]:
+        raise WeightsError(f"--keep-head: {path} has another head than this network: choose another --head.")
+    for layer, other in zip(new[:-1], old[:-1], strict=True):
+        layer.set_weights(other.get_weights())
+    pairs = [(names.index(name), known.index(name)) for name in names if name in set(known)]
+    places, places_before = (list(places) for places in zip(*pairs, strict=True))
+    weights = new[-1].get_weights()
+    for values, values_before in zip(weights, old[-1].get_weights(), strict=True):
+        values[..., places] = values_before[..., places_before]
+    new[-1].set_weights(weights)
+
+
+def _head_layers(model: "keras.Model") -> list[Any]:
+    """The head's layers that have weights, the logits last."""
+    before = len(_layers_before_pooling(model))
+    return [layer for layer in _flatten(list(model.layers[before:])) if layer.weights]
 
 
 def backbone_layers(model: "keras.Model") -> list[Any]:

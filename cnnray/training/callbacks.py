@@ -66,26 +66,15 @@ class ProgressLogger(keras.callbacks.Callback):
         """Show the epoch's line."""
         logs = logs or {}
         left = (self._epochs - epoch - 1) * logs["seconds"]
-        shown = ("loss", "accuracy", "val_loss", "val_accuracy", "val_top_5_accuracy")
+        shown = (
+            "loss", "accuracy", "val_loss", "val_accuracy", "val_top_5_accuracy", "val_macro_f1", "val_auroc",
+        )  # fmt: skip
         values = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
         log.info(
             "%sepoch %d/%d  %s  %.0f images/s  %s left",
             self._prefix, epoch + 1, self._epochs, values, logs["images_per_second"], duration(left),
         )  # fmt: skip
         self._shown = time.monotonic()
-
-
-def epoch_score(accuracy: float, loss: float) -> float:
-    """What the best epoch has least of: the share of wrong answers; where that is equal, the loss.
-
-    The loss itself does not choose, because a network that trains for long gives wrong answers with ever more
-    confidence, and so a higher loss, while its accuracy still rises.
-
-    Args:
-        accuracy: on the validation images, 0 to 1.
-        loss: on the validation images, in nats.
-    """
-    return 1.0 - accuracy + 1e-9 * loss / (1.0 + loss)
 
 
 def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:

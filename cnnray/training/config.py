@@ -30,6 +30,8 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "plateau"]
 Effort = Literal["quick", "default", "accurate"]
 ClassWeights = Literal["none", "balanced"]
+Sampling = Literal["all", "balanced"]
+Selection = Literal["val_accuracy", "val_loss", "macro_f1", "auroc"]
 Cache = Literal["auto", "memory", "none"]
 
 
@@ -104,7 +106,10 @@ class ModelConfig:
     weights: str = "none"
     """Initial weights of the backbone: none, imagenet (as keras.applications publishes them), or a path or s3://
     of a bundle, a .keras file, or a .weights.h5 or .h5 file (of keras.applications' networks without the
-    classification layers). The head always begins anew."""
+    classification layers). The head begins anew, unless --keep-head says otherwise."""
+    keep_head: bool = False
+    """Begin also with the head of the bundle that --weights names: classes that it knows, by their names, keep their
+    weights, and new ones begin anew."""
     head: Head | None = None
     """Layers between the pooled features and the logits: linear (none), or dense (512 and 256 units; for vgg_bn and
     small_cnn one layer, as in the article); null: linear for the resnet9 networks, dense for the others."""
@@ -143,6 +148,8 @@ class ModelConfig:
             raise ValueError(f"--weights imagenet: {missing}.")
         if self.weights not in ("none", "imagenet"):
             flags.make_absolute(self, "weights")
+        elif self.keep_head:
+            raise ValueError(f"--keep-head needs a bundle for --weights, which is {self.weights}.")
 
 
 @configs.group(resumable=False)
@@ -207,6 +214,9 @@ class RecipeConfig:
     """Share of each label that is spread over all classes; null: 0."""
     class_weights: ClassWeights = "none"
     """balanced: images of rare classes weigh more in the loss, so that all classes weigh the same."""
+    sampling: Sampling = "all"
+    """Images of an epoch: all, each once; or balanced: as many in all, but of each class the same number, so that
+    those of rare classes come several times, and of frequent ones not all."""
     teacher: str | None = None
     """A bundle of the same classes and image size whose answers the network learns, too (distillation)."""
     distillation: float = 0.5
@@ -216,6 +226,9 @@ class RecipeConfig:
     precision: Precision | None = None
     """Type that the network computes in; weights, statistics, losses and the bundle stay float32. null: bfloat16 on
     GPUs that compute in it (such as A100, L4 and H100), else float32."""
+    select: Selection = "val_accuracy"
+    """Metric of the validation images that chooses the best epoch: val_accuracy, val_loss, macro_f1 (the mean F1 of
+    the classes, in which rare ones count as much), or auroc (the mean area under their ROC curves)."""
     early_stopping_patience: int | None = None
     """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0
@@ -238,7 +251,7 @@ class RecipeConfig:
         )  # fmt: skip
         flags.check_choices(
             self, preset=Effort, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights,
-            precision=Precision,
+            precision=Precision, sampling=Sampling, select=Selection,
         )  # fmt: skip
         flags.check_more_than_zero(self, "learning_rate", "clip_norm", "distillation_temperature")
         flags.check_not_negative(self, "weight_decay", "warmup_epochs", "warmup_steps", "decay_epochs", "decay_steps")
@@ -249,6 +262,8 @@ class RecipeConfig:
             raise ValueError(f"--phases {self.phases!r} is not known; there are {', '.join(PRESETS)}, or a list.")
         if isinstance(self.phases, list) and not self.phases:
             raise ValueError("--phases is empty.")
+        if self.sampling == "balanced" and self.class_weights == "balanced":
+            raise ValueError("--sampling balanced and --class-weights balanced do the same: give one of them.")
         self._check_schedule()
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError("--weight-decay: adam with it is --optimizer adamw.")

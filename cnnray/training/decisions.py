@@ -98,6 +98,8 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
     known = "is not known" if facts.side is None else f"is about {facts.side} pixels"
     choose("image_size", max(size, smallest), f"the shorter side of the images {known}")
 
+    if config.keep_head:
+        choose("head", bundle.read_info(config.weights).config.get("head"), "that of --weights")
     choose("head", "dense" if is_backbone or is_plain else "linear", f"that of {architecture}")
     choose("dropout", 0.5 if is_backbone else 0.1 if is_plain else 0.0, f"that of {architecture}")
     choose("learning_rate", 0.001 if is_backbone else 0.003, f"that of {architecture}")

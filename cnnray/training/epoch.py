@@ -8,7 +8,7 @@ not stored.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,11 @@ class Epoch:
         """The number of steps."""
         return steps(self.images, self.batch_size)
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the order is a permutation in memory, and not computed place by place."""
+        return self.order == 1 or self.images <= _STORED
+
     def bounds(self, step: int) -> tuple[int, int]:
         """The places in the order where a step begins and ends.
 
@@ -59,7 +64,7 @@ class Epoch:
         Those of many images are a Feistel network over pairs of numbers, whose last few pairs may lead beyond the
         images: it is then applied again (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
         """
-        if self.order == 1 or self.images <= _STORED:
+        if self.is_stored:
             return self._stored[places]
         low = np.uint64(math.isqrt(self.images))
         high = np.uint64(-(-self.images // int(low)))
@@ -81,6 +86,41 @@ class Epoch:
     @functools.cached_property
     def _stored(self) -> Ints:
         return np.random.default_rng([self.seed, self.number]).permutation(self.images)
+
+
+@dataclass(frozen=True)
+class BalancedEpoch(Epoch):
+    """An epoch with the same number of images of each class, or one more; which ones, each epoch draws anew.
+
+    The images of a class come equally often, or once more.
+    """
+
+    targets: Ints = field(default_factory=lambda: np.empty(0, np.int64), compare=False, repr=False)
+    """Class indices of all training images, int64 (images,)."""
+
+    @property
+    def is_stored(self) -> bool:
+        """Always: the order is drawn from the classes of all images."""
+        return True
+
+    @functools.cached_property
+    def all_rows(self) -> Ints:
+        """The rows of the epoch in order: int64 (images,)."""
+        generator = np.random.default_rng([self.seed, self.number])
+        of_class = np.split(np.argsort(self.targets, kind="stable"), np.cumsum(np.bincount(self.targets))[:-1])
+        of_class = [rows for rows in of_class if len(rows)]
+        each, rest = divmod(self.images, len(of_class))
+        counts = np.full(len(of_class), each)
+        counts[generator.permutation(len(of_class))[:rest]] += 1
+        drawn: list[Ints] = []
+        for rows, count in zip(of_class, counts.tolist(), strict=True):
+            times, more = divmod(count, len(rows))
+            drawn += [np.tile(rows, times), generator.permutation(rows)[:more]]
+        return generator.permutation(np.concatenate(drawn))
+
+    @property
+    def _stored(self) -> Ints:
+        return self.all_rows
 
 
 def steps(images: int, batch_size: int) -> int:

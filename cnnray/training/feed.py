@@ -10,7 +10,7 @@ from cnnray.images.decoders import Decoders
 from cnnray.images.reading import Batch
 from cnnray.training import epoch, other_nodes, rows
 from cnnray.training.data import CachedSource, Source, StreamedSource
-from cnnray.training.epoch import Epoch, Ints
+from cnnray.training.epoch import BalancedEpoch, Epoch, Ints
 from cnnray.training.plan import Assignment
 from cnnray.training.rows import Rows
 
@@ -27,7 +27,6 @@ class Feed:
     Attributes:
         images, validation_images: numbers of images, over all workers.
         steps: of an epoch.
-        tally: `epoch.tally` of all training images.
         validation_batch: most images of a batch for validation.
         order: number of the order of epochs (see `epoch.Epoch`).
     """
@@ -46,7 +45,10 @@ class Feed:
         names = assignment.info.class_names
         splits = self._opened.enter_context(rows.open_rows(assignment.manifest, names, assignment.lease_holder))
         train, validation = splits["train"], splits["validation"]
-        self.images, self.validation_images, self.tally = len(train), len(validation), train.tally
+        self.images, self.validation_images = len(train), len(validation)
+        self._rows, self._targets = train, None
+        if self._config.sampling == "balanced":
+            self._targets = train.column("target")
         self.steps = self._epoch(0).steps
         self.validation_batch = min(at_once, math.ceil(self.validation_images / world))
         self._decoders: Decoders | None = None
@@ -75,6 +77,13 @@ class Feed:
         """The most images of a step that any worker has."""
         start, stop = self._epoch(0).bounds(step)
         return math.ceil((stop - start) / self._world)
+
+    def tally(self, number: int) -> Ints:
+        """`epoch.tally` of the images of an epoch."""
+        if self._targets is None:
+            return self._rows.tally
+        ordered = self._epoch(number)
+        return epoch.tally(self._rows.column("id")[ordered.at(np.arange(self.images))])
 
     def training(self, number: int, step: int) -> Iterator[Batch]:
         """The batches of an epoch from a step on. Those of validation are asked for, too.
@@ -115,7 +124,8 @@ class Feed:
         return self._validation_source.batches(rows_of, math.ceil(mine / max(self.validation_batch, 1)))
 
     def _epoch(self, number: int) -> Epoch:
-        return Epoch(self._config.seed, number, self.images, self._config.batch_size, self.order)
+        of_run = self._config.seed, number, self.images, self._config.batch_size, self.order
+        return Epoch(*of_run) if self._targets is None else BalancedEpoch(*of_run, targets=self._targets)
 
     def ask_other_nodes(self) -> None:
         """Let other nodes decode, too, where this one is too slow."""

@@ -70,6 +70,5 @@ class Losses:
 
     def validation_sums(self, logits: Any, targets: Any, weights: Any) -> Any:
         """`sums` of the plain cross-entropy, which needs no smoothing, weights or teacher."""
-        logits = tf.cast(logits, tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
         return self.sums(losses, logits, targets, weights)

@@ -56,6 +56,8 @@ class _Sample:
     """Class indices, int64 (N,)."""
     counts: list[int]
     """All training images of each class."""
+    names: list[str]
+    """Of the classes."""
 
 
 def check_sanity(config: TrainConfig) -> dict[str, Any]:
@@ -239,7 +241,7 @@ def _prepare(config: TrainConfig, count: int) -> tuple[PlannedConfig, _Sample]:
     counts = np.bincount(train["target"].to_numpy()).tolist()
     startup.load_tensorflow(gpus=False)
     alone = plan.planned(replace(decided, max_workers=None, min_workers=None, gpus_per_worker=None))
-    return alone, _Sample(images[good], targets[good], counts)
+    return alone, _Sample(images[good], targets[good], counts, manifests.class_names(manifest))
 
 
 def _begin(config: PlannedConfig, sample: _Sample) -> "Steps":
@@ -249,7 +251,14 @@ def _begin(config: PlannedConfig, sample: _Sample) -> "Steps":
     teacher = None if config.teacher is None else Bundle.load(config.teacher).model
     class_weights = recipe.class_weights(config, sample.counts)
     with _initial_weights(config) as weights:
-        steps = Steps(config, len(sample.counts), weights=weights, teacher=teacher, class_weights=class_weights)
+        steps = Steps(
+            config,
+            len(sample.counts),
+            weights=weights,
+            head_of=recipe.head_of(config, sample.names),
+            teacher=teacher,
+            class_weights=class_weights,
+        )
     steps.begin(Phase(name="probe", epochs=1, learning_rate=config.learning_rate), 1)
     return steps
 

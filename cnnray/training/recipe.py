@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _GUESSING = 0.99
 """Share of the loss of guessing below which a network has learned something."""
+MOST_BALANCED = 2**24
+"""Training images of `--sampling balanced`, whose order takes 16 bytes for each in every worker."""
 _NO_DECAY = ("bias", "gamma", "beta")
 """Names of variables without weight decay, which is meant for kernels."""
 
@@ -39,6 +41,12 @@ def check(config: DecidedConfig, manifest: pa.Table) -> None:
             lengths(config, phase, per_epoch)
         if config.accumulate > per_epoch * phase.passes:
             raise RecipeError(f"--accumulate {config.accumulate} is more than all {per_epoch * phase.passes} steps.")
+    if config.sampling == "balanced" and images > MOST_BALANCED:
+        raise RecipeError(f"--sampling balanced is for at most {MOST_BALANCED:,} training images, not {images:,}.")
+    if config.keep_head:
+        names = manifests.class_names(manifest)
+        if not set(names).intersection(bundle.read_info(config.weights).class_names):
+            raise RecipeError(f"--keep-head: {config.weights} knows none of the classes of the images.")
     if config.teacher is not None:
         teacher = bundle.read_info(config.teacher)
         if teacher.class_names != manifests.class_names(manifest):
@@ -116,6 +124,15 @@ def optimizer(config: DecidedConfig, phase: Phase, steps_per_epoch: int) -> "ker
     return optimizer
 
 
+def head_of(config: DecidedConfig, names: list[str]) -> tuple[list[str], list[str]] | None:
+    """The classes, and those that the bundle of `weights` knows, if its head is kept; else None (see `Steps`).
+
+    Raises:
+        BundleError, OSError: the bundle cannot be read.
+    """
+    return (names, bundle.read_info(config.weights).class_names) if config.keep_head else None
+
+
 def guessing_loss(config: DecidedConfig, counts: list[int]) -> float:
     """The lowest training loss in nats of a network that gives each image the same answer.
 
@@ -123,9 +140,11 @@ def guessing_loss(config: DecidedConfig, counts: list[int]) -> float:
     out.
 
     Args:
-        config: class weights and label smoothing.
+        config: sampling, class weights and label smoothing.
         counts: training images of each class.
     """
+    if config.sampling == "balanced":
+        counts = [min(count, 1) for count in counts]
     shares = np.asarray(counts, np.float64) * class_weights(config, counts)
     weight = shares.sum() / sum(counts)
     shares = shares / shares.sum() * (1 - config.label_smoothing) + config.label_smoothing / len(counts)

@@ -56,6 +56,11 @@ class Rows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def column(self, name: str) -> Any:
+        """A column of all rows, as an array."""
+        parts = [self._reader.get_batch(number)[name].to_numpy() for number in range(len(self._starts) - 1)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
     def take(self, rows: Ints) -> pa.Table:
         """The rows with these numbers, in their order."""
         batches = np.searchsorted(self._starts, rows, side="right") - 1

@@ -8,6 +8,7 @@ the check for overflow and accumulation do the same on every worker, and the sam
 
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Steps:
         classes: int,
         *,
         weights: Path | None = None,
+        head_of: tuple[Sequence[str], Sequence[str]] | None = None,
         teacher: keras.Model | None = None,
         class_weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class Steps:
             config: architecture, sizes, precision, recipe and seed.
             classes: number of classes.
             weights: local file of weights for the backbone (see `transfer.load`).
+            head_of: names of the classes, and of those that the file knows, if its head is to be kept, too.
             teacher: network of a bundle whose answers this network learns, too.
             class_weights: float32 (classes,), the weight of an image of each class in the loss; None: 1.
         """
@@ -76,6 +79,8 @@ class Steps:
         self.model = self._build(config, classes, _POLICIES[config.precision])
         if weights is not None:
             transfer.load(self.model, weights)
+            if head_of is not None:
+                transfer.load_head(self.model, weights, *head_of)
         self._averages = config.average > 0
         self.inference = self.model
         if config.precision != "float32" or self._averages:
@@ -97,11 +102,7 @@ class Steps:
         self._compiled_reduce = tf.function(self._reduce, autograph=False)
         inference = _logits_of(self.inference)
         self._compiled_evaluate = tf.function(
-            lambda images, targets, weights: self._losses.validation_sums(
-                inference(images, training=False), targets, weights
-            ),
-            self._signature,
-            autograph=False,
+            functools.partial(self._evaluate, inference), self._signature, autograph=False
         )
 
     @staticmethod
@@ -311,19 +312,29 @@ class Steps:
         for average, variable in zip(self.inference.weights, self.model.weights, strict=True):
             average.assign(average + (1 - momentum) * (tf.cast(variable, tf.float32) - average))
 
-    def evaluate(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int) -> Sums:
-        """The sums over this worker's images only, with the weights that would go into the bundle.
+    def _evaluate(self, inference: keras.Model, images: Any, targets: Any, weights: Any) -> Any:
+        logits = tf.cast(inference(images, training=False), tf.float32)
+        return self._losses.validation_sums(logits, targets, weights), logits
+
+    def evaluate(
+        self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int
+    ) -> tuple[Sums, npt.NDArray[np.float32]]:
+        """Compute the sums over this worker's images only, with the weights that would go into the bundle.
 
         Args:
             images: uint8 (n, size, size, 3).
             targets: int64 (n,).
             padded: number of images to pad to, at least n, so that every call has the same shape.
+
+        Returns:
+            The sums, and the logits, float32 (n, classes).
         """
         short = padded - len(images)
         weights = np.concatenate([np.ones(len(images), np.float32), np.zeros(short, np.float32)])
         targets = np.concatenate([targets, np.zeros(short, np.int64)])
         images = np.concatenate([images, _padding(images, short)])
-        return Sums(*self._compiled_evaluate(images, targets, weights).numpy().tolist())
+        sums, logits = self._compiled_evaluate(images, targets, weights)
+        return Sums(*sums.numpy().tolist()), logits.numpy()[: len(logits) - short]
 
     # -- between the steps -----------------------------------------------------------------------------
 

@@ -23,13 +23,14 @@ from cnnray.images.reading import Batch
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.transfer import WeightsError
 from cnnray.tracking.prometheus import TrainingMetrics
-from cnnray.training import callbacks, checkpoint, epoch, memory, recipe
+from cnnray.training import callbacks, checkpoint, epoch, memory, recipe, selection
 from cnnray.training.checkpoint import BadImages
 from cnnray.training.decided import PlannedConfig
 from cnnray.training.epoch import Sums
 from cnnray.training.feed import Feed
 from cnnray.training.output import HISTORY, TENSORBOARD, TrainingError
 from cnnray.training.plan import Assignment
+from cnnray.training.selection import ClassCounts
 from cnnray.training.step import Started, Steps
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class _Worker:
                 self.config,
                 len(names),
                 weights=weights,
+                head_of=recipe.head_of(self.config, names),
                 teacher=teacher,
                 class_weights=recipe.class_weights(self.config, self.counts),
             )
@@ -206,7 +208,7 @@ class _Worker:
         phase, before = self.phases[self.progress.phase], self._zeros_before()
         reached = phase.sparsity == before or self.progress.phase_epoch > phase.passes / 2
         counts = reached and phase.sparsity == self.phases[-1].sparsity
-        return callbacks.epoch_score(logs["val_accuracy"], logs["val_loss"]) if counts else sys.float_info.max
+        return selection.epoch_score(self.config.select, logs) if counts else sys.float_info.max
 
     def _zeros_before(self) -> float:
         """The share of zeros at the beginning of the phase."""
@@ -289,23 +291,24 @@ class _Worker:
     def _end_epoch(self) -> dict[str, float]:
         progress = self.progress
         seen = self.steps.reduce(np.asarray(progress.seen, np.int64))
-        if not np.array_equal(seen, self.feed.tally):
+        expected = self.feed.tally(progress.epoch)
+        if not np.array_equal(seen, expected):
             raise RuntimeError(
                 f"Epoch {progress.epoch + 1} did not see every image of the manifest once: tally {seen.tolist()}, "
-                f"expected {self.feed.tally.tolist()}."
+                f"expected {expected.tolist()}."
             )
         self.steps.average_statistics()
         self.steps.update_inference()
         trained = progress.sums
         is_last = progress.phase + 1 == len(self.phases) and progress.phase_epoch + 1 >= self.phases[-1].passes
-        validation = self._validate(self.feed.validation(None if is_last else progress.epoch + 1))
+        validation, others = self._validate(self.feed.validation(None if is_last else progress.epoch + 1))
         self._check_bad(trained.bad + validation.bad)
         for what, sums in (("", trained), ("validation ", validation)):
             if not math.isfinite(sums.loss):
                 raise TrainingError(
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: {self._cure()}"
                 )
-        logs = trained.metrics(self.classes) | validation.metrics(self.classes, "val_")
+        logs = trained.metrics(self.classes) | validation.metrics(self.classes, "val_") | others
         logs |= {
             "learning_rate": float(keras.ops.convert_to_numpy(self.steps.optimizer.learning_rate)),
             "images": trained.count,
@@ -348,13 +351,16 @@ class _Worker:
             f"{precision}."
         )
 
-    def _validate(self, batches: Iterator[Batch]) -> Sums:
-        sums = Sums()
+    def _validate(self, batches: Iterator[Batch]) -> tuple[Sums, dict[str, float]]:
+        """The sums over the validation images of all workers, and the metrics that are made of more than sums."""
+        sums, classes = Sums(), ClassCounts(self.config.select, self.classes)
         for batch in batches:
             images, targets, bad = self._good(batch)
-            sums += self.steps.evaluate(images, targets, self.feed.validation_batch)
-            sums += Sums(bad=bad)
-        return Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
+            batch_sums, logits = self.steps.evaluate(images, targets, self.feed.validation_batch)
+            sums += batch_sums + Sums(bad=bad)
+            classes.add(logits, targets)
+        total = Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
+        return total, classes.metrics(self.steps.reduce(classes.counts) if classes.counts.size else classes.counts)
 
     # -- bad images and checkpoints --------------------------------------------------------------------
 

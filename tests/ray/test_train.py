@@ -314,6 +314,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(digits, tmp_path):
     assert "--precision" not in str(e.value)
 
 
+def test_a_run_goes_on_from_a_bundle_with_a_new_class(digits, tmp_path):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(digits, fewer, ignore=shutil.ignore_patterns("9"))
+    flags = {"cache": "memory", "checkpoint_every_steps": None, "select": "auroc"}
+    first = train(_simple(fewer, tmp_path / "first", epochs=12, **flags))
+    assert first["metrics"]["val_auroc"] > 0.8
+    flags |= {
+        "weights": str(tmp_path / "first" / "bundle"), "keep_head": True, "optimizer": "sgd", "learning_rate": 1e-12,
+        "epochs": 1, "sampling": "balanced", "select": "macro_f1", "architecture": None,
+    }  # fmt: skip
+    second = train(_simple(digits, tmp_path / "second", max_workers=2, **flags))
+    accuracies = [summary["metrics"]["val_accuracy"] for summary in (first, second)]
+    assert accuracies[1] > 0.6 * accuracies[0] > 0.4  # the network has learned nothing that it did not know before
+    (epoch,) = csv.DictReader((tmp_path / "second" / "history.csv").open())
+    assert float(epoch["val_macro_f1"]) == pytest.approx(second["metrics"]["val_macro_f1"])
+    other = tmp_path / "other"
+    for name in ("cat", "dog"):
+        shutil.copytree(digits / "1", other / name)
+    with pytest.raises(ValueError, match="knows none of the classes"):
+        train(_simple(other, tmp_path / "third", **flags))
+
+
 def test_an_output_with_other_files_is_refused(digits, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious").touch()

@@ -28,7 +28,7 @@ def _validate(rank, world, assignments):
     for size, assignment in assignments.items():
         with strategy.scope():
             worker = _Worker(assignment, strategy)
-        sums = worker._validate(worker.feed.validation())
+        sums, _ = worker._validate(worker.feed.validation())
         rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
         images = [decode(Path(row["uri"]).read_bytes(), 16) for row in rows]
         probabilities = np.asarray(worker.steps.inference(np.stack(images), training=False))

@@ -42,15 +42,6 @@ def test_restored_callbacks_decide_as_if_uninterrupted():
     assert decisions[False][-1][1] == pytest.approx(0.00025)
 
 
-@pytest.mark.parametrize(
-    ("better", "worse"),
-    [((0.91, 5.0), (0.90, 0.1)), ((0.9, 0.1), (0.9, 0.2)), ((1 - 1 / 10**7, 1e6), (1 - 2 / 10**7, 0.0))],
-    ids=["accuracy first", "then the loss", "one image of ten million"],
-)
-def test_the_best_epoch_has_the_highest_accuracy_and_then_the_lowest_loss(better, worse):
-    assert callbacks.epoch_score(*better) < callbacks.epoch_score(*worse)
-
-
 def test_the_line_of_an_epoch_has_a_top_5_accuracy_where_there_is_one(caplog):
     logs = {"loss": 1, "accuracy": 0.5, "val_loss": 2, "val_accuracy": 0.25, "images_per_second": 9, "seconds": 1}
     with caplog.at_level(logging.INFO, "cnnray"):

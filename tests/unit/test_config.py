@@ -59,6 +59,8 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
         ({"dropout": 1}, "--dropout"),
         ({"weights": "imagenet", "architecture": "vgg_bn"}, "there are none of vgg_bn"),
         ({"weights": "imagenet"}, "give --architecture, too"),
+        ({"keep_head": True}, "--keep-head needs a bundle for --weights, which is none"),
+        ({"sampling": "balanced", "class_weights": "balanced"}, "do the same: give one of them"),
         ({"data": ""}, "--data is empty"),
         ({"seed": -1}, "--seed must be"),
         ({"seed": 2**32}, "--seed must be"),

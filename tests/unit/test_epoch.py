@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnnray.training import epoch
-from cnnray.training.epoch import Epoch
+from cnnray.training.epoch import BalancedEpoch, Epoch
 
 
 @pytest.mark.parametrize(("classes", "names"), [(2, 2), (5, 2), (6, 3), (1000, 3)])
@@ -86,3 +86,22 @@ def test_tallies_add_up_and_reveal_a_lost_or_repeated_image():
     swapped[[3, 8]] = [4, 7]  # 3 and 8 are lost, 4 and 7 repeated: the count and the sum stay the same
     assert epoch.tally(swapped)[:2].tolist() == epoch.tally(ids)[:2].tolist()
     assert epoch.tally(swapped).tolist() != epoch.tally(ids).tolist()
+
+
+def test_a_balanced_epoch_has_as_many_images_of_each_class():
+    targets = np.repeat([0, 1, 3], [700, 290, 10])
+    np.random.default_rng(0).shuffle(targets)
+    orders = [BalancedEpoch(1, number, 1000, 64, targets=targets) for number in (0, 0, 1)]
+    first, again, second = (_whole(ordered) for ordered in orders)
+    np.testing.assert_array_equal(first, again)
+    assert first.tolist() != second.tolist()
+    for rows in (first, second):
+        assert sorted(np.bincount(targets[rows])) == [0, 333, 333, 334]
+        times = np.bincount(rows, minlength=1000)
+        for number in (0, 1, 3):
+            of_class = times[targets == number]
+            assert of_class.max() - of_class.min() == 1
+    # A class's images are spread over the whole epoch.
+    assert abs(np.flatnonzero(targets[first] == 3).mean() - 500) < 50
+    steps = np.concatenate([orders[0].rows(step, rank, 2) for step in range(orders[0].steps) for rank in range(2)])
+    assert sorted(steps) == sorted(first)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import keras
+import numpy as np
 import pytest
 
 from cnnray.models import architectures, bundle, transfer
@@ -115,3 +116,28 @@ def test_a_phase_changes_only_its_trainable_layers(architecture, precision):
         trained = -(-len(layers) * phase.trainable // 1)
         assert moved == [False] * int(len(layers) - trained) + [True] * int(trained)
         assert not _same(steps.model.get_layer("logits").get_weights(), head)
+
+
+@pytest.mark.parametrize("head", ["linear", "dense"])
+def test_a_head_is_kept_by_the_names_of_its_classes(head, tmp_path):
+    known, names = ["cat", "dog", "owl"], ["ant", "cat", "owl", "pig"]
+    source = architectures.build("small_cnn", SIZE, 3, head=head)
+    source.get_layer("logits").bias.assign([1.0, 2.0, 3.0])
+    bundle.save(source, BundleInfo(class_names=known, image_size=SIZE), tmp_path)
+    path = tmp_path / bundle.MODEL
+    model = architectures.build("small_cnn", SIZE, 4, head=head)
+    new_before = model.get_layer("logits").get_weights()
+    transfer.load(model, path)
+    transfer.load_head(model, path, names, known)
+    kernel, bias = model.get_layer("logits").get_weights()
+    old_kernel, _ = source.get_layer("logits").get_weights()
+    np.testing.assert_array_equal(kernel[:, [1, 2]], old_kernel[:, [0, 2]])
+    np.testing.assert_array_equal(kernel[:, [0, 3]], new_before[0][:, [0, 3]])
+    assert bias.tolist() == [0, 1, 3, 0]
+    # The answers to known classes are in the same proportion.
+    image = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
+    old, new = (np.asarray(network(image, training=False))[0] for network in (source, model))
+    assert new[2] / new[1] == pytest.approx(old[2] / old[0], rel=1e-4)
+    other = architectures.build("small_cnn", SIZE, 4, head="linear" if head == "dense" else "dense")
+    with pytest.raises(WeightsError, match="another head than this network"):
+        transfer.load_head(other, path, names, known)

@@ -8,6 +8,7 @@
 Numbers are padded with zeros, so that uris sort in the order of the file.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -42,6 +43,9 @@ _ROWS_AT_ONCE = 16
 _ROWS_OF_A_SLICE = 2**16
 _BYTES_AT_ONCE = 8 * 2**20
 """Most bytes that one request reads, unless a single image is larger."""
+_GAP = _BYTES_AT_ONCE // 8
+"""Most bytes between two members of a tar file that one request reads."""
+_OPEN_FILES = 64
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "missing"),
     (PermissionError, "access denied"),
@@ -213,6 +217,28 @@ def encoded(uris: Sequence[str]) -> Iterator[Source]:
             yield from _read_with_retries(file, functools.partial(_from_group, file, group), rows)
 
 
+def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
+    """Runs of images that `encoded` reads together. A run of images that are files of their own has one."""
+    run: list[str] = []
+    for uri in uris:
+        if run and not _follows(run[-1], uri):
+            yield run
+            run = []
+        run.append(uri)
+    if run:
+        yield run
+
+
+def _follows(before: str, uri: str) -> bool:
+    file, group = _container(uri)
+    if file is None or _container(before) != (file, group):
+        return False
+    if group is not None:
+        return True
+    (start, size), (offset, _) = _offset_and_size(before), _offset_and_size(uri)
+    return start + size <= offset <= start + size + _GAP
+
+
 def _read_with_retries(
     file: str, read: Callable[[list[Any]], Iterator[bytes | BadImage]], places: list[Any]
 ) -> Iterator[Source]:
@@ -336,8 +362,7 @@ def _offset_and_size(uri: str) -> tuple[int, int]:
 
 
 def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
-    filesystem, path = storage.arrow_filesystem(file)
-    with filesystem.open_input_file(path) as opened:
+    with _opened_tar(file) as opened:
         start, held = 0, b""
         for place, (offset, size) in enumerate(places):
             if size > MAX_BYTES:
@@ -349,11 +374,33 @@ def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadI
             yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
 
 
+@contextlib.contextmanager
+def _opened_tar(file: str) -> Iterator[Any]:
+    """A file to read members of, in any number of threads."""
+    if storage.is_local(file):
+        filesystem, path = storage.arrow_filesystem(file)
+        with filesystem.open_input_file(path) as opened:
+            yield opened
+        return
+    try:
+        yield _open_remote(file)
+    except Exception:
+        _open_remote.cache_clear()  # credentials, for example, may be others by now
+        raise
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _open_remote(file: str) -> Any:
+    """A file in a bucket, which stays open: to open it takes a request."""
+    filesystem, path = storage.arrow_filesystem(file)
+    return filesystem.open_input_file(path)
+
+
 def _length_of_run(places: list[tuple[int, int]]) -> int:
     """Bytes from the start of the first member to the end of the last one that follows closely: one request."""
     start, end = places[0][0], sum(places[0])
     for offset, size in places[1:]:
-        if not end <= offset <= end + _BYTES_AT_ONCE // 8 or offset + size - start > _BYTES_AT_ONCE:
+        if not end <= offset <= end + _GAP or offset + size - start > _BYTES_AT_ONCE:
             break
         end = offset + size
     return end - start

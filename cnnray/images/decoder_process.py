@@ -81,12 +81,17 @@ def join(address: tuple[str, int], key: bytes) -> None:
         settings: Settings = connection.recv()
         while True:
             uris: list[str] = connection.recv()
-            sources = list(pool.map(reading.bytes_or_error, containers.encoded(uris)))
+            sources = [source for run in pool.map(_read_run, containers.neighbours(uris)) for source in run]
             images = np.empty((len(sources), settings.size, settings.size, 3), np.uint8)
             answer = _decode(images, sources, settings)
             connection.send(answer)
             if not isinstance(answer, Exception):
                 connection.send_bytes(images.data.cast("B"))
+
+
+def _read_run(uris: list[str]) -> list[Source]:
+    """The encoded images of neighbours, or their errors."""
+    return [reading.bytes_or_error(source) for source in containers.encoded(uris)]
 
 
 def _decode(images: Images, sources: list[Source], settings: Settings) -> list[str] | Exception | None:
@@ -122,7 +127,7 @@ class _Turns:
                 started = time.perf_counter()
                 is_slow = self._slow >= _SLOW_TURNS or reading.place_of(uris[0]) == "remote"
                 read = pool.map if is_slow else map
-                encoded = list(read(reading.bytes_or_error, containers.encoded(uris)))
+                encoded = [source for run in read(_read_run, containers.neighbours(uris)) for source in run]
                 if not is_slow:
                     self._slow = self._slow + 1 if time.perf_counter() - started > 2 * self._decoding else 0
                 yield first, encoded

@@ -13,7 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from cnnray.images import containers, inputs, lease, object_stores, shards, storage, tree
+from cnnray.images.decoders import Decoders
 from cnnray.images.manifest import ManifestError, build_manifest
+from tests.awkward import awkward_images
 from tests.conftest import write_tar
 from tests.races import create_at_once
 from tests.unit import test_layouts as layouts
@@ -366,3 +368,30 @@ def test_a_process_makes_one_client_for_a_bucket(bucket, tmp_path, new_clients, 
     object_stores._arrow_filesystem.cache_clear()
     filesystem = storage.arrow_filesystem(bucket)[0]
     assert pickle.loads(pickle.dumps(filesystem)) is filesystem
+
+
+def test_members_in_random_order_are_read_side_by_side(s3_proxy, bucket, tmp_path, monkeypatch):
+    image = awkward_images()["rgb.png"]
+    write_tar(tmp_path / "x.tar", {f"{number:02d}.png": image for number in range(32)})
+    storage.write_bytes(f"{bucket}/x.tar", (tmp_path / "x.tar").read_bytes())
+    (rows,) = containers.list_rows(f"{bucket}/x.tar")
+    rows = rows.take(pa.array(np.random.default_rng(0).permutation(32)))
+    requests = Counter()
+
+    def slow(method, path, before):
+        requests[method] += 1
+        return "slow"
+
+    monkeypatch.setattr(s3_proxy, "faults", slow)
+    decoding = Decoders(1, 8, "stretch", largest_batch=32)
+    try:
+        started = time.monotonic()
+        (batch,) = decoding.batches(lambda _: rows, 1)
+        seconds = time.monotonic() - started
+    finally:
+        decoding.close()
+    assert not any(batch["error"])
+    # One after another they would take 32 seconds, and half of them could be neighbours by chance.
+    assert 16 <= requests["GET"] <= 32
+    assert requests["HEAD"] <= 16  # one for each thread that opens the file before any other has
+    assert seconds < 15

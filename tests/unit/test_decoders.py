@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from cnnray.images import decoders, reading, storage
+from cnnray.images import containers, decoders, reading, storage
 from cnnray.images.decoders import Decoders
 from tests.awkward import awkward_images, bad_images
 from tests.poisoned_decoder import BUG, POISON
@@ -216,3 +216,16 @@ time.sleep(60)
         assert len(found) == 2
         os.kill(process.pid, signal.SIGKILL)
     assert not psutil.wait_procs(found, timeout=20)[1]
+
+
+def test_neighbours_are_read_together():
+    def tar(*members, file="a.tar"):
+        return [f"/d/{file}#{offset:012d}-{size:09d}-{offset}.png" for offset, size in members]
+
+    near, far = tar((512, 100), (1536, 100), (2560, 9)), tar((2 * 2**20, 100), (512, 100))
+    groups = [f"/d/p.parquet#{group:06d}-{row:09d}" for group, row in ((0, 5), (0, 2), (1, 3))]
+    loose = ["/d/1.png", "/d/2.png"]
+    uris = [*near, *far, *loose, *groups, *tar((512, 1), file="b.tar"), *tar((1536, 1))]
+    expected = [near, far[:1], far[1:], *([uri] for uri in loose), groups[:2], groups[2:], uris[-2:-1], uris[-1:]]
+    assert list(containers.neighbours(uris)) == expected
+    assert list(containers.neighbours([])) == []

@@ -5,6 +5,8 @@ The network scales the pixels itself. The layer before the softmax is called `lo
 
 from typing import TYPE_CHECKING, Literal
 
+from cnnray.models import own_network
+
 if TYPE_CHECKING:
     import keras
 
@@ -81,7 +83,7 @@ _HEAD_UNITS = (512, 256)
 
 def smallest_image_size(architecture: str) -> int:
     """The smallest image, in pixels per side, that the architecture does not downsample to nothing."""
-    return _SMALLEST.get(architecture, 32)
+    return 1 if own_network.is_own(architecture) else _SMALLEST.get(architecture, 32)
 
 
 def build(
@@ -97,7 +99,8 @@ def build(
     """Build a network with random weights: a backbone, global pooling, and a head.
 
     Args:
-        architecture: one of `NAMES`.
+        architecture: one of `NAMES`, or a network of one's own (see `own_network`), for which `head` and `dropout`
+            mean nothing.
         image_size: height and width of the images in pixels.
         classes: number of classes.
         head: the layers between the pooling and the logits. `dense`: layers of 512 and 256 units with ReLU, each
@@ -112,16 +115,20 @@ def build(
 
     Raises:
         ValueError: the architecture is unknown.
+        NetworkError: see `own_network.build`.
     """
     import keras
 
-    if architecture not in NAMES:
+    is_own = own_network.is_own(architecture)
+    if architecture not in NAMES and not is_own:
         raise ValueError(f"The architecture {architecture!r} is unknown; expected one of {', '.join(NAMES)}.")
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
         pixels = keras.Input((image_size, image_size, 3), dtype="uint8", name="image")
-        if architecture in PLAIN:
+        if is_own:
+            logits = own_network.build(architecture, pixels, classes)
+        elif architecture in PLAIN:
             hidden = _add_convolutional_blocks(
                 pixels, *_PLAIN[architecture], head=head, dropout=dropout, synchronized=synchronized
             )
@@ -131,10 +138,11 @@ def build(
         else:
             features = _add_backbone(pixels, architecture)
             hidden = _add_head(keras.layers.GlobalAveragePooling2D()(features), head, dropout)
-        logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
+        if not is_own:
+            logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
         probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
-        model = keras.Model(pixels, probabilities, name=architecture)
-        if architecture not in BACKBONES:
+        model = keras.Model(pixels, probabilities, name=architecture.rpartition(":")[2].rpartition(".")[2])
+        if architecture not in BACKBONES and not is_own:
             _remove_mean_of_first_kernels(model)
     finally:
         keras.config.set_dtype_policy(previous)

@@ -112,7 +112,7 @@ def set_trainable(model: "keras.Model", share: float) -> None:
 
     The other layers are frozen. Frozen batch norms use their moving statistics and do not update them.
     """
-    layers = backbone_layers(model)
+    layers = backbone_layers(model) if share < 1 else []  # networks of one's own may have none
     frozen = len(layers) - math.ceil(share * len(layers) - 1e-9)
     for layer in model._flatten_layers():
         layer.trainable = True

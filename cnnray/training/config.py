@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from cnnray import configs, flags
 from cnnray.configs import rules
 from cnnray.images.resize import ResizeRule
-from cnnray.models import architectures
+from cnnray.models import architectures, own_network
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Augmentations, Strength, check_alternatives
 from cnnray.tracking.config import TrackingConfig
@@ -102,7 +102,8 @@ class ModelConfig:
 
     architecture: str | None = None
     """resnet9, resnet9_small, resnet9_large, vgg_bn, small_cnn, or a backbone of keras.applications in lower case,
-    such as resnet50; null: that of --weights, or one of the first three, by --preset."""
+    such as resnet50; or a function of your own that gives a Keras model, as package.module:function; null: that of
+    --weights, or one of the first three, by --preset."""
     weights: str = "none"
     """Initial weights of the backbone: none, imagenet (as keras.applications publishes them), or a path or s3://
     of a bundle, a .keras file, or a .weights.h5 or .h5 file (of keras.applications' networks without the
@@ -132,9 +133,14 @@ class ModelConfig:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
         flags.check_choices(self, head=Head, resize=ResizeRule)
-        if self.architecture not in (None, *architectures.NAMES):
+        if own_network.is_own(self.architecture):
+            for name, own in (("head", "linear"), ("dropout", 0)):  # what stands for its own
+                if getattr(self, name) not in (None, own):
+                    raise ValueError(f"{flags.flag_name(name)} is for cnnray's networks: yours has its own layers.")
+        elif self.architecture not in (None, *architectures.NAMES):
             raise ValueError(
-                f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}."
+                f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}, and "
+                "functions of your own as package.module:function."
             )
         smallest = architectures.smallest_image_size(self.architecture) if self.architecture else 1
         if self.image_size is not None and not smallest <= self.image_size <= LARGEST_IMAGE_SIZE:

@@ -1,6 +1,7 @@
 """A training job from end to end: manifest, cluster, Ray Train's run, and the bundle."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -21,7 +22,7 @@ from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import Lease, lease
-from cnnray.models import startup, transfer
+from cnnray.models import own_network, startup, transfer
 from cnnray.models.bundle import BundleInfo
 from cnnray.tracking.mlflow import Tracker
 from cnnray.training import data, decisions, output, plan, recipe
@@ -34,7 +35,9 @@ log = logging.getLogger(__name__)
 _RESIZE_SECONDS = 30.0
 
 
-def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def train(
+    config: TrainConfig, callbacks: Sequence[Any] = (), *, architecture: own_network.Function | None = None
+) -> dict[str, Any]:
     """Train, and leave in `config.output`: `bundle/`, `history.csv`, `tensorboard/`, `config.yaml`,
     `manifest.parquet`, `summary.json`, `checkpoints/`, and `bad_images.csv` where there were any.
 
@@ -43,6 +46,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     Args:
         config: the flags.
         callbacks: Ray Train's `UserCallback`s.
+        architecture: a function that gives the network (see `own_network`), in place of the config's.
 
     Returns:
         What is also in `summary.json`: `bundle` (its uri), `epochs` (run in all), `metrics` (of the bundle's
@@ -54,6 +58,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
             known before Ray starts is raised before it, and before anything is written.
     """
     started = time.time()
+    if architecture is not None:
+        config = dataclasses.replace(config, architecture=own_network.register(architecture))
     if cluster.starts_own():
         plan.check_cpus(config, usable_cpus())
     with lease(config.output) as held:
@@ -76,6 +82,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         data.log_counts(manifest)
         decided = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
         recipe.check(decided, manifest)
+        if own_network.is_own(decided.architecture) and not earlier:
+            _check_network(decided, len(manifests.class_names(manifest)))
         weights = _imagenet_weights(decided) if config.weights == "imagenet" and not earlier else None
         reading = waiting.in_background(functools.partial(data.read_few, decided, manifest, check=earlier is None))
         with cluster.connected(dashboard=config.dashboard):
@@ -108,7 +116,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 output.write_config(config)
             with tracker.following() if tracker else contextlib.nullcontext():
                 blocks = data.decode_splits_into_memory(config, manifest, shares, few) if cached else {}
-                best, latest = _run(config, manifest, shares, blocks, started, held, callbacks, ahead)
+                best, latest = _run(config, manifest, shares, blocks, started, held, callbacks, ahead, architecture)
                 summary = output.finish(config, best, latest, started)
         if tracker:
             tracker.finish(summary)
@@ -150,6 +158,7 @@ def _run(
     held: Lease,
     callbacks: Sequence[Any],
     ahead: Sequence[Any],
+    network: own_network.Function | None,
 ) -> tuple[Any, Any]:
     """Run Ray Train.
 
@@ -171,6 +180,7 @@ def _run(
         cached=cached,
         started=started,
         lease_holder=held.holder,
+        network=network,
     )
     if config.is_elastic:
         # Ray tries to start workers on lost nodes that it does not know to be lost for so many seconds.
@@ -231,6 +241,24 @@ def _load_ahead(config: PlannedConfig) -> list[Any]:
     return load_ahead(config.most_workers)
 
 
+def _check_network(config: DecidedConfig, classes: int) -> None:
+    """Build a network of the user's once, and warn where its bundle will need the user's code.
+
+    Raises:
+        NetworkError: it is not as it should be.
+    """
+    startup.load_tensorflow(gpus=False)
+    from cnnray.models import architectures
+
+    model = architectures.build(config.architecture, config.image_size, classes)
+    log.info("%s: %s weights", config.architecture, f"{model.count_params():,}")
+    if reason := own_network.why_not_loaded(model):
+        log.warning(
+            "The bundle will not be loaded by cnnray's jobs, but only by programs that import the code of its layers "
+            "first, with @keras.saving.register_keras_serializable() at each class: %s", reason,
+        )  # fmt: skip
+
+
 def _imagenet_weights(config: DecidedConfig) -> bytes:
     startup.load_tensorflow(gpus=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -264,6 +292,8 @@ def _bundle_info(config: PlannedConfig, manifest: pa.Table) -> BundleInfo:
 def train_on_worker(assignment: plan.Assignment) -> CnnrayError | None:
     """Entry point of a Ray Train worker: see `worker.run`."""
     startup.load_tensorflow(gpus=assignment.config.gpus > 0)
+    if assignment.network is not None:
+        own_network.register(assignment.network)
     from cnnray.training import worker
 
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cnnray import configs
 from cnnray.cluster import ClusterError, Node, Resources
-from cnnray.models import startup
+from cnnray.models import own_network, startup
 from cnnray.models.bundle import BundleInfo
 from cnnray.training.config import SIXTEENTHS, Precision, TrainConfig
 from cnnray.training.decided import PLANNED, DecidedConfig, PlannedConfig
@@ -61,6 +61,8 @@ class Assignment:
     """When the job began, in seconds since the epoch."""
     lease_holder: str
     """See `lease.Lease.holder`."""
+    network: own_network.Function | None = None
+    """The function that `architecture` names, where Python did not find it by its name."""
 
 
 def planned(

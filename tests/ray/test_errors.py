@@ -109,7 +109,7 @@ def test_the_trace_of_a_training_worker_is_whole(tmp_path):
     def train():
         job.startup.load_tensorflow = lambda **_: None
         training.worker = SimpleNamespace(run=lambda _: left(20))
-        job.train_on_worker(SimpleNamespace(config=SimpleNamespace(gpus=0.0)))
+        job.train_on_worker(SimpleNamespace(config=SimpleNamespace(gpus=0.0), network=None))
 
     with pytest.raises(ray.train.TrainingFailedError) as raised:
         _on_a_training_worker(train, str(tmp_path))

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import ray.cloudpickle
+import yaml
 
 from cnnray import configs
 from cnnray.cluster import ClusterError
@@ -23,6 +24,7 @@ from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
 from cnnray.models.bundle import Bundle
+from cnnray.models.own_network import NetworkError
 from cnnray.models.predictor import Predictor
 from cnnray.training import decisions, job, output
 from cnnray.training.config import TrainConfig
@@ -370,3 +372,29 @@ def test_bad_input_creates_no_output(tmp_path):
     with pytest.raises(ManifestError):
         train(_config(tmp_path / "data", tmp_path / "out" / "deep"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_ones_own_trains_on_workers(digits, tmp_path, caplog):
+    def tiny(image_size, classes):
+        import keras
+
+        class Doubled(keras.layers.Layer):
+            def call(self, values):
+                return 2 * values
+
+        return keras.Sequential([
+            keras.Input((image_size, image_size, 3)), keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(8, 3, activation="relu"), Doubled(), keras.layers.Flatten(),
+            keras.layers.Dense(classes, name="logits"),
+        ])  # fmt: skip
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config = _simple(digits, tmp_path, max_workers=2, epochs=8, cache="memory", checkpoint_every_steps=None)
+    summary = train(replace(config, architecture=None), architecture=tiny)
+    assert summary["metrics"]["val_accuracy"] > 0.5
+    assert "will not be loaded by cnnray's jobs" in caplog.text
+    assert "Keras does not know Doubled." in caplog.text
+    name = "tests.ray.test_train:test_a_network_of_ones_own_trains_on_workers.<locals>.tiny"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["architecture"] == name
+    with pytest.raises(NetworkError, match=r"gives \(None, 3\), and there are 10 classes"):
+        train(replace(config, overwrite=True), architecture=lambda image_size, _: tiny(image_size, 3))

@@ -100,7 +100,7 @@ def test_a_job_waits_for_a_node_that_starts_later(nodes, start, all_digits, tmp_
     arguments = ("--max-workers", "3", "--cpus-per-worker", "1.5", "--epochs", "1")
     started = time.monotonic()
     job = _train(start, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
-    _wait_for_log(job, r"waiting for nodes, at most 4m00s: 3 workers of 1\.5 CPUs do not fit 4 CPUs")
+    _wait_for_log(job, r"waiting for nodes, at most 4m00s: 3 worker\(s\) of 1\.5 CPUs do not fit 4 CPUs")
     assert not (tmp_path / "out" / "config.yaml").exists()
     nodes.start(2)
     _wait_for_log(job, "the nodes have come, after")

@@ -109,7 +109,7 @@ MISTAKES = {
     "unknown network": (["--data", "{digits}", "--output", "{out}", "--architecture", "resnet51"], "resnet51"),
     "unknown precision": (["--data", "{digits}", "--output", "{out}", "--precision", "int8"], "precision"),
     "too many workers": (["--data", "{digits}", "--output", "{out}", "--max-workers", "500", "--batch-size", "500"],
-                         "500 workers do not fit"),
+                         "500 worker(s) do not fit"),
     "output is a file": (["--data", "{digits}", "--output", "{file}"], "is a file"),
     "missing config": (["--data", "{digits}", "--output", "{out}", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
     "mistyped key": (["--config", "{yaml}"], "epoch"),

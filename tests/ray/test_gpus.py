@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 import ray
 
 from cnnray import cluster
+from cnnray.models import startup
 from cnnray.prediction import job
 from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
 from cnnray.training.job import train
+from cnnray.training.output import TrainingError
 from tests.e2e.conftest import free_port, kill, until
 from tests.runs import read_rows
 
@@ -61,11 +64,15 @@ def test_predictions_on_a_gpu_are_those_without(options, onnx_bundle, digits, tm
         assert row == wanted
 
 
-def test_a_worker_of_training_has_a_gpu(digits, tmp_path, caplog):
+def test_a_worker_of_training_has_a_gpu_that_tensorflow_must_find(digits, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     config = TrainConfig(
-        data=str(digits), output=str(tmp_path), architecture="small_cnn", image_size=16, epochs=1, max_workers=1,
-        gpus_per_worker=1, data_checks=False,
+        data=str(digits), output=str(tmp_path / "gpus"), architecture="small_cnn", image_size=16, epochs=1,
+        max_workers=1, gpus_per_worker=1, data_checks=False,
     )  # fmt: skip
-    assert train(config)["epochs"] == 1
-    assert "1 worker(s) of 1 CPUs (1 threads) and 1 GPUs" in caplog.text
+    with pytest.raises(TrainingError, match=r"TensorFlow finds 0 GPU\(s\) on a worker that was to have 1: NVIDIA's"):
+        train(config)
+    assert "workers: 1, each of 1 GPU and 1 CPU(s) (1 thread(s)), computing in float32;" in caplog.text
+    if not startup.is_built_for_gpus():
+        assert train(replace(config, gpus_per_worker=None, output=str(tmp_path / "cpus")))["epochs"] == 1
+        assert "1 GPUs, which this TensorFlow cannot use: install requirements-gpu.lock" in caplog.text

@@ -54,6 +54,12 @@ def blocks_of(dataset):
     return list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
 
 
+def batched(rows, sizes=None):
+    """The arguments of `Source.batches` for rows in batches of these sizes; None: in one."""
+    parts = np.split(rows, np.cumsum([len(rows)] if sizes is None else sizes)[:-1])
+    return (lambda number: parts[number]), len(parts) if sizes != [] else 0
+
+
 def _pixels_that_reach_the_network(contents, tmp_path):
     class Recorded(Predictor):
         def probabilities(self, images):
@@ -72,7 +78,7 @@ def test_same_bytes_same_pixels_on_every_path(files, sources, tmp_path):
     sizes = [5, 1, len(rows) - 6]
     streamed, cached = (
         {name: np.concatenate([batch[name] for batch in batches]) for name in ("id", "image", "error", "target")}
-        for batches in (copied(source.batches(rows, sizes)) for source in sources)
+        for batches in (copied(source.batches(*batched(rows, sizes))) for source in sources)
     )
     for columns in (streamed, cached):
         assert columns["id"].tolist() == rows.tolist()
@@ -92,7 +98,7 @@ def test_few_images_are_read_in_one_pass_with_the_same_results(files, sources, m
     )
     config = decided(image_size=SIZE, max_bad_fraction=0.9)
     few = training_data.read_few(config, manifest.drop_columns("target"), check=True)
-    of_tasks = next(sources[1].batches(np.arange(len(manifest)), [len(manifest)]))
+    of_tasks = next(sources[1].batches(*batched(np.arange(len(manifest)))))
     for name in ("id", "image", "error"):
         np.testing.assert_array_equal(few.decoded[name], of_tasks[name])
     found = checks.check(manifest, few.examined)
@@ -106,7 +112,7 @@ def test_few_images_are_read_in_one_pass_with_the_same_results(files, sources, m
 
 def test_bad_images_are_rows_with_their_reason(files, sources):
     _, manifest = files
-    (batch,) = sources[0].batches(np.arange(len(manifest)), [len(manifest)])
+    (batch,) = sources[0].batches(*batched(np.arange(len(manifest))))
     errors = {uri.rpartition("/")[2]: error for uri, error in zip(batch["uri"], batch["error"], strict=True) if error}
     expected = {name: reason for name, (_, reason) in bad_images().items()} | {"missing.png": "missing"}
     assert {name: error.split(":")[0] for name, error in errors.items()} == expected
@@ -125,7 +131,7 @@ def test_images_inside_containers_are_the_same(files, sources, tmp_path, kind):
     held = build_manifest(str(tmp_path), labelled=False).append_column("target", manifest["target"][: len(contents)])
     source = StreamedSource(held, sources[0]._decoders)
     for rows in (np.arange(len(held)), np.arange(len(held))[::-1], np.asarray([9, 8, 12, 8, 0])):
-        (expected,), (batch,) = (copied(s.batches(rows, [len(rows)])) for s in (sources[0], source))
+        (expected,), (batch,) = (copied(s.batches(*batched(rows))) for s in (sources[0], source))
         for name in ("id", "image", "error"):
             np.testing.assert_array_equal(batch[name], expected[name])
 
@@ -164,10 +170,10 @@ def test_blocks_are_small_and_in_order(tmp_path):
 def test_batches_may_be_empty(sources):
     rows = np.asarray([3, 1, 2])
     for source in sources:
-        batches = list(source.batches(rows, [0, 2, 0, 1, 0]))
+        batches = list(source.batches(*batched(rows, [0, 2, 0, 1, 0])))
         assert [batch["id"].tolist() for batch in batches] == [[], [3, 1], [], [2], []]
         assert [batch["image"].shape for batch in batches] == [(n, SIZE, SIZE, 3) for n in (0, 2, 0, 1, 0)]
-        assert list(source.batches(rows[:0], [])) == []
+        assert list(source.batches(*batched(rows[:0], []))) == []
 
 
 def _split(uris, rows, **options):

@@ -46,6 +46,7 @@ _BYTES_AT_ONCE = 8 * 2**20
 _GAP = _BYTES_AT_ONCE // 8
 """Most bytes between two members of a tar file that one request reads."""
 _OPEN_FILES = 64
+"""Most tar files of buckets that stay open."""
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "missing"),
     (PermissionError, "access denied"),

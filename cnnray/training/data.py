@@ -191,9 +191,8 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
 
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
     """What becomes of the decoded images, for the plan."""
-    size = (
-        f"{_decoded_bytes(config, _used(manifest)) / 2**30:.2g} GiB of {config.image_size}x{config.image_size} pixels"
-    )
+    mebibytes = _decoded_bytes(config, _used(manifest)) / 2**20
+    size = f"{mebibytes:,.1f} MiB of {config.image_size}x{config.image_size} pixels"
     if is_cached(config, manifest, shares):
         return f"{size}, decoded once and kept in memory"
     return f"{size}, decoded anew in each epoch by {shares.decoders_per_worker} process(es) for each worker"

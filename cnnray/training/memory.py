@@ -44,7 +44,7 @@ def halve(config: PlannedConfig, images: int) -> TooLittleMemoryError | Training
         images: that this worker took at once.
 
     Returns:
-        The error to raise in this worker: the run goes on after the one, and ends after the other.
+        The error to raise in this worker. After the first kind the run goes on, after the second it ends.
     """
     if images == 1:
         return TrainingError(

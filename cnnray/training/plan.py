@@ -145,7 +145,7 @@ def _why_unused(config: PlannedConfig, available: Resources) -> str:
         return ""
     if not startup.is_built_for_gpus():
         return ", which this TensorFlow cannot use: install requirements-gpu.lock"
-    return ", which are not used: --gpus-per-worker 0, or fewer GPUs than workers"
+    return ", which are not used (--gpus-per-worker 0, or fewer GPUs than workers)"
 
 
 def share_out(config: TrainConfig, available: Resources) -> Shares:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,9 @@ _ROOT = f"cnnray-rows-{os.getuid()}"
 _LOCK, _FACTS = "lock", "facts.json"
 _COLUMNS = pa.schema([("id", pa.int64()), ("target", pa.int64()), ("uri", pa.string())])
 _BATCH = 2**11
-"""Rows of a batch of the files, which is read for each of its rows."""
+"""Rows of a record batch: to take one of them reads the batch."""
 _MANY = 2**23
-"""So many rows or more are compressed: to write them takes a disk longer than to compress them."""
+"""Manifests of so many rows or more are compressed, because the disk would take longer to write them as they are."""
 
 
 class Rows:
@@ -99,16 +99,18 @@ def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[d
     _delete_unused(folder)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which another process may delete as long as nobody has it."""
+def _locked(folder: Path, *, shared: bool = False) -> IO[str]:
+    """The lock of a folder, held until it is closed. A folder whose lock nobody has may be deleted meanwhile."""
     while True:
         folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), (folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:
-                yield
-                return
+        try:
+            lock = (folder / _LOCK).open("w")
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()
 
 
 def _delete_unused(folder: Path) -> None:
@@ -139,7 +141,9 @@ def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
                 facts[split]["batches"] += map(len, batches)
     for values in facts.values():
         values["tally"] = values["tally"].tolist()
-    (folder / _FACTS).write_text(json.dumps(facts))
+    written = folder / f"{_FACTS}.new"
+    written.write_text(json.dumps(facts))
+    written.rename(folder / _FACTS)  # whole or not there, also after a kill
 
 
 def _read(manifest: str, group: int, names: pa.Array) -> dict[str, pa.Table]:

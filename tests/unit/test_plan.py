@@ -94,7 +94,7 @@ def test_the_plan_has_three_lines(monkeypatch):
     workers, step, _ = _lines(Resources((Node(cpus=8),) * 3), min_workers=1)
     assert workers.startswith("workers: 1 to 3, each of 6 CPU(s) (6 thread(s)),")
     assert step == "each step: 64 images, 22 of each worker, or more with fewer than 3 workers"
-    assert "which are not used: --gpus-per-worker 0, or fewer" in _lines(_gpu_nodes(1, 1), max_workers=2)[0]
+    assert "which are not used (--gpus-per-worker 0, or fewer" in _lines(_gpu_nodes(1, 1), max_workers=2)[0]
     monkeypatch.setattr(startup, "is_built_for_gpus", lambda: False)
     assert _lines(_gpu_nodes(1, 8))[0].startswith("workers: 1, each of 12 CPU(s)")
     assert "which this TensorFlow cannot use: install requirements-gpu.lock" in _lines(_gpu_nodes(1, 8))[0]

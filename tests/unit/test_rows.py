@@ -106,3 +106,9 @@ def test_processes_that_begin_at_once_share_one_copy(manifest, root):
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
     assert not any(root.iterdir())
+
+
+def test_a_manifest_that_is_gone_is_told(tmp_path, root):
+    with pytest.raises(FileNotFoundError), rows.open_rows(str(tmp_path / "none.parquet"), NAMES, ""):
+        pass
+    assert not list(root.rglob(rows._FACTS))

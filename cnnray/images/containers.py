@@ -1,7 +1,7 @@
 """Files that hold many images: Parquet and tar. Each image has a uri of its own, and neighbours are read together.
 
-- In Parquet, `FILE.parquet#GROUP-ROW`: the index of the row group in the file, and of the row in the group. A row can
-  only be read after those before it in the group, so images are read in that order, and each group once.
+- In Parquet (see `parquet`), `FILE.parquet#GROUP-ROW`: the index of the row group in the file, and of the row in the
+  group.
 - In tar shards, as WebDataset writes them, `FILE.tar#OFFSET-SIZE-NAME`: offset and size of the member in bytes, and
   its name. Members that follow one another are read together.
 
@@ -11,21 +11,18 @@ Numbers are padded with zeros, so that uris sort in the order of the file.
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray.errors import CnnrayError, PermanentError, TransientError
-from cnnray.images import storage
+from cnnray.images import parquet, storage
 from cnnray.images.decode import EXTENSIONS, MAX_BYTES, BadImage
 from cnnray.images.retries import Attempts
 
@@ -33,13 +30,8 @@ log = logging.getLogger(__name__)
 
 ENDINGS = (".parquet", ".tar")
 
-_ADDRESS = re.compile(r"(.+\.parquet)#(\d{6,})-(\d{9,})", re.IGNORECASE | re.DOTALL)
-_END_OF_ADDRESS = r"(?i)\.parquet#\d{6,}-\d{9}$"
-_ROW_LENGTH = len("-000000000")
 _TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
 _TAR_COLUMNS = pa.schema([(name, pa.string()) for name in ("uri", "key", "label")])
-_IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
-_ROWS_AT_ONCE = 16
 _ROWS_OF_A_SLICE = 2**16
 _BYTES_AT_ONCE = 8 * 2**20
 """Most bytes that one request reads, unless a single image is larger."""
@@ -58,36 +50,6 @@ Source = str | bytes | CnnrayError
 """Where an image comes from: the uri of its file, its encoded bytes, or the error of reading them."""
 
 
-def row_group(uri: str) -> tuple[str, int] | None:
-    """The Parquet file and row group that hold an image; None for an image that is a file of its own."""
-    match = _ADDRESS.fullmatch(uri)
-    return (match[1], int(match[2])) if match else None
-
-
-def row_group_runs(uris: pa.ChunkedArray | Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
-    """Neighbouring images of the same row group, or of none: its name, and the number of images.
-
-    Args:
-        uris: a column, or its chunks one after another. They are read no further than to the end of a row group;
-            images of no row group are given for each chunk.
-    """
-    chunks = uris.chunks if isinstance(uris, pa.ChunkedArray) else uris
-    for group, runs in itertools.groupby(_runs_of_slices(chunks), lambda run: run[0]):
-        if group is None:
-            yield from runs
-        else:
-            yield group, sum(length for _, length in runs)
-
-
-def _runs_of_slices(chunks: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
-    for chunk in chunks:
-        for start in range(0, len(chunk), _ROWS_OF_A_SLICE):
-            part = chunk.slice(start, _ROWS_OF_A_SLICE)
-            is_in_group = pc.match_substring_regex(part, _END_OF_ADDRESS)
-            runs = pc.run_end_encode(pc.if_else(is_in_group, pc.utf8_slice_codeunits(part, 0, -_ROW_LENGTH), None))
-            yield from zip(runs.values.to_pylist(), np.diff(runs.run_ends, prepend=0).tolist(), strict=True)
-
-
 def containing_file(uri: str) -> str:
     """The file that is opened to read an image: the image's own, or the container that holds it."""
     return _container(uri)[0] or uri
@@ -98,18 +60,6 @@ def is_inside(uri: str) -> bool:
     return _container(uri)[0] is not None
 
 
-def image_column(schema: pa.Schema) -> str | None:
-    """The column of encoded images: binary, or a struct with a binary `bytes` as Hugging Face writes it.
-
-    Its name is image, image_bytes, bytes, content or img, or it is the only such column of a table without `uri`.
-    """
-    columns = [field.name for field in schema if _holds_bytes(field.type)]
-    known = [name for name in _IMAGE_COLUMNS if name in columns]
-    if known:
-        return known[0]
-    return columns[0] if len(columns) == 1 and "uri" not in schema.names else None
-
-
 def rows_schema(file: str) -> pa.Schema | None:
     """The columns that `list_rows` gives for a file; None for a Parquet file without a column of images.
 
@@ -117,15 +67,7 @@ def rows_schema(file: str) -> pa.Schema | None:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
     """
-    if file.lower().endswith(".tar"):
-        return _TAR_COLUMNS
-    with open_parquet(file) as parquet:
-        schema = parquet.schema_arrow
-    column = image_column(schema)
-    if column is None:
-        return None
-    others = _without_images(schema.remove(schema.get_field_index(column)).empty_table(), _label_names(schema))
-    return others.add_column(0, "uri", pa.array([], pa.string())).schema
+    return _TAR_COLUMNS if file.lower().endswith(".tar") else parquet.rows_schema(file)
 
 
 def list_rows(file: str) -> Iterator[pa.Table]:
@@ -142,42 +84,7 @@ def list_rows(file: str) -> Iterator[pa.Table]:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
     """
-    return _rows_of_tar(file) if file.lower().endswith(".tar") else _rows_of_parquet(file)
-
-
-def _rows_of_parquet(file: str) -> Iterator[pa.Table]:
-    with open_parquet(file) as parquet:
-        schema = parquet.schema_arrow
-        column, names = image_column(schema), _label_names(schema)
-        others = [name for name in schema.names if name != column]
-        for group in range(parquet.metadata.num_row_groups):
-            uris = _row_uris(file, group, parquet.metadata.row_group(group).num_rows)
-            if not others:
-                for start in range(0, len(uris), _ROWS_OF_A_SLICE):
-                    yield pa.table({"uri": uris.slice(start, _ROWS_OF_A_SLICE)})
-                continue
-            start = 0
-            for batch in parquet.iter_batches(_ROWS_OF_A_SLICE, row_groups=[group], columns=others):
-                rows = _without_images(pa.Table.from_batches([batch]), names)
-                yield rows.add_column(0, "uri", uris.slice(start, len(batch)))
-                start += len(batch)
-
-
-def _without_images(table: pa.Table, label_names: list[str] | None) -> pa.Table:
-    """The user's columns, with the names of labels in place of their numbers."""
-    table = table.replace_schema_metadata(None)
-    if "uri" in table.column_names:
-        table = table.rename_columns({"uri": "original_uri"})
-    if label_names:
-        numbers = table["label"].combine_chunks()
-        labels = pa.array(label_names, pa.string()).take(pc.if_else(pc.less(numbers, 0), None, numbers))
-        table = table.set_column(table.column_names.index("label"), "label", labels)
-    return table
-
-
-def _row_uris(file: str, group: int, rows: int) -> pa.Array:
-    numbers = pc.utf8_lpad(pa.array(np.arange(rows)).cast(pa.string()), 9, "0")
-    return pc.binary_join_element_wise(f"{file}#{group:06d}", numbers, "-")
+    return _rows_of_tar(file) if file.lower().endswith(".tar") else parquet.list_rows(file)
 
 
 def image_error(error: Exception, place: str = "") -> CnnrayError:
@@ -215,7 +122,7 @@ def encoded(uris: Sequence[str]) -> Iterator[Source]:
             )
         else:
             rows = [int(uri.rpartition("-")[2]) for uri in run]
-            yield from _read_with_retries(file, functools.partial(_from_group, file, group), rows)
+            yield from _read_with_retries(file, functools.partial(parquet.images, file, group), rows)
 
 
 def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
@@ -231,11 +138,12 @@ def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _follows(before: str, uri: str) -> bool:
-    file, group = _container(uri)
-    if file is None or _container(before) != (file, group):
+    first, second = parquet.place(before), parquet.place(uri)
+    if first and second:
+        return parquet.is_near(first, second)
+    file, _ = _container(uri)
+    if file is None or _container(before) != (file, None):
         return False
-    if group is not None:
-        return True
     (start, size), (offset, _) = _offset_and_size(before), _offset_and_size(uri)
     return start + size <= offset <= start + size + _GAP
 
@@ -268,40 +176,11 @@ def _read_with_retries(
 
 def _container(uri: str) -> tuple[str | None, int | None]:
     """The container that holds an image and, for Parquet, the row group; None for what does not apply."""
-    group = row_group(uri)
-    if group is not None:
-        return group
+    place = parquet.place(uri)
+    if place is not None:
+        return place[:2]
     match = _TAR_ADDRESS.fullmatch(uri)
     return (match[1] if match else None), None
-
-
-# -- Parquet --------------------------------------------------------------------------------------------------
-
-
-def _from_group(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
-    ascending = sorted(rows)
-    with open_parquet(file) as parquet:
-        images = _in_file_order(parquet, group, ascending)
-        if rows != ascending:
-            images_by_row = dict(zip(ascending, images, strict=True))
-            images = (images_by_row[row] for row in rows)
-        yield from images
-
-
-def _in_file_order(parquet: pyarrow.parquet.ParquetFile, group: int, rows: list[int]) -> Iterator[bytes]:
-    column = image_column(parquet.schema_arrow)
-    if column is None:
-        raise IndexError("the file no longer has a column of images")
-    start = done = 0
-    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-        while done < len(rows) and rows[done] < start + len(batch):
-            value = batch.column(0)[rows[done] - start].as_py()
-            yield (value["bytes"] if isinstance(value, dict) else value) or b""
-            done += 1
-        start += len(batch)
-        if done == len(rows):
-            return
-    raise IndexError(f"row group {group} has {start} rows and no row {rows[done]}")
 
 
 # -- tar ------------------------------------------------------------------------------------------------------
@@ -405,32 +284,3 @@ def _length_of_run(places: list[tuple[int, int]]) -> int:
             break
         end = offset + size
     return end - start
-
-
-def open_parquet(file: str, **options: Any) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that reads large columns piece by piece.
-
-    Args:
-        file: its uri.
-        options: see `ParquetFile`.
-    """
-    filesystem, path = storage.arrow_filesystem(file)
-    # Without these two options Arrow holds the column of a whole row group in memory: gigabytes of photos.
-    return pyarrow.parquet.ParquetFile(
-        path, filesystem=filesystem, pre_buffer=False, buffer_size=_BYTES_AT_ONCE, **options
-    )
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _label_names(schema: pa.Schema) -> list[str] | None:
-    """The names of a Hugging Face ClassLabel `label`; None where labels are no such numbers."""
-    if "label" not in schema.names:
-        return None
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
-    return names if pa.types.is_integer(schema.field("label").type) else None

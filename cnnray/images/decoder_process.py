@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection
 import numpy as np
 
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, reading
+from cnnray.images import containers, parquet, reading
 from cnnray.images.containers import Source
 from cnnray.images.reading import Images
 from cnnray.images.resize import ResizeRule
@@ -39,27 +39,30 @@ class Settings:
     """See `reading.decoded_blocks`."""
     images: int
     """Length of the shared memory, for a process that shares it."""
+    open_groups: int
+    """See `parquet.keep_open`."""
 
 
 def main(connection: Connection, memory: int) -> None:
     """Decode turns into shared memory until the connection ends.
 
     Args:
-        connection: gives `Settings`, then for each turn its first place in the memory and the uris; gets None once it
-            is ready, then for each turn the errors, None where there are none, or the exception that ends the stream.
+        connection: gives `Settings`, then for each turn its places in the memory and the uris; gets None once it is
+            ready, then for each turn the errors, None where there are none, or the exception that ends the stream.
         memory: file descriptor of the memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
     settings: Settings = connection.recv()
+    parquet.keep_open(settings.open_groups)
     pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
     images = pixels.reshape(-1, settings.size, settings.size, 3)
     with contextlib.suppress(ConnectionError):  # the other process is gone, and there will be no turn
         connection.send(None)
     turns = _Turns(connection, settings)
-    for first, sources in turns:
+    for places, sources in turns:
         try:
-            connection.send(turns.decode(images[first : first + len(sources)], sources))
+            connection.send(turns.decode([images[place] for place in places], sources))
         except ConnectionError:  # the other process is gone
             os._exit(0)
         except BaseException:
@@ -94,7 +97,7 @@ def _read_run(uris: list[str]) -> list[Source]:
     return [reading.bytes_or_error(source) for source in containers.encoded(uris)]
 
 
-def _decode(images: Images, sources: list[Source], settings: Settings) -> list[str] | Exception | None:
+def _decode(images: Iterable[Images], sources: list[Source], settings: Settings) -> list[str] | Exception | None:
     """Decode a turn, and return its errors, None where there are none, or the exception that ends the stream."""
     try:
         errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
@@ -110,29 +113,29 @@ class _Turns:
     decode them.
     """
 
-    def __init__(self, connection: "Connection[object, tuple[int, list[str]]]", settings: Settings) -> None:
+    def __init__(self, connection: "Connection[object, tuple[list[int], list[str]]]", settings: Settings) -> None:
         self._connection, self._settings = connection, settings
         self._decoding = math.inf
         """Seconds of the last turn."""
         self._slow = 0
         """Turns so far that were slow to read, one after another."""
 
-    def __iter__(self) -> Iterator[tuple[int, list[Source]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], list[Source]]]:
         return reading.prefetched(self._read())
 
-    def _read(self) -> Iterator[tuple[int, list[Source]]]:
+    def _read(self) -> Iterator[tuple[list[int], list[Source]]]:
         with ThreadPoolExecutor(max(reading.THREADS.values())) as pool, contextlib.suppress(EOFError, OSError):
             while True:
-                first, uris = self._connection.recv()
+                places, uris = self._connection.recv()
                 started = time.perf_counter()
                 is_slow = self._slow >= _SLOW_TURNS or reading.place_of(uris[0]) == "remote"
                 read = pool.map if is_slow else map
                 encoded = [source for run in read(_read_run, containers.neighbours(uris)) for source in run]
                 if not is_slow:
                     self._slow = self._slow + 1 if time.perf_counter() - started > 2 * self._decoding else 0
-                yield first, encoded
+                yield places, encoded
 
-    def decode(self, images: Images, sources: list[Source]) -> list[str] | Exception | None:
+    def decode(self, images: Iterable[Images], sources: list[Source]) -> list[str] | Exception | None:
         """See `_decode`."""
         started = time.perf_counter()
         answer = _decode(images, sources, self._settings)

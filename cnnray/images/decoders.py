@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.errors import TransientError
@@ -34,6 +35,7 @@ from cnnray.images.decoder_process import Settings
 from cnnray.images.reading import Batch
 from cnnray.images.resize import ResizeRule
 
+Lanes = Callable[[int], npt.NDArray[np.int64]]
 CRASHED = "crashed: it ended the process that decoded it, each time"
 """The error of such an image."""
 _PROGRAM = "cnnray.images.decoder_process"
@@ -41,6 +43,8 @@ _TURN = {"local": 16, "remote": 32}
 """Images that a process is given at once."""
 _TURNS_OF_A_PROCESS = 2
 """The images of one are decoded while those of the other are read."""
+_STREAMS = 2
+"""Whose images are decoded at the same time: at the end of one begins the next."""
 _MAX_CRASHES, _MAX_FAILED_STARTS = 2, 3
 """Of a turn, and then of an image; and of processes that end before they are ready, one after another."""
 _LEAST_BATCHES = 4
@@ -69,11 +73,14 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Turn:
-    """Neighbouring images of a batch, which one process decodes."""
+    """Images of a batch that one process decodes."""
 
     batch: _Batch
-    start: int
+    places: list[int]
+    """Of the images in the batch."""
     uris: list[str]
+    process: int | None = None
+    """Which one; None: any."""
     crashes: int = 0
 
 
@@ -81,6 +88,7 @@ class _Turn:
 class _Stream:
     rows: Callable[[int], pa.Table]
     batches: int
+    lanes: Lanes | None
     begun: int = 0
     """Batches that have a place in memory."""
 
@@ -124,6 +132,7 @@ class Decoders:
         *,
         largest_batch: int,
         elsewhere: int = 0,
+        lanes: int = 0,
         keep_unavailable: bool = False,
     ) -> None:
         """
@@ -133,6 +142,7 @@ class Decoders:
             resize: see `decode`.
             largest_batch: most images of a batch.
             elsewhere: most processes that join from other machines.
+            lanes: most lanes of a stream.
             keep_unavailable: see `reading.decoded_blocks`.
         """
         largest_batch = max(largest_batch, 1)
@@ -147,8 +157,9 @@ class Decoders:
         pixels = np.frombuffer(mmap.mmap(self._memory, all_slots * bytes_of_a_batch), np.uint8)
         self._images = pixels.reshape(all_slots, largest_batch, size, size, 3)
         self._settings = Settings(
-            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch
-        )
+            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch,
+            open_groups=_STREAMS * math.ceil(lanes / max(processes, 1)),
+        )  # fmt: skip
         self._changed = threading.Condition(threading.RLock())
         self._free = collections.deque(range(slots))
         self._unused = collections.deque(range(slots, all_slots))
@@ -168,12 +179,14 @@ class Decoders:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def batches(self, rows: Callable[[int], pa.Table], count: int) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], pa.Table], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
         """Decode images, after those of earlier streams. It begins at once, before the first batch is asked for.
 
         Args:
             rows: the rows of each batch, with `uri`, by its number; at most `largest_batch`.
             count: number of batches.
+            lanes: the lane of each row of a batch: images of a lane are decoded one after another in one process of
+                this machine. None: an image does not matter for the next one.
 
         Raises:
             CnnrayError: as `reading.decoded_blocks`.
@@ -183,7 +196,7 @@ class Decoders:
             the batches of `reading.decoded_blocks`. The pixels of one are there until the next but one, or the end of
             the stream, is asked for.
         """
-        stream = _Stream(rows, count)
+        stream = _Stream(rows, count, lanes)
         self._streams.append(stream)
         self._wake_up()
         return self._received(stream)
@@ -278,10 +291,9 @@ class Decoders:
             if number == stream.batches:
                 self._streams.popleft()
                 continue
+            lanes = None if stream.lanes is None else stream.lanes(number)
             batch = _Batch(stream.rows(number), self._free.popleft())
-            uris = batch.rows["uri"].to_pylist()
-            length = _TURN[reading.place_of(uris[0])] if uris else 1
-            turns = [_Turn(batch, start, uris[start : start + length]) for start in range(0, len(uris), length)]
+            turns = list(_turns(batch, lanes, len(self._processes)))
             batch.turns_left = len(turns)
             with self._changed:
                 if stream.begun > number:  # dropped meanwhile
@@ -294,16 +306,19 @@ class Decoders:
 
     def _hand_out(self) -> None:
         for count in range(_TURNS_OF_A_PROCESS):
-            for process in self._processes:
-                if process.is_ready and len(process.turns) == count and (turn := self._next_turn()):
+            for number, process in enumerate(self._processes):
+                if process.is_ready and len(process.turns) == count and (turn := self._next_turn(number)):
                     process.turns.append(turn)
-                    first = turn.batch.slot * self._images.shape[1] + turn.start
+                    first = turn.batch.slot * self._images.shape[1]
                     with contextlib.suppress(OSError):  # it has crashed, as its answer will tell
-                        process.connection.send((first, turn.uris))
+                        process.connection.send(([first + place for place in turn.places], turn.uris))
 
-    def _next_turn(self) -> _Turn | None:
+    def _next_turn(self, process: int) -> _Turn | None:
         with self._changed:
-            return self._turns.popleft() if self._turns else None
+            turn = next((turn for turn in self._turns if turn.process in (None, process)), None)
+            if turn is not None:
+                self._turns.remove(turn)
+            return turn
 
     def _receive(self, process: _Process) -> None:
         try:
@@ -322,7 +337,7 @@ class Decoders:
             if isinstance(answer, Exception):
                 turn.batch.error = answer
             elif answer is not None:
-                turn.batch.errors[turn.start : turn.start + len(turn.uris)] = answer
+                turn.batch.errors[turn.places] = answer
             turn.batch.turns_left -= 1
             if turn.batch.is_dropped and not turn.batch.turns_left:
                 self._free.append(turn.batch.slot)
@@ -354,12 +369,13 @@ class Decoders:
             first.crashes += 1
             if first.crashes == _MAX_CRASHES and len(first.uris) > 1:
                 # One of the images: the next crash of a single one is its own.
-                singles = [_Turn(first.batch, first.start + i, [uri], 1) for i, uri in enumerate(first.uris)]
+                pairs = zip(first.places, first.uris, strict=True)
+                singles = [_Turn(first.batch, [place], [uri], first.process, 1) for place, uri in pairs]
                 with self._changed:
                     first.batch.turns_left += len(singles) - 1
                 again[:1] = singles
             elif first.crashes == _MAX_CRASHES:
-                self._images[first.batch.slot, first.start] = 0
+                self._images[first.batch.slot, first.places] = 0
                 self._end_turn(again.pop(0), [CRASHED])
         self._again(again)
         self._processes[self._processes.index(process)] = _Process(self._settings, self._memory)
@@ -402,8 +418,9 @@ class Decoders:
                 connection.send(turn.uris)
                 answer = connection.recv()
                 if not isinstance(answer, Exception):
-                    images = self._images[turn.batch.slot, turn.start : turn.start + len(turn.uris)]
+                    images = np.empty((len(turn.places), *self._images.shape[2:]), np.uint8)
                     connection.recv_bytes_into(images.data.cast("B"))
+                    self._images[turn.batch.slot, turn.places] = images
                 self._end_turn(turn, answer)
                 turn = None
                 self._wake_up()
@@ -419,6 +436,20 @@ class Decoders:
                     return self._turns.pop()
                 self._changed.wait()
         return None
+
+
+def _turns(batch: _Batch, lanes: npt.NDArray[np.int64] | None, processes: int) -> Iterator[_Turn]:
+    """The turns of a batch: neighbours, or the images of a process's lanes, lane after lane."""
+    uris = batch.rows["uri"].to_pylist()
+    length = _TURN[reading.place_of(uris[0])] if uris else 1
+    shares: list[tuple[int | None, list[int]]] = [(None, list(range(len(uris))))]
+    if lanes is not None:
+        ordered = np.argsort(lanes, kind="stable")
+        shares = [(process, ordered[lanes[ordered] % processes == process].tolist()) for process in range(processes)]
+    for process, places in shares:
+        for start in range(0, len(places), length):
+            part = places[start : start + length]
+            yield _Turn(batch, part, [uris[place] for place in part], process)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
-from cnnray.images import containers
+from cnnray.images import parquet
 
 ROWS_PER_BLOCK = 256
 """Rows that a task reads and decodes; a block of 224x224 images then has 37 MiB."""
@@ -40,7 +40,7 @@ def ranges_of_stream(chunks: Iterable[pa.Array], rows: int, *, cut_groups: bool 
     They are read no further than to the end of a range, or of the row group after it.
     """
     cut = start = 0
-    for group, length in containers.row_group_runs(chunks):
+    for group, length in parquet.row_group_runs(chunks):
         stop = start + length
         cuts: Iterable[int] = ()
         if group is None:

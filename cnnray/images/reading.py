@@ -3,7 +3,7 @@
 import functools
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -187,7 +187,7 @@ def is_unavailable(errors: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def decode_all(
-    images: npt.NDArray[np.uint8], sources: list[Source], size: int, resize: ResizeRule, keep_unavailable: bool
+    images: Iterable[Images], sources: list[Source], size: int, resize: ResizeRule, keep_unavailable: bool
 ) -> list[str]:
     """Decode images into arrays, as `decoded_blocks` does, and return their errors, empty where there are none."""
     pairs = zip(images, sources, strict=True)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from cnnray.images import ahead, containers, manifest, storage
+from cnnray.images import ahead, manifest, parquet, storage
 from cnnray.images.ranges import ranges_of_stream
 from cnnray.images.retries import patient
 
@@ -207,8 +207,8 @@ def _shards(folder: str) -> list[str]:
 
 @patient
 def _shard_ranges(uri: str) -> list[Range]:
-    with storage.translated_errors(uri), containers.open_parquet(uri) as parquet:
-        metadata = parquet.metadata
+    with storage.translated_errors(uri), parquet.open_file(uri) as opened:
+        metadata = opened.metadata
         generations = json.loads(_checked(metadata, uri)[_GENERATIONS_KEY])
         found: list[Range] = []
         for group, generation in enumerate(generations):
@@ -240,9 +240,9 @@ def read(folder: str, range_: Range, columns: list[str] | None = None) -> pa.Tab
         OSError: storage that cannot be read.
     """
     uri = _uri(folder, range_.shard)
-    with storage.translated_errors(uri), containers.open_parquet(uri) as parquet:
-        _checked(parquet.metadata, uri)
-        table = parquet.read_row_group(range_.group, columns=columns, use_threads=False)
+    with storage.translated_errors(uri), parquet.open_file(uri) as opened:
+        _checked(opened.metadata, uri)
+        table = opened.read_row_group(range_.group, columns=columns, use_threads=False)
     return table.select(columns) if columns else table
 
 

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from cnnray.errors import BadInputError
-from cnnray.images import containers, storage
+from cnnray.images import containers, parquet, storage
 
 SPLITS = ("train", "validation", "test")
 TABLES = (".csv", ".jsonl", ".ndjson", *containers.ENDINGS)
@@ -75,8 +75,8 @@ def has_splits(source: str) -> bool:
     with _one_sentence(source):
         if not source.lower().endswith(".parquet"):
             return False
-        with containers.open_parquet(source) as parquet:
-            batches = parquet.iter_batches(ROWS_AT_ONCE, columns=["split"])
+        with parquet.open_file(source) as opened:
+            batches = opened.iter_batches(ROWS_AT_ONCE, columns=["split"])
             return any(batch.column(0).null_count < len(batch) for batch in batches if batch.num_columns)
 
 
@@ -113,12 +113,12 @@ def _open(source: str) -> tuple[pa.Schema, Iterator[pa.Table]]:
 
 def _open_parquet(source: str) -> tuple[pa.Schema, Iterator[pa.Table]]:
     def tables() -> Iterator[pa.Table]:
-        with containers.open_parquet(source) as parquet:
-            for batch in parquet.iter_batches(ROWS_AT_ONCE):
+        with parquet.open_file(source) as opened:
+            for batch in opened.iter_batches(ROWS_AT_ONCE):
                 yield pa.Table.from_batches([batch])
 
-    with containers.open_parquet(source) as parquet:
-        return parquet.schema_arrow, tables()
+    with parquet.open_file(source) as opened:
+        return opened.schema_arrow, tables()
 
 
 def _open_text(source: str, kind: str) -> tuple[pa.Schema, Iterator[pa.Table]]:

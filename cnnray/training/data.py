@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import checks, containers, reading, splits
+from cnnray.images import checks, parquet, reading, splits
 from cnnray.images import manifest as manifests
-from cnnray.images.decoders import Decoders
+from cnnray.images.decoders import Decoders, Lanes
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch, concatenated
@@ -168,25 +168,21 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
     """Whether to keep the decoded images in memory.
 
     Raises:
-        ManifestError: they have to be kept, and do not fit.
+        ManifestError: they have to be kept, and do not fit; or they cannot be streamed.
     """
-    rows = _used(manifest)
-    needed = _decoded_bytes(config, rows)
-    fits = needed <= shares.store_bytes
-    sizes = f"{needed / 2**30:.1f} GiB of decoded images, and the smallest object store of the cluster has " + (
-        f"{shares.store_bytes / 2**30:.1f} GiB"
-    )
-    if config.cache == "memory" and not fits:
-        raise ManifestError(f"--cache memory has to keep {sizes}: use --cache none.")
-    if not any(group for group, _ in containers.row_group_runs(rows["uri"])):
-        return config.cache == "memory" or (config.cache == "auto" and needed <= shares.cache_bytes)
-    if config.cache == "none" or not fits:
+    needed = _decoded_bytes(config, _used(manifest))
+    if config.cache == "memory" and needed > shares.store_bytes:
         raise ManifestError(
-            f"{config.data} holds images in Parquet, which training must keep in memory, as it takes them in another "
-            f"order every epoch ({sizes}): use --cache auto, or begin anew, with --overwrite or another --output, "
-            "with a smaller --image-size or a folder of the images."
+            f"--cache memory has to keep {needed / 2**30:.1f} GiB of decoded images, and the smallest object store "
+            f"of the cluster has {shares.store_bytes / 2**30:.1f} GiB: use --cache none."
         )
-    return True
+    is_cached = config.cache == "memory" or (config.cache == "auto" and needed <= shares.cache_bytes)
+    if not is_cached and config.sampling == "balanced" and parquet.holds_some(manifest["uri"]):
+        raise ManifestError(
+            f"{config.data} holds images in Parquet, which are read in the order of their row groups, and "
+            "--sampling balanced draws them one by one: use --cache memory, --class-weights balanced, or tar shards."
+        )
+    return is_cached
 
 
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
@@ -195,7 +191,8 @@ def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
     size = f"{mebibytes:,.1f} MiB of {config.image_size}x{config.image_size} pixels"
     if is_cached(config, manifest, shares):
         return f"{size}, decoded once and kept in memory"
-    return f"{size}, decoded anew in each epoch by {shares.decoders_per_worker} process(es) for each worker"
+    order = ", in the order of Parquet's row groups, many side by side" if parquet.holds_some(manifest["uri"]) else ""
+    return f"{size}, decoded anew in each epoch{order}, by {shares.decoders_per_worker} process(es) for each worker"
 
 
 def decode_splits_into_memory(
@@ -256,7 +253,7 @@ def _used(manifest: pa.Table) -> pa.Table:
 class Source(Protocol):
     """Where a worker's images come from: gives the images of chosen rows of a manifest, in order."""
 
-    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], Ints], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
         """The images of rows: dicts of `id` int64 (n,), `target` int64 (n,) (the class's index), `image` uint8
         (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings.
 
@@ -265,6 +262,7 @@ class Source(Protocol):
         Args:
             rows: the row numbers of each batch, by its own number.
             count: number of batches.
+            lanes: see `Decoders.batches`.
         """
         ...
 
@@ -292,9 +290,9 @@ class StreamedSource:
         """
         self._manifest, self._decoders = manifest, decoders
 
-    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], Ints], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
         """See `Source`. Decoding begins at once, after what was asked for before."""
-        return self._decoders.batches(lambda number: self._manifest.take(rows(number)), count)
+        return self._decoders.batches(lambda number: self._manifest.take(rows(number)), count, lanes)
 
 
 class CachedSource:
@@ -312,7 +310,7 @@ class CachedSource:
         self._block_of = np.repeat(np.arange(len(lengths)), lengths)
         self._row_of = np.concatenate([np.arange(length) for length in lengths])
 
-    def batches(self, rows: Callable[[int], Ints], count: int) -> Iterator[Batch]:
+    def batches(self, rows: Callable[[int], Ints], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
         """See `Source`."""
         for number in range(count):
             places = [(self._blocks[self._block_of[row]], self._row_of[row]) for row in rows(number)]

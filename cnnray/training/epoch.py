@@ -1,9 +1,9 @@
 """The order of an epoch: a pure function of the seed and the epoch, whatever the number of workers.
 
 An epoch is a permutation of the training images, cut into equal steps; step s of worker r of w takes every
-w-th image of the step from the r-th on. A position in an epoch is therefore one number, the step, and a run
-may go on from it with another number of workers. The permutation of many images is computed place by place, and
-not stored.
+w-th image of the step. A position in an epoch is therefore one number, the step, and a run may go on from it with
+another number of workers. The permutation of many images is computed place by place, and not stored. Images in
+Parquet that do not fit into memory come in an order in which they can be read (`LanesEpoch`).
 """
 
 import functools
@@ -16,11 +16,13 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 
-ORDER = 2
-"""Number of the order that runs begin with."""
+ORDER, LANES = 2, 3
+"""Numbers of the orders that runs begin with: any image after any other, and that of `LanesEpoch`."""
 _STORED = 2**22
 """Images whose order takes little memory: it is stored, and the same as in all versions."""
 _ROUNDS = 4
+_LANES = 12, 24, 60, 120, 240
+"""Numbers of lanes, which many numbers of workers divide."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class Epoch:
         """
         return step * self.images // self.steps, (step + 1) * self.images // self.steps
 
+    def places(self, step: int, rank: int = 0, world: int = 1) -> Ints:
+        """The places of a worker's images in the order, of a step: int64."""
+        start, stop = self.bounds(step)
+        return np.arange(start + rank, stop, world)
+
     def rows(self, step: int, rank: int = 0, world: int = 1) -> Ints:
         """The row numbers of a worker's images in a step: int64."""
-        start, stop = self.bounds(step)
-        return self.at(np.arange(start + rank, stop, world))
+        return self.at(self.places(step, rank, world))
 
     def at(self, places: Ints) -> Ints:
         """The row numbers at places of the order: int64, as many.
@@ -86,6 +92,68 @@ class Epoch:
     @functools.cached_property
     def _stored(self) -> Ints:
         return np.random.default_rng([self.seed, self.number]).permutation(self.images)
+
+
+@dataclass(frozen=True)
+class InOrder(Epoch):
+    """An epoch in the order of the rows."""
+
+    def at(self, places: Ints) -> Ints:
+        """See `Epoch`."""
+        return places
+
+
+@dataclass(frozen=True)
+class LanesEpoch(Epoch):
+    """An epoch of images in row groups of Parquet files, which can only be read from their beginning on.
+
+    The groups follow one another in an order that each epoch draws anew. This sequence is cut into equal lanes, which
+    are read side by side: the image at place p is the next one of lane p modulo their number. Each lane begins at
+    another point, as if it were a circle, so that the images of a step are of different groups, some from near the
+    beginning and some from near the end. A worker has every w-th lane, if w divides their number, and shares some with
+    other workers otherwise. Where a lane begins within a group, it reads what comes before, too: of as many groups as
+    lanes, all images once more at most, and of many groups few.
+    """
+
+    starts: Ints = field(default_factory=lambda: np.zeros(1, np.int64), compare=False, repr=False)
+    """The rows at which row groups begin, and the number of images, int64 (groups + 1,)."""
+
+    @property
+    def lanes(self) -> int:
+        """The number of lanes."""
+        groups = len(self.starts) - 1
+        return max(count for count in _LANES if count <= max(groups, _LANES[0]))
+
+    def lanes_of_worker(self, world: int) -> int:
+        """The number of lanes that each of so many workers reads."""
+        return self.lanes // math.gcd(self.lanes, world)
+
+    def places(self, step: int, rank: int = 0, world: int = 1) -> Ints:
+        """See `Epoch`. In all steps, a worker has the same lanes."""
+        start, stop = self.bounds(step)
+        return np.arange(start + (rank - start) % world, stop, world)
+
+    def lanes_of(self, step: int, rank: int, world: int) -> Ints:
+        """The lane of each image of `rows`, numbered from 0 on among those of the worker: int64."""
+        return self.places(step, rank, world) % self.lanes // math.gcd(self.lanes, world)
+
+    def at(self, places: Ints) -> Ints:
+        """See `Epoch`."""
+        depth, lane = np.divmod(places, self.lanes)
+        lanes, begins, groups, offsets = self._sequence
+        in_sequence = lanes[lane] + (begins[lane] + depth) % (lanes[lane + 1] - lanes[lane])
+        return in_sequence + offsets[np.searchsorted(groups, in_sequence, side="right") - 1]
+
+    @functools.cached_property
+    def _sequence(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Where the sequence of groups is cut into lanes, at which of its images each lane begins, where groups begin
+        in the sequence, and what leads from their places in it to their rows."""
+        generator = np.random.default_rng([self.seed, self.number])
+        order = generator.permutation(len(self.starts) - 1)
+        groups = np.cumsum(np.diff(self.starts)[order]) - np.diff(self.starts)[order]
+        sizes = self.images // self.lanes + (np.arange(self.lanes) < self.images % self.lanes)
+        begins = sizes * (generator.permutation(self.lanes) + generator.random()) / self.lanes
+        return np.cumsum([0, *sizes]), begins.astype(np.int64), groups, self.starts[:-1][order] - groups
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What a worker trains and validates on, batch after batch, ahead of its steps."""
 
 import contextlib
+import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,10 +12,14 @@ from cnnray.images.decoders import Decoders
 from cnnray.images.reading import Batch
 from cnnray.training import epoch, other_nodes, rows
 from cnnray.training.data import CachedSource, Source, StreamedSource
-from cnnray.training.epoch import BalancedEpoch, Epoch, Ints
+from cnnray.training.epoch import BalancedEpoch, Epoch, InOrder, Ints, LanesEpoch
+from cnnray.training.output import TrainingError
 from cnnray.training.plan import Assignment
 from cnnray.training.rows import Rows
 
+log = logging.getLogger(__name__)
+
+_FEW_GROUPS = 60
 _DECODERS_ELSEWHERE = 4
 """Processes on other nodes, for each on the worker's own node, at most."""
 
@@ -46,7 +52,11 @@ class Feed:
         splits = self._opened.enter_context(rows.open_rows(assignment.manifest, names, assignment.lease_holder))
         train, validation = splits["train"], splits["validation"]
         self.images, self.validation_images = len(train), len(validation)
-        self._rows, self._targets = train, None
+        self._rows, self._validation_rows, self._targets = train, validation, None
+        self._has_lanes = assignment.has_lanes
+        if self._has_lanes:
+            self.order = epoch.LANES
+            _warn_of_few(train, rank)
         if self._config.sampling == "balanced":
             self._targets = train.column("target")
         self.steps = self._epoch(0).steps
@@ -60,14 +70,17 @@ class Feed:
     def _sources(self, assignment: Assignment, train: Rows, validation: Rows) -> tuple[Source, Source]:
         if cached := assignment.cached:
             return CachedSource(cached["train"]), CachedSource(cached["validation"])
-        cpus = other_nodes.free_cpus(self._rank, self._world) if assignment.uses_other_nodes else []
+        uses_others = assignment.uses_other_nodes and not self._has_lanes
+        cpus = other_nodes.free_cpus(self._rank, self._world) if uses_others else []
         cpus = cpus[: _DECODERS_ELSEWHERE * assignment.decoders]
+        in_lanes = [ordered for ordered in (self._epoch(0), self._validated()) if isinstance(ordered, LanesEpoch)]
         decoders = self._decoders = Decoders(
             assignment.decoders,
             self._config.image_size,
             self._config.resize,
             largest_batch=max(math.ceil(self._config.batch_size / self._world), self.validation_batch),
             elsewhere=len(cpus),
+            lanes=max((ordered.lanes_of_worker(self._world) for ordered in in_lanes), default=0),
             keep_unavailable=self._config.skip_unreadable,
         )
         self._other_nodes = other_nodes.OtherNodes(decoders, cpus)
@@ -108,24 +121,39 @@ class Feed:
         return batches
 
     def _training(self, number: int, step: int) -> Iterator[Batch]:
-        ordered = self._epoch(number)
-        return self._train_source.batches(
-            lambda batch: ordered.rows(step + batch, self._rank, self._world), ordered.steps - step
-        )
+        return self._batches(self._train_source, self._epoch(number), step)
 
     def _validation(self) -> Iterator[Batch]:
-        of_all = self.validation_batch * self._world
-        mine = len(range(self._rank, self.validation_images, self._world))
+        return self._batches(self._validation_source, self._validated())
 
-        def rows_of(batch: int) -> Ints:
-            last = min((batch + 1) * of_all, self.validation_images)
-            return np.arange(batch * of_all + self._rank, last, self._world)
-
-        return self._validation_source.batches(rows_of, math.ceil(mine / max(self.validation_batch, 1)))
+    def _batches(self, source: Source, ordered: Epoch, step: int = 0) -> Iterator[Batch]:
+        share, lanes = (self._rank, self._world), None
+        if isinstance(ordered, LanesEpoch):
+            lanes = functools.partial(_of_batch, ordered.lanes_of, step, share)
+        return source.batches(functools.partial(_of_batch, ordered.rows, step, share), ordered.steps - step, lanes)
 
     def _epoch(self, number: int) -> Epoch:
         of_run = self._config.seed, number, self.images, self._config.batch_size, self.order
-        return Epoch(*of_run) if self._targets is None else BalancedEpoch(*of_run, targets=self._targets)
+        if self._targets is not None:
+            return BalancedEpoch(*of_run, targets=self._targets)
+        return LanesEpoch(*of_run, starts=self._rows.row_groups) if self.order == epoch.LANES else Epoch(*of_run)
+
+    def _validated(self) -> Epoch:
+        of_run = self._config.seed, 0, self.validation_images, self.validation_batch * self._world
+        return LanesEpoch(*of_run, starts=self._validation_rows.row_groups) if self._has_lanes else InOrder(*of_run)
+
+    def keep_order(self, order: int) -> None:
+        """Go on in the order in which the run began.
+
+        Raises:
+            TrainingError: images in Parquet cannot be streamed in it.
+        """
+        if self._has_lanes and order != epoch.LANES:
+            raise TrainingError(
+                "This run began with its decoded images in memory, where they no longer fit: give the cluster larger "
+                "object stores, or begin anew, with --overwrite or another --output."
+            )
+        self.order = order
 
     def ask_other_nodes(self) -> None:
         """Let other nodes decode, too, where this one is too slow."""
@@ -137,3 +165,18 @@ class Feed:
         if self._decoders is not None:
             self._decoders.close()
         self._opened.close()
+
+
+def _of_batch(of_step: Callable[..., Ints], first: int, share: tuple[int, int], batch: int) -> Ints:
+    return of_step(first + batch, *share)
+
+
+def _warn_of_few(rows: Rows, rank: int) -> None:
+    groups = len(rows.row_groups) - 1
+    if rank == 0 and groups < _FEW_GROUPS:
+        log.warning(
+            "The images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so that images "
+            "that are neighbours there are trained on soon after one another: if they are alike, write smaller "
+            "groups (row_group_size=1000 of pyarrow.parquet.write_table), or use --cache memory.",
+            groups,
+        )

@@ -57,6 +57,8 @@ class Assignment:
     """Whether nodes without a worker may decode, too: in a search, they are for other trials."""
     cached: dict[str, list[Any]]
     """By split: references to decoded blocks; empty where images are streamed."""
+    has_lanes: bool
+    """Whether streamed images are in Parquet files: see `epoch.LanesEpoch`."""
     started: float
     """When the job began, in seconds since the epoch."""
     lease_holder: str

@@ -6,6 +6,7 @@ nobody uses is deleted by who used it last, or, if that process was killed, by t
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.cpus import usable_cpus
-from cnnray.images import ahead, containers, storage
+from cnnray.images import ahead, parquet, storage
 from cnnray.images.retries import patient
 from cnnray.training import epoch
 from cnnray.training.epoch import Ints
@@ -60,6 +61,17 @@ class Rows:
         """A column of all rows, as an array."""
         parts = [self._reader.get_batch(number)[name].to_numpy() for number in range(len(self._starts) - 1)]
         return np.concatenate([np.empty(0, np.int64), *parts])
+
+    @functools.cached_property
+    def row_groups(self) -> Ints:
+        """The rows at which a row group of a Parquet file begins, and the number of rows, int64 (groups + 1,).
+
+        An image in a file of its own counts as a group.
+        """
+        chunks = (self._reader.get_batch(number)["uri"] for number in range(len(self._starts) - 1))
+        runs = parquet.row_group_runs(chunks)
+        lengths = [np.ones(length, np.int64) if group is None else [length] for group, length in runs]
+        return np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)
 
     def take(self, rows: Ints) -> pa.Table:
         """The rows with these numbers, in their order."""
@@ -123,14 +135,13 @@ def _delete_unused(folder: Path) -> None:
 def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
     """Write the rows of each split, and then the facts of their files."""
     names = pa.array(class_names, pa.string())
-    with containers.open_parquet(manifest) as parquet:
-        groups, many = parquet.num_row_groups, parquet.metadata.num_rows >= _MANY
+    with parquet.open_file(manifest) as opened:
+        groups, many = opened.num_row_groups, opened.metadata.num_rows >= _MANY
     options = pa.ipc.IpcWriteOptions(compression="lz4" if many else None)
     facts: dict[str, Any] = {split: {"tally": epoch.tally(np.empty(0, np.int64)), "batches": []} for split in SPLITS}
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as files:
         writers = {
-            split: opened.enter_context(pa.ipc.new_file(folder / split, _COLUMNS, options=options))
-            for split in SPLITS
+            split: files.enter_context(pa.ipc.new_file(folder / split, _COLUMNS, options=options)) for split in SPLITS
         }
         for parts in ahead.mapped(lambda group: _read(manifest, group, names), range(groups), usable_cpus()):
             for split, part in parts.items():
@@ -148,8 +159,8 @@ def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
 
 def _read(manifest: str, group: int, names: pa.Array) -> dict[str, pa.Table]:
     """The rows of a row group of the manifest, by split. Few labels and splits are read as they are: as numbers."""
-    with containers.open_parquet(manifest, read_dictionary=["label", "split"]) as parquet:
-        table = parquet.read_row_group(group, ["id", "uri", "label", "split"], use_threads=False)
+    with parquet.open_file(manifest, read_dictionary=["label", "split"]) as opened:
+        table = opened.read_row_group(group, ["id", "uri", "label", "split"], use_threads=False)
     labels = table["label"].combine_chunks()
     targets = pc.index_in(labels.dictionary, names).cast(pa.int64()).take(labels.indices)
     rows = pa.table([table["id"], targets, table["uri"]], schema=_COLUMNS)

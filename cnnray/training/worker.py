@@ -21,6 +21,7 @@ from cnnray.images import storage
 from cnnray.images.lease import LeaseLostError, check_holder
 from cnnray.images.reading import Batch
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.own_network import NetworkError
 from cnnray.models.transfer import WeightsError
 from cnnray.tracking.prometheus import TrainingMetrics
 from cnnray.training import callbacks, checkpoint, epoch, memory, recipe, selection
@@ -53,7 +54,7 @@ def run(assignment: Assignment) -> CnnrayError | None:
         # Outside the scope: inside it, saving a model makes variables that wait for the other workers.
         with storage.guarded(assignment.config.output, worker.check_lease):
             worker.run()
-    except (TrainingError, WeightsError, BundleError, LeaseLostError) as error:
+    except (TrainingError, WeightsError, BundleError, NetworkError, LeaseLostError) as error:
         return error
     except tf.errors.OpError as error:
         if worker is None or not memory.is_out_of_memory(error):
@@ -224,7 +225,7 @@ class _Worker:
             return
         with saved.as_directory() as folder:
             self.progress = checkpoint.read_progress(Path(folder))
-            self.feed.order = self.progress.order
+            self.feed.keep_order(self.progress.order)
             self._begin_phase()
             checkpoint.restore(Path(folder), self.steps, self.progress)
             if self.rank == 0:

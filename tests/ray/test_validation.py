@@ -56,6 +56,7 @@ def validated(digits, tmp_path_factory):
             decoders=1,
             uses_other_nodes=False,
             cached={},
+            has_lanes=False,
             started=0.0,
             lease_holder="",
         )

@@ -25,13 +25,18 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
         (FILES, "none", 10**6, False),
         (FILES, "memory", 10**5, True),
         (FILES, "memory", 10**4, "--cache memory has to keep .*: use --cache none"),
-        (IN_PARQUET, "auto", 10**5, True),
-        (IN_PARQUET, "auto", 10**4, "images in Parquet, which training must keep in memory"),
-        (IN_PARQUET, "none", 10**6, "images in Parquet, which training must keep in memory"),
+        (IN_PARQUET, "auto", 10**6, True),
+        (IN_PARQUET, "auto", 10**5, False),
+        (IN_PARQUET, "none", 10**6, False),
+        (IN_PARQUET, "auto balanced", 10**6, True),
+        (FILES, "none balanced", 10**6, False),
+        (IN_PARQUET, "none balanced", 10**6, "images in Parquet, .* --sampling balanced draws them one by one"),
     ],
 )
 def test_images_are_cached_if_they_fit_or_must_be(uris, cache, store, expected):
-    config = TrainConfig(data="/d", output="/o", image_size=90, cache=cache)
+    cache, _, balanced = cache.partition(" ")
+    sampling = {"sampling": "balanced"} if balanced else {}
+    config = TrainConfig(data="/d", output="/o", image_size=90, cache=cache, **sampling)
     manifest = pa.table({"uri": [*uris, "/d/test.png"], "split": ["train"] * 3 + ["validation", "test"]})
     shares = share_out(config, Resources((Node(cpus=4, object_store_bytes=store),)))
     if isinstance(expected, bool):

@@ -110,9 +110,9 @@ class LanesEpoch(Epoch):
     The groups follow one another in an order that each epoch draws anew. This sequence is cut into equal lanes, which
     are read side by side: the image at place p is the next one of lane p modulo their number. Each lane begins at
     another point, as if it were a circle, so that the images of a step are of different groups, some from near the
-    beginning and some from near the end. A worker has every w-th lane, if w divides their number, and shares some with
-    other workers otherwise. Where a lane begins within a group, it reads what comes before, too: of as many groups as
-    lanes, all images once more at most, and of many groups few.
+    beginning and some from near the end. A worker has every w-th lane, if w divides their number; otherwise workers
+    share lanes. Where a lane begins within a group, it reads what comes before, too: of as many groups as lanes, all
+    images once more at most, and of many groups few.
     """
 
     starts: Ints = field(default_factory=lambda: np.zeros(1, np.int64), compare=False, repr=False)

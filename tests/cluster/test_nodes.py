@@ -138,7 +138,10 @@ def test_elastic_training_shrinks_and_grows(nodes, start, all_digits, tmp_path):
         str(epochs),
         "--cache",
         "none",
+        "--images-per-worker",
+        "16",
     )
+    _wait_for_log(job, r"22 of each worker, or more with fewer than 3 workers; at most 16 at once")
     _wait_for_log(job, rf"epoch 1/{epochs}  loss")
     assert len(nodes.running(TRAINER)) == 3
     lost = 2

@@ -1,6 +1,7 @@
 """Whole training runs on the session's cluster: their outputs, the failures they survive, the input they refuse."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import yaml
 
 from cnnray import configs
 from cnnray.cluster import ClusterError
-from cnnray.images import lease
+from cnnray.images import lease, parquet
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
@@ -29,6 +30,7 @@ from cnnray.models.predictor import Predictor
 from cnnray.training import decisions, job, output
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
+from cnnray.training.epoch import LanesEpoch
 from cnnray.training.job import train
 from cnnray.training.output import TrainingError
 from cnnray.training.phases import Phase
@@ -207,17 +209,35 @@ def test_a_killed_worker_does_not_change_the_result(run, undisturbed, kill, over
         assert largest_difference(arrays, expected_arrays) <= 1e-5
 
 
-def test_cached_images_from_parquet_give_the_same_weights(run, undisturbed, tmp_path):
-    _, expected, expected_steps = undisturbed
-    rows = manifests.read(str(expected / "manifest.parquet"))
+@pytest.fixture(scope="module")
+def in_parquet(undisturbed, tmp_path_factory):
+    """The images of `undisturbed`, with their split, in row groups of 20."""
+    rows = manifests.read(str(undisturbed[1] / "manifest.parquet"))
     images = [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
     table = pa.table({"image": images, "label": rows["label"], "split": rows["split"]})
-    pyarrow.parquet.write_table(table, tmp_path / "digits.parquet", row_group_size=50)
-    data = str(tmp_path / "digits.parquet")
-    _, output, steps = run(overlap=True, data=data, cache="auto", checkpoint_every_steps=None)
+    file = tmp_path_factory.mktemp("parquet") / "digits.parquet"
+    pyarrow.parquet.write_table(table, file, row_group_size=20)
+    return str(file)
+
+
+def test_cached_images_from_parquet_give_the_same_weights(run, undisturbed, in_parquet):
+    _, expected, expected_steps = undisturbed
+    _, output, steps = run(overlap=True, data=in_parquet, cache="auto", checkpoint_every_steps=None)
     assert steps == expected_steps
     for arrays, expected_arrays in zip(final_state(output), final_state(expected), strict=True):
         assert largest_difference(arrays, expected_arrays) <= 1e-5
+
+
+def test_images_in_parquet_are_streamed_and_a_killed_worker_goes_on(run, undisturbed, in_parquet):
+    _, output, steps = run(kill=(0, 3, 1), data=in_parquet)
+    rows = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "train")
+    runs = [length for _, length in parquet.row_group_runs(rows["uri"])]
+    assert len(runs) == 10
+    for epoch in range(EPOCHS):
+        ordered = LanesEpoch(0, epoch, len(rows), 32, starts=np.cumsum([0, *runs]))
+        for step, rank in itertools.product(range(ordered.steps), range(2)):
+            assert steps[epoch, step, rank] == rows["id"].take(pa.array(ordered.rows(step, rank, 2))).to_pylist()
+    assert _ids_by_epoch(steps) == _ids_by_epoch(undisturbed[2])
 
 
 def test_a_lost_image_fails_the_epoch(digits, tmp_path):

@@ -1,44 +1,28 @@
 """Files that hold many images: Parquet and tar. Each image has a uri of its own, and neighbours are read together.
 
-- In Parquet (see `parquet`), `FILE.parquet#GROUP-ROW`: the index of the row group in the file, and of the row in the
-  group.
-- In tar shards, as WebDataset writes them, `FILE.tar#OFFSET-SIZE-NAME`: offset and size of the member in bytes, and
-  its name. Members that follow one another are read together.
-
-Numbers are padded with zeros, so that uris sort in the order of the file.
+Where all images are read, in another order in each epoch, those of some containers are read in lanes: one after
+another in the order of the file, at many places side by side.
 """
 
-import contextlib
 import functools
 import itertools
 import logging
-import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray.errors import CnnrayError, PermanentError, TransientError
-from cnnray.images import parquet, storage
-from cnnray.images.decode import EXTENSIONS, MAX_BYTES, BadImage
+from cnnray.images import parquet, storage, tar
+from cnnray.images.decode import BadImage
 from cnnray.images.retries import Attempts
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (".parquet", ".tar")
 
-_TAR_ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
-_TAR_COLUMNS = pa.schema([(name, pa.string()) for name in ("uri", "key", "label")])
-_ROWS_OF_A_SLICE = 2**16
-_BYTES_AT_ONCE = 8 * 2**20
-"""Most bytes that one request reads, unless a single image is larger."""
-_GAP = _BYTES_AT_ONCE // 8
-"""Most bytes between two members of a tar file that one request reads."""
-_OPEN_FILES = 64
-"""Most tar files of buckets that stay open."""
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "missing"),
     (PermissionError, "access denied"),
@@ -67,7 +51,7 @@ def rows_schema(file: str) -> pa.Schema | None:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
     """
-    return _TAR_COLUMNS if file.lower().endswith(".tar") else parquet.rows_schema(file)
+    return tar.COLUMNS if file.lower().endswith(".tar") else parquet.rows_schema(file)
 
 
 def list_rows(file: str) -> Iterator[pa.Table]:
@@ -84,7 +68,7 @@ def list_rows(file: str) -> Iterator[pa.Table]:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
     """
-    return _rows_of_tar(file) if file.lower().endswith(".tar") else parquet.list_rows(file)
+    return tar.list_rows(file) if file.lower().endswith(".tar") else parquet.list_rows(file)
 
 
 def image_error(error: Exception, place: str = "") -> CnnrayError:
@@ -107,22 +91,53 @@ def image_error(error: Exception, place: str = "") -> CnnrayError:
     return BadImage(reason, place + (str(error).partition("\n")[0] or type(error).__name__))
 
 
-def encoded(uris: Sequence[str]) -> Iterator[Source]:
+def need_lanes(uris: pa.ChunkedArray, *, any_order: bool = False) -> bool:
+    """Whether some of the images cannot be read in any order, or only with a request for each.
+
+    Args:
+        uris: of the images.
+        any_order: whether a request for each is worth it.
+    """
+    return parquet.holds_some(uris) or (not any_order and tar.holds_some_of_a_bucket(uris))
+
+
+def group_runs(uris: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
+    """Neighbouring images that a lane reads one after another, or that are in no container: a name or None, and the
+    number of images (see `parquet.runs`).
+
+    Args:
+        uris: the chunks of a column.
+    """
+    return parquet.runs(uris, lambda part: pc.coalesce(parquet.groups_of(part), tar.blocks_of(part)))
+
+
+def keep_open(places: int) -> None:
+    """Let this process keep what is left of the places at which it reads in lanes, for so many of them."""
+    parquet.keep_open(places)
+    tar.keep(places)
+
+
+def encoded(uris: Sequence[str], *, in_lane: bool = False) -> Iterator[Source]:
     """The `Source` of each uri, in order.
 
     An image in a file of its own gives its uri. An image in a container gives its bytes, which are read when the
     iterator reaches it, or the error.
+
+    Args:
+        uris: of the images.
+        in_lane: whether this process reads on in the containers later (see `keep_open`).
     """
     for (file, group), run in itertools.groupby(uris, _container):
         if file is None:
             yield from run
         elif group is None:
-            yield from _read_with_retries(
-                file, functools.partial(_from_tar, file), [_offset_and_size(uri) for uri in run]
-            )
+            members = [(offset, size) for _, offset, size in filter(None, map(tar.place, run))]
+            read: Callable[..., Iterator[bytes | BadImage]] = functools.partial(tar.images, file, in_lane=in_lane)
+            yield from _read_with_retries(file, read, members)
         else:
             rows = [int(uri.rpartition("-")[2]) for uri in run]
-            yield from _read_with_retries(file, functools.partial(parquet.images, file, group), rows)
+            read = functools.partial(parquet.images, file, group, in_lane=in_lane)
+            yield from _read_with_retries(file, read, rows)
 
 
 def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
@@ -141,11 +156,8 @@ def _follows(before: str, uri: str) -> bool:
     first, second = parquet.place(before), parquet.place(uri)
     if first and second:
         return parquet.is_near(first, second)
-    file, _ = _container(uri)
-    if file is None or _container(before) != (file, None):
-        return False
-    (start, size), (offset, _) = _offset_and_size(before), _offset_and_size(uri)
-    return start + size <= offset <= start + size + _GAP
+    first, second = tar.place(before), tar.place(uri)
+    return bool(first and second and tar.is_near(first, second))
 
 
 def _read_with_retries(
@@ -179,108 +191,5 @@ def _container(uri: str) -> tuple[str | None, int | None]:
     place = parquet.place(uri)
     if place is not None:
         return place[:2]
-    match = _TAR_ADDRESS.fullmatch(uri)
-    return (match[1] if match else None), None
-
-
-# -- tar ------------------------------------------------------------------------------------------------------
-
-
-def _rows_of_tar(file: str) -> Iterator[pa.Table]:
-    rows: list[tuple[str, str]] = []
-    labels: dict[str, str] = {}
-    is_cut = False
-    try:
-        for member, content in _tar_members(file):
-            folder, _, name = member.name.rpartition("/")
-            key = f"{folder}/{name.partition('.')[0]}".lstrip("/")
-            if content is not None:
-                labels[key] = content.decode().strip()
-                continue
-            if len(rows) >= _ROWS_OF_A_SLICE and key != rows[-1][1]:
-                yield _tar_table(rows, labels)
-                rows, is_cut = [], True
-            rows.append((f"{file}#{member.offset_data:012d}-{member.size:09d}-{member.name}", key))
-    except (tarfile.TarError, UnicodeDecodeError, EOFError) as error:
-        raise pa.ArrowInvalid(f"{error} (tar files must be complete and not compressed)") from None
-    yield _tar_table(rows, labels)
-    if is_cut and labels:
-        log.warning("%s has %d labels that do not follow an image, and are ignored", file, len(labels))
-
-
-def _tar_table(rows: list[tuple[str, str]], labels: dict[str, str]) -> pa.Table:
-    """The table of images. Their labels are taken out of `labels`."""
-    columns = [[uri for uri, _ in rows], [key for _, key in rows], [labels.get(key) for _, key in rows]]
-    for _, key in rows:
-        labels.pop(key, None)
-    return pa.table([pa.array(values, pa.string()) for values in columns], schema=_TAR_COLUMNS)
-
-
-def _tar_members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """The members that are images, and those that hold labels with their content."""
-    # A stream: in a bucket, random access would take one request for each member's header.
-    filesystem, path = storage.arrow_filesystem(file)
-    with (
-        filesystem.open_input_stream(path, buffer_size=_BYTES_AT_ONCE) as stream,
-        tarfile.open(fileobj=stream, mode="r|") as archive,
-    ):
-        for member in archive:
-            name = member.name.rpartition("/")[2]
-            if not member.isreg() or member.issparse() or name.startswith("."):
-                continue
-            if PurePosixPath(name).suffix.lower() in EXTENSIONS:
-                yield member, None
-            elif name.endswith(".cls") and (content := archive.extractfile(member)):
-                yield member, content.read()
-            archive.members = []  # type: ignore[attr-defined] # which it would keep
-
-
-def _offset_and_size(uri: str) -> tuple[int, int]:
-    """Offset and size of a member in bytes."""
-    match = _TAR_ADDRESS.fullmatch(uri)
-    return (int(match[2]), int(match[3])) if match else (0, 0)
-
-
-def _from_tar(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
-    with _opened_tar(file) as opened:
-        start, held = 0, b""
-        for place, (offset, size) in enumerate(places):
-            if size > MAX_BYTES:
-                yield BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
-                continue
-            if not start <= offset <= offset + size <= start + len(held):
-                start, held = offset, opened.read_at(_length_of_run(places[place:]), offset)
-            data = held[offset - start : offset - start + size]
-            yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
-
-
-@contextlib.contextmanager
-def _opened_tar(file: str) -> Iterator[Any]:
-    """A file to read members of, in any number of threads."""
-    if storage.is_local(file):
-        filesystem, path = storage.arrow_filesystem(file)
-        with filesystem.open_input_file(path) as opened:
-            yield opened
-        return
-    try:
-        yield _open_remote(file)
-    except Exception:
-        _open_remote.cache_clear()  # credentials, for example, may be others by now
-        raise
-
-
-@functools.lru_cache(_OPEN_FILES)
-def _open_remote(file: str) -> Any:
-    """A file in a bucket, which stays open: to open it takes a request."""
-    filesystem, path = storage.arrow_filesystem(file)
-    return filesystem.open_input_file(path)
-
-
-def _length_of_run(places: list[tuple[int, int]]) -> int:
-    """Bytes from the start of the first member to the end of the last one that follows closely: one request."""
-    start, end = places[0][0], sum(places[0])
-    for offset, size in places[1:]:
-        if not end <= offset <= end + _GAP or offset + size - start > _BYTES_AT_ONCE:
-            break
-        end = offset + size
-    return end - start
+    member = tar.place(uri)
+    return (member[0] if member else None), None

@@ -1,6 +1,7 @@
 """A process that decodes images for `decoders.Decoders`, on its machine or on another one."""
 
 import contextlib
+import functools
 import math
 import mmap
 import os
@@ -16,7 +17,7 @@ from multiprocessing.connection import Client, Connection
 import numpy as np
 
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, parquet, reading
+from cnnray.images import containers, reading
 from cnnray.images.containers import Source
 from cnnray.images.reading import Images
 from cnnray.images.resize import ResizeRule
@@ -39,22 +40,23 @@ class Settings:
     """See `reading.decoded_blocks`."""
     images: int
     """Length of the shared memory, for a process that shares it."""
-    open_groups: int
-    """See `parquet.keep_open`."""
+    open_places: int
+    """See `containers.keep_open`."""
 
 
 def main(connection: Connection, memory: int) -> None:
     """Decode turns into shared memory until the connection ends.
 
     Args:
-        connection: gives `Settings`, then for each turn its places in the memory and the uris; gets None once it is
-            ready, then for each turn the errors, None where there are none, or the exception that ends the stream.
+        connection: gives `Settings`, then for each turn its places in the memory, the uris, and whether they are of
+            lanes; gets None once it is ready, then for each turn the errors, None where there are none, or the
+            exception that ends the stream.
         memory: file descriptor of the memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
     settings: Settings = connection.recv()
-    parquet.keep_open(settings.open_groups)
+    containers.keep_open(settings.open_places)
     pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
     images = pixels.reshape(-1, settings.size, settings.size, 3)
     with contextlib.suppress(ConnectionError):  # the other process is gone, and there will be no turn
@@ -92,9 +94,9 @@ def join(address: tuple[str, int], key: bytes) -> None:
                 connection.send_bytes(images.data.cast("B"))
 
 
-def _read_run(uris: list[str]) -> list[Source]:
+def _read_run(uris: list[str], *, in_lane: bool = False) -> list[Source]:
     """The encoded images of neighbours, or their errors."""
-    return [reading.bytes_or_error(source) for source in containers.encoded(uris)]
+    return [reading.bytes_or_error(source) for source in containers.encoded(uris, in_lane=in_lane)]
 
 
 def _decode(images: Iterable[Images], sources: list[Source], settings: Settings) -> list[str] | Exception | None:
@@ -106,6 +108,10 @@ def _decode(images: Iterable[Images], sources: list[Source], settings: Settings)
     return errors if any(errors) else None
 
 
+_Turn = tuple[list[int], list[str], bool]
+"""Places in the memory, uris, and whether they are of lanes."""
+
+
 class _Turns:
     """The turns that come, with their encoded images: those of the next one are read while one is decoded.
 
@@ -113,7 +119,7 @@ class _Turns:
     decode them.
     """
 
-    def __init__(self, connection: "Connection[object, tuple[list[int], list[str]]]", settings: Settings) -> None:
+    def __init__(self, connection: "Connection[object, _Turn]", settings: Settings) -> None:
         self._connection, self._settings = connection, settings
         self._decoding = math.inf
         """Seconds of the last turn."""
@@ -126,11 +132,12 @@ class _Turns:
     def _read(self) -> Iterator[tuple[list[int], list[Source]]]:
         with ThreadPoolExecutor(max(reading.THREADS.values())) as pool, contextlib.suppress(EOFError, OSError):
             while True:
-                places, uris = self._connection.recv()
+                places, uris, in_lane = self._connection.recv()
                 started = time.perf_counter()
                 is_slow = self._slow >= _SLOW_TURNS or reading.place_of(uris[0]) == "remote"
                 read = pool.map if is_slow else map
-                encoded = [source for run in read(_read_run, containers.neighbours(uris)) for source in run]
+                read_run = functools.partial(_read_run, in_lane=in_lane)
+                encoded = [source for run in read(read_run, containers.neighbours(uris)) for source in run]
                 if not is_slow:
                     self._slow = self._slow + 1 if time.perf_counter() - started > 2 * self._decoding else 0
                 yield places, encoded

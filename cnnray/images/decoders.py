@@ -158,7 +158,7 @@ class Decoders:
         self._images = pixels.reshape(all_slots, largest_batch, size, size, 3)
         self._settings = Settings(
             size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch,
-            open_groups=_STREAMS * math.ceil(lanes / max(processes, 1)),
+            open_places=_STREAMS * math.ceil(lanes / max(processes, 1)),
         )  # fmt: skip
         self._changed = threading.Condition(threading.RLock())
         self._free = collections.deque(range(slots))
@@ -311,7 +311,8 @@ class Decoders:
                     process.turns.append(turn)
                     first = turn.batch.slot * self._images.shape[1]
                     with contextlib.suppress(OSError):  # it has crashed, as its answer will tell
-                        process.connection.send(([first + place for place in turn.places], turn.uris))
+                        places = [first + place for place in turn.places]
+                        process.connection.send((places, turn.uris, turn.process is not None))
 
     def _next_turn(self, process: int) -> _Turn | None:
         with self._changed:

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,25 @@ def is_near(before: tuple[str, int, int], after: tuple[str, int, int]) -> bool:
     return before[:2] == after[:2] and before[2] < after[2] <= before[2] + _NEAR
 
 
-def row_group_runs(uris: pa.ChunkedArray | Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
-    """Neighbouring images of the same row group, or of none: its name, and the number of images.
+def groups_of(uris: pa.Array) -> pa.Array:
+    """The name of the row group of each image; null for those in none."""
+    is_in_group = pc.match_substring_regex(uris, _END_OF_ADDRESS)
+    return pc.if_else(is_in_group, pc.utf8_slice_codeunits(uris, 0, -_ROW_LENGTH), None)
+
+
+def runs(uris: Iterable[pa.Array], name: Callable[[pa.Array], pa.Array]) -> Iterator[tuple[str | None, int]]:
+    """Neighbouring images of the same name, or of none: the name, and the number of images.
 
     Args:
-        uris: a column, or its chunks one after another. They are read no further than to the end of a row group;
-            images of no row group are given for each chunk.
+        uris: the chunks of a column. They are read no further than to the end of a run; images without a name are
+            given for each chunk.
+        name: the name of each image, such as `groups_of`.
     """
-    chunks = uris.chunks if isinstance(uris, pa.ChunkedArray) else uris
-    for group, runs in itertools.groupby(_runs_of_slices(chunks), lambda run: run[0]):
+    for group, parts in itertools.groupby(_runs_of_slices(uris, name), lambda run: run[0]):
         if group is None:
-            yield from runs
+            yield from parts
         else:
-            yield group, sum(length for _, length in runs)
+            yield group, sum(length for _, length in parts)
 
 
 def holds_some(uris: pa.ChunkedArray) -> bool:
@@ -63,13 +69,13 @@ def holds_some(uris: pa.ChunkedArray) -> bool:
     return bool(pc.any(pc.match_substring_regex(uris, _END_OF_ADDRESS)).as_py())
 
 
-def _runs_of_slices(chunks: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
+def _runs_of_slices(
+    chunks: Iterable[pa.Array], name: Callable[[pa.Array], pa.Array]
+) -> Iterator[tuple[str | None, int]]:
     for chunk in chunks:
         for start in range(0, len(chunk), _ROWS_OF_A_SLICE):
-            part = chunk.slice(start, _ROWS_OF_A_SLICE)
-            is_in_group = pc.match_substring_regex(part, _END_OF_ADDRESS)
-            runs = pc.run_end_encode(pc.if_else(is_in_group, pc.utf8_slice_codeunits(part, 0, -_ROW_LENGTH), None))
-            yield from zip(runs.values.to_pylist(), np.diff(runs.run_ends, prepend=0).tolist(), strict=True)
+            named = pc.run_end_encode(name(chunk.slice(start, _ROWS_OF_A_SLICE)))
+            yield from zip(named.values.to_pylist(), np.diff(named.run_ends, prepend=0).tolist(), strict=True)
 
 
 # -- listing --------------------------------------------------------------------------------------------------
@@ -173,8 +179,7 @@ def open_file(file: str, **options: Any) -> Any:
 class _OpenGroup:
     """A row group that is read from its beginning to its end."""
 
-    def __init__(self, file: str, group: int) -> None:
-        buffer = _BYTES_OF_ONE_OF_MANY if _most_open else _BYTES_AT_ONCE
+    def __init__(self, file: str, group: int, buffer: int) -> None:
         self._file, self._group = open_file(file, buffer_size=buffer), group
         try:
             column = image_column(self._file.schema_arrow)
@@ -227,8 +232,14 @@ def keep_open(groups: int) -> None:
     _most_open = groups
 
 
-def images(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
-    """The encoded images of rows, in their order, each group being read in the order of the file.
+def images(file: str, group: int, rows: list[int], *, in_lane: bool = False) -> Iterator[bytes]:
+    """The encoded images of rows of a group, in their order.
+
+    Args:
+        file: its uri.
+        group: index of the row group.
+        rows: indices of the rows in the group.
+        in_lane: whether the rows that follow are read later by this process.
 
     Raises:
         pa.ArrowException: the file is damaged.
@@ -236,20 +247,21 @@ def images(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
         IndexError: the file has changed, and has no such row.
     """
     ascending = sorted(rows)
-    found = _ascending(file, group, ascending)
+    found = _ascending(file, group, ascending, in_lane)
     if rows != ascending:
         of_rows = dict(zip(ascending, found, strict=True))
         found = (of_rows[row] for row in rows)
     yield from found
 
 
-def _ascending(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
-    opened = _taken(file, group, rows[0]) or _OpenGroup(file, group)
+def _ascending(file: str, group: int, rows: list[int], in_lane: bool) -> Iterator[bytes]:
+    opened = _taken(file, group, rows[0]) if in_lane else None
+    opened = opened or _OpenGroup(file, group, _BYTES_OF_ONE_OF_MANY if in_lane else _BYTES_AT_ONCE)
     is_kept = False
     try:
         for row in rows:
             yield opened.image(row)
-        is_kept = not opened.is_read(rows[-1]) and _most_open > 0
+        is_kept = in_lane and not opened.is_read(rows[-1])
     finally:
         if is_kept:
             _keep(file, group, opened)

@@ -40,7 +40,7 @@ def ranges_of_stream(chunks: Iterable[pa.Array], rows: int, *, cut_groups: bool 
     They are read no further than to the end of a range, or of the row group after it.
     """
     cut = start = 0
-    for group, length in parquet.row_group_runs(chunks):
+    for group, length in parquet.runs(chunks, parquet.groups_of):
         stop = start + length
         cuts: Iterable[int] = ()
         if group is None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import checks, parquet, reading, splits
+from cnnray.images import checks, containers, parquet, reading, splits
 from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders, Lanes
 from cnnray.images.listing import SPLITS
@@ -185,14 +185,19 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
     return is_cached
 
 
+def need_lanes(config: TrainConfig, manifest: pa.Table) -> bool:
+    """Whether streamed images come in the order of `epoch.LanesEpoch`."""
+    return containers.need_lanes(manifest["uri"], any_order=config.sampling == "balanced")
+
+
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
     """What becomes of the decoded images, for the plan."""
     mebibytes = _decoded_bytes(config, _used(manifest)) / 2**20
     size = f"{mebibytes:,.1f} MiB of {config.image_size}x{config.image_size} pixels"
     if is_cached(config, manifest, shares):
         return f"{size}, decoded once and kept in memory"
-    order = ", in the order of Parquet's row groups, many side by side" if parquet.holds_some(manifest["uri"]) else ""
-    return f"{size}, decoded anew in each epoch{order}, by {shares.decoders_per_worker} process(es) for each worker"
+    lanes = ", read in many places of the files side by side" if need_lanes(config, manifest) else ""
+    return f"{size}, decoded anew in each epoch by {shares.decoders_per_worker} process(es) for each worker{lanes}"
 
 
 def decode_splits_into_memory(

@@ -3,7 +3,7 @@
 An epoch is a permutation of the training images, cut into equal steps; step s of worker r of w takes every
 w-th image of the step. A position in an epoch is therefore one number, the step, and a run may go on from it with
 another number of workers. The permutation of many images is computed place by place, and not stored. Images in
-Parquet that do not fit into memory come in an order in which they can be read (`LanesEpoch`).
+containers that do not fit into memory come in an order in which they are read fast (`LanesEpoch`).
 """
 
 import functools
@@ -105,18 +105,19 @@ class InOrder(Epoch):
 
 @dataclass(frozen=True)
 class LanesEpoch(Epoch):
-    """An epoch of images in row groups of Parquet files, which can only be read from their beginning on.
+    """An epoch of images that are best read in groups, each from its beginning to its end: row groups of Parquet
+    files and blocks of tar files.
 
     The groups follow one another in an order that each epoch draws anew. This sequence is cut into equal lanes, which
     are read side by side: the image at place p is the next one of lane p modulo their number. Each lane begins at
     another point, as if it were a circle, so that the images of a step are of different groups, some from near the
     beginning and some from near the end. A worker has every w-th lane, if w divides their number; otherwise workers
-    share lanes. Where a lane begins within a group, it reads what comes before, too: of as many groups as lanes, all
-    images once more at most, and of many groups few.
+    share lanes. Where a lane begins within a row group, it reads what comes before, too: of as many groups as lanes,
+    all images once more at most, and of many groups few.
     """
 
     starts: Ints = field(default_factory=lambda: np.zeros(1, np.int64), compare=False, repr=False)
-    """The rows at which row groups begin, and the number of images, int64 (groups + 1,)."""
+    """The rows at which groups begin, and the number of images, int64 (groups + 1,)."""
 
     @property
     def lanes(self) -> int:
@@ -142,7 +143,8 @@ class LanesEpoch(Epoch):
         depth, lane = np.divmod(places, self.lanes)
         lanes, begins, groups, offsets = self._sequence
         in_sequence = lanes[lane] + (begins[lane] + depth) % (lanes[lane + 1] - lanes[lane])
-        return in_sequence + offsets[np.searchsorted(groups, in_sequence, side="right") - 1]
+        rows: Ints = in_sequence + offsets[np.searchsorted(groups, in_sequence, side="right") - 1]
+        return rows
 
     @functools.cached_property
     def _sequence(self) -> tuple[Ints, Ints, Ints, Ints]:

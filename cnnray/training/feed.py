@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cnnray.images import parquet
 from cnnray.images.decoders import Decoders
 from cnnray.images.reading import Batch
 from cnnray.training import epoch, other_nodes, rows
@@ -136,11 +137,11 @@ class Feed:
         of_run = self._config.seed, number, self.images, self._config.batch_size, self.order
         if self._targets is not None:
             return BalancedEpoch(*of_run, targets=self._targets)
-        return LanesEpoch(*of_run, starts=self._rows.row_groups) if self.order == epoch.LANES else Epoch(*of_run)
+        return LanesEpoch(*of_run, starts=self._rows.groups) if self.order == epoch.LANES else Epoch(*of_run)
 
     def _validated(self) -> Epoch:
         of_run = self._config.seed, 0, self.validation_images, self.validation_batch * self._world
-        return LanesEpoch(*of_run, starts=self._validation_rows.row_groups) if self._has_lanes else InOrder(*of_run)
+        return LanesEpoch(*of_run, starts=self._validation_rows.groups) if self._has_lanes else InOrder(*of_run)
 
     def keep_order(self, order: int) -> None:
         """Go on in the order in which the run began.
@@ -148,7 +149,7 @@ class Feed:
         Raises:
             TrainingError: images in Parquet cannot be streamed in it.
         """
-        if self._has_lanes and order != epoch.LANES:
+        if self._has_lanes and order != epoch.LANES and _is_in_parquet(self._rows):
             raise TrainingError(
                 "This run began with its decoded images in memory, where they no longer fit: give the cluster larger "
                 "object stores, or begin anew, with --overwrite or another --output."
@@ -171,9 +172,13 @@ def _of_batch(of_step: Callable[..., Ints], first: int, share: tuple[int, int], 
     return of_step(first + batch, *share)
 
 
+def _is_in_parquet(rows: Rows) -> bool:
+    return parquet.holds_some(rows.take(np.zeros(1, np.int64))["uri"])
+
+
 def _warn_of_few(rows: Rows, rank: int) -> None:
-    groups = len(rows.row_groups) - 1
-    if rank == 0 and groups < _FEW_GROUPS:
+    groups = len(rows.groups) - 1
+    if rank == 0 and groups < _FEW_GROUPS and _is_in_parquet(rows):
         log.warning(
             "The images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so that images "
             "that are neighbours there are trained on soon after one another: if they are alike, write smaller "

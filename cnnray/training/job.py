@@ -19,7 +19,7 @@ from cnnray import cluster, configs, paths, waiting
 from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, parquet, storage
+from cnnray.images import containers, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import Lease, lease
 from cnnray.models import own_network, startup, transfer
@@ -178,7 +178,7 @@ def _run(
         decoders=shares.decoders_per_worker,
         uses_other_nodes=not callbacks,
         cached=cached,
-        has_lanes=not cached and parquet.holds_some(manifest["uri"]),
+        has_lanes=not cached and data.need_lanes(config, manifest),
         started=started,
         lease_holder=held.holder,
         network=network,

@@ -58,7 +58,7 @@ class Assignment:
     cached: dict[str, list[Any]]
     """By split: references to decoded blocks; empty where images are streamed."""
     has_lanes: bool
-    """Whether streamed images are in Parquet files: see `epoch.LanesEpoch`."""
+    """See `data.need_lanes`."""
     started: float
     """When the job began, in seconds since the epoch."""
     lease_holder: str

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.cpus import usable_cpus
-from cnnray.images import ahead, parquet, storage
+from cnnray.images import ahead, containers, parquet, storage
 from cnnray.images.retries import patient
 from cnnray.training import epoch
 from cnnray.training.epoch import Ints
@@ -63,13 +63,12 @@ class Rows:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     @functools.cached_property
-    def row_groups(self) -> Ints:
-        """The rows at which a row group of a Parquet file begins, and the number of rows, int64 (groups + 1,).
+    def groups(self) -> Ints:
+        """The rows at which a group of `containers.group_runs` begins, and the number of rows, int64 (groups + 1,).
 
-        An image in a file of its own counts as a group.
+        An image in a file of its own is a group.
         """
-        chunks = (self._reader.get_batch(number)["uri"] for number in range(len(self._starts) - 1))
-        runs = parquet.row_group_runs(chunks)
+        runs = containers.group_runs(self._reader.get_batch(number)["uri"] for number in range(len(self._starts) - 1))
         lengths = [np.ones(length, np.int64) if group is None else [length] for group, length in runs]
         return np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)
 

@@ -20,7 +20,7 @@ import yaml
 
 from cnnray import configs
 from cnnray.cluster import ClusterError
-from cnnray.images import lease, parquet
+from cnnray.images import containers, lease
 from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.models.augment import Augmentations
@@ -231,7 +231,7 @@ def test_cached_images_from_parquet_give_the_same_weights(run, undisturbed, in_p
 def test_images_in_parquet_are_streamed_and_a_killed_worker_goes_on(run, undisturbed, in_parquet):
     _, output, steps = run(kill=(0, 3, 1), data=in_parquet)
     rows = manifests.select_split(manifests.read(str(output / "manifest.parquet")), "train")
-    runs = [length for _, length in parquet.row_group_runs(rows["uri"])]
+    runs = [length for _, length in containers.group_runs(rows["uri"].chunks)]
     assert len(runs) == 10
     for epoch in range(EPOCHS):
         ordered = LanesEpoch(0, epoch, len(rows), 32, starts=np.cumsum([0, *runs]))

@@ -379,7 +379,7 @@ def test_a_folder_of_tables_of_uris_is_a_table(tmp_path):
 
 
 def test_tar_files_of_many_images_are_cut_between_keys(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("cnnray.images.containers._ROWS_OF_A_SLICE", 4)
+    monkeypatch.setattr("cnnray.images.tar._ROWS_OF_A_SLICE", 4)
     members = {}
     for number in range(10):
         members |= {f"{number}.{kind}": b"x" for kind in ("left.png", "png")} | {f"{number}.cls": b"c%d" % number}

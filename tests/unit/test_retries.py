@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cnnray.images import containers, lease, parquet, reading, retries, storage
+from cnnray.images import containers, lease, parquet, reading, retries, storage, tar
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import build_manifest, manifest_from_uris
 from tests.conftest import write_tar
@@ -154,17 +154,17 @@ def test_a_container_is_read_on_where_it_failed(kind, pauses, tmp_path, monkeypa
     else:
         pa.parquet.write_table(pa.table({"bytes": list(contents.values())}), file)
     uris = build_manifest(str(file), labelled=False)["uri"].to_pylist()
-    module, name = (containers, "_from_tar") if kind == "tar" else (parquet, "images")
-    read, places = getattr(module, name), []
+    module = tar if kind == "tar" else parquet
+    read, places = module.images, []
 
-    def fail_often(*arguments):
+    def fail_often(*arguments, **options):
         places.append(len(arguments[-1]))
-        for number, data in enumerate(read(*arguments)):
+        for number, data in enumerate(read(*arguments, **options)):
             if number == 7 and len(places) < 4:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             yield data
 
-    monkeypatch.setattr(module, name, fail_often)
+    monkeypatch.setattr(module, "images", fail_often)
     assert list(containers.encoded(uris)) == list(contents.values())
     assert places == [40, 33, 26, 19]
     assert pauses == [1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Row groups of Parquet files that stay open, and are read side by side."""
+"""Containers that are read at many places side by side: row groups that stay open, and blocks of tar files."""
 
 import io
 
@@ -8,10 +8,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cnnray.images import containers, parquet
+from cnnray.images import containers, parquet, tar
 from cnnray.images.decoders import Decoders
 from cnnray.images.manifest import build_manifest
 from cnnray.training.epoch import LanesEpoch
+from tests.conftest import write_tar
 
 GROUPS, ROWS = 4, 100
 
@@ -30,23 +31,23 @@ def opened(monkeypatch):
     """The row groups that were opened; some stay open until the end of the test."""
     groups, kind = [], parquet._OpenGroup
 
-    def open_group(file, group):
-        groups.append(kind(file, group))
+    def open_group(*arguments):
+        groups.append(kind(*arguments))
         return groups[-1]
 
     monkeypatch.setattr(parquet, "_OpenGroup", open_group)
     yield groups
-    parquet.keep_open(0)
+    containers.keep_open(0)
     parquet._open.clear()
 
 
-def _read(uris):
-    return [data for run in containers.neighbours(uris) for data in containers.encoded(run)]
+def _read(uris, *, in_lane=True):
+    return [data for run in containers.neighbours(uris) for data in containers.encoded(run, in_lane=in_lane)]
 
 
 def test_groups_stay_open_while_images_of_each_are_read_in_turn(stored, opened):
     groups, contents = stored
-    parquet.keep_open(GROUPS)
+    containers.keep_open(GROUPS)
     for row in range(0, ROWS, 2):
         turn = [uri for group in groups for uri in group[row : row + 2]]
         assert _read(turn) == [contents[uri] for uri in turn]
@@ -56,7 +57,7 @@ def test_groups_stay_open_while_images_of_each_are_read_in_turn(stored, opened):
 
 def test_several_parts_of_a_group_are_read_side_by_side(stored, opened):
     (uris, *_), contents = stored
-    parquet.keep_open(2)
+    containers.keep_open(2)
     for row in range(20):
         turn = [uris[row], uris[70 + row]]
         assert _read(turn) == [contents[uri] for uri in turn]
@@ -65,7 +66,7 @@ def test_several_parts_of_a_group_are_read_side_by_side(stored, opened):
 
 def test_the_groups_that_were_used_last_stay_open(stored, opened):
     groups, contents = stored
-    parquet.keep_open(2)
+    containers.keep_open(2)
     for group in (0, 1, 2, 1, 2, 0):
         row = len(opened)
         assert _read([groups[group][row]]) == [contents[groups[group][row]]]
@@ -75,10 +76,36 @@ def test_the_groups_that_were_used_last_stay_open(stored, opened):
 
 def test_nothing_stays_open_where_nobody_asked_for_it(stored, opened):
     groups, contents = stored
+    containers.keep_open(4)
     for row in range(3):
-        assert _read([groups[0][row]]) == [contents[groups[0][row]]]
+        assert _read([groups[0][row]], in_lane=False) == [contents[groups[0][row]]]
     assert len(opened) == 3
     assert not parquet._open
+
+
+def test_blocks_of_tar_files_are_read_once(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    contents = {f"{number:04d}.png": random.bytes(random.integers(1, 3000)) for number in range(800)}
+    contents["0400.png"] = random.bytes(3 * 2**20)  # larger than a block
+    contents["0500.png"] = random.bytes(2**17 + 1)
+    write_tar(tmp_path / "0.tar", contents)
+    uris = build_manifest(str(tmp_path / "0.tar"), labelled=False)["uri"]
+    lengths = [length for _, length in containers.group_runs(uris.chunks)]
+    assert (len(lengths), sum(lengths)) == (3, 800)
+    requests, read = [], tar._read_block
+    monkeypatch.setattr(tar, "_read_block", lambda *arguments: requests.append(arguments) or read(*arguments))
+    containers.keep_open(3)
+    lanes = [uris.to_pylist()[start : start + 200] for start in range(0, 800, 200)]
+    expected = [list(contents.values())[start : start + 200] for start in range(0, 800, 200)]
+    for row in range(200):
+        assert _read([lane[row] for lane in lanes]) == [lane[row] for lane in expected]
+    assert len(requests) == len(set(requests)) == 3
+    containers.keep_open(0)
+    file = tmp_path / "0.tar"
+    file.write_bytes(file.read_bytes()[: 2**20])
+    found = _read([lanes[0][0], lanes[3][0]])
+    assert found[0] == expected[0][0]
+    assert found[1].reason == "unreadable"
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -114,3 +141,19 @@ def test_images_in_the_order_of_lanes_are_decoded(processes, tmp_path):
             assert sorted(seen) == list(range(200))
     finally:
         decoders.close()
+
+
+def test_the_blocks_of_tar_files():
+    def uris(file, *offsets):
+        return [f"{file}#{offset:012d}-000000100-é.png" for offset in offsets]
+
+    first, block, large = "s3://b/ä-0.tar", 2**20, 10**12
+    cases = [
+        (uris(first, 512, block - 1, block, large - 1), ["0", "0", "1", str((large - 1) // block)]),
+        (uris(first, large - 1, large), [str((large - 1) // block), str(large // block)]),
+        ([*uris(first, 0), *uris("/1.TAR", 0), "/a.png"], ["0", "0", None]),
+    ]
+    for addresses, numbers in cases:
+        files = [address.partition("#")[0] for address in addresses]
+        expected = [number and f"{file}#{number}" for file, number in zip(files, numbers, strict=True)]
+        assert tar.blocks_of(pa.array(addresses)).to_pylist() == expected

@@ -19,28 +19,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.errors import TransientError
-from cnnray.images import reading
+from cnnray.images import turns
 from cnnray.images.decoder_process import Settings
 from cnnray.images.reading import Batch
 from cnnray.images.resize import ResizeRule
+from cnnray.images.turns import Lanes, PendingBatch, Stream, Turn
 
-Lanes = Callable[[int], npt.NDArray[np.int64]]
 CRASHED = "crashed: it ended the process that decoded it, each time"
 """The error of such an image."""
 _PROGRAM = "cnnray.images.decoder_process"
-_TURN = {"local": 16, "remote": 32}
-"""Images that a process is given at once."""
 _TURNS_OF_A_PROCESS = 2
 """The images of one are decoded while those of the other are read."""
 _STREAMS = 2
@@ -59,40 +55,6 @@ class DecoderError(TransientError, RuntimeError):
     """A process that decodes images cannot start; the message is one sentence for the user."""
 
 
-class _Batch:
-    """A batch that is being decoded."""
-
-    def __init__(self, rows: pa.Table, slot: int) -> None:
-        self.rows, self.slot = rows, slot
-        self.errors = np.full(len(rows), "", object)
-        self.turns_left = 0
-        self.error: Exception | None = None
-        """Ends the stream."""
-        self.is_dropped = False
-
-
-@dataclass(eq=False)
-class _Turn:
-    """Images of a batch that one process decodes."""
-
-    batch: _Batch
-    places: list[int]
-    """Of the images in the batch."""
-    uris: list[str]
-    process: int | None = None
-    """Which one; None: any."""
-    crashes: int = 0
-
-
-@dataclass(eq=False)
-class _Stream:
-    rows: Callable[[int], pa.Table]
-    batches: int
-    lanes: Lanes | None
-    begun: int = 0
-    """Batches that have a place in memory."""
-
-
 class _Process:
     """A process on this machine that decodes, and the turns that it has."""
 
@@ -106,7 +68,7 @@ class _Process:
                 command, pass_fds=[theirs.fileno(), memory], env=environment, stdin=subprocess.DEVNULL
             )
         self.connection: Any = Connection(mine.detach())
-        self.turns: collections.deque[_Turn] = collections.deque()
+        self.turns: collections.deque[Turn] = collections.deque()
         self.is_ready = False
         self.connection.send(settings)
 
@@ -149,7 +111,7 @@ class Decoders:
         bytes_of_a_batch = largest_batch * size * size * 3
         most = max(_LEAST_BATCHES, _MOST_BYTES // bytes_of_a_batch)
         # A process has some turns, and as many wait for it.
-        of_a_process = 2 * _TURNS_OF_A_PROCESS * max(_TURN.values()) / largest_batch
+        of_a_process = 2 * _TURNS_OF_A_PROCESS * max(turns.LENGTH.values()) / largest_batch
         slots = min(max(_LEAST_BATCHES, 2 + math.ceil(processes * of_a_process)), most)
         all_slots = min(slots + math.ceil(elsewhere * of_a_process), most)
         self._slots_of_another = math.ceil(of_a_process)
@@ -164,11 +126,11 @@ class Decoders:
         self._free = collections.deque(range(slots))
         self._unused = collections.deque(range(slots, all_slots))
         """Slots for what processes of other machines decode."""
-        self._streams: collections.deque[_Stream] = collections.deque()
+        self._streams: collections.deque[Stream] = collections.deque()
         """With batches that have no place in memory yet."""
-        self._batches: dict[tuple[_Stream, int], _Batch] = {}
+        self._batches: dict[tuple[Stream, int], PendingBatch] = {}
         """That the consumer has not taken."""
-        self._turns: collections.deque[_Turn] = collections.deque()
+        self._turns: collections.deque[Turn] = collections.deque()
         """That no process has."""
         self._failure: Exception | None = None
         self._failed_starts = 0
@@ -196,16 +158,17 @@ class Decoders:
             the batches of `reading.decoded_blocks`. The pixels of one are there until the next but one, or the end of
             the stream, is asked for.
         """
-        stream = _Stream(rows, count, lanes)
+        stream = Stream(rows, count, lanes)
         self._streams.append(stream)
         self._wake_up()
         return self._received(stream)
 
     def close(self) -> None:
         """End the processes."""
-        if self._wake.closed:
-            return
-        self._wake.close()
+        with self._changed:  # also where two threads do
+            if self._wake.closed:
+                return
+            self._wake.close()
         self._thread.join()
         os.close(self._memory)
         if self._listener is not None:
@@ -220,8 +183,8 @@ class Decoders:
 
     # -- the consumer's thread ---------------------------------------------------------------------------------
 
-    def _received(self, stream: _Stream) -> Iterator[Batch]:
-        held: collections.deque[_Batch] = collections.deque()
+    def _received(self, stream: Stream) -> Iterator[Batch]:
+        held: collections.deque[PendingBatch] = collections.deque()
         try:
             for number in range(stream.batches):
                 batch = self._wait_for(stream, number)
@@ -234,7 +197,7 @@ class Decoders:
         finally:
             self._drop(stream, held)
 
-    def _wait_for(self, stream: _Stream, number: int) -> _Batch:
+    def _wait_for(self, stream: Stream, number: int) -> PendingBatch:
         started = time.monotonic()
         with self._changed:
             while True:
@@ -246,7 +209,7 @@ class Decoders:
                     return self._batches.pop((stream, number))
                 self._changed.wait()
 
-    def _drop(self, stream: _Stream, held: Sequence[_Batch]) -> None:
+    def _drop(self, stream: Stream, held: Sequence[PendingBatch]) -> None:
         """Forget the rest of a stream."""
         with self._changed:
             stream.begun = stream.batches
@@ -292,16 +255,16 @@ class Decoders:
                 self._streams.popleft()
                 continue
             lanes = None if stream.lanes is None else stream.lanes(number)
-            batch = _Batch(stream.rows(number), self._free.popleft())
-            turns = list(_turns(batch, lanes, len(self._processes)))
-            batch.turns_left = len(turns)
+            batch = PendingBatch(stream.rows(number), self._free.popleft())
+            cut = turns.of(batch, lanes, len(self._processes))
+            batch.turns_left = len(cut)
             with self._changed:
                 if stream.begun > number:  # dropped meanwhile
                     self._free.append(batch.slot)
                     continue
                 stream.begun += 1
                 self._batches[stream, number] = batch
-                self._turns += turns
+                self._turns += cut
                 self._changed.notify_all()
 
     def _hand_out(self) -> None:
@@ -314,7 +277,7 @@ class Decoders:
                         places = [first + place for place in turn.places]
                         process.connection.send((places, turn.uris, turn.process is not None))
 
-    def _next_turn(self, process: int) -> _Turn | None:
+    def _next_turn(self, process: int) -> Turn | None:
         with self._changed:
             turn = next((turn for turn in self._turns if turn.process in (None, process)), None)
             if turn is not None:
@@ -332,7 +295,7 @@ class Decoders:
             return
         self._end_turn(process.turns.popleft(), answer)
 
-    def _end_turn(self, turn: _Turn, answer: list[str] | Exception | None) -> None:
+    def _end_turn(self, turn: Turn, answer: list[str] | Exception | None) -> None:
         """Take what a process answered: the images' errors, None where there are none, or what ends the stream."""
         with self._changed:
             if isinstance(answer, Exception):
@@ -344,7 +307,7 @@ class Decoders:
                 self._free.append(turn.batch.slot)
             self._changed.notify_all()
 
-    def _again(self, turns: Sequence[_Turn]) -> None:
+    def _again(self, turns: Sequence[Turn]) -> None:
         """Let other processes have turns."""
         with self._changed:
             for turn in reversed(turns):
@@ -371,7 +334,7 @@ class Decoders:
             if first.crashes == _MAX_CRASHES and len(first.uris) > 1:
                 # One of the images: the next crash of a single one is its own.
                 pairs = zip(first.places, first.uris, strict=True)
-                singles = [_Turn(first.batch, [place], [uri], first.process, 1) for place, uri in pairs]
+                singles = [Turn(first.batch, [place], [uri], first.process, 1) for place, uri in pairs]
                 with self._changed:
                     first.batch.turns_left += len(singles) - 1
                 again[:1] = singles
@@ -429,7 +392,7 @@ class Decoders:
             self._again([turn])
             self._wake_up()
 
-    def _turn_for_other(self) -> _Turn | None:
+    def _turn_for_other(self) -> Turn | None:
         """The last turn, once more wait than this machine takes next; None at the end."""
         with self._changed:
             while self._failure is None:
@@ -437,20 +400,6 @@ class Decoders:
                     return self._turns.pop()
                 self._changed.wait()
         return None
-
-
-def _turns(batch: _Batch, lanes: npt.NDArray[np.int64] | None, processes: int) -> Iterator[_Turn]:
-    """The turns of a batch: neighbours, or the images of a process's lanes, lane after lane."""
-    uris = batch.rows["uri"].to_pylist()
-    length = _TURN[reading.place_of(uris[0])] if uris else 1
-    shares: list[tuple[int | None, list[int]]] = [(None, list(range(len(uris))))]
-    if lanes is not None:
-        ordered = np.argsort(lanes, kind="stable")
-        shares = [(process, ordered[lanes[ordered] % processes == process].tolist()) for process in range(processes)]
-    for process, places in shares:
-        for start in range(0, len(places), length):
-            part = places[start : start + length]
-            yield _Turn(batch, part, [uris[place] for place in part], process)
 
 
 @contextlib.contextmanager

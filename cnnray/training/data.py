@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from cnnray import cluster
 from cnnray.images import checks, containers, parquet, reading, splits
 from cnnray.images import manifest as manifests
-from cnnray.images.decoders import Decoders, Lanes
+from cnnray.images.decoders import Decoders
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch, concatenated
 from cnnray.images.resize import ResizeRule
+from cnnray.images.turns import Lanes
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
 from cnnray.training.epoch import Ints

@@ -14,6 +14,7 @@ import pytest
 
 from cnnray.images import containers, decoders, reading, storage
 from cnnray.images.decoders import Decoders
+from cnnray.images.turns import Stream
 from tests.awkward import awkward_images, bad_images
 from tests.poisoned_decoder import BUG, POISON
 
@@ -175,11 +176,13 @@ def test_processes_of_other_machines_take_turns(here, loss, manifest, started, j
     assert others[1].wait(20) == 0
 
 
-def test_a_stream_that_is_dropped_before_anything_is_decoded_does_not_stop_the_next(manifest, started):
+def test_a_stream_that_is_dropped_before_anything_is_decoded_does_not_stop_the_next(manifest, started, monkeypatch):
+    streams = []
+    monkeypatch.setattr(decoders, "Stream", lambda *arguments: streams.append(Stream(*arguments)) or streams[-1])
     decoding = started(1, SIZE, "stretch", largest_batch=4)
     first = decoding.batches(*parts(manifest, [4] * 15))
     second = decoding.batches(*parts(manifest, [4] * 15))
-    decoding._drop(next(iter(decoding._streams)), [])
+    decoding._drop(streams[0], [])
     assert sum(len(batch["id"]) for batch in second) == 60
     first.close()
 

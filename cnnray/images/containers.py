@@ -4,6 +4,7 @@ Where all images are read, in another order in each epoch, those of some contain
 another in the order of the file, at many places side by side.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -12,12 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 
 from cnnray.errors import CnnrayError, PermanentError, TransientError
 from cnnray.images import parquet, storage, tar
 from cnnray.images.decode import BadImage
-from cnnray.images.retries import Attempts
+from cnnray.images.retries import Attempts, patient
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +91,6 @@ def image_error(error: Exception, place: str = "") -> CnnrayError:
     return BadImage(reason, place + (str(error).partition("\n")[0] or type(error).__name__))
 
 
-def need_lanes(uris: pa.ChunkedArray, *, any_order: bool = False) -> bool:
-    """Whether some of the images cannot be read in any order, or only with a request for each.
-
-    Args:
-        uris: of the images.
-        any_order: whether a request for each is worth it.
-    """
-    return parquet.holds_some(uris) or (not any_order and tar.holds_some_of_a_bucket(uris))
-
-
 def group_runs(uris: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
     """Neighbouring images that a lane reads one after another, or that are in no container: a name or None, and the
     number of images (see `parquet.runs`).
@@ -111,13 +101,30 @@ def group_runs(uris: Iterable[pa.Array]) -> Iterator[tuple[str | None, int]]:
     return parquet.runs(uris, lambda part: pc.coalesce(parquet.groups_of(part), tar.blocks_of(part)))
 
 
-def keep_open(places: int) -> None:
-    """Let this process keep what is left of the places at which it reads in lanes, for so many of them."""
-    parquet.keep_open(places)
-    tar.keep(places)
+class Lane:
+    """What is kept between the images of a lane: an open row group, or a block of a tar file."""
+
+    def __init__(self) -> None:
+        self.parquet, self.tar = parquet.Reader(), tar.Reader()
 
 
-def encoded(uris: Sequence[str], *, in_lane: bool = False) -> Iterator[Source]:
+@patient
+def bytes_of_lane(uri: str) -> int:
+    """About the memory that a lane takes at an image.
+
+    Raises:
+        CnnrayError: storage is in trouble, also after several attempts.
+    """
+    if parquet.place(uri):
+        with (
+            contextlib.suppress(pa.ArrowException, storage.NotFoundError, storage.DeniedError),
+            storage.translated_errors(containing_file(uri)),
+        ):
+            return parquet.bytes_of_reader(uri)
+    return tar.BYTES_OF_READER
+
+
+def encoded(uris: Sequence[str], lane: Lane | None = None) -> Iterator[Source]:
     """The `Source` of each uri, in order.
 
     An image in a file of its own gives its uri. An image in a container gives its bytes, which are read when the
@@ -125,19 +132,18 @@ def encoded(uris: Sequence[str], *, in_lane: bool = False) -> Iterator[Source]:
 
     Args:
         uris: of the images.
-        in_lane: whether this process reads on in the containers later (see `keep_open`).
+        lane: that they are the next images of; None: of none.
     """
+    of_parquet, of_tar = (lane.parquet, lane.tar) if lane else (parquet, tar)
     for (file, group), run in itertools.groupby(uris, _container):
         if file is None:
             yield from run
         elif group is None:
             members = [(offset, size) for _, offset, size in filter(None, map(tar.place, run))]
-            read: Callable[..., Iterator[bytes | BadImage]] = functools.partial(tar.images, file, in_lane=in_lane)
-            yield from _read_with_retries(file, read, members)
+            yield from _read_with_retries(file, functools.partial(of_tar.images, file), members)
         else:
             rows = [int(uri.rpartition("-")[2]) for uri in run]
-            read = functools.partial(parquet.images, file, group, in_lane=in_lane)
-            yield from _read_with_retries(file, read, rows)
+            yield from _read_with_retries(file, functools.partial(of_parquet.images, file, group), rows)
 
 
 def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
@@ -155,7 +161,7 @@ def neighbours(uris: Sequence[str]) -> Iterator[list[str]]:
 def _follows(before: str, uri: str) -> bool:
     first, second = parquet.place(before), parquet.place(uri)
     if first and second:
-        return parquet.is_near(first, second)
+        return first[:2] == second[:2]
     first, second = tar.place(before), tar.place(uri)
     return bool(first and second and tar.is_near(first, second))
 

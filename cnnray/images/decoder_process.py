@@ -1,7 +1,8 @@
 """A process that decodes images for `decoders.Decoders`, on its machine or on another one."""
 
+import collections
 import contextlib
-import functools
+import itertools
 import math
 import mmap
 import os
@@ -27,6 +28,9 @@ _NICE = 5
 _SLOW_TURNS = 3
 """Turns, one after another, that took longer to read than to decode, after which several threads read."""
 
+_Turn = tuple[list[int], list[str], list[int] | None]
+"""Places in the memory, uris, and lanes, in ascending order; None: the images are of no lanes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -40,23 +44,19 @@ class Settings:
     """See `reading.decoded_blocks`."""
     images: int
     """Length of the shared memory, for a process that shares it."""
-    open_places: int
-    """See `containers.keep_open`."""
 
 
 def main(connection: Connection, memory: int) -> None:
     """Decode turns into shared memory until the connection ends.
 
     Args:
-        connection: gives `Settings`, then for each turn its places in the memory, the uris, and whether they are of
-            lanes; gets None once it is ready, then for each turn the errors, None where there are none, or the
-            exception that ends the stream.
+        connection: gives `Settings`, then each `_Turn`; gets None once it is ready, then for each turn the errors,
+            None where there are none, or the exception that ends the stream.
         memory: file descriptor of the memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
     settings: Settings = connection.recv()
-    containers.keep_open(settings.open_places)
     pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
     images = pixels.reshape(-1, settings.size, settings.size, 3)
     with contextlib.suppress(ConnectionError):  # the other process is gone, and there will be no turn
@@ -94,9 +94,9 @@ def join(address: tuple[str, int], key: bytes) -> None:
                 connection.send_bytes(images.data.cast("B"))
 
 
-def _read_run(uris: list[str], *, in_lane: bool = False) -> list[Source]:
-    """The encoded images of neighbours, or their errors."""
-    return [reading.bytes_or_error(source) for source in containers.encoded(uris, in_lane=in_lane)]
+def _read_run(uris: list[str], lane: containers.Lane | None = None) -> list[Source]:
+    """The encoded images of neighbours, or of a lane, or their errors."""
+    return [reading.bytes_or_error(source) for source in containers.encoded(uris, lane)]
 
 
 def _decode(images: Iterable[Images], sources: list[Source], settings: Settings) -> list[str] | Exception | None:
@@ -106,10 +106,6 @@ def _decode(images: Iterable[Images], sources: list[Source], settings: Settings)
     except CnnrayError as error:
         return error
     return errors if any(errors) else None
-
-
-_Turn = tuple[list[int], list[str], bool]
-"""Places in the memory, uris, and whether they are of lanes."""
 
 
 class _Turns:
@@ -123,6 +119,7 @@ class _Turns:
         self._connection, self._settings = connection, settings
         self._decoding = math.inf
         """Seconds of the last turn."""
+        self._lanes: dict[int, containers.Lane] = collections.defaultdict(containers.Lane)
         self._slow = 0
         """Turns so far that were slow to read, one after another."""
 
@@ -132,15 +129,23 @@ class _Turns:
     def _read(self) -> Iterator[tuple[list[int], list[Source]]]:
         with ThreadPoolExecutor(max(reading.THREADS.values())) as pool, contextlib.suppress(EOFError, OSError):
             while True:
-                places, uris, in_lane = self._connection.recv()
+                places, uris, lanes = self._connection.recv()
                 started = time.perf_counter()
                 is_slow = self._slow >= _SLOW_TURNS or reading.place_of(uris[0]) == "remote"
                 read = pool.map if is_slow else map
-                read_run = functools.partial(_read_run, in_lane=in_lane)
-                encoded = [source for run in read(read_run, containers.neighbours(uris)) for source in run]
+                encoded = [source for run in read(_read_run, *self._runs(uris, lanes)) for source in run]
                 if not is_slow:
                     self._slow = self._slow + 1 if time.perf_counter() - started > 2 * self._decoding else 0
                 yield places, encoded
+
+    def _runs(self, uris: list[str], lanes: list[int] | None) -> tuple[list[list[str]], list[containers.Lane | None]]:
+        """The runs of images that are read together, and the lane of each."""
+        if lanes is None:
+            runs = list(containers.neighbours(uris))
+            return runs, [None] * len(runs)
+        pairs = itertools.groupby(zip(lanes, uris, strict=True), lambda pair: pair[0])
+        of_lanes = {lane: [uri for _, uri in run] for lane, run in pairs}
+        return list(of_lanes.values()), [self._lanes[lane] for lane in of_lanes]
 
     def decode(self, images: Iterable[Images], sources: list[Source]) -> list[str] | Exception | None:
         """See `_decode`."""

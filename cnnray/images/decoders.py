@@ -39,8 +39,6 @@ CRASHED = "crashed: it ended the process that decoded it, each time"
 _PROGRAM = "cnnray.images.decoder_process"
 _TURNS_OF_A_PROCESS = 2
 """The images of one are decoded while those of the other are read."""
-_STREAMS = 2
-"""Whose images are decoded at the same time: at the end of one begins the next."""
 _MAX_CRASHES, _MAX_FAILED_STARTS = 2, 3
 """Of a turn, and then of an image; and of processes that end before they are ready, one after another."""
 _LEAST_BATCHES = 4
@@ -94,7 +92,6 @@ class Decoders:
         *,
         largest_batch: int,
         elsewhere: int = 0,
-        lanes: int = 0,
         keep_unavailable: bool = False,
     ) -> None:
         """
@@ -104,7 +101,6 @@ class Decoders:
             resize: see `decode`.
             largest_batch: most images of a batch.
             elsewhere: most processes that join from other machines.
-            lanes: most lanes of a stream.
             keep_unavailable: see `reading.decoded_blocks`.
         """
         largest_batch = max(largest_batch, 1)
@@ -119,9 +115,8 @@ class Decoders:
         pixels = np.frombuffer(mmap.mmap(self._memory, all_slots * bytes_of_a_batch), np.uint8)
         self._images = pixels.reshape(all_slots, largest_batch, size, size, 3)
         self._settings = Settings(
-            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch,
-            open_places=_STREAMS * math.ceil(lanes / max(processes, 1)),
-        )  # fmt: skip
+            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch
+        )
         self._changed = threading.Condition(threading.RLock())
         self._free = collections.deque(range(slots))
         self._unused = collections.deque(range(slots, all_slots))
@@ -275,7 +270,7 @@ class Decoders:
                     first = turn.batch.slot * self._images.shape[1]
                     with contextlib.suppress(OSError):  # it has crashed, as its answer will tell
                         places = [first + place for place in turn.places]
-                        process.connection.send((places, turn.uris, turn.process is not None))
+                        process.connection.send((places, turn.uris, turn.lanes))
 
     def _next_turn(self, process: int) -> Turn | None:
         with self._changed:
@@ -333,8 +328,7 @@ class Decoders:
             first.crashes += 1
             if first.crashes == _MAX_CRASHES and len(first.uris) > 1:
                 # One of the images: the next crash of a single one is its own.
-                pairs = zip(first.places, first.uris, strict=True)
-                singles = [Turn(first.batch, [place], [uri], first.process, 1) for place, uri in pairs]
+                singles = [first.single(index) for index in range(len(first.uris))]
                 with self._changed:
                     first.batch.turns_left += len(singles) - 1
                 again[:1] = singles
@@ -393,11 +387,13 @@ class Decoders:
             self._wake_up()
 
     def _turn_for_other(self) -> Turn | None:
-        """The last turn, once more wait than this machine takes next; None at the end."""
+        """The last turn that is of no lanes, once more wait than this machine takes next; None at the end."""
         with self._changed:
             while self._failure is None:
-                if len(self._turns) > _TURNS_OF_A_PROCESS * len(self._processes):
-                    return self._turns.pop()
+                free = [turn for turn in self._turns if turn.lanes is None]
+                if len(free) > _TURNS_OF_A_PROCESS * len(self._processes):
+                    self._turns.remove(free[-1])
+                    return free[-1]
                 self._changed.wait()
         return None
 

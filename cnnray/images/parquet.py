@@ -1,15 +1,13 @@
 """Parquet files that hold images, each with an address `FILE.parquet#GROUP-ROW`.
 
 That is the index of the row group in the file, and of the row in the group, padded with zeros, so that addresses sort
-in the order of the file. A row can only be read after those before it in the group. A process that reads many groups
-side by side, a few images of each in turn, keeps them open (`keep_open`), and goes on where it was.
+in the order of the file. A row can only be read after those before it in the group.
 """
 
-import collections
+import contextlib
 import itertools
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,20 +25,15 @@ _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "img")
 _ROWS_AT_ONCE = 16
 _ROWS_OF_A_SLICE = 2**16
 _BYTES_AT_ONCE, _BYTES_OF_ONE_OF_MANY = 8 * 2**20, 2**20
-"""Most bytes that one request reads, unless a single image is larger; the second where many groups are open."""
-_NEAR = 64
-"""Rows that are read on from one image to the next, where the group could also be opened anew."""
+"""Most bytes that one request reads, unless a page is larger; the second where many groups are open."""
+_ROWS_OF_A_PAGE = 1024
+"""Most rows of a page, as far as pyarrow writes it: it looks at the size of a page after so many."""
 
 
 def place(uri: str) -> tuple[str, int, int] | None:
     """File, row group and row of an image; None for an image that is not in Parquet."""
     match = _ADDRESS.fullmatch(uri)
     return (match[1], int(match[2]), int(match[3])) if match else None
-
-
-def is_near(before: tuple[str, int, int], after: tuple[str, int, int]) -> bool:
-    """Whether the second of two places is read on from the first."""
-    return before[:2] == after[:2] and before[2] < after[2] <= before[2] + _NEAR
 
 
 def groups_of(uris: pa.Array) -> pa.Array:
@@ -180,7 +173,8 @@ class _OpenGroup:
     """A row group that is read from its beginning to its end."""
 
     def __init__(self, file: str, group: int, buffer: int) -> None:
-        self._file, self._group = open_file(file, buffer_size=buffer), group
+        self._place = file, group
+        self._file = open_file(file, buffer_size=buffer)
         try:
             column = image_column(self._file.schema_arrow)
             if column is None:
@@ -193,25 +187,21 @@ class _OpenGroup:
         self._images: Any = ()
         self._start = 0
 
-    @property
-    def _stop(self) -> int:
-        return self._start + len(self._images)
+    def has(self, file: str, group: int, row: int) -> bool:
+        """Whether this row is still to come, or was read last."""
+        return self._place == (file, group) and row >= self._start
 
-    def is_near(self, row: int) -> bool:
-        """Whether a row comes next, or a few rows later."""
-        return self._start <= row < self._stop + _NEAR
-
-    def is_read(self, row: int) -> bool:
+    def is_last(self, row: int) -> bool:
         """Whether nothing is left after this row."""
         return row + 1 >= self._rows
 
     def image(self, row: int) -> bytes:
-        """The encoded image of a row, which must not come before those that were read together last."""
-        while row >= self._stop:
-            start, batch = self._stop, next(self._batches, None)
+        """The encoded image of a row."""
+        while row >= (stop := self._start + len(self._images)):
+            batch = next(self._batches, None)
             if batch is None:
-                raise IndexError(f"row group {self._group} has {start} rows and no row {row}")
-            self._start, self._images = start, batch.column(0)
+                raise IndexError(f"row group {self._place[1]} has {stop} rows and no row {row}")
+            self._start, self._images = stop, batch.column(0)
         value = self._images[row - self._start].as_py()
         return (value["bytes"] if isinstance(value, dict) else value) or b""
 
@@ -220,71 +210,71 @@ class _OpenGroup:
         self._file.close()
 
 
-_most_open = 0
-_open: collections.OrderedDict[tuple[str, int], list[_OpenGroup]] = collections.OrderedDict()
-"""The groups that were used last come last."""
-_lock = threading.Lock()
+class Reader:
+    """Reads images one after another, and keeps the row group of the last one open."""
+
+    def __init__(self, buffer: int = _BYTES_OF_ONE_OF_MANY) -> None:
+        """
+        Args:
+            buffer: most bytes that one request reads, unless a page is larger.
+        """
+        self._buffer = buffer
+        self._opened: _OpenGroup | None = None
+
+    def images(self, file: str, group: int, rows: list[int]) -> Iterator[bytes]:
+        """The encoded images of rows of a group, in their order. To go back in a group opens it anew.
+
+        Raises:
+            pa.ArrowException: the file is damaged.
+            OSError: the file cannot be read.
+            IndexError: the file has changed, and has no such row.
+        """
+        for row in rows:
+            if self._opened is None or not self._opened.has(file, group, row):
+                self.close()
+                self._opened = _OpenGroup(file, group, self._buffer)
+            try:
+                image = self._opened.image(row)
+            except Exception:
+                self.close()
+                raise
+            if self._opened.is_last(row):
+                self.close()
+            yield image
+
+    def close(self) -> None:
+        """Close the group."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
 
-def keep_open(groups: int) -> None:
-    """Let this process keep so many row groups open, of those that it has not read to their end."""
-    global _most_open
-    _most_open = groups
+def images(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
+    """The encoded images of rows of a group, in their order; they are read in the order of the file.
+
+    Raises:
+        pa.ArrowException, OSError, IndexError: see `Reader.images`.
+    """
+    ascending = sorted(rows)
+    with contextlib.closing(Reader(_BYTES_AT_ONCE)) as reader:
+        found = reader.images(file, group, ascending)
+        if rows != ascending:
+            of_rows = dict(zip(ascending, found, strict=True))
+            found = (of_rows[row] for row in rows)
+        yield from found
 
 
-def images(file: str, group: int, rows: list[int], *, in_lane: bool = False) -> Iterator[bytes]:
-    """The encoded images of rows of a group, in their order.
-
-    Args:
-        file: its uri.
-        group: index of the row group.
-        rows: indices of the rows in the group.
-        in_lane: whether the rows that follow are read later by this process.
+def bytes_of_reader(uri: str) -> int:
+    """About the memory that a `Reader` takes at an image: a page of the file, as it is and decompressed.
 
     Raises:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
-        IndexError: the file has changed, and has no such row.
     """
-    ascending = sorted(rows)
-    found = _ascending(file, group, ascending, in_lane)
-    if rows != ascending:
-        of_rows = dict(zip(ascending, found, strict=True))
-        found = (of_rows[row] for row in rows)
-    yield from found
-
-
-def _ascending(file: str, group: int, rows: list[int], in_lane: bool) -> Iterator[bytes]:
-    opened = _taken(file, group, rows[0]) if in_lane else None
-    opened = opened or _OpenGroup(file, group, _BYTES_OF_ONE_OF_MANY if in_lane else _BYTES_AT_ONCE)
-    is_kept = False
-    try:
-        for row in rows:
-            yield opened.image(row)
-        is_kept = in_lane and not opened.is_read(rows[-1])
-    finally:
-        if is_kept:
-            _keep(file, group, opened)
-        else:
-            opened.close()
-
-
-def _taken(file: str, group: int, row: int) -> _OpenGroup | None:
-    """An open group whose next rows include this one; no one else has it then."""
-    with _lock:
-        of_group = _open.get((file, group), [])
-        found = next((opened for opened in of_group if opened.is_near(row)), None)
-        if found is not None:
-            of_group.remove(found)
-            if not of_group:
-                del _open[file, group]
-        return found
-
-
-def _keep(file: str, group: int, opened: _OpenGroup) -> None:
-    with _lock:
-        _open.setdefault((file, group), []).append(opened)
-        _open.move_to_end((file, group))
-        unused = [_open.popitem(last=False)[1] for _ in range(len(_open) - _most_open)]
-    for one in itertools.chain.from_iterable(unused):
-        one.close()
+    file, group, _ = place(uri) or ("", 0, 0)
+    with open_file(file) as opened:
+        metadata = opened.metadata.row_group(group)
+        sizes = [metadata.column(number) for number in range(metadata.num_columns)]
+        largest: int = max(column.total_uncompressed_size for column in sizes)
+        rows: int = max(metadata.num_rows, 1)
+    return _BYTES_OF_ONE_OF_MANY + 2 * largest * min(rows, _ROWS_OF_A_PAGE) // rows

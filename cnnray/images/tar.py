@@ -1,8 +1,7 @@
 """Tar shards, as WebDataset writes them: each image has an address `FILE.tar#OFFSET-SIZE-NAME`.
 
 That is the offset and size of the member in bytes, padded with zeros, so that addresses sort in the order of the
-file, and its name. Any member can be read after any other; those that follow one another are read together. A process
-that reads at many places of shards side by side, a few images of each in turn, keeps a block of each (`keep`).
+file, and its name. Any member can be read after any other; those that follow one another are read together.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import functools
 import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,7 +25,7 @@ COLUMNS = pa.schema([(name, pa.string()) for name in ("uri", "key", "label")])
 """Of the tables of `list_rows`."""
 
 _ADDRESS = re.compile(r"(.+\.tar)#(\d{12,})-(\d{9,})-(.+)", re.IGNORECASE | re.DOTALL)
-_IN_A_BUCKET = r"(?is)^s3://.+\.tar#\d{12,}-\d{9,}-"
+_IN_A_BUCKET = r"(?is)^[a-z0-9]+://.+\.tar#\d{12,}-\d{9,}-"
 _FILE_AND_OFFSET = r"(?is)^(?P<file>.+\.tar)#(?P<offset>\d{12,})-\d{9,}-"
 _ROWS_OF_A_SLICE = 2**16
 _BYTES_AT_ONCE = 8 * 2**20
@@ -34,8 +33,8 @@ _BYTES_AT_ONCE = 8 * 2**20
 _GAP = _BYTES_AT_ONCE // 8
 """Most bytes between two members that one request reads."""
 _BLOCK_BITS = 20
-_OVERLAP = 2**17
-"""Bytes that are read beyond the end of a block, for a member that begins in it."""
+BYTES_OF_READER = (1 << _BLOCK_BITS) + 2**17
+"""Memory of a `Reader`: a block, and what follows it, for a member that begins in it."""
 _OPEN_FILES = 64
 """Most files of buckets that stay open."""
 
@@ -130,45 +129,52 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
 # -- reading --------------------------------------------------------------------------------------------------
 
 
-def images(file: str, places: list[tuple[int, int]], *, in_lane: bool = False) -> Iterator[bytes | BadImage]:
-    """The encoded images at offsets, of sizes, in their order.
-
-    Args:
-        file: its uri.
-        places: offset and size of each image in bytes.
-        in_lane: whether those that follow are read later by this process.
+def images(file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
+    """The encoded images at places, each its offset and size in bytes, in their order.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with _opened(file) as opened:
-        start, held = 0, b""
-        for number, (offset, size) in enumerate(places):
+    start, held = 0, b""
+    for number, (offset, size) in enumerate(places):
+        if not start <= offset <= offset + size <= start + len(held) and size <= MAX_BYTES:
+            start, held = offset, _read(file, offset, _length_of_run(places[number:]))
+        yield _image(file, held[offset - start :][:size], size)
+
+
+class Reader:
+    """Reads images one after another, and keeps the block of the file in which the last one begins."""
+
+    def __init__(self) -> None:
+        self._place: tuple[str, int] | None = None
+        self._block = b""
+
+    def images(self, file: str, places: list[tuple[int, int]]) -> Iterator[bytes | BadImage]:
+        """See `images`."""
+        for offset, size in places:
+            number, start = offset >> _BLOCK_BITS, offset & ((1 << _BLOCK_BITS) - 1)
             if size > MAX_BYTES:
-                yield BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
-                continue
-            if in_lane:
-                block = offset >> _BLOCK_BITS
-                start, held = block << _BLOCK_BITS, _block(file, block)
-            if not start <= offset <= offset + size <= start + len(held):
-                start, held = offset, opened.read_at(_length_of_run(places[number:]), offset)
-            data = held[offset - start : offset - start + size]
-            yield data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
+                yield _image(file, b"", size)
+            elif start + size > BYTES_OF_READER:
+                yield _image(file, _read(file, offset, size), size)
+            else:
+                if self._place != (file, number):
+                    self._block = _read(file, number << _BLOCK_BITS, BYTES_OF_READER)
+                    self._place = file, number
+                yield _image(file, self._block[start : start + size], size)
 
 
-def keep(blocks: int) -> None:
-    """Let this process keep so many blocks of files, those that were used last."""
-    global _block
-    _block = functools.lru_cache(blocks)(_read_block)
+def _image(file: str, data: bytes, size: int) -> bytes | BadImage:
+    """An image, or what is wrong with it."""
+    if size > MAX_BYTES:
+        return BadImage("too large", f"{size} bytes, at most {MAX_BYTES}")
+    return data if len(data) == size else BadImage("unreadable", f"{file} ends before the image")
 
 
-def _read_block(file: str, number: int) -> bytes:
+def _read(file: str, offset: int, length: int) -> bytes:
     with _opened(file) as opened:
-        data: bytes = opened.read_at((1 << _BLOCK_BITS) + _OVERLAP, number << _BLOCK_BITS)
+        data: bytes = opened.read_at(length, offset)
         return data
-
-
-_block: Callable[[str, int], bytes] = _read_block
 
 
 @contextlib.contextmanager

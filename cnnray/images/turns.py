@@ -37,7 +37,14 @@ class Turn:
     uris: list[str]
     process: int | None = None
     """Which one; None: any."""
+    lanes: list[int] | None = None
+    """Of each image, in ascending order; None: of no lanes."""
     crashes: int = 0
+
+    def single(self, index: int) -> "Turn":
+        """The turn of one of the images, which may have ended its process."""
+        lanes = None if self.lanes is None else [self.lanes[index]]
+        return Turn(self.batch, [self.places[index]], [self.uris[index]], self.process, lanes, self.crashes - 1)
 
 
 @dataclass(eq=False)
@@ -67,4 +74,7 @@ def of(batch: PendingBatch, lanes: npt.NDArray[np.int64] | None, processes: int)
         for process, places in shares
         for start in range(0, len(places), length)
     ]
-    return [Turn(batch, part, [uris[place] for place in part], process) for process, part in parts]
+    return [
+        Turn(batch, part, [uris[place] for place in part], process, None if lanes is None else lanes[part].tolist())
+        for process, part in parts
+    ]

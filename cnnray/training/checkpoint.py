@@ -47,6 +47,8 @@ class TrainingState:
     """Over the steps of this epoch so far."""
     order: int = 1
     """See `epoch.Epoch`. Versions up to 0.2 did not state it."""
+    lanes: int = 1
+    """See `epoch.LanesEpoch`."""
     seen: list[int] = field(default_factory=lambda: [0, 0, 0])
     """`epoch.tally` of the ids of this epoch so far, over all workers."""
     epoch_seconds: float = 0.0

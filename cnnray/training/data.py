@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import checks, containers, parquet, reading, splits
+from cnnray.images import checks, parquet, reading, splits, tar
 from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders
 from cnnray.images.listing import SPLITS
@@ -178,7 +178,7 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
             f"of the cluster has {shares.store_bytes / 2**30:.1f} GiB: use --cache none."
         )
     is_cached = config.cache == "memory" or (config.cache == "auto" and needed <= shares.cache_bytes)
-    if not is_cached and config.sampling == "balanced" and parquet.holds_some(manifest["uri"]):
+    if not is_cached and config.sampling == "balanced" and is_in_parquet(manifest):
         raise ManifestError(
             f"{config.data} holds images in Parquet, which are read in the order of their row groups, and "
             "--sampling balanced draws them one by one: use --cache memory, --class-weights balanced, or tar shards."
@@ -188,7 +188,14 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
 
 def need_lanes(config: TrainConfig, manifest: pa.Table) -> bool:
     """Whether streamed images come in the order of `epoch.LanesEpoch`."""
-    return containers.need_lanes(manifest["uri"], any_order=config.sampling == "balanced")
+    return is_in_parquet(manifest) or (
+        config.sampling != "balanced" and tar.holds_some_of_a_bucket(_used(manifest)["uri"])
+    )
+
+
+def is_in_parquet(manifest: pa.Table) -> bool:
+    """Whether some of the images that are used are in Parquet files."""
+    return parquet.holds_some(_used(manifest)["uri"])
 
 
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:

@@ -21,8 +21,9 @@ ORDER, LANES = 2, 3
 _STORED = 2**22
 """Images whose order takes little memory: it is stored, and the same as in all versions."""
 _ROUNDS = 4
-_LANES = 12, 24, 60, 120, 240
-"""Numbers of lanes, which many numbers of workers divide."""
+_FEWEST_LANES, _MOST_LANES = 12, 240
+_BYTES_OF_LANES = 2**31
+"""Memory of a worker for lanes, unless so few take more."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +113,15 @@ class LanesEpoch(Epoch):
     are read side by side: the image at place p is the next one of lane p modulo their number. Each lane begins at
     another point, as if it were a circle, so that the images of a step are of different groups, some from near the
     beginning and some from near the end. A worker has every w-th lane, if w divides their number; otherwise workers
-    share lanes. Where a lane begins within a row group, it reads what comes before, too: of as many groups as lanes,
-    all images once more at most, and of many groups few.
+    read the same lanes, and take different images of them. A row group is read from its beginning on: each lane also
+    reads what comes in the group before the image that it begins with, and before the first of its part of the
+    sequence. That is a group for each lane: of as many groups as lanes, all images are read twice.
     """
 
+    lanes: int = 1
+    """Number of lanes."""
     starts: Ints = field(default_factory=lambda: np.zeros(1, np.int64), compare=False, repr=False)
     """The rows at which groups begin, and the number of images, int64 (groups + 1,)."""
-
-    @property
-    def lanes(self) -> int:
-        """The number of lanes."""
-        groups = len(self.starts) - 1
-        return max(count for count in _LANES if count <= max(groups, _LANES[0]))
-
-    def lanes_of_worker(self, world: int) -> int:
-        """The number of lanes that each of so many workers reads."""
-        return self.lanes // math.gcd(self.lanes, world)
 
     def places(self, step: int, rank: int = 0, world: int = 1) -> Ints:
         """See `Epoch`. In all steps, a worker has the same lanes."""
@@ -156,6 +150,19 @@ class LanesEpoch(Epoch):
         sizes = self.images // self.lanes + (np.arange(self.lanes) < self.images % self.lanes)
         begins = sizes * (generator.permutation(self.lanes) + generator.random()) / self.lanes
         return np.cumsum([0, *sizes]), begins.astype(np.int64), groups, self.starts[:-1][order] - groups
+
+
+def number_of_lanes(groups: int, workers: int, bytes_of_lane: int) -> int:
+    """The number of lanes that a run begins with: as many as groups, if a worker's memory allows.
+
+    Args:
+        groups: of the training images.
+        workers: that the run begins with; they have as many lanes each, unless there are too few.
+        bytes_of_lane: memory of a lane.
+    """
+    fitting = _BYTES_OF_LANES * workers // bytes_of_lane
+    lanes = max(_FEWEST_LANES, min(groups, fitting, _MOST_LANES))
+    return lanes - lanes % workers if lanes > workers else lanes
 
 
 @dataclass(frozen=True)

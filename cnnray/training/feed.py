@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cnnray.images import parquet
+from cnnray.images import containers
 from cnnray.images.decoders import Decoders
 from cnnray.images.reading import Batch
 from cnnray.training import epoch, other_nodes, rows
@@ -21,6 +21,7 @@ from cnnray.training.rows import Rows
 log = logging.getLogger(__name__)
 
 _FEW_GROUPS = 60
+"""Row groups, of which fewer are warned of."""
 _DECODERS_ELSEWHERE = 4
 """Processes on other nodes, for each on the worker's own node, at most."""
 
@@ -47,7 +48,7 @@ class Feed:
             at_once: most images that the worker takes at once.
         """
         self._config, self._rank, self._world = assignment.config, rank, world
-        self.order = epoch.ORDER
+        self.order, self.lanes = epoch.ORDER, 1
         self._opened = contextlib.ExitStack()
         names = assignment.info.class_names
         splits = self._opened.enter_context(rows.open_rows(assignment.manifest, names, assignment.lease_holder))
@@ -55,9 +56,13 @@ class Feed:
         self.images, self.validation_images = len(train), len(validation)
         self._rows, self._validation_rows, self._targets = train, validation, None
         self._has_lanes = assignment.has_lanes
+        self._is_in_parquet = assignment.is_in_parquet
         if self._has_lanes:
             self.order = epoch.LANES
-            _warn_of_few(train, rank)
+            groups = len(train.groups) - 1
+            self.lanes = epoch.number_of_lanes(groups, world, containers.bytes_of_lane(train.example))
+            if rank == 0:
+                self._report_lanes(groups)
         if self._config.sampling == "balanced":
             self._targets = train.column("target")
         self.steps = self._epoch(0).steps
@@ -74,14 +79,12 @@ class Feed:
         uses_others = assignment.uses_other_nodes and not self._has_lanes
         cpus = other_nodes.free_cpus(self._rank, self._world) if uses_others else []
         cpus = cpus[: _DECODERS_ELSEWHERE * assignment.decoders]
-        in_lanes = [ordered for ordered in (self._epoch(0), self._validated()) if isinstance(ordered, LanesEpoch)]
         decoders = self._decoders = Decoders(
             assignment.decoders,
             self._config.image_size,
             self._config.resize,
             largest_batch=max(math.ceil(self._config.batch_size / self._world), self.validation_batch),
             elsewhere=len(cpus),
-            lanes=max((ordered.lanes_of_worker(self._world) for ordered in in_lanes), default=0),
             keep_unavailable=self._config.skip_unreadable,
         )
         self._other_nodes = other_nodes.OtherNodes(decoders, cpus)
@@ -137,24 +140,39 @@ class Feed:
         of_run = self._config.seed, number, self.images, self._config.batch_size, self.order
         if self._targets is not None:
             return BalancedEpoch(*of_run, targets=self._targets)
-        return LanesEpoch(*of_run, starts=self._rows.groups) if self.order == epoch.LANES else Epoch(*of_run)
+        if self.order == epoch.LANES:
+            return LanesEpoch(*of_run, lanes=self.lanes, starts=self._rows.groups)
+        return Epoch(*of_run)
 
     def _validated(self) -> Epoch:
         of_run = self._config.seed, 0, self.validation_images, self.validation_batch * self._world
-        return LanesEpoch(*of_run, starts=self._validation_rows.groups) if self._has_lanes else InOrder(*of_run)
+        if self._has_lanes:
+            return LanesEpoch(*of_run, lanes=self.lanes, starts=self._validation_rows.groups)
+        return InOrder(*of_run)
 
-    def keep_order(self, order: int) -> None:
+    def keep_order(self, order: int, lanes: int) -> None:
         """Go on in the order in which the run began.
 
         Raises:
             TrainingError: images in Parquet cannot be streamed in it.
         """
-        if self._has_lanes and order != epoch.LANES and _is_in_parquet(self._rows):
+        if self._has_lanes and order != epoch.LANES and self._is_in_parquet:
             raise TrainingError(
-                "This run began with its decoded images in memory, where they no longer fit: give the cluster larger "
-                "object stores, or begin anew, with --overwrite or another --output."
+                "This run began with its decoded images in memory, and images in Parquet cannot be streamed in its "
+                "order: go on with --cache memory, or begin anew, with --overwrite or another --output."
             )
-        self.order = order
+        self.order, self.lanes = order, lanes
+
+    def _report_lanes(self, groups: int) -> None:
+        log.info("images are read at %d places of the files side by side", self.lanes)
+        if self._is_in_parquet and groups < _FEW_GROUPS:
+            log.warning(
+                "The training images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so "
+                "that some images are read several times, and those that are neighbours are trained on soon after "
+                "one another: write smaller groups (row_group_size=1000 of pyarrow.parquet.write_table), or use "
+                "--cache memory.",
+                groups,
+            )
 
     def ask_other_nodes(self) -> None:
         """Let other nodes decode, too, where this one is too slow."""
@@ -170,18 +188,3 @@ class Feed:
 
 def _of_batch(of_step: Callable[..., Ints], first: int, share: tuple[int, int], batch: int) -> Ints:
     return of_step(first + batch, *share)
-
-
-def _is_in_parquet(rows: Rows) -> bool:
-    return parquet.holds_some(rows.take(np.zeros(1, np.int64))["uri"])
-
-
-def _warn_of_few(rows: Rows, rank: int) -> None:
-    groups = len(rows.groups) - 1
-    if rank == 0 and groups < _FEW_GROUPS and _is_in_parquet(rows):
-        log.warning(
-            "The images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so that images "
-            "that are neighbours there are trained on soon after one another: if they are alike, write smaller "
-            "groups (row_group_size=1000 of pyarrow.parquet.write_table), or use --cache memory.",
-            groups,
-        )

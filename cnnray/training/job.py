@@ -179,6 +179,7 @@ def _run(
         uses_other_nodes=not callbacks,
         cached=cached,
         has_lanes=not cached and data.need_lanes(config, manifest),
+        is_in_parquet=data.is_in_parquet(manifest),
         started=started,
         lease_holder=held.holder,
         network=network,

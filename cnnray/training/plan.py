@@ -59,6 +59,8 @@ class Assignment:
     """By split: references to decoded blocks; empty where images are streamed."""
     has_lanes: bool
     """See `data.need_lanes`."""
+    is_in_parquet: bool
+    """Whether some of the images are in Parquet files."""
     started: float
     """When the job began, in seconds since the epoch."""
     lease_holder: str

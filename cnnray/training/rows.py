@@ -72,6 +72,12 @@ class Rows:
         lengths = [np.ones(length, np.int64) if group is None else [length] for group, length in runs]
         return np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)
 
+    @property
+    def example(self) -> str:
+        """The uri of an image."""
+        uri: str = self._reader.get_batch(0)["uri"][0].as_py()
+        return uri
+
     def take(self, rows: Ints) -> pa.Table:
         """The rows with these numbers, in their order."""
         batches = np.searchsorted(self._starts, rows, side="right") - 1

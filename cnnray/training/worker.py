@@ -219,13 +219,13 @@ class _Worker:
         if self.rank == 0 and self.config.is_elastic:
             log.info("training on %d worker(s)", self.world)
         saved = ray.train.get_checkpoint()
-        self.progress = checkpoint.TrainingState(order=self.feed.order)
+        self.progress = checkpoint.TrainingState(order=self.feed.order, lanes=self.feed.lanes)
         if saved is None:
             self._begin_phase()
             return
         with saved.as_directory() as folder:
             self.progress = checkpoint.read_progress(Path(folder))
-            self.feed.keep_order(self.progress.order)
+            self.feed.keep_order(self.progress.order, self.progress.lanes)
             self._begin_phase()
             checkpoint.restore(Path(folder), self.steps, self.progress)
             if self.rank == 0:

@@ -66,6 +66,7 @@ def validated(digits, tmp_path_factory):
             uses_other_nodes=False,
             cached={},
             has_lanes=kind == "parquet",
+            is_in_parquet=kind == "parquet",
             started=0.0,
             lease_holder="",
         )

@@ -229,7 +229,7 @@ def test_neighbours_are_read_together():
     groups = [f"/d/p.parquet#{group:06d}-{row:09d}" for group, row in ((0, 2), (0, 5), (0, 4), (0, 99), (1, 100))]
     loose = ["/d/1.png", "/d/2.png"]
     uris = [*near, *far, *loose, *groups, *tar((512, 1), file="b.tar"), *tar((1536, 1))]
-    expected = [near, far[:1], far[1:], *([uri] for uri in loose), groups[:2]]
-    expected += [[uri] for uri in (*groups[2:], *uris[-2:])]
+    expected = [near, far[:1], far[1:], *([uri] for uri in loose), groups[:4], groups[4:]]
+    expected += [[uri] for uri in uris[-2:]]
     assert list(containers.neighbours(uris)) == expected
     assert list(containers.neighbours([])) == []

@@ -31,15 +31,17 @@ def test_images_in_parquet_that_were_in_memory_are_not_streamed_later(tmp_path, 
         uses_other_nodes=True,
         cached={},
         has_lanes=True,
+        is_in_parquet=True,
         started=0.0,
         lease_holder=str(tmp_path),
     )
     feed = Feed(assignment, 0, 1, 4)
     try:
-        assert feed.order == epoch.LANES
-        assert "The images lie in 3 row group(s) of Parquet files" in caplog.text
-        feed.keep_order(epoch.LANES)
+        assert (feed.order, feed.lanes) == (epoch.LANES, 12)
+        assert "The training images lie in 3 row group(s) of Parquet files" in caplog.text
+        feed.keep_order(epoch.LANES, 24)
+        assert feed.lanes == 24
         with pytest.raises(TrainingError, match="This run began with its decoded images in memory"):
-            feed.keep_order(epoch.ORDER)
+            feed.keep_order(epoch.ORDER, 1)
     finally:
         feed.close()

@@ -37,6 +37,7 @@ class Feed:
         steps: of an epoch.
         validation_batch: most images of a batch for validation.
         order: number of the order of epochs (see `epoch.Epoch`).
+        lanes: see `epoch.LanesEpoch`.
     """
 
     def __init__(self, assignment: Assignment, rank: int, world: int, at_once: int) -> None:
@@ -61,8 +62,8 @@ class Feed:
             self.order = epoch.LANES
             groups = len(train.groups) - 1
             self.lanes = epoch.number_of_lanes(groups, world, containers.bytes_of_lane(train.example))
-            if rank == 0:
-                self._report_lanes(groups)
+            if rank == 0 and self._is_in_parquet:
+                _warn_of_few(groups)
         if self._config.sampling == "balanced":
             self._targets = train.column("target")
         self.steps = self._epoch(0).steps
@@ -146,7 +147,7 @@ class Feed:
 
     def _validated(self) -> Epoch:
         of_run = self._config.seed, 0, self.validation_images, self.validation_batch * self._world
-        if self._has_lanes:
+        if self._has_lanes and self.order == epoch.LANES:
             return LanesEpoch(*of_run, lanes=self.lanes, starts=self._validation_rows.groups)
         return InOrder(*of_run)
 
@@ -163,17 +164,6 @@ class Feed:
             )
         self.order, self.lanes = order, lanes
 
-    def _report_lanes(self, groups: int) -> None:
-        log.info("images are read at %d places of the files side by side", self.lanes)
-        if self._is_in_parquet and groups < _FEW_GROUPS:
-            log.warning(
-                "The training images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so "
-                "that some images are read several times, and those that are neighbours are trained on soon after "
-                "one another: write smaller groups (row_group_size=1000 of pyarrow.parquet.write_table), or use "
-                "--cache memory.",
-                groups,
-            )
-
     def ask_other_nodes(self) -> None:
         """Let other nodes decode, too, where this one is too slow."""
         if self._other_nodes:
@@ -188,3 +178,14 @@ class Feed:
 
 def _of_batch(of_step: Callable[..., Ints], first: int, share: tuple[int, int], batch: int) -> Ints:
     return of_step(first + batch, *share)
+
+
+def _warn_of_few(groups: int) -> None:
+    if groups < _FEW_GROUPS:
+        log.warning(
+            "The training images lie in %d row group(s) of Parquet files. Each is read from its beginning on, so "
+            "that some images are read several times, and those that are neighbours are trained on soon after one "
+            "another: write smaller groups (row_group_size=1000 of pyarrow.parquet.write_table), or use --cache "
+            "memory.",
+            groups,
+        )

@@ -110,17 +110,17 @@ class Lane:
 
 @patient
 def bytes_of_lane(uri: str) -> int:
-    """About the memory that a lane takes at an image.
+    """About the memory that a lane takes at an image, in bytes.
 
     Raises:
         CnnrayError: storage is in trouble, also after several attempts.
     """
-    if parquet.place(uri):
+    if place := parquet.place(uri):
         with (
             contextlib.suppress(pa.ArrowException, storage.NotFoundError, storage.DeniedError),
-            storage.translated_errors(containing_file(uri)),
+            storage.translated_errors(place[0]),
         ):
-            return parquet.bytes_of_reader(uri)
+            return parquet.bytes_of_reader(*place[:2])
     return tar.BYTES_OF_READER
 
 

@@ -264,14 +264,13 @@ def images(file: str, group: int, rows: list[int]) -> Iterator[bytes]:
         yield from found
 
 
-def bytes_of_reader(uri: str) -> int:
-    """About the memory that a `Reader` takes at an image: a page of the file, as it is and decompressed.
+def bytes_of_reader(file: str, group: int) -> int:
+    """About the memory that a `Reader` takes in a row group, in bytes: a page, as it is in the file and decompressed.
 
     Raises:
         pa.ArrowException: the file is damaged.
         OSError: the file cannot be read.
     """
-    file, group, _ = place(uri) or ("", 0, 0)
     with open_file(file) as opened:
         metadata = opened.metadata.row_group(group)
         sizes = [metadata.column(number) for number in range(metadata.num_columns)]

@@ -188,14 +188,13 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
 
 def need_lanes(config: TrainConfig, manifest: pa.Table) -> bool:
     """Whether streamed images come in the order of `epoch.LanesEpoch`."""
-    return is_in_parquet(manifest) or (
-        config.sampling != "balanced" and tar.holds_some_of_a_bucket(_used(manifest)["uri"])
-    )
+    is_in_tar = config.sampling != "balanced" and tar.holds_some_of_a_bucket(_used_uris(manifest))
+    return is_in_tar or is_in_parquet(manifest)
 
 
 def is_in_parquet(manifest: pa.Table) -> bool:
     """Whether some of the images that are used are in Parquet files."""
-    return parquet.holds_some(_used(manifest)["uri"])
+    return parquet.holds_some(_used_uris(manifest))
 
 
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
@@ -261,6 +260,10 @@ def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
 
 def _used(manifest: pa.Table) -> pa.Table:
     return manifest.filter(pc.is_in(manifest["split"], pa.array(_USED_SPLITS)))
+
+
+def _used_uris(manifest: pa.Table) -> pa.ChunkedArray:
+    return _used(manifest.select(["uri", "split"]))["uri"]
 
 
 class Source(Protocol):

@@ -3,7 +3,8 @@
 An epoch is a permutation of the training images, cut into equal steps; step s of worker r of w takes every
 w-th image of the step. A position in an epoch is therefore one number, the step, and a run may go on from it with
 another number of workers. The permutation of many images is computed place by place, and not stored. Images in
-containers that do not fit into memory come in an order in which they are read fast (`LanesEpoch`).
+containers that do not fit into memory come in an order in which they are read fast, a function of the number of lanes
+that the run began with, too (`LanesEpoch`).
 """
 
 import functools
@@ -152,16 +153,18 @@ class LanesEpoch(Epoch):
         return np.cumsum([0, *sizes]), begins.astype(np.int64), groups, self.starts[:-1][order] - groups
 
 
-def number_of_lanes(groups: int, workers: int, bytes_of_lane: int) -> int:
-    """The number of lanes that a run begins with: as many as groups, if a worker's memory allows.
+def number_of_lanes(groups: int, workers: int, decoders: int, bytes_of_lane: int) -> int:
+    """The number of lanes that a run begins with: as many as groups, if a worker's memory allows, and enough for all
+    processes that decode.
 
     Args:
-        groups: of the training images.
-        workers: that the run begins with; they have as many lanes each, unless there are too few.
+        groups: number of groups of the training images.
+        workers: number that the run begins with; they have as many lanes each, unless there are too few.
+        decoders: processes that decode for each worker: the images of a lane are decoded by one of them.
         bytes_of_lane: memory of a lane.
     """
     fitting = _BYTES_OF_LANES * workers // bytes_of_lane
-    lanes = max(_FEWEST_LANES, min(groups, fitting, _MOST_LANES))
+    lanes = max(_FEWEST_LANES, min(max(groups, workers * decoders), fitting, _MOST_LANES))
     return lanes - lanes % workers if lanes > workers else lanes
 
 

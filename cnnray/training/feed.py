@@ -61,7 +61,8 @@ class Feed:
         if self._has_lanes:
             self.order = epoch.LANES
             groups = len(train.groups) - 1
-            self.lanes = epoch.number_of_lanes(groups, world, containers.bytes_of_lane(train.example))
+            bytes_of_lane = containers.bytes_of_lane(train.example)
+            self.lanes = epoch.number_of_lanes(groups, world, assignment.decoders, bytes_of_lane)
             if rank == 0 and self._is_in_parquet:
                 _warn_of_few(groups)
         if self._config.sampling == "balanced":

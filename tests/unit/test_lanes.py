@@ -98,14 +98,15 @@ def test_the_memory_of_a_lane(tmp_path):
     assert containers.bytes_of_lane(uris[150]) == pytest.approx(2**20 + 2 * 100 * 20_000, rel=0.01)
     (tmp_path / "0.parquet").unlink()
     assert containers.bytes_of_lane(uris[150]) == containers.bytes_of_lane("/d/0.png") == tar.BYTES_OF_READER
-    assert number_of_lanes(1000, 1, 2**20) == 240
-    assert number_of_lanes(100, 1, 2**20) == 100
-    assert number_of_lanes(100, 8, 2**20) == 96
-    assert number_of_lanes(3, 2, 2**20) == 12
-    assert number_of_lanes(1000, 1, 2**26) == 32
-    assert number_of_lanes(1000, 4, 2**26) == 128
-    assert number_of_lanes(1000, 1, 2**30) == 12
-    assert number_of_lanes(100, 128, 2**20) == 100
+    assert number_of_lanes(1000, 1, 2, 2**20) == 240
+    assert number_of_lanes(100, 1, 2, 2**20) == 100
+    assert number_of_lanes(100, 8, 2, 2**20) == 96
+    assert number_of_lanes(3, 2, 2, 2**20) == 12
+    assert number_of_lanes(60, 8, 12, 2**20) == 96  # a lane for each process
+    assert number_of_lanes(1000, 1, 2, 2**26) == 32
+    assert number_of_lanes(1000, 4, 2, 2**26) == 128
+    assert number_of_lanes(1000, 1, 2, 2**30) == 12
+    assert number_of_lanes(100, 128, 1, 2**20) == 128
 
 
 def test_blocks_of_tar_files_are_read_once(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
             repeated, processes = paths * repetitions, bare_loops.processes
             shares = [(bundle.uri, engine, repeated[first::processes]) for first in range(processes)]
             with get_context("spawn").Pool(processes) as pool:
-                return bare_loops.scale * sum(pool.starmap(_bare_loop, shares, chunksize=1))
+                return bare_loops.scale * sum(pool.starmap(bare_loop, shares, chunksize=1))
 
         return run
 
@@ -141,38 +141,45 @@ def ranges_rate(plan: Plan, uris: list[str], folder: Path, rows: int = 128) -> f
             tasks.stop()
 
 
-def write_random_bundle(folder: Path) -> str:
-    """Write a network with random weights, exported to ONNX in float32 and int8, unless `folder/bundle` exists.
+def write_random_bundle(
+    folder: Path,
+    *,
+    architecture: str = "vgg_bn",
+    size: int = SIZE,
+    formats: tuple[str, ...] = ("onnx", "onnx-int8"),
+) -> str:
+    """Write a network with random weights, and export it, unless `folder` has it.
 
     Random weights are as fast as trained ones.
 
     Returns:
         The bundle's path.
     """
-    target = folder / "bundle"
+    target = folder / f"{architecture}-{size}"
     if not target.exists():
         calibration = write_photos(folder / "calibration", 200)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             bundle = str(Path(temporary, "bundle"))
-            program = f"from benchmarks import predict; predict.write_and_export({bundle!r}, {str(calibration)!r})"
+            arguments = (bundle, architecture, size, str(calibration), formats)
+            program = f"from benchmarks import predict; predict.write_and_export(*{arguments!r})"
             # In another process, so that TensorFlow's threads end with it.
             subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
             Path(bundle).rename(target)
     return str(target)
 
 
-def write_and_export(folder: str, calibration: str) -> None:
-    """Write a bundle with random weights, and export it to ONNX."""
+def write_and_export(folder: str, architecture: str, size: int, calibration: str, formats: tuple[str, ...]) -> None:
+    """Write a bundle with random weights, and export it."""
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures
     from cnnray.models.export import ExportConfig, export
 
     names = [f"class{number}" for number in range(CLASSES)]
-    info = BundleInfo(class_names=names, image_size=SIZE, architecture="vgg_bn")
-    bundles.save(architectures.build("vgg_bn", SIZE, CLASSES), info, Path(folder))
+    info = BundleInfo(class_names=names, image_size=size, architecture=architecture)
+    bundles.save(architectures.build(architecture, size, CLASSES), info, Path(folder))
     export(
         ExportConfig(
-            bundle=folder, calibration=calibration, formats=["onnx", "onnx-int8"], max_accuracy_drop=1.0,
+            bundle=folder, calibration=calibration, formats=list(formats), max_accuracy_drop=1.0,
             verification_images=200,
         )
     )  # fmt: skip
@@ -195,12 +202,13 @@ def steady_rate(counts: Iterable[int], images: int) -> float:
     return (last[0] - first[0]) / (last[1] - first[1])
 
 
-def _bare_loop(uri: str, engine: str, paths: list[str]) -> float:
+def bare_loop(uri: str, engine: str, paths: list[str]) -> float:
     """Measure the images/s of one process with one thread."""
-    predictor = Predictor(Bundle.load(uri), engine=engine, threads=1, batch_size=BATCH)
+    bundle = Bundle.load(uri)
+    predictor, size = Predictor(bundle, engine=engine, threads=1, batch_size=BATCH), bundle.info.image_size
     ends = []
     for start in range(0, len(paths), BATCH):
-        batch = np.stack([decode(storage.read_bytes(path), SIZE) for path in paths[start : start + BATCH]])
+        batch = np.stack([decode(storage.read_bytes(path), size) for path in paths[start : start + BATCH]])
         assert len(predictor.probabilities(batch)) == len(batch)
         ends.append(time.perf_counter())
     return (len(ends) - 2) * BATCH / (ends[-2] - ends[0])

@@ -21,6 +21,7 @@ from benchmarks import (
     small_networks,
     start,
     train,
+    whole_command,
 )
 from benchmarks.bookkeeping import Bookkeeping
 from benchmarks.photos import Photos
@@ -89,6 +90,8 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
             if measure == "scale":
                 measured = [manifest_rows.measure(folder, rows) for rows in manifest_rows.ROWS]
                 result.tables.append(manifest_rows.table(measured))
+        if measure == "predict":
+            result.comparisons.append(whole_command.measure(folder, images=images or whole_command.IMAGES))
         with cluster.connected() as resources:
             if len(resources.nodes) > 1 and not shared:
                 raise BenchmarkError("The cluster has several nodes: give a --folder that all of them share.")

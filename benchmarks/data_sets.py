@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import BenchmarkError
 from cnnray.images import manifest as manifests
+from cnnray.images.geometry import Geometry
 from cnnray.images.reading import decoded_blocks
 
 SIZE = 32
@@ -82,7 +83,7 @@ def split(data: Labelled, seed: int, fraction: float = 0.2) -> tuple[Labelled, L
 def _load_user_images(source: str) -> Labelled:
     """The user's labelled images, resized to SIZE."""
     manifest = manifests.with_targets(manifests.build_manifest(source, labelled=True))
-    blocks = list(decoded_blocks(manifest, SIZE, "stretch", 1024))
+    blocks = list(decoded_blocks(manifest, Geometry.of(SIZE), 1024))
     errors = np.concatenate([block["error"] for block in blocks])
     for uri, error in zip(manifest["uri"].to_pylist(), errors, strict=True):
         if error:

@@ -15,6 +15,7 @@ from benchmarks.report import Comparison, plan_bare_loops
 from cnnray.cluster import Resources
 from cnnray.images import decode, storage
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.training.data import StreamedSource
 
 SIZE = 224
@@ -36,7 +37,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
     manifest = manifest.append_column("target", [np.zeros(len(manifest), np.int64)])
     paths = manifest["uri"].to_pylist()
     bare = plan_bare_loops(resources)
-    source = StreamedSource(manifest, Decoders(bare.processes, SIZE, "stretch", largest_batch=_BATCH))
+    source = StreamedSource(manifest, Decoders(bare.processes, Geometry.of(SIZE), largest_batch=_BATCH))
 
     def ours(step: float = 0.0) -> int:
         """Decode for steps that take so many seconds, at most `_SECONDS` in all."""
@@ -53,13 +54,15 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
 
     with get_context("spawn").Pool(bare.processes) as pool:
 
-        def in_processes(decoder: Callable[[bytes, int], npt.NDArray[np.uint8]]) -> int:
+        def in_processes(decoder: Callable[[bytes], npt.NDArray[np.uint8]]) -> int:
             return sum(pool.imap_unordered(functools.partial(_decode, decoder), paths, chunksize=64))
 
         methods: dict[str, Callable[[], int]] = {
             "ours": ours,
-            "the same decoder": functools.partial(in_processes, decode.decode),
-            "Pillow": functools.partial(in_processes, pixels.with_pillow),
+            "the same decoder": functools.partial(
+                in_processes, functools.partial(decode.decode, geometry=Geometry.of(SIZE))
+            ),
+            "Pillow": functools.partial(in_processes, functools.partial(pixels.with_pillow, size=SIZE)),
             "read_images": read_images,
             **{f"step {seconds}": functools.partial(ours, seconds) for seconds in _STEPS},
         }
@@ -86,6 +89,6 @@ def measure(photos: Photos, resources: Resources, *, images: int = 4000, rounds:
     return comparisons
 
 
-def _decode(decoder: Callable[[bytes, int], npt.NDArray[np.uint8]], uri: str) -> int:
+def _decode(decoder: Callable[[bytes], npt.NDArray[np.uint8]], uri: str) -> int:
     """1, for one image."""
-    return len(decoder(storage.read_bytes(uri), SIZE)[None])
+    return len(decoder(storage.read_bytes(uri))[None])

@@ -32,7 +32,7 @@ class Classifier:
 
     def decode(self, data: bytes) -> Any:
         """Decode an image to pixels, uint8 (size, size, 3)."""
-        return decode(data, self._bundle.info.image_size, self._bundle.info.resize)
+        return decode(data, self._bundle.info.geometry)
 
     def predict(self, images: list[Any]) -> list[dict[str, Any]]:
         """Classify decoded images."""
@@ -53,12 +53,12 @@ def flask(port: int) -> None:
 
     startup.load_tensorflow(gpus=False)
     bundle = Bundle.load(os.environ["PEER_BUNDLE"])
-    model, size, names = bundle.model, bundle.info.image_size, bundle.info.class_names
+    model, size, names = bundle.model, bundle.info.geometry.image_size, bundle.info.class_names
     app = web.Flask(__name__)
 
     @app.post("/predict")
     def predict() -> Any:
-        image = Image.open(io.BytesIO(web.request.files["image"].read())).convert("RGB").resize((size, size))
+        image = Image.open(io.BytesIO(web.request.files["image"].read())).convert("RGB").resize(size[::-1])
         (row,) = model.predict(np.asarray(image)[None], verbose=0)
         return web.jsonify({"prediction": names[row.argmax()], "confidence": float(row.max())})
 

@@ -1,5 +1,6 @@
 """Decoding on one core, against bare Pillow."""
 
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from sklearn.datasets import load_sample_image
 from benchmarks.report import Comparison
 from cnnray.images import resize
 from cnnray.images.decode import decode
+from cnnray.images.geometry import Geometry
 
 _SECONDS = 0.5
 """Of each method, in each round."""
@@ -37,12 +39,15 @@ def measure(*, rounds: int = 9) -> list[Comparison]:
         buffer = io.BytesIO()
         photo.resize((width, height), Image.Resampling.BICUBIC).save(buffer, kind, quality=87)
         data = buffer.getvalue()
-        methods: dict[str, Callable[[bytes, int], npt.NDArray[np.uint8]]] = {"ours": decode, "Pillow": with_pillow}
-        assert (decode(data, size) == with_pillow(data, size)).all()
+        methods: dict[str, Callable[[bytes], npt.NDArray[np.uint8]]] = {
+            "ours": functools.partial(decode, geometry=Geometry.of(size)),
+            "Pillow": functools.partial(with_pillow, size=size),
+        }
+        assert (methods["ours"](data) == methods["Pillow"](data)).all()
         rates: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(rounds):
             for name, method in methods.items():
-                rates[name].append(_rate(method, data, size))
+                rates[name].append(_rate(method, data))
         name = f"{ours}: {kind} {width}x{height} to {size}"
         comparisons.append(Comparison(name, rates["ours"], "bare Pillow, one core", rates["Pillow"], target))
     return comparisons
@@ -55,10 +60,10 @@ def with_pillow(data: bytes, size: int) -> npt.NDArray[np.uint8]:
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _rate(method: Callable[[bytes, int], npt.NDArray[np.uint8]], data: bytes, size: int) -> float:
+def _rate(method: Callable[[bytes], npt.NDArray[np.uint8]], data: bytes) -> float:
     """Images per second of CPU time."""
     count, started = 0, time.process_time()
     while (seconds := time.process_time() - started) < _SECONDS:
-        method(data, size)
+        method(data)
         count += 1
     return count / seconds

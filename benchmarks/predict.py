@@ -205,10 +205,10 @@ def steady_rate(counts: Iterable[int], images: int) -> float:
 def bare_loop(uri: str, engine: str, paths: list[str]) -> float:
     """Measure the images/s of one process with one thread."""
     bundle = Bundle.load(uri)
-    predictor, size = Predictor(bundle, engine=engine, threads=1, batch_size=BATCH), bundle.info.image_size
+    predictor, geometry = Predictor(bundle, engine=engine, threads=1, batch_size=BATCH), bundle.info.geometry
     ends = []
     for start in range(0, len(paths), BATCH):
-        batch = np.stack([decode(storage.read_bytes(path), size) for path in paths[start : start + BATCH]])
+        batch = np.stack([decode(storage.read_bytes(path), geometry) for path in paths[start : start + BATCH]])
         assert len(predictor.probabilities(batch)) == len(batch)
         ends.append(time.perf_counter())
     return (len(ends) - 2) * BATCH / (ends[-2] - ends[0])

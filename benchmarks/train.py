@@ -16,6 +16,7 @@ import pyarrow as pa
 from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
+from cnnray.images.geometry import Geometry
 from cnnray.models import startup
 from cnnray.training import decisions, epoch, plan
 from cnnray.training.config import TrainConfig
@@ -175,7 +176,7 @@ def _measure_on_worker(
     inputs: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
-        source = StreamedSource(manifest, Decoders(decoders, SIZE, "stretch", largest_batch=len(images)))
+        source = StreamedSource(manifest, Decoders(decoders, Geometry.of(SIZE), largest_batch=len(images)))
         ordered = epoch.Epoch(0, 0, len(manifest), config.batch_size)
         rows = functools.partial(ordered.rows, rank=rank, world=world)
         list(source.batches(rows, 2))  # warm-up: the processes start

@@ -5,19 +5,22 @@ import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
 
+from cnnray.images.geometry import Geometry, Size
 from cnnray.models import architectures, verification
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import BundleInfo
 from cnnray.models.export import ExportConfig, export
 
 CLASSES = 3
+GEOMETRY = Geometry.of("24x36", "crop", "28x40")
+"""Neither square nor whole: what answers by it answers by any other."""
 
 
 def coloured_noise(count, size, seed=0):
-    """Noise images, uint8 (count, size, size, 3), with one stronger colour, and its index, int64 (count,)."""
+    """Noise images of a size, uint8, with one stronger colour, and its index, int64 (count,)."""
     generator = np.random.default_rng(seed)
     targets = np.arange(count) % CLASSES
-    images = generator.integers(0, 20, (count, size, size, 3))
+    images = generator.integers(0, 20, (count, *Size.of(size).shape))
     images[np.arange(count), :, :, targets] += 135
     return images.astype(np.uint8), targets
 
@@ -37,6 +40,16 @@ def fitted(architecture, size, images, targets):
     classifier = RidgeClassifier(alpha=1.0).fit(np.asarray(network(images, training=False)), targets)
     logits.set_weights([4 * classifier.coef_.T, 4 * classifier.intercept_])
     return model
+
+
+def save_cut(folder):
+    """Write a bundle that tells red, green and blue apart, with `GEOMETRY`."""
+    size = GEOMETRY.image_size
+    info = BundleInfo(
+        class_names=["red", "green", "blue"], image_size=size.stated, resize=GEOMETRY.resize,
+        decode_size=GEOMETRY.decode_size.stated,
+    )  # fmt: skip
+    bundles.save(fitted("small_cnn", size, *coloured_noise(48, size)), info, folder)
 
 
 def write_onnx_bundle(folder, architecture, size, calibration):

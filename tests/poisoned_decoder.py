@@ -9,12 +9,12 @@ from cnnray.images import decoder_process, reading
 POISON, BUG = b"poison", b"bug"
 
 
-def _decode(data, size, resize):
+def _decode(data, geometry):
     if data == POISON:
         os._exit(1)
     if data == BUG:
         raise RuntimeError("a bug")
-    return decode(data, size, resize)
+    return decode(data, geometry)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def _grids(name: str, bundle: Bundle, rows: pa.Table, heat_maps: HeatMaps) -> di
     for index, source in zip(order.tolist(), containers.encoded([uris[index] for index in order]), strict=True):
         with contextlib.suppress(CnnrayError):  # it was deleted or changed since, or storage is in trouble
             data = load_bytes(source)
-            tiles[index] = decode(data, _TILE_SIZE, info.resize)
-            inputs[index] = decode(data, info.image_size, info.resize)
+            tiles[index] = decode(data, info.geometry.scaled(_TILE_SIZE))
+            inputs[index] = decode(data, info.geometry)
     images = [row | {"index": index} for index, row in enumerate(rows.to_pylist()) if index in inputs]
     if not images:
         return {}

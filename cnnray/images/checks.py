@@ -23,6 +23,7 @@ from cnnray.errors import CnnrayError
 from cnnray.images import containers, reading, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
 from cnnray.images.reading import load_bytes, threads_for
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ MAX_AUTOMATIC = 50_000
 
 _IMAGES_AT_ONCE = 64
 """Images whose results one table of `examine` holds."""
-_DECODED_SIZE, _PICTURE_SIZE = 64, 16
+_DECODED, _PICTURE_SIZE = Geometry.of(64), 16
 """Height and width in pixels that images are decoded to, and of the small grey pictures."""
 _HASHED_SIZE = 32
 _COSINES = np.cos(np.pi / _HASHED_SIZE * np.outer(np.arange(8), np.arange(_HASHED_SIZE) + 0.5))
@@ -123,7 +124,7 @@ def examine(table: pa.Table, sources: Iterator[Source] | None = None) -> Iterato
 def _examine_image(source: Source) -> dict[str, Any]:
     try:
         data = load_bytes(source)
-        pixels = decode(data, _DECODED_SIZE)
+        pixels = decode(data, _DECODED)
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except BadImage as error:

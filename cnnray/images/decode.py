@@ -10,8 +10,8 @@ The rules, the same from training to HTTP:
 - The first frame of an animated image is used; of a HEIC file with several images, the primary one.
 - Of HEIC, the turns of the container are applied and EXIF orientation is ignored, as the format says; 10 and 12 bits
   keep the high eight.
-- JPEGs with both sides at least twice the target size are decoded at 1/2, 1/4 or 1/8 scale.
-- Resizing is bilinear with anti-aliasing.
+- JPEGs with both sides at least twice the size that they are resized to are decoded at 1/2, 1/4 or 1/8 scale.
+- Resizing is bilinear with anti-aliasing; what the network does not take is cut off afterwards.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError, _imaging
 
 from cnnray.errors import BadInputError
-from cnnray.images.resize import ResizeRule, resized
+from cnnray.images.geometry import Geometry
+from cnnray.images.resize import resized
 
 # Messages of Pillow and libtiff about odd files do not name them. What cannot be decoded becomes a BadImage.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
@@ -75,6 +76,9 @@ _of_thread = threading.local()
 _HEAD = 2**18
 """Bytes at the start of a file in which the name of an unsupported format is looked for."""
 _ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)
+"""Orientations with rows for columns."""
+_JPEG = ("JPEG", "MPO")
 
 
 class BadImage(BadInputError, ValueError):  # noqa: N818 - it is the image that is bad, not the program
@@ -96,20 +100,16 @@ class BadImage(BadInputError, ValueError):  # noqa: N818 - it is the image that 
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def decode(
-    data: bytes, size: int, resize: ResizeRule = "stretch", *, max_pixels: int = MAX_PIXELS
-) -> npt.NDArray[np.uint8]:
+def decode(data: bytes, geometry: Geometry, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode one image.
 
     Args:
         data: an encoded image: JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF, or, with the extra `heic`, HEIC.
-        size: height and width of the result in pixels.
-        resize: `stretch` changes the aspect ratio, `crop` keeps it and cuts the longer side around the
-            centre, `pad` keeps it and fills the shorter side with black.
+        geometry: how it is resized and cut.
         max_pixels: see `MAX_PIXELS`.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (height, width, 3) of `geometry.image_size`, RGB.
 
     Raises:
         BadImage: the bytes are not a usable image; bad bytes raise nothing else.
@@ -121,7 +121,10 @@ def decode(
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             is_large = image.width * image.height > _LARGE_PIXELS
-            image.draft(None, (size, size))
+            height, width = geometry.decode_size
+            if height != width and image.format in _JPEG and image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+                height, width = width, height
+            image.draft(None, (width, height))
             if image.width * image.height > max_pixels:
                 raise BadImage("too many pixels", f"{image.width}x{image.height}, at most {max_pixels}")
             with _one_large_image if is_large else contextlib.nullcontext():
@@ -130,7 +133,8 @@ def decode(
                 pixels = _jpeg_pixels(image, data)
                 if pixels is None:
                     pixels = _pixels(_to_rgb(image))
-                return resized(_upright(pixels, orientation), size, resize)
+                whole = resized(_upright(pixels, orientation), geometry.decode_size, geometry.resize)
+                return np.ascontiguousarray(geometry.centre(whole))
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -177,7 +181,7 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint32]:
 
 def _jpeg_pixels(image: Image.Image, data: bytes) -> npt.NDArray[np.uint32] | None:
     """The same pixels, sooner, until this thread's next call; None for what Pillow has to look at."""
-    if image.format not in ("JPEG", "MPO") or image.mode == "CMYK":
+    if image.format not in _JPEG or image.mode == "CMYK":
         return None
     shape = (image.height, image.width)
     try:
@@ -202,7 +206,7 @@ def _scratch(shape: tuple[int, int]) -> npt.NDArray[np.uint32]:
 
 def _upright(pixels: npt.NDArray[np.uint32], orientation: int | None) -> npt.NDArray[np.uint32]:
     """Apply an EXIF orientation."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TRANSPOSED:
         pixels = pixels.T
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]

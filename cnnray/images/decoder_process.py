@@ -20,8 +20,8 @@ import numpy as np
 from cnnray.errors import CnnrayError
 from cnnray.images import containers, reading
 from cnnray.images.containers import Source
+from cnnray.images.geometry import Geometry
 from cnnray.images.reading import Images
-from cnnray.images.resize import ResizeRule
 
 _NICE = 5
 """A training step goes first."""
@@ -36,9 +36,7 @@ _Turn = tuple[list[int], list[str], list[int] | None]
 class Settings:
     """What a process is told first."""
 
-    size: int
-    """Height and width in pixels."""
-    resize: ResizeRule
+    geometry: Geometry
     """See `decode`."""
     keep_unavailable: bool
     """See `reading.decoded_blocks`."""
@@ -57,8 +55,8 @@ def main(connection: Connection, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
     settings: Settings = connection.recv()
-    pixels = np.frombuffer(mmap.mmap(memory, settings.images * settings.size**2 * 3), np.uint8)
-    images = pixels.reshape(-1, settings.size, settings.size, 3)
+    size = settings.geometry.image_size
+    images = np.frombuffer(mmap.mmap(memory, settings.images * size.bytes), np.uint8).reshape(-1, *size.shape)
     with contextlib.suppress(ConnectionError):  # the other process is gone, and there will be no turn
         connection.send(None)
     turns = _Turns(connection, settings)
@@ -87,7 +85,7 @@ def join(address: tuple[str, int], key: bytes) -> None:
         while True:
             uris: list[str] = connection.recv()
             sources = [source for run in pool.map(_read_run, containers.neighbours(uris)) for source in run]
-            images = np.empty((len(sources), settings.size, settings.size, 3), np.uint8)
+            images = np.empty((len(sources), *settings.geometry.image_size.shape), np.uint8)
             answer = _decode(images, sources, settings)
             connection.send(answer)
             if not isinstance(answer, Exception):
@@ -102,7 +100,7 @@ def _read_run(uris: list[str], lane: containers.Lane | None = None) -> list[Sour
 def _decode(images: Iterable[Images], sources: list[Source], settings: Settings) -> list[str] | Exception | None:
     """Decode a turn, and return its errors, None where there are none, or the exception that ends the stream."""
     try:
-        errors = reading.decode_all(images, sources, settings.size, settings.resize, settings.keep_unavailable)
+        errors = reading.decode_all(images, sources, settings.geometry, settings.keep_unavailable)
     except CnnrayError as error:
         return error
     return errors if any(errors) else None

@@ -30,8 +30,8 @@ import pyarrow as pa
 from cnnray.errors import TransientError
 from cnnray.images import turns
 from cnnray.images.decoder_process import Settings
+from cnnray.images.geometry import Geometry
 from cnnray.images.reading import Batch
-from cnnray.images.resize import ResizeRule
 from cnnray.images.turns import Lanes, PendingBatch, Stream, Turn
 
 CRASHED = "crashed: it ended the process that decoded it, each time"
@@ -87,8 +87,7 @@ class Decoders:
     def __init__(
         self,
         processes: int,
-        size: int,
-        resize: ResizeRule,
+        geometry: Geometry,
         *,
         largest_batch: int,
         elsewhere: int = 0,
@@ -97,14 +96,13 @@ class Decoders:
         """
         Args:
             processes: number of them on this machine.
-            size: height and width in pixels.
-            resize: see `decode`.
+            geometry: see `decode`.
             largest_batch: most images of a batch.
             elsewhere: most processes that join from other machines.
             keep_unavailable: see `reading.decoded_blocks`.
         """
         largest_batch = max(largest_batch, 1)
-        bytes_of_a_batch = largest_batch * size * size * 3
+        bytes_of_a_batch = largest_batch * geometry.image_size.bytes
         most = max(_LEAST_BATCHES, _MOST_BYTES // bytes_of_a_batch)
         # A process has some turns, and as many wait for it.
         of_a_process = 2 * _TURNS_OF_A_PROCESS * max(turns.LENGTH.values()) / largest_batch
@@ -113,9 +111,9 @@ class Decoders:
         self._slots_of_another = math.ceil(of_a_process)
         self._memory = _shared_memory(all_slots * bytes_of_a_batch)
         pixels = np.frombuffer(mmap.mmap(self._memory, all_slots * bytes_of_a_batch), np.uint8)
-        self._images = pixels.reshape(all_slots, largest_batch, size, size, 3)
+        self._images = pixels.reshape(all_slots, largest_batch, *geometry.image_size.shape)
         self._settings = Settings(
-            size=size, resize=resize, keep_unavailable=keep_unavailable, images=all_slots * largest_batch
+            geometry=geometry, keep_unavailable=keep_unavailable, images=all_slots * largest_batch
         )
         self._changed = threading.Condition(threading.RLock())
         self._free = collections.deque(range(slots))

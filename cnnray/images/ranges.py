@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 from cnnray.images import parquet
+from cnnray.images.geometry import Size
 
 ROWS_PER_BLOCK = 256
 """Rows that a task reads and decodes; a block of 224x224 images then has 37 MiB."""
@@ -14,9 +15,9 @@ _BLOCK_BYTES = 64 * 2**20
 _LARGE_GROUP, _MAX_RANGES_OF_A_GROUP = 4096, 8
 
 
-def rows_per_block(size: int) -> int:
-    """Rows of one block, for images of this height and width in pixels."""
-    return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // (size * size * 3)))
+def rows_per_block(size: Size) -> int:
+    """Rows of one block, for images of this size."""
+    return min(ROWS_PER_BLOCK, max(16, _BLOCK_BYTES // size.bytes))
 
 
 def split_rows(uris: pa.ChunkedArray, rows: int, *, cut_groups: bool = False) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from cnnray.errors import CnnrayError
 from cnnray.images import containers, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import MAX_BYTES, BadImage, decode
-from cnnray.images.resize import ResizeRule
+from cnnray.images.geometry import Geometry
 from cnnray.images.retries import Attempts
 
 THREADS = {"local": 4, "remote": 16}
@@ -40,8 +40,7 @@ Item = TypeVar("Item")
 
 def decoded_blocks(
     table: pa.Table,
-    size: int,
-    resize: ResizeRule,
+    geometry: Geometry,
     rows_per_block: int,
     *,
     threads: int | None = None,
@@ -52,8 +51,7 @@ def decoded_blocks(
 
     Args:
         table: rows with `uri`; images in containers in the order of the file (see `containers`).
-        size: height and width in pixels.
-        resize: see `decode`.
+        geometry: see `decode`.
         rows_per_block: rows of one block.
         threads: threads that read and decode; None for 4 with local files, 16 with remote ones.
         sources: one for each row (see `containers.encoded`); None for those of the table's uris.
@@ -64,8 +62,8 @@ def decoded_blocks(
             set.
 
     Yields:
-        the table's columns as arrays (n,), in order; `image`, uint8 (n, size, size, 3), zeros where decoding failed;
-        and `error`, (n,) strings, empty where decoding succeeded.
+        the table's columns as arrays (n,), in order; `image`, uint8 (n, height, width, 3), zeros where decoding
+        failed; and `error`, (n,) strings, empty where decoding succeeded.
     """
     if not len(table):
         return
@@ -73,11 +71,11 @@ def decoded_blocks(
     sources = containers.encoded(uris) if sources is None else sources
     at_once = _SOURCES_AT_ONCE if containers.is_inside(uris[0]) else rows_per_block
     threads = threads or threads_for(uris[0])
-    decode_turn = functools.partial(decode_all, size=size, resize=resize, keep_unavailable=keep_unavailable)
+    decode_turn = functools.partial(decode_all, geometry=geometry, keep_unavailable=keep_unavailable)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(table), rows_per_block):
             rows = table.slice(start, rows_per_block)
-            images = np.zeros((len(rows), size, size, 3), np.uint8)
+            images = np.zeros((len(rows), *geometry.image_size.shape), np.uint8)
             errors: list[str] = []
             for first in range(0, len(rows), at_once):
                 chunk = images[first : first + at_once]
@@ -187,18 +185,16 @@ def is_unavailable(errors: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def decode_all(
-    images: Iterable[Images], sources: list[Source], size: int, resize: ResizeRule, keep_unavailable: bool
+    images: Iterable[Images], sources: list[Source], geometry: Geometry, keep_unavailable: bool
 ) -> list[str]:
     """Decode images into arrays, as `decoded_blocks` does, and return their errors, empty where there are none."""
     pairs = zip(images, sources, strict=True)
-    return [_decode_into(pixels, source, size, resize, keep_unavailable) for pixels, source in pairs]
+    return [_decode_into(pixels, source, geometry, keep_unavailable) for pixels, source in pairs]
 
 
-def _decode_into(
-    pixels: npt.NDArray[np.uint8], source: Source, size: int, resize: ResizeRule, keep_unavailable: bool
-) -> str:
+def _decode_into(pixels: npt.NDArray[np.uint8], source: Source, geometry: Geometry, keep_unavailable: bool) -> str:
     try:
-        pixels[:] = decode(load_bytes(source), size, resize)
+        pixels[:] = decode(load_bytes(source), geometry)
     except BadImage as error:
         pixels[:] = 0
         return str(error)

@@ -6,17 +6,16 @@ import pyarrow as pa
 import ray.data
 
 from cnnray.images import checks, reading
+from cnnray.images.geometry import Geometry
 from cnnray.images.ranges import ROWS_PER_BLOCK, rows_per_block, split_rows
-from cnnray.images.resize import ResizeRule
 
 log = logging.getLogger(__name__)
 
 
 def decoded(
     manifest: pa.Table,
-    size: int,
+    geometry: Geometry,
     *,
-    resize: ResizeRule = "stretch",
     cpus_per_task: float = 1.0,
     keep_unavailable: bool = False,
 ) -> ray.data.Dataset:
@@ -28,22 +27,20 @@ def decoded(
 
     Args:
         manifest: rows with `id` and `uri`; its other columns pass through.
-        size: height and width in pixels.
-        resize: see `decode`.
+        geometry: see `decode`.
         cpus_per_task: CPUs that Ray reserves for a task; less than 1 if few CPUs are free. (A stream whose task can
             never be scheduled waits for ever, without a message.)
         keep_unavailable: see `reading.decoded_blocks`; without it, trouble of storage fails the dataset.
 
     Returns:
-        A dataset with the manifest's columns; `image`, uint8 (size, size, 3), zeros where decoding failed; and
+        A dataset with the manifest's columns; `image`, uint8 (height, width, 3), zeros where decoding failed; and
         `error`, a string, empty where decoding succeeded.
     """
-    rows = rows_per_block(size)
+    rows = rows_per_block(geometry.image_size)
     return from_ranges(manifest, split_rows(manifest["uri"], rows)).map_batches(
         reading.decoded_blocks,
         fn_kwargs={
-            "size": size,
-            "resize": resize,
+            "geometry": geometry,
             "rows_per_block": rows,
             "keep_unavailable": keep_unavailable,
         },

@@ -1,10 +1,11 @@
-"""The networks, by name. Each maps uint8 RGB (N, size, size, 3) to float32 probabilities (N, classes).
+"""The networks, by name. Each maps uint8 RGB (N, height, width, 3) to float32 probabilities (N, classes).
 
 The network scales the pixels itself. The layer before the softmax is called `logits`.
 """
 
 from typing import TYPE_CHECKING, Literal
 
+from cnnray.images.geometry import Size
 from cnnray.models import own_network
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def smallest_image_size(architecture: str) -> int:
 
 def build(
     architecture: str,
-    image_size: int,
+    image_size: int | str | Size,
     classes: int,
     *,
     head: Head = "dense",
@@ -101,7 +102,7 @@ def build(
     Args:
         architecture: one of `NAMES`, or a network of one's own (see `own_network`), for which `head` and `dropout`
             mean nothing.
-        image_size: height and width of the images in pixels.
+        image_size: of the images, as `Size.of` takes it.
         classes: number of classes.
         head: the layers between the pooling and the logits. `dense`: layers of 512 and 256 units with ReLU, each
             followed by dropout; in `vgg_bn` and `small_cnn`, one such layer. `linear`: dropout only.
@@ -111,7 +112,7 @@ def build(
         dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`. The probabilities are always float32.
 
     Returns:
-        keras.Model from uint8 (N, image_size, image_size, 3) to float32 (N, classes).
+        keras.Model from uint8 (N, height, width, 3) to float32 (N, classes).
 
     Raises:
         ValueError: the architecture is unknown.
@@ -125,7 +126,7 @@ def build(
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
-        pixels = keras.Input((image_size, image_size, 3), dtype="uint8", name="image")
+        pixels = keras.Input(Size.of(image_size).shape, dtype="uint8", name="image")
         if is_own:
             logits = own_network.build(architecture, pixels, classes)
         elif architecture in PLAIN:
@@ -205,9 +206,9 @@ def _add_residual_stages(
     Sources: He et al., Deep Residual Learning, 2016 (the shortcuts); Page, How to Train Your ResNet, 2018 (the
     network, with global max pooling); Jordan, 94 % on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024.
 
-    The stages work on 32 to 63 pixels. Larger images are brought to that by a stride of 2 in the first convolution,
-    and by pooling behind it. So the kernels have the same shapes for all image sizes, and `transfer` can load them
-    into a network for another size.
+    The stages work on 32 to 63 pixels of the shorter side. Larger images are brought to that by a stride of 2 in the
+    first convolution, and by pooling behind it. So the kernels have the same shapes for all image sizes, and
+    `transfer` can load them into a network for another size.
     """
     from keras import layers
 
@@ -221,8 +222,8 @@ def _add_residual_stages(
 
     first, second, third, fourth = filters
     x = layers.Rescaling(1 / 255)(pixels)
-    x = convolution(x, first, strides=2 if pixels.shape[1] >= 64 else 1)
-    while x.shape[1] >= 64:
+    x = convolution(x, first, strides=2 if min(pixels.shape[1:3]) >= 64 else 1)
+    while min(x.shape[1:3]) >= 64:
         x = layers.MaxPooling2D(2)(x)
     x = layers.MaxPooling2D(2)(convolution(x, second))
     x = residual_pair(x, second)
@@ -244,22 +245,22 @@ def _add_head(features: "keras.KerasTensor", head: Head, dropout: float) -> "ker
 
 
 def _add_backbone(pixels: "keras.KerasTensor", architecture: str) -> "keras.KerasTensor":
-    backbone = build_backbone(architecture, pixels.shape[1], None)
+    backbone = build_backbone(architecture, Size(*pixels.shape[1:3]), None)
     return backbone(_scale_pixels(pixels, _BACKBONES[architecture][1]))
 
 
-def build_backbone(architecture: str, image_size: int, weights: str | None) -> "keras.Model":
+def build_backbone(architecture: str, image_size: int | str | Size, weights: str | None) -> "keras.Model":
     """Build a network of `keras.applications` without its classification layers, named after the architecture.
 
     Args:
         architecture: one of `BACKBONES`.
-        image_size: height and width of the images in pixels.
+        image_size: of the images, as `Size.of` takes it.
         weights: `imagenet`, which Keras may have to download, or None for random weights.
     """
     import keras
 
     function = getattr(keras.applications, _BACKBONES[architecture][0])
-    network = function(include_top=False, weights=weights, input_shape=(image_size, image_size, 3))
+    network = function(include_top=False, weights=weights, input_shape=Size.of(image_size).shape)
     # The name is not passed to the function, because EfficientNetV2 looks up its blocks by that argument.
     return keras.Model(network.input, network.output, name=architecture)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from cnnray.images.geometry import Geometry, Size
+
 Strength = Literal["none", "light", "standard", "strong"]
 Alternative = Literal[
     "rotation",
@@ -41,7 +43,8 @@ class Augmentations:
     translation: float | None = None
     """Shift by up to this fraction of each side."""
     crop: float | None = None
-    """Crop to between this fraction and all of the image's area, with aspect ratios of 3:4 to 4:3; 0 disables it."""
+    """Crop to between this fraction and all of the image's area (that of --decode-size), with 3:4 to 4:3 of its
+    aspect ratio; 0 disables it."""
     contrast: float | None = None
     """Change the contrast by up to this fraction."""
     brightness: float | None = None
@@ -137,15 +140,17 @@ class Augmenter:
         seeds: the variables, int (2,) each, that with the images fully determine the result.
     """
 
-    def __init__(self, switches: Augmentations) -> None:
+    def __init__(self, switches: Augmentations, geometry: Geometry) -> None:
         """
         Args:
             switches: resolved settings, none of them None (see `resolve`).
+            geometry: of the images; they come uncut.
         """
         from keras import layers, random
 
         self._generator = random.SeedGenerator(0)
-        layers_by_switch = _build_layers(switches)
+        layers_by_switch = _build_layers(switches, geometry.image_size)
+        self._centre = geometry.centre if "affine" not in layers_by_switch else None
         alternatives = [layers_by_switch.pop(name) for name in switches.one_of or () if name in layers_by_switch]
         self._layers = list(layers_by_switch.values())
         if alternatives:
@@ -170,14 +175,17 @@ class Augmenter:
     def __call__(self, images: Any, labels: Any) -> tuple[Any, Any]:
         """
         Args:
-            images: uint8 (N, size, size, 3).
+            images: uint8 (N, height, width, 3) of `geometry.decode_size`.
             labels: float32 (N, classes), the weight of each class.
 
         Returns:
-            The augmented images, uint8 (N, size, size, 3), and their labels, float32 (N, classes).
+            The augmented images, uint8 (N, height, width, 3) of `geometry.image_size`, and their labels, float32
+            (N, classes).
         """
         from keras import ops, random
 
+        if self._centre:
+            images = self._centre(images)
         if not self._tracked:
             return images, labels
         pixels = ops.cast(images, "float32") / 255
@@ -203,8 +211,8 @@ class Augmenter:
         return apply
 
 
-def _build_layers(switches: Augmentations) -> dict[str, Any]:
-    """The layers by switch, in the order of application; they take float32 (N, size, size, 3) in 0 to 1."""
+def _build_layers(switches: Augmentations, image_size: Size) -> dict[str, Any]:
+    """The layers by switch, in the order of application; they take float32 (N, height, width, 3) in 0 to 1."""
     from keras import layers
 
     common: dict[str, Any] = {"seed": 0, "dtype": "float32"}
@@ -217,9 +225,9 @@ def _build_layers(switches: Augmentations) -> dict[str, Any]:
     affine = {name: getattr(switches, name) for name in _AFFINE if getattr(switches, name)}
     for name in switches.one_of or ():
         if name in affine:
-            built[name] = _RandomAffine(**{name: affine.pop(name)})
+            built[name] = _RandomAffine(image_size, **{name: affine.pop(name)})
     if affine:
-        built["affine"] = _RandomAffine(**affine)
+        built["affine"] = _RandomAffine(image_size, **affine)
     if switches.brightness:
         built["brightness"] = layers.RandomBrightness(switches.brightness, **ranged)
     if switches.contrast:
@@ -246,41 +254,54 @@ def _build_layers(switches: Augmentations) -> dict[str, Any]:
 class _RandomAffine:
     """Rotation, zoom, shift and crop in one resampling: each resampling blurs, and Keras's layers do one each.
 
-    The crop is that of Szegedy et al. 2014. What comes from beyond a border is mirrored at it.
+    The crop is that of Szegedy et al. 2014. Without it, the centre of a larger image is taken. What comes from beyond
+    a border is mirrored at it.
     """
 
-    def __init__(self, **switches: float) -> None:
+    def __init__(self, image_size: Size, **switches: float) -> None:
         """
         Args:
+            image_size: of the result.
             switches: those of `_AFFINE` that are on.
         """
         from keras import random
 
-        self._switches = switches
+        self._size, self._switches = image_size, switches
         self._generator = random.SeedGenerator(0)
         self.variables = [self._generator.state]
 
     def __call__(self, pixels: Any, training: bool) -> Any:
-        """Transform images, float32 (N, size, size, 3)."""
+        """Transform images, float32 (N, height, width, 3), at least as large as the result."""
+        import tensorflow as tf
         from keras import ops
 
-        size = pixels.shape[1]
-        centre = (size - 1) / 2
-        x, y = (centre + size * self._uniform(pixels, self._switches.get("translation", 0)) for _ in range(2))
+        given_height, given_width = pixels.shape[1:3]
+        # The centre of the part that is taken, and its width and height by those of the result.
+        centre_x, centre_y = (given_width - 1) / 2, (given_height - 1) / 2
+        x, y = (
+            centre + side * self._uniform(pixels, self._switches.get("translation", 0))
+            for centre, side in ((centre_x, self._size.width), (centre_y, self._size.height))
+        )
         width = height = 1 + self._uniform(pixels, self._switches.get("zoom", 0))
         if crop := self._switches.get("crop"):
             area = (1 + crop) / 2 + self._uniform(pixels, (1 - crop) / 2)
             root = ops.exp(self._uniform(pixels, math.log(4 / 3) / 2))
             part_width, part_height = (ops.minimum(ops.sqrt(area) * side, 1) for side in (root, 1 / root))
-            x += centre * self._uniform(pixels, 1) * (1 - part_width)
-            y += centre * self._uniform(pixels, 1) * (1 - part_height)
-            width, height = width * part_width, height * part_height
+            x += centre_x * self._uniform(pixels, 1) * (1 - part_width)
+            y += centre_y * self._uniform(pixels, 1) * (1 - part_height)
+            width *= part_width * (given_width / self._size.width)
+            height *= part_height * (given_height / self._size.height)
         angle = self._uniform(pixels, 2 * math.pi * self._switches.get("rotation", 0))
         # The pixel at (column, row) comes from (a * column + b * row + c, d * column + e * row + f).
         a, b, d, e = ops.cos(angle) * width, -ops.sin(angle) * height, ops.sin(angle) * width, ops.cos(angle) * height
-        c, f = x - centre * (a + b), y - centre * (d + e)
+        column, row = (self._size.width - 1) / 2, (self._size.height - 1) / 2
+        c, f = x - column * a - row * b, y - column * d - row * e
         transforms = ops.stack([a, b, c, d, e, f, ops.zeros_like(a), ops.zeros_like(a)], axis=1)
-        return ops.image.affine_transform(pixels, transforms, fill_mode="reflect")
+        # Keras's affine_transform gives as many pixels as it takes.
+        return tf.raw_ops.ImageProjectiveTransformV3(
+            images=pixels, transforms=transforms, output_shape=self._size, fill_value=0.0, interpolation="BILINEAR",
+            fill_mode="REFLECT",
+        )  # fmt: skip
 
     def _uniform(self, pixels: Any, most: float) -> Any:
         """A number between -most and most for each image, float32 (N,)."""

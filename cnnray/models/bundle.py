@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import cnnray
 from cnnray.errors import BadInputError
 from cnnray.images import storage
-from cnnray.images.resize import RESIZE_RULES, ResizeRule
+from cnnray.images.geometry import RESIZE_RULES, Geometry, ResizeRule
 from cnnray.models import startup
 
 if TYPE_CHECKING:
     import keras
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 2 has images that are not square, or cut; a bundle without either is written in format 1."""
 MODEL = "model.keras"
 _INFO = "bundle.json"
 _LIBRARIES = ("keras", "numpy", "pillow")
@@ -51,10 +52,12 @@ class BundleInfo:
 
     class_names: list[str]
     """Names of the model's outputs, in order."""
-    image_size: int
-    """Height and width of the model's input in pixels."""
+    image_size: int | str
+    """Size of the model's input, as `Size.of` takes it."""
     resize: ResizeRule = "stretch"
-    """How images of other shapes are resized to the input size (see `images.decode`)."""
+    """How images of other shapes are resized (see `Geometry.resize`)."""
+    decode_size: int | str | None = None
+    """Size to which they are resized before their centre is cut out; None: the input's."""
     architecture: str = ""
     """The network's name (see `models.architectures`)."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -73,6 +76,11 @@ class BundleInfo:
     """Versions of the libraries that wrote the bundle."""
     format_version: int = FORMAT_VERSION
     """Version of this format."""
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """How images become the model's input."""
+        return Geometry.of(self.image_size, self.resize, self.decode_size)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ class Bundle:
             OSError: the storage cannot be read.
         """
         settings = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
+        if self.info.decode_size is not None:
+            settings.append(self.info.decode_size)
         digest = hashlib.sha256(json.dumps([*settings, self.digest(MODEL)]).encode())
         return f"{self.info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
@@ -173,10 +183,12 @@ def read_info(uri: str) -> BundleInfo:
         raise BundleError(f"{uri}: class_names in {_INFO} is not a list of at least two names.")
     if len(set(names)) != len(names):
         raise BundleError(f"{uri}: class_names in {_INFO} holds a name twice.")
-    if not (isinstance(info.image_size, int) and info.image_size > 0):
-        raise BundleError(f"{uri}: image_size in {_INFO} is {info.image_size!r}; expected pixels.")
     if info.resize not in RESIZE_RULES:
         raise BundleError(f"{uri}: resize in {_INFO} is {info.resize!r}; expected one of {RESIZE_RULES}.")
+    try:
+        _ = info.geometry
+    except ValueError as error:
+        raise BundleError(f"{uri}: image_size and decode_size in {_INFO}: {error}.") from None
     if not (isinstance(info.temperature, int | float) and info.temperature > 0):
         raise BundleError(f"{uri}: temperature in {_INFO} is {info.temperature!r}; expected more than 0.")
     if not (isinstance(info.exports, dict) and all(isinstance(report, dict) for report in info.exports.values())):
@@ -201,7 +213,10 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
 
 def write_info(uri: str, info: BundleInfo) -> None:
     """Write `bundle.json`."""
-    storage.write_bytes(storage.join(uri, _INFO), (json.dumps(asdict(info), indent=2) + "\n").encode())
+    content = asdict(info)
+    if isinstance(info.image_size, int) and info.decode_size is None:
+        content["format_version"] = 1
+    storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def replace(target: str, source: str) -> None:
@@ -265,5 +280,5 @@ def _check_model(model: "keras.Model", info: BundleInfo, uri: str) -> None:
     if not any(layer.name == "logits" for layer in model.layers):
         raise BundleError(f"{uri}: the model has no layer 'logits' before its probabilities.")
     inputs = tuple(model.input_shape)
-    if inputs != (None, info.image_size, info.image_size, 3):
+    if inputs != (None, *info.geometry.image_size.shape):
         raise BundleError(f"{uri}: the model takes {inputs}, but image_size is {info.image_size}.")

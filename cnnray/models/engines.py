@@ -1,8 +1,8 @@
 """Engines run a bundle's network on decoded images: their names, how to load one, and the choice of the fastest.
 
-An engine maps uint8 (N, size, size, 3) to float32 probabilities (N, classes), at the temperature that the bundle has
-now. The grouping of images into batches changes a probability by less than 1e-5. In int8 engines it changes nothing
-(LiteRT), or the rounding (ONNX Runtime), as in bfloat16.
+An engine maps uint8 (N, height, width, 3) to float32 probabilities (N, classes), at the temperature that the bundle
+has now. The grouping of images into batches changes a probability by less than 1e-5. In int8 engines it changes
+nothing (LiteRT), or the rounding (ONNX Runtime), as in bfloat16.
 """
 
 import functools
@@ -126,11 +126,11 @@ def load_file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Eng
     except Exception as error:  # every library raises its own exceptions
         reason = " ".join(str(error).split())[:300]
         raise BundleError(f"{bundle.uri}: {path.name} cannot be loaded: {reason}") from None
-    size, classes = bundle.info.image_size, len(bundle.info.class_names)
-    if engine.shape != (size, size, 3) or engine.classes != classes:
+    size, classes = bundle.info.geometry.image_size, len(bundle.info.class_names)
+    if engine.shape != size.shape or engine.classes != classes:
         raise BundleError(
             f"{bundle.uri}: {path.name} takes {engine.shape} and gives {engine.classes} probabilities; the bundle "
-            f"has images of {size}x{size} and {classes} classes."
+            f"has images of {size} and {classes} classes."
         )
     return engine
 

@@ -231,7 +231,8 @@ class _Export:
         report = self._measure(engine, path, probabilities, self._keras)
         if isinstance(engine, runtimes.SavedModelEngine):  # a SavedModel has a second signature, for encoded images
             some = slice(_ENCODED_IMAGES)
-            encoded = engines.predict_in_batches(runtimes.EncodedSavedModelEngine(engine), self._images[some])
+            by_bytes = runtimes.EncodedSavedModelEngine(engine, self._bundle.info.geometry)
+            encoded = engines.predict_in_batches(by_bytes, self._images[some])
             largest = np.maximum(report.max_difference, np.abs(encoded - self._expected[some]).max())
             report = dataclasses.replace(report, max_difference=float(largest))
         return _reason_to_refuse(self._config, name, report, self._keras) or report
@@ -333,14 +334,13 @@ def _decode_images(rows: pa.Table, source: str, bundle: Bundle) -> tuple[Images,
     """Decode the images of manifest rows; those that cannot be read are left out.
 
     Returns:
-        The images, uint8 (N, size, size, 3), and their rows.
+        The images, uint8 (N, height, width, 3), and their rows.
 
     Raises:
         ManifestError: no image can be read.
     """
-    info = bundle.info
     rows = rows.sort_by("id")
-    (block,) = reading.decoded_blocks(rows.select(["id", "uri"]), info.image_size, info.resize, len(rows))
+    (block,) = reading.decoded_blocks(rows.select(["id", "uri"]), bundle.info.geometry, len(rows))
     readable = block["error"] == ""
     if not readable.any():
         raise ManifestError(f"{source}: no image can be read; the first is {rows['uri'][0]} ({block['error'][0]}).")

@@ -1,6 +1,6 @@
 """The formats that a bundle's network can be exported to, and the conversion from the Keras model to each.
 
-Every exported file takes uint8 RGB (N, size, size, 3), gives the probabilities softmax(logits / temperature) as
+Every exported file takes uint8 RGB (N, height, width, 3), gives the probabilities softmax(logits / temperature) as
 float32 (N, classes), and contains `metadata`. `litert-int8` gives uint8 with quantization parameters instead of
 float32.
 """
@@ -42,14 +42,14 @@ class Network:
 
     Attributes:
         bundle: the bundle to convert.
-        calibration: images, uint8 (N, size, size, 3), from which int8 formats compute activation ranges.
+        calibration: images, uint8 (N, height, width, 3), from which int8 formats compute activation ranges.
     """
 
     def __init__(self, bundle: Bundle, calibration: Images) -> None:
         self.bundle, self.calibration = bundle, calibration
 
     def tf_function(self, dtype: str = "uint8") -> Any:
-        """Build a TensorFlow function from pixels (N, size, size, 3) of this dtype to probabilities."""
+        """Build a TensorFlow function from pixels (N, height, width, 3) of this dtype to probabilities."""
         import keras
         import tensorflow as tf
 
@@ -60,7 +60,7 @@ class Network:
             logits = tf.cast(network(image, training=False), tf.float32)
             return tf.nn.softmax(logits / info.temperature, name="probabilities")
 
-        shape = (None, info.image_size, info.image_size, 3)
+        shape = (None, *info.geometry.image_size.shape)
         return tf.function(probabilities, [tf.TensorSpec(shape, dtype, name="image")], autograph=False)
 
     def freeze(self, dtype: str = "uint8") -> Any:
@@ -105,12 +105,15 @@ class Network:
 def metadata(bundle: Bundle) -> dict[str, Any]:
     """The metadata with which an exported file can be used without its bundle."""
     info = bundle.info
+    cut = {"decode_size": info.decode_size} if info.geometry.is_cut else {}
+    then = "to decode_size, and image_size cut out of the centre" if cut else "to image_size"
     return {
         "class_names": info.class_names,
         "image_size": info.image_size,
+        **cut,
         "resize": info.resize,
         "preprocessing": "RGB pixels as uint8: EXIF orientation applied, transparency over white, resized by "
-        "bilinear interpolation with anti-aliasing; scaling is inside the network",
+        f"bilinear interpolation with anti-aliasing {then}; scaling is inside the network",
         "temperature": info.temperature,
         "architecture": info.architecture,
     }
@@ -133,7 +136,7 @@ def _write_saved_model(network: Network, path: Path) -> None:
         return {"probabilities": predict(image), "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
 
     def decode(data: Any) -> Any:
-        return graph_decode.decode(data, info.image_size, info.resize)
+        return graph_decode.decode(data, info.geometry)
 
     def predict_encoded(image_bytes: Any) -> dict[str, Any]:
         return predict_pixels(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8))

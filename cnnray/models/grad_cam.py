@@ -26,7 +26,7 @@ def heat_maps(
 
     Args:
         bundle: its network must end with convolutional feature maps before the head.
-        images: uint8 (N, size, size, 3).
+        images: uint8 (N, height, width, 3).
         classes: the index of the class for each image, int64 (N,).
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from cnnray.images.resize import ResizeRule
+from cnnray.images.geometry import Geometry, ResizeRule, Size
 
 _ORIENTATIONS = (b"\x12\x01\x03\x00\x01\x00\x00\x00", b"\x01\x12\x00\x03\x00\x00\x00\x01\x00")
 """The bytes before the orientation value in EXIF (tag, type and count), for each byte order."""
@@ -19,16 +19,15 @@ _HEAD = 2**16
 """Number of bytes at the start of the file that are searched for EXIF data."""
 
 
-def decode(data: Any, size: int, resize: ResizeRule) -> Any:
+def decode(data: Any, geometry: Geometry) -> Any:
     """Decode one image.
 
     Args:
         data: string tensor of shape (), a JPEG or PNG.
-        size: height and width of the result in pixels.
-        resize: see `images.decode.decode`.
+        geometry: see `images.decode.decode`.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (height, width, 3), RGB.
 
     Raises:
         InvalidArgumentError: at run time, if the bytes are neither JPEG nor PNG, or are damaged.
@@ -38,9 +37,8 @@ def decode(data: Any, size: int, resize: ResizeRule) -> Any:
     with tf.control_dependencies([tf.debugging.Assert(is_jpeg | is_png, ["Neither a JPEG nor a PNG."])]):
         data = tf.identity(data)
     image = tf.cond(is_jpeg, lambda: _decode_jpeg(data), lambda: _decode_png(data))
-    image = tf.ensure_shape(
-        _resize(_apply_orientation(image, _read_orientation(data)), size, resize), (size, size, 3)
-    )
+    image = _resize(_apply_orientation(image, _read_orientation(data)), geometry.decode_size, geometry.resize)
+    image = geometry.centre(tf.ensure_shape(image, geometry.decode_size.shape))
     return tf.cast(tf.round(image), tf.uint8)
 
 
@@ -84,17 +82,17 @@ def _apply_orientation(image: Any, orientation: Any) -> Any:
     return image
 
 
-def _resize(image: Any, size: int, resize: ResizeRule) -> Any:
-    sides = tf.cast(tf.shape(image)[:2], tf.float32)
-    scale, shift = size / sides, tf.zeros(2)
+def _resize(image: Any, size: Size, resize: ResizeRule) -> Any:
+    sides, wanted = tf.cast(tf.shape(image)[:2], tf.float32), tf.constant(size, tf.float32)
+    scale, shift = wanted / sides, tf.zeros(2)
     if resize == "crop":
-        short = tf.reduce_min(sides)
-        scale = tf.fill((2,), size / short)
-        shift = (short - sides) / 2 * scale
+        scale = tf.fill((2,), tf.reduce_max(scale))
+        shift = (wanted - sides * scale) / 2
     if resize == "pad":
-        inner = tf.maximum(tf.round(sides / tf.reduce_max(sides) * size), 1)
-        scale, shift = inner / sides, tf.round((size - inner) / 2)
+        full = tf.argmin(scale)
+        inner = tf.maximum(tf.round(sides / sides[full] * wanted[full]), 1)
+        scale, shift = inner / sides, tf.round((wanted - inner) / 2)
     resized = tf.raw_ops.ScaleAndTranslate(
-        images=image[None], size=(size, size), scale=scale, translation=shift, kernel_type="triangle", antialias=True
+        images=image[None], size=size, scale=scale, translation=shift, kernel_type="triangle", antialias=True
     )
     return resized[0]

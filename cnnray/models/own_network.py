@@ -1,7 +1,8 @@
 """Networks of one's own: a function of image size and classes that gives a Keras model.
 
-Its name is `package.module:function`. The model takes images (N, size, size, 3) with pixels 0 to 255, and ends with a
-layer called `logits` that gives (N, classes), without a softmax. Its other layers may be any of Keras's.
+Its name is `package.module:function`. The size is a number of pixels, or (height, width) where the two differ. The
+model takes images (N, height, width, 3) with pixels 0 to 255, and ends with a layer called `logits` that gives
+(N, classes), without a softmax. Its other layers may be any of Keras's.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from cnnray.errors import BadInputError
 if TYPE_CHECKING:
     import keras
 
-Function = Callable[[int, int], "keras.Model"]
+Function = Callable[[Any, int], "keras.Model"]
 
 _LOAD = "import sys, keras; keras.saving.load_model(sys.argv[1], compile=False, safe_mode=True)"
 _functions: dict[str, Function] = {}
@@ -68,7 +69,7 @@ def build(architecture: str, pixels: "keras.KerasTensor", classes: int) -> "kera
 
     Args:
         architecture: see `is_own`.
-        pixels: of the images, uint8 (N, size, size, 3).
+        pixels: of the images, uint8 (N, height, width, 3).
         classes: number of classes.
 
     Raises:
@@ -76,9 +77,9 @@ def build(architecture: str, pixels: "keras.KerasTensor", classes: int) -> "kera
     """
     import keras
 
-    function, size = find(architecture), pixels.shape[1]
+    function, (height, width) = find(architecture), pixels.shape[1:3]
     try:
-        model = function(size, classes)
+        model = function(height if height == width else (height, width), classes)
     except Exception as error:  # the user's code
         raise NetworkError(f"--architecture {architecture}: {type(error).__name__}: {error}") from error
 
@@ -92,8 +93,13 @@ def build(architecture: str, pixels: "keras.KerasTensor", classes: int) -> "kera
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise refuse(f"has {len(model.inputs)} inputs and {len(model.outputs)} outputs, and needs one of each")
     taken, given = tuple(model.inputs[0].shape), tuple(model.outputs[0].shape)
-    if len(taken) != 4 or any(side not in (None, size) for side in taken[1:3]) or taken[3] != 3:
-        raise refuse(f"takes {taken}, and the images are (None, {size}, {size}, 3)")
+    expected = (None, height, width, 3)
+    if (
+        len(taken) != 4
+        or taken[3] != 3
+        or any(side not in (None, needed) for side, needed in zip(taken, expected, strict=True))
+    ):
+        raise refuse(f"takes {taken}, and the images are {expected}")
     if given != (None, classes):
         raise refuse(f"gives {given}, and there are {classes} classes: expected (None, {classes})")
     last = model.layers[-1]

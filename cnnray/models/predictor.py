@@ -65,11 +65,11 @@ class Predictor:
         Returns:
             For each image, in order, its prediction, or why it has none.
         """
-        info = self.bundle.info
+        geometry = self.bundle.info.geometry
 
         def decode_or_error(data: bytes) -> npt.NDArray[np.uint8] | BadImage:
             try:
-                return decode(data, info.image_size, info.resize)
+                return decode(data, geometry)
             except BadImage as error:
                 return error
 
@@ -87,7 +87,7 @@ class Predictor:
         """Compute the probabilities of decoded images.
 
         Args:
-            images: uint8 (N, size, size, 3), RGB.
+            images: uint8 (N, height, width, 3), RGB.
 
         Returns:
             float32 (N, classes), as the engine gives them: `find_unusable` says which rows must not be used.
@@ -98,7 +98,7 @@ class Predictor:
         """Compute the probabilities of decoded images, with logits and embeddings.
 
         Args:
-            images: uint8 (N, size, size, 3), RGB.
+            images: uint8 (N, height, width, 3), RGB.
 
         Raises:
             BundleError: the engine is not `keras`; only that one gives logits and embeddings.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cnnray.images.geometry import Geometry
 from cnnray.models import startup
 from cnnray.models.bundle import Bundle
 
@@ -31,7 +32,7 @@ class Engine(Protocol):
     """Number of classes."""
 
     def __call__(self, images: Images) -> Probabilities:
-        """Map images, uint8 (N, size, size, 3), to probabilities, float32 (N, classes)."""
+        """Map images, uint8 (N, height, width, 3), to probabilities, float32 (N, classes)."""
         ...
 
 
@@ -75,14 +76,14 @@ class KerasEngine:
             for layer in network._flatten_layers():
                 if layer is not last and not isinstance(layer, keras.layers.InputLayer):
                     layer.dtype_policy = policy
-        temperature, size = bundle.info.temperature, bundle.info.image_size
+        temperature, size = bundle.info.temperature, bundle.info.geometry.image_size
         self.classes = len(bundle.info.class_names)
 
         def run(images: Any) -> Any:
             logits, embeddings = (tf.cast(output, tf.float32) for output in network(images, training=False))
             return NetworkOutputs(tf.nn.softmax(logits / temperature), logits, embeddings)
 
-        self._run = tf.function(run, [tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
+        self._run = tf.function(run, [tf.TensorSpec((None, *size.shape), tf.uint8)], autograph=False)
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
@@ -94,7 +95,7 @@ class KerasEngine:
         A GPU is given the next batch before the outputs of one are waited for.
 
         Args:
-            images: uint8 (N, size, size, 3).
+            images: uint8 (N, height, width, 3).
             size: of a batch.
         """
         running: collections.deque[tuple[Any, int]] = collections.deque()
@@ -140,16 +141,18 @@ class SavedModelEngine:
 
 
 class EncodedSavedModelEngine:
-    """The signature `encoded` of a SavedModel, called with the images as PNG files."""
+    """The signature `encoded` of a SavedModel, called with PNG files of which the images are the centre."""
 
-    def __init__(self, engine: SavedModelEngine) -> None:
-        self._encoded, self.classes = engine.encoded, engine.classes
+    def __init__(self, engine: SavedModelEngine, geometry: Geometry) -> None:
+        self._encoded, self.classes, self._geometry = engine.encoded, engine.classes, geometry
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
         import tensorflow as tf
 
-        encoded = tf.stack([tf.io.encode_png(image) for image in images])
+        whole = np.zeros((len(images), *self._geometry.decode_size.shape), np.uint8)
+        self._geometry.centre(whole)[:] = images
+        encoded = tf.stack([tf.io.encode_png(image) for image in whole])
         return np.asarray(self._encoded(image_bytes=encoded)["probabilities"])
 
 

@@ -120,14 +120,14 @@ def set_trainable(model: "keras.Model", share: float) -> None:
         layer.trainable = False
 
 
-def write_imagenet_weights(architecture: str, image_size: int, path: Path) -> None:
+def write_imagenet_weights(architecture: str, image_size: int | str, path: Path) -> None:
     """Write the ImageNet weights of a backbone from `keras.applications`, without the classification layers.
 
     Keras downloads them, or takes them from its cache, `~/.keras/models`.
 
     Args:
         architecture: one of `architectures.BACKBONES`.
-        image_size: height and width in pixels.
+        image_size: of the images, as `Size.of` takes it.
         path: the `.weights.h5` file to write.
 
     Raises:

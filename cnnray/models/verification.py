@@ -66,7 +66,7 @@ def measure(
     Args:
         engine: runs the file.
         path: local path of the file or folder, which has the same name as in the bundle.
-        images: uint8 (N, size, size, 3).
+        images: uint8 (N, height, width, 3).
         probabilities: the engine's, float32 (N, classes).
         expected: the Keras model's, float32 (N, classes).
         targets: class indices, int64 (N,), or None without labels.

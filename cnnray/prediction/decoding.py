@@ -36,18 +36,18 @@ def in_tasks(plan: Plan, rows: pa.Table, worker: Worker) -> Iterator[pa.Table]:
     import ray
 
     decode = ray.remote(num_cpus=plan.pool.decode_cpus, max_retries=1)(worker.decode_rows)
-    size, resize = plan.bundle.info.image_size, plan.bundle.info.resize
+    geometry = plan.bundle.info.geometry
     pending: collections.deque[Any] = collections.deque()
-    starts = collections.deque(range(0, len(rows), step := rows_per_block(size)))
+    starts = collections.deque(range(0, len(rows), step := rows_per_block(geometry.image_size)))
     while starts or pending:
         while starts and len(pending) < _AHEAD:
             block = rows.slice(starts.popleft(), step).combine_chunks()
-            pending.append((block, decode.remote(block, size, resize)))
+            pending.append((block, decode.remote(block, geometry)))
         block, reference = pending.popleft()
         try:
             decoded = ray.get(reference)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             raise CrashedError("an image ended the process that decoded it, or memory ran out") from error
         except (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError):  # with its node, also when tried again
-            decoded = worker.decode_rows(block, size, resize)
+            decoded = worker.decode_rows(block, geometry)
         yield from worker(decoded)

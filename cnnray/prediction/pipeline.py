@@ -24,16 +24,15 @@ def predict(manifest: pa.Table, plan: Plan) -> ray.data.Dataset:
         manifest: rows with `id` and `uri`, in the order in which images are read.
         plan: the engine and the workers.
     """
-    size, resize, pool = plan.bundle.info.image_size, plan.bundle.info.resize, plan.pool
-    ranges = split_rows(
-        manifest["uri"], rows_per_block(size) if pool.decode_cpus else rows_per_task(len(manifest), pool)
-    )
+    geometry, pool = plan.bundle.info.geometry, plan.pool
+    rows = rows_per_block(geometry.image_size) if pool.decode_cpus else rows_per_task(len(manifest), pool)
+    ranges = split_rows(manifest["uri"], rows)
     dataset = stream.from_ranges(manifest, ranges)
     block = max((end - start for start, end in ranges), default=1)
     if pool.decode_cpus:
         dataset = dataset.map_batches(
             Worker.decode_rows,
-            fn_kwargs={"size": size, "resize": resize},
+            fn_kwargs={"geometry": geometry},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=pool.decode_cpus,

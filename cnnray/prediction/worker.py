@@ -12,13 +12,13 @@ Output rows come in the order of the input. A row has the manifest's columns and
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cnnray.images import containers, reading
+from cnnray.images.geometry import Geometry
 from cnnray.images.ranges import rows_per_block
 from cnnray.models import engines, startup
 from cnnray.models.bundle import BundleError
@@ -59,11 +59,11 @@ def rename_reserved(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def decode_rows(rows: pa.Table, size: int, resize: Any) -> pa.Table:
+def decode_rows(rows: pa.Table, geometry: Geometry) -> pa.Table:
     """Rows of a manifest, one block, with the columns `_PIXELS` and `_ERROR`: for workers that do not decode."""
     columns = rows.select(["id", "uri"])
-    (block,) = reading.decoded_blocks(columns, size, resize, len(rows), keep_unavailable=True)
-    kind, buffer = pa.binary(size * size * 3), pa.py_buffer(block["image"])
+    (block,) = reading.decoded_blocks(columns, geometry, len(rows), keep_unavailable=True)
+    kind, buffer = pa.binary(geometry.image_size.bytes), pa.py_buffer(block["image"])
     pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, buffer])
     return rows.append_column(_PIXELS, pixels).append_column(_ERROR, pa.array(block["error"], pa.string()))
 
@@ -126,26 +126,25 @@ class Worker:
 
     def without_image(self, rows: pa.Table, error: str) -> pa.Table:
         """Rows whose images have all the same error."""
-        size = self._info.image_size
-        return self._with_predictions(rows, np.zeros((len(rows), size, size, 3), np.uint8), [error] * len(rows))
+        images = np.zeros((len(rows), *self._info.geometry.image_size.shape), np.uint8)
+        return self._with_predictions(rows, images, [error] * len(rows))
 
     def _decoded_images(self, table: pa.Table) -> Iterator[tuple[Images, list[str]]]:
         """The images and errors in the rows of a decoding task, without a copy."""
-        size = self._info.image_size
+        size = self._info.geometry.image_size
         pixels = table[_PIXELS].combine_chunks()
         pixels = pixels.chunk(0) if isinstance(pixels, pa.ChunkedArray) else pixels
-        images = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * size * size * 3 :]
-        images = images[: len(table) * size * size * 3].reshape(len(table), size, size, 3)
+        images = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * size.bytes :]
+        images = images[: len(table) * size.bytes].reshape(len(table), *size.shape)
         yield images, table[_ERROR].to_pylist()
 
     def _read_images(self, table: pa.Table, sources: Sources) -> Iterator[tuple[Images, list[str]]]:
         """Read and decode the images of manifest rows, in blocks of images and their errors."""
-        size = self._info.image_size
+        geometry = self._info.geometry
         blocks = reading.decoded_blocks(
             table.select(["id", "uri"]),
-            size,
-            self._info.resize,
-            rows_per_block(size),
+            geometry,
+            rows_per_block(geometry.image_size),
             threads=max(reading.threads_for(table["uri"][0].as_py()), self._threads),
             sources=sources,
             keep_unavailable=True,
@@ -158,7 +157,7 @@ class Worker:
 
         Args:
             rows: N rows of the manifest.
-            images: uint8 (N, size, size, 3).
+            images: uint8 (N, height, width, 3).
             errors: why an image could not be decoded; empty where it could.
         """
         rows = rows.drop_columns([name for name in (_PIXELS, _ERROR) if name in rows.column_names])

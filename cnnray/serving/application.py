@@ -196,7 +196,8 @@ def _version_info(served: ServedModel, share: float) -> VersionInfo:
     info = served.bundle.info
     return VersionInfo(
         version=served.version, share=share, engine=served.engine, class_names=info.class_names,
-        image_size=info.image_size, resize=info.resize, architecture=info.architecture, metrics=info.metrics,
+        image_size=info.image_size, resize=info.resize, decode_size=info.decode_size,
+        architecture=info.architecture, metrics=info.metrics,
     )  # fmt: skip
 
 

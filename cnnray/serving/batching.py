@@ -22,7 +22,7 @@ class Batcher:
     ) -> None:
         """
         Args:
-            run: the engine: uint8 (N, size, size, 3) to float32 (N, classes).
+            run: the engine: uint8 (N, height, width, 3) to float32 (N, classes).
             size: largest number of images in a micro-batch.
             executor: runs the engine.
             observe: called with the size of each micro-batch.
@@ -32,7 +32,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, image: Images) -> Probabilities:
-        """The probabilities, float32 (classes,), for an image, uint8 (size, size, 3)."""
+        """The probabilities, float32 (classes,), for an image, uint8 (height, width, 3)."""
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
         self._waiting.append((image, future))
         if self._task is None:

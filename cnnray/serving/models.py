@@ -118,9 +118,9 @@ class Loader:
         if engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=self._gpus)
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
-        size = bundle.info.image_size
+        size = bundle.info.geometry.image_size
         for count in _warm_up_sizes(batch_size):
-            rows = predictor.probabilities(np.zeros((count, size, size, 3), np.uint8))
+            rows = predictor.probabilities(np.zeros((count, *size.shape), np.uint8))
             if not np.isfinite(rows).all():
                 raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
         log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)

@@ -1,6 +1,7 @@
 """The Open Inference Protocol v2 over REST, with the binary tensors of KServe and Triton.
 
-The input is either `image`, UINT8 [N, size, size, 3], or `image_bytes`, BYTES [N]: encoded images (base64 in JSON).
+The input is either `image`, UINT8 [N, height, width, 3], or `image_bytes`, BYTES [N]: encoded images (base64 in
+JSON).
 The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With the parameter `classification`: k,
 `probabilities` is BYTES [N, k] of `probability:index:name`.
 """
@@ -117,13 +118,13 @@ async def model_metadata(request: Request, model: str, version: str | None = Non
     """Inputs and outputs of a model."""
     service: Service = request.app.state.service
     served = service.choose_model(model, version)
-    size, classes = served.bundle.info.image_size, len(served.bundle.info.class_names)
+    size, classes = served.bundle.info.geometry.image_size, len(served.bundle.info.class_names)
     return {
         "name": model,
         "versions": [other.version for other, _ in service.ready_models().versions(model)],
         "platform": served.engine,
         "inputs": [
-            {"name": "image", "datatype": "UINT8", "shape": [-1, size, size, 3]},
+            {"name": "image", "datatype": "UINT8", "shape": [-1, *size.shape]},
             {"name": "image_bytes", "datatype": "BYTES", "shape": [-1]},
         ],
         "outputs": [
@@ -148,12 +149,12 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
     service: Service = request.app.state.service
     served = service.choose_model(model, version)
     infer_request, images = await service.read(_read, request)
-    size = served.bundle.info.image_size
+    shape = served.bundle.info.geometry.image_size.shape
     if isinstance(images, list):
         rows = await service.classify_all(served, images)
     else:
-        if images.shape[1:] != (size, size, 3):
-            raise RequestError(400, f"image is {list(images.shape)}; expected [N, {size}, {size}, 3].")
+        if images.shape[1:] != shape:
+            raise RequestError(400, f"image is {list(images.shape)}; expected [N, {', '.join(map(str, shape))}].")
         rows = await service.classify_pixels(served, images)
     return _create_response(infer_request, served, rows)
 
@@ -188,7 +189,7 @@ def _parse(
     raise RequestError(
         400,
         f"The input is {reprlib.repr(tensor.name)}, {reprlib.repr(tensor.datatype)} {reprlib.repr(tensor.shape)}; "
-        "expected 'image', UINT8 [N, size, size, 3], or 'image_bytes', BYTES [N].",
+        "expected 'image', UINT8 [N, height, width, 3], or 'image_bytes', BYTES [N].",
     )
 
 

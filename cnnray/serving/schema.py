@@ -55,8 +55,11 @@ class VersionInfo(BaseModel):
     share: Share = Field(description="Share of the requests without `version` that it answers.")
     engine: str
     class_names: list[str]
-    image_size: int = Field(description="Height and width in pixels to which images are resized.")
-    resize: str = Field(description="How images are resized to a square.")
+    image_size: int | str = Field(description="What the network takes, in pixels: 224, or 224x320 (height x width).")
+    resize: str = Field(description="How images of other shapes are resized.")
+    decode_size: int | str | None = Field(
+        description="Size to which images are resized before image_size is cut out of the centre; null: image_size."
+    )
     architecture: str
     metrics: dict[str, float] = Field(description="Metrics on the validation images of its training.")
 

@@ -82,9 +82,9 @@ class Service:
             RequestError: 503, it takes too long, or no model is loaded.
         """
         served = self.choose_model()
-        size = served.bundle.info.image_size
+        black = np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8)
         async with self._answer_timeout():
-            await served.batcher(np.zeros((size, size, 3), np.uint8))
+            await served.batcher(black)
 
     def ready_models(self) -> Models:
         """The models that are served.
@@ -147,7 +147,7 @@ class Service:
         return np.stack([row for row in rows if not isinstance(row, BadImage)])
 
     async def classify_pixels(self, served: ServedModel, images: Images) -> Probabilities:
-        """Classify decoded images, uint8 (N, size, size, 3): probabilities, float32 (N, classes).
+        """Classify decoded images, uint8 (N, height, width, 3): probabilities, float32 (N, classes).
 
         Raises:
             RequestError: 500, the network gives no probabilities for an image; 503, it takes longer than the settings
@@ -185,10 +185,10 @@ class Service:
         return row
 
     def _decode(self, served: ServedModel, image: bytes) -> Images | BadImage:
-        info, settings = served.bundle.info, self.settings
+        settings = self.settings
         assert settings is not None
         try:
-            return decode(image, info.image_size, info.resize, max_pixels=settings.max_pixels)
+            return decode(image, served.bundle.info.geometry, max_pixels=settings.max_pixels)
         except BadImage as error:
             return error
 

@@ -1,6 +1,6 @@
 """TensorFlow Serving's REST API, with the signatures of the exported SavedModel.
 
-The signature `serving_default` takes `image`, pixels [N, size, size, 3]; `encoded` takes `image_bytes`,
+The signature `serving_default` takes `image`, pixels [N, height, width, 3]; `encoded` takes `image_bytes`,
 `{"b64": ...}`. The content of the request selects the signature. The outputs of both are `probabilities` and
 `class_names`, each [N, classes].
 """
@@ -49,16 +49,16 @@ async def predict(request: Request, model: str, version: str | None = None) -> d
     """Classify a batch in row format (`instances`) or column format (`inputs`)."""
     service: Service = request.app.state.service
     served = service.choose_model(model, version)
-    names, size = served.bundle.info.class_names, served.bundle.info.image_size
-    images, by_row = await service.read(functools.partial(_read, size), request)
+    info = served.bundle.info
+    images, by_row = await service.read(functools.partial(_read, info.geometry.image_size.shape), request)
     if isinstance(images, list):
         rows = await service.classify_all(served, images)
     else:
         rows = await service.classify_pixels(served, images)
     probabilities = rows.tolist()
     if by_row:
-        return {"predictions": [{"probabilities": row, "class_names": names} for row in probabilities]}
-    return {"outputs": {"probabilities": probabilities, "class_names": [names] * len(probabilities)}}
+        return {"predictions": [{"probabilities": row, "class_names": info.class_names} for row in probabilities]}
+    return {"outputs": {"probabilities": probabilities, "class_names": [info.class_names] * len(probabilities)}}
 
 
 @router.get("/models/{model}")
@@ -79,7 +79,7 @@ async def status(request: Request, model: str, version: str | None = None) -> di
 async def metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
     """The signatures of a model."""
     served = request.app.state.service.choose_model(model, version)
-    size, classes = served.bundle.info.image_size, len(served.bundle.info.class_names)
+    shape, classes = served.bundle.info.geometry.image_size.shape, len(served.bundle.info.class_names)
 
     def tensor(name: str, kind: str, *shape: int) -> dict[str, Any]:
         dimensions = [{"size": str(length), "name": ""} for length in shape]
@@ -90,7 +90,7 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
     signatures = {
         name: {"inputs": inputs, "outputs": outputs, "method_name": method}
         for name, inputs in (
-            ("serving_default", tensor("image", "DT_UINT8", -1, size, size, 3)),
+            ("serving_default", tensor("image", "DT_UINT8", -1, *shape)),
             ("encoded", tensor("image_bytes", "DT_STRING", -1)),
         )
     }
@@ -100,12 +100,16 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
     }
 
 
-async def _read(size: int, request: Request, settings: Settings) -> tuple[list[bytes | BadImage] | Images, bool]:
-    """The images, encoded or as pixels, uint8 (N, size, size, 3), and whether they came in row format."""
-    return await parse_body(lambda body: _parse(body, size, settings), await read_body(request, settings))
+async def _read(
+    shape: tuple[int, int, int], request: Request, settings: Settings
+) -> tuple[list[bytes | BadImage] | Images, bool]:
+    """The images, encoded or as pixels, uint8 (N, height, width, 3), and whether they came in row format."""
+    return await parse_body(lambda body: _parse(body, shape, settings), await read_body(request, settings))
 
 
-def _parse(body: bytes, size: int, settings: Settings) -> tuple[list[bytes | BadImage] | Images, bool]:
+def _parse(
+    body: bytes, shape: tuple[int, int, int], settings: Settings
+) -> tuple[list[bytes | BadImage] | Images, bool]:
     content = parse_json(body)
     if not isinstance(content, dict) or ("instances" in content) == ("inputs" in content):
         raise RequestError(400, "The JSON must have either instances or inputs.")
@@ -126,10 +130,8 @@ def _parse(body: bytes, size: int, settings: Settings) -> tuple[list[bytes | Bad
         return [_decode(image, index) for index, image in enumerate(images)], by_row
     pixels = pixels_from_lists(images)
     for index, image in enumerate(pixels):
-        if image.shape != (size, size, 3):
-            raise RequestError(
-                400, f"The image at index {index} is {list(image.shape)}; expected [{size}, {size}, 3]."
-            )
+        if image.shape != shape:
+            raise RequestError(400, f"The image at index {index} is {list(image.shape)}; expected {list(shape)}.")
     return np.stack(pixels), by_row
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
-from cnnray.images.resize import ResizeRule
+from cnnray.images.geometry import ResizeRule, Size
 from cnnray.models import architectures, own_network
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Augmentations, Strength, check_alternatives
@@ -18,6 +18,8 @@ from cnnray.tracking.config import TrackingConfig
 from cnnray.training.phases import PRESETS, Phase, Preset
 
 LARGEST_IMAGE_SIZE = 4096
+LARGEST_CUT = 2
+"""Most times that --decode-size is --image-size: crops of the whole are resampled without anti-aliasing."""
 
 DEFAULT_AUGMENT: Strength = "light"
 """What null stands for; it mirrors nothing."""
@@ -114,11 +116,14 @@ class ModelConfig:
     head: Head | None = None
     """Layers between the pooled features and the logits: linear (none), or dense (512 and 256 units; for vgg_bn and
     small_cnn one layer, as in the article); null: linear for the resnet9 networks, dense for the others."""
-    image_size: int | None = None
-    """Height and width in pixels that images are brought to; null: 32 where the shorter side of the images is at most
-    48, else 64, or the smallest that the network takes."""
+    image_size: int | str | None = None
+    """What the network takes, in pixels: 224 for squares, or 224x320 (height x width); null: 32 where the shorter
+    side of the images is at most 48, else 64, or the smallest that the network takes."""
+    decode_size: int | str | None = None
+    """Size to which images are resized first, in the same form, such as 256 before --image-size 224: the crops of
+    --augment are taken from it, and for validation and prediction the centre; null: --image-size."""
     resize: ResizeRule = "stretch"
-    """How images are brought to that size: stretch to the square, crop the centre, or pad with black."""
+    """How images of other shapes are resized: stretch them, crop what is too long, or pad with black."""
     dropout: float | None = None
     """Share of units dropped in front of the last layer, or behind the first of a head's two; after each block of
     vgg_bn and small_cnn half of it. null: 0.5 for backbones of keras.applications, 0.1 for vgg_bn and small_cnn, else
@@ -142,12 +147,7 @@ class ModelConfig:
                 f"--architecture {self.architecture!r} is not known; there are {', '.join(architectures.NAMES)}, and "
                 "functions of your own as package.module:function."
             )
-        smallest = architectures.smallest_image_size(self.architecture) if self.architecture else 1
-        if self.image_size is not None and not smallest <= self.image_size <= LARGEST_IMAGE_SIZE:
-            of_network = f" for {self.architecture}" if self.architecture else ""
-            raise ValueError(
-                f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels{of_network}, not {self.image_size}."
-            )
+        self._check_sizes()
         flags.check_below_one(self, "dropout")
         if self.weights == "imagenet" and self.architecture not in architectures.BACKBONES:
             missing = f"there are none of {self.architecture}" if self.architecture else "give --architecture, too"
@@ -156,6 +156,31 @@ class ModelConfig:
             flags.make_absolute(self, "weights")
         elif self.keep_head:
             raise ValueError(f"--keep-head needs a bundle for --weights, which is {self.weights}.")
+
+    def _check_sizes(self) -> None:
+        """Check the sizes, and write a square one as a number."""
+        for name in ("image_size", "decode_size"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    object.__setattr__(self, name, Size.of(value).stated)
+                except ValueError as error:
+                    raise ValueError(f"{flags.flag_name(name)}: {error}.") from None
+        if self.image_size is None:
+            return
+        size = Size.of(self.image_size)
+        smallest = architectures.smallest_image_size(self.architecture) if self.architecture else 1
+        if not smallest <= min(size) <= max(size) <= LARGEST_IMAGE_SIZE:
+            of_network = f" for {self.architecture}" if self.architecture else ""
+            raise ValueError(
+                f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels{of_network}, not {self.image_size}."
+            )
+        if self.decode_size is not None:
+            decoded = Size.of(self.decode_size)
+            if any(not side <= larger <= LARGEST_CUT * side for side, larger in zip(size, decoded, strict=True)):
+                raise ValueError(
+                    f"--decode-size must be one to {LARGEST_CUT} times --image-size {self.image_size}, not "
+                    f"{self.decode_size}."
+                )
 
 
 @configs.group(resumable=False)

@@ -17,10 +17,10 @@ from cnnray import cluster
 from cnnray.images import checks, parquet, reading, splits, tar
 from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.images.listing import SPLITS
 from cnnray.images.manifest import ManifestError
 from cnnray.images.reading import Batch, concatenated
-from cnnray.images.resize import ResizeRule
 from cnnray.images.turns import Lanes
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
@@ -123,8 +123,7 @@ def read_few(config: DecidedConfig, manifest: pa.Table, *, check: bool) -> FewIm
         if is_decoded:
             decoded += reading.decoded_blocks(
                 part,
-                config.image_size,
-                config.resize,
+                config.geometry.uncut,
                 len(part),
                 sources=iter(encoded),
                 keep_unavailable=config.skip_unreadable,
@@ -200,7 +199,7 @@ def is_in_parquet(manifest: pa.Table) -> bool:
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
     """What becomes of the decoded images, for the plan."""
     mebibytes = _decoded_bytes(config, _used(manifest)) / 2**20
-    size = f"{mebibytes:,.1f} MiB of {config.image_size}x{config.image_size} pixels"
+    size = f"{mebibytes:,.1f} MiB of {config.geometry.decode_size} pixels"
     if is_cached(config, manifest, shares):
         return f"{size}, decoded once and kept in memory"
     lanes = ", read in many places of the files side by side" if need_lanes(config, manifest) else ""
@@ -238,8 +237,7 @@ def decode_splits_into_memory(
             cached = {
                 split: decode_into_memory(
                     manifests.select_split(rows, split),
-                    config.image_size,
-                    config.resize,
+                    config.geometry.uncut,
                     shares.decode_cpus,
                     keep_unavailable=config.skip_unreadable,
                 )
@@ -251,7 +249,7 @@ def decode_splits_into_memory(
 
 
 def _decoded_bytes(config: DecidedConfig, rows: pa.Table) -> int:
-    return len(rows) * config.image_size**2 * 3
+    return len(rows) * config.geometry.decode_size.bytes
 
 
 def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
@@ -271,7 +269,7 @@ class Source(Protocol):
 
     def batches(self, rows: Callable[[int], Ints], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
         """The images of rows: dicts of `id` int64 (n,), `target` int64 (n,) (the class's index), `image` uint8
-        (n, size, size, 3), `error` (n,) strings and `uri` (n,) strings.
+        (n, height, width, 3), `error` (n,) strings and `uri` (n,) strings.
 
         The pixels of a batch may be gone when the next but one is asked for.
 
@@ -338,8 +336,7 @@ class CachedSource:
 
 def decode_into_memory(
     manifest: pa.Table,
-    image_size: int,
-    resize: ResizeRule,
+    geometry: Geometry,
     cpus_per_task: float,
     *,
     keep_unavailable: bool = False,
@@ -351,9 +348,7 @@ def decode_into_memory(
     """
     from cnnray.images import stream
 
-    dataset = stream.decoded(
-        manifest, image_size, resize=resize, cpus_per_task=cpus_per_task, keep_unavailable=keep_unavailable
-    )
+    dataset = stream.decoded(manifest, geometry, cpus_per_task=cpus_per_task, keep_unavailable=keep_unavailable)
     dataset.context.execution_options.preserve_order = True
     return list(dataset.materialize().to_arrow_refs())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cnnray import configs
 from cnnray.configs import rules
+from cnnray.images.geometry import Geometry
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Strength
 from cnnray.training.config import Precision, TrainConfig
@@ -19,7 +20,7 @@ class DecidedConfig(TrainConfig):
 
     architecture: str
     head: Head
-    image_size: int
+    image_size: int | str
     dropout: float
     augment: Strength
     epochs: int = field(metadata=rules(resumable=True))
@@ -28,6 +29,11 @@ class DecidedConfig(TrainConfig):
     weight_decay: float
     average: float
     label_smoothing: float
+
+    @property
+    def geometry(self) -> Geometry:
+        """How images become pixels for validation; training has other cuts, too."""
+        return Geometry.of(self.image_size, self.resize, self.decode_size)
 
     @property
     def resolved_phases(self) -> tuple[Phase, ...]:

@@ -83,8 +83,7 @@ class Feed:
         cpus = cpus[: _DECODERS_ELSEWHERE * assignment.decoders]
         decoders = self._decoders = Decoders(
             assignment.decoders,
-            self._config.image_size,
-            self._config.resize,
+            self._config.geometry.uncut,
             largest_batch=max(math.ceil(self._config.batch_size / self._world), self.validation_batch),
             elsewhere=len(cpus),
             keep_unavailable=self._config.skip_unreadable,

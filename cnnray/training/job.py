@@ -284,6 +284,7 @@ def _bundle_info(config: PlannedConfig, manifest: pa.Table) -> BundleInfo:
         class_names=manifests.class_names(manifest),
         image_size=config.image_size,
         resize=config.resize,
+        decode_size=config.decode_size,
         architecture=config.architecture,
         config=configs.as_dict(config),
         data_fingerprint=manifests.fingerprint(manifest),

@@ -35,13 +35,13 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     rows = manifests.select_split(manifest, "train")
     chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.preview_augmentations]
     rows = rows.take(np.sort(chosen))
-    batch = next(reading.decoded_blocks(rows, config.image_size, config.resize, len(rows)))
+    batch = next(reading.decoded_blocks(rows, config.geometry.uncut, len(rows)))
     good = batch["error"] == ""
     if not good.any():
         raise ManifestError(f"None of the {len(rows)} images of the preview can be read: {batch['error'][0]}.")
     images, labels = batch["image"][good], batch["label"][good].tolist()
     startup.load_tensorflow(gpus=False)
-    sheet = _sheet(images, labels, _versions(config, images))
+    sheet = _sheet(config.geometry.centre(images), labels, _versions(config, images))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     uri = storage.join(config.output, PREVIEW)
@@ -55,7 +55,7 @@ def _versions(config: DecidedConfig, images: Any) -> list[Any]:
 
     from cnnray.models import augment
 
-    augmenter = augment.Augmenter(augment.resolve(config.augment, config.augmentations))
+    augmenter = augment.Augmenter(augment.resolve(config.augment, config.augmentations), config.geometry)
     versions = []
     for version in range(_VERSIONS):
         seeds = np.random.SeedSequence([config.seed, version]).generate_state(2 * len(augmenter.seeds)).reshape(-1, 2)
@@ -67,15 +67,17 @@ def _versions(config: DecidedConfig, images: Any) -> list[Any]:
 
 
 def _sheet(images: Any, labels: list[str], versions: list[Any]) -> Image.Image:
-    size = images.shape[1]
-    shown = max(size, 96)  # enlarge small images
-    step = shown + _MARGIN
-    sheet = Image.new("RGB", (step * (1 + len(versions)) + _MARGIN, (step + _LABEL_HEIGHT) * len(images)), "white")
+    height, width = images.shape[1:3]
+    factor = max(1, 96 / max(height, width))  # enlarge small images
+    height, width = round(height * factor), round(width * factor)
+    step = width + _MARGIN
+    row_height = height + _MARGIN + _LABEL_HEIGHT
+    sheet = Image.new("RGB", (step * (1 + len(versions)) + _MARGIN, row_height * len(images)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-        top = row * (step + _LABEL_HEIGHT)
+        top = row * row_height
         draw.text((0, top), label, fill="black")
         for column, pixels in enumerate([image, *(version[row] for version in versions)]):
             place = (column * step + (_MARGIN if column else 0), top + _LABEL_HEIGHT)
-            sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), place)
+            sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), place)
     return sheet

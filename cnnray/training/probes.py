@@ -51,7 +51,7 @@ _MOST_IMAGES = 4096
 @dataclass(frozen=True)
 class _Sample:
     images: npt.NDArray[np.uint8]
-    """uint8 (N, size, size, 3)."""
+    """uint8 (N, height, width, 3)."""
     targets: npt.NDArray[np.int64]
     """Class indices, int64 (N,)."""
     counts: list[int]
@@ -230,7 +230,7 @@ def _prepare(config: TrainConfig, count: int) -> tuple[PlannedConfig, _Sample]:
     order = Epoch(decided.seed, 0, len(train), decided.batch_size).at(np.arange(min(count, len(train))))
     # Images in containers are read in the order of the file.
     rows = train.take(np.sort(order))
-    blocks = list(reading.decoded_blocks(rows, decided.image_size, decided.resize, 256))
+    blocks = list(reading.decoded_blocks(rows, decided.geometry.uncut, 256))
     position = np.argsort(np.argsort(order))
     images, targets, errors = (
         np.concatenate([block[name] for block in blocks])[position] for name in ("image", "target", "error")

@@ -51,10 +51,9 @@ def check(config: DecidedConfig, manifest: pa.Table) -> None:
         teacher = bundle.read_info(config.teacher)
         if teacher.class_names != manifests.class_names(manifest):
             raise RecipeError(f"--teacher {config.teacher} knows other classes than the images have.")
-        if teacher.image_size != config.image_size:
-            raise RecipeError(
-                f"--teacher {config.teacher} takes images of {teacher.image_size} pixels, not of {config.image_size}."
-            )
+        taken, given = teacher.geometry.image_size, config.geometry.image_size
+        if taken != given:
+            raise RecipeError(f"--teacher {config.teacher} takes images of {taken} pixels, not of {given}.")
 
 
 def lengths(config: DecidedConfig, phase: Phase, steps_per_epoch: int) -> tuple[int, int]:

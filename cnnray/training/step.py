@@ -88,13 +88,12 @@ class Steps:
             self.inference.set_weights(self.model.get_weights())
         self._network = _logits_of(self.model)
         self._losses = Losses(config, classes, None if teacher is None else _logits_of(teacher), class_weights)
-        self._augmenter = Augmenter(augment.resolve(config.augment, config.augmentations))
+        self._augmenter = Augmenter(augment.resolve(config.augment, config.augmentations), config.geometry)
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         self._seeds += self._augmenter.seeds
         self._classes = classes
-        shape = (None, config.image_size, config.image_size, 3)
         self._signature = [
-            tf.TensorSpec(shape, tf.uint8),
+            tf.TensorSpec((None, *config.geometry.decode_size.shape), tf.uint8),
             tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((None,), tf.float32),
         ]
@@ -173,7 +172,7 @@ class Steps:
         """Begin to train on one global batch, of which this worker has a share.
 
         Args:
-            images: uint8 (n, size, size, 3), this worker's share without those that could not be read; n may
+            images: uint8 (n, height, width, 3), this worker's share without those that could not be read; n may
                 differ between workers and steps, and may be 0. Not to be changed before the end of the step.
             targets: int64 (n,), class indices.
             bad: number of images of this worker's share that could not be read.
@@ -313,7 +312,7 @@ class Steps:
             average.assign(average + (1 - momentum) * (tf.cast(variable, tf.float32) - average))
 
     def _evaluate(self, inference: keras.Model, images: Any, targets: Any, weights: Any) -> Any:
-        logits = tf.cast(inference(images, training=False), tf.float32)
+        logits = tf.cast(inference(self._config.geometry.centre(images), training=False), tf.float32)
         return self._losses.validation_sums(logits, targets, weights), logits
 
     def evaluate(
@@ -322,7 +321,7 @@ class Steps:
         """Compute the sums over this worker's images only, with the weights that would go into the bundle.
 
         Args:
-            images: uint8 (n, size, size, 3).
+            images: uint8 (n, height, width, 3).
             targets: int64 (n,).
             padded: number of images to pad to, at least n, so that every call has the same shape.
 

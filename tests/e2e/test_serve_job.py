@@ -21,6 +21,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
@@ -116,7 +117,7 @@ def test_an_unmodified_client_of_the_open_inference_protocol(service, onnx_bundl
     assert client.is_server_ready()
     assert client.is_model_ready("colours")
     assert client.get_model_metadata("colours")["inputs"][0]["shape"] == [-1, 32, 32, 3]
-    pixels = decode(GOOD, 32)[None]
+    pixels = decode(GOOD, Geometry.of(32))[None]
     (expected,) = Predictor(Bundle.load(onnx_bundle), engine="onnx").probabilities(pixels)
     for binary in (True, False):
         tensor = tritonclient.http.InferInput("image", pixels.shape, "UINT8")

@@ -19,6 +19,7 @@ from cnnray.evaluation.job import evaluate
 from cnnray.images import containers, storage, stream
 from cnnray.images import manifest as manifests
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import build_manifest
 from cnnray.models.bundle import Bundle
 from cnnray.models.export import ExportConfig, export
@@ -50,9 +51,11 @@ def test_parquet_with_images_on_s3(bucket, digits):
     pyarrow.parquet.write_table(table, buffer, row_group_size=8)
     storage.write_bytes(f"{bucket}/data/train-0.parquet", buffer.getvalue())
     manifest = build_manifest(f"{bucket}/data", labelled=True)
-    (block,) = stream.decoded(manifest, 8, cpus_per_task=0.25).iter_batches(batch_size=None, batch_format="numpy")
+    (block,) = stream.decoded(manifest, Geometry.of(8), cpus_per_task=0.25).iter_batches(
+        batch_size=None, batch_format="numpy"
+    )
     assert not any(block["error"])
-    expected = [decode(storage.read_bytes(uri), 8) for uri in files]
+    expected = [decode(storage.read_bytes(uri), Geometry.of(8)) for uri in files]
     np.testing.assert_array_equal(block["image"], expected)
 
 

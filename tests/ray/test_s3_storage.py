@@ -14,6 +14,7 @@ import pytest
 
 from cnnray.images import containers, inputs, lease, object_stores, shards, storage, tree
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import ManifestError, build_manifest
 from tests.awkward import awkward_images
 from tests.conftest import write_tar
@@ -383,7 +384,7 @@ def test_members_in_random_order_are_read_side_by_side(s3_proxy, bucket, tmp_pat
         return "slow"
 
     monkeypatch.setattr(s3_proxy, "faults", slow)
-    decoding = Decoders(1, 8, "stretch", largest_batch=32)
+    decoding = Decoders(1, Geometry.of(8), largest_batch=32)
     try:
         started = time.monotonic()
         (batch,) = decoding.batches(lambda _: rows, 1)

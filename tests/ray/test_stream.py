@@ -8,6 +8,7 @@ import pytest
 from cnnray.images import checks, reading, stream
 from cnnray.images.decode import decode
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import build_manifest
 from cnnray.images.ranges import split_rows
 from cnnray.models import architectures, bundle
@@ -38,7 +39,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(files):
     manifest = files[1]
-    decoders = Decoders(2, SIZE, "stretch", largest_batch=len(manifest))
+    decoders = Decoders(2, Geometry.of(SIZE), largest_batch=len(manifest))
     yield StreamedSource(manifest, decoders), CachedSource(decode_into_memory(manifest, SIZE, "stretch", 0.25))
     decoders.close()
 
@@ -88,7 +89,7 @@ def test_same_bytes_same_pixels_on_every_path(files, sources, tmp_path):
     assert len(good) == len(awkward_images())
     predicted = _pixels_that_reach_the_network([contents[rows[index]] for index in good], tmp_path)
     np.testing.assert_array_equal(predicted, streamed["image"][good])
-    np.testing.assert_array_equal(predicted[0], decode(contents[rows[good[0]]], SIZE))
+    np.testing.assert_array_equal(predicted[0], decode(contents[rows[good[0]]], Geometry.of(SIZE)))
 
 
 def test_few_images_are_read_in_one_pass_with_the_same_results(files, sources, monkeypatch):
@@ -144,25 +145,25 @@ def test_parquet_that_breaks_off_gives_an_error_for_each_of_its_images(tmp_path)
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
     path.write_bytes(data)
-    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    blocks = blocks_of(stream.decoded(manifest, Geometry.of(8), cpus_per_task=0.25))
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(len(images)))
     errors = np.concatenate([block["error"] for block in blocks]).tolist()
     assert errors[0].startswith("unreadable: ")
     assert errors[-1] == ""
     path.unlink()
-    (block,) = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    (block,) = blocks_of(stream.decoded(manifest, Geometry.of(8), cpus_per_task=0.25))
     assert all(error.startswith("missing: ") for error in block["error"])
 
 
 def test_blocks_are_small_and_in_order(tmp_path):
     manifest = pa.table({"id": range(1000), "uri": [f"/nowhere/{i}.png" for i in range(1000)]})
-    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    blocks = blocks_of(stream.decoded(manifest, Geometry.of(8), cpus_per_task=0.25))
     assert [len(block["id"]) for block in blocks] == [256, 256, 256, 232]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
     # Row groups of Parquet are not cut.
     pyarrow.parquet.write_table(pa.table({"bytes": [b"x"] * 1000}), tmp_path / "x.parquet", row_group_size=300)
     manifest = build_manifest(str(tmp_path / "x.parquet"), labelled=False)
-    blocks = blocks_of(stream.decoded(manifest, 8, cpus_per_task=0.25))
+    blocks = blocks_of(stream.decoded(manifest, Geometry.of(8), cpus_per_task=0.25))
     assert [len(block["id"]) for block in blocks] == [300, 300, 300, 100]
     assert np.concatenate([block["id"] for block in blocks]).tolist() == list(range(1000))
 

@@ -240,6 +240,25 @@ def test_images_in_parquet_are_streamed_and_a_killed_worker_goes_on(run, undistu
     assert _ids_by_epoch(steps) == _ids_by_epoch(undisturbed[2])
 
 
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_prediction_answers_as_validation_did_where_training_took_crops_of_larger_images(digits, tmp_path, cache):
+    config = _simple(
+        digits, tmp_path, image_size="16x20", decode_size="20x26", resize="pad", cache=cache, epochs=4,
+        checkpoint_every_steps=None,
+    )  # fmt: skip
+    summary = train(replace(config, augment="standard"))
+    bundle = Bundle.load(str(tmp_path / "bundle"))
+    assert (bundle.info.image_size, bundle.info.decode_size, bundle.info.resize) == ("16x20", "20x26", "pad")
+    assert bundle.model.input_shape == (None, 16, 20, 3)
+    rows = manifests.select_split(manifests.read(str(tmp_path / "manifest.parquet")), "validation").to_pylist()
+    answers = Predictor(bundle)([Path(row["uri"]).read_bytes() for row in rows])
+    truth = [bundle.info.class_names.index(row["label"]) for row in rows]
+    loss = -np.mean([np.log(answer.probabilities[index]) for answer, index in zip(answers, truth, strict=True)])
+    accuracy = np.mean([answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)])
+    assert summary["metrics"]["val_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert summary["metrics"]["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_lost_image_fails_the_epoch(digits, tmp_path):
     def train_without_first_row(assignment):
         from cnnray.models import startup

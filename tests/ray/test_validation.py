@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from cnnray.images import manifest as manifests
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import build_manifest
 from cnnray.models.bundle import BundleInfo
 from cnnray.training.plan import Assignment
@@ -32,7 +33,9 @@ def _validate(rank, world, assignments):
             worker = _Worker(assignment, strategy)
         sums, _ = worker._validate(worker.feed.validation())
         rows = manifests.select_split(manifests.read(assignment.manifest), "validation").to_pylist()
-        images = [decode(reading.load_bytes(s), 16) for s in containers.encoded([row["uri"] for row in rows])]
+        images = [
+            decode(reading.load_bytes(s), Geometry.of(16)) for s in containers.encoded([row["uri"] for row in rows])
+        ]
         probabilities = np.asarray(worker.steps.inference(np.stack(images), training=False))
         worker.feed.close()
         results[kind] = sums.metrics(10), sums.count, probabilities, [int(row["label"]) for row in rows]

@@ -55,11 +55,11 @@ def _call(function, folder, arguments):
     Path(folder, f"{world}-{rank}.pickle").write_bytes(pickle.dumps(result))
 
 
-def decode_or_die(data, size, resize="stretch", decode=decode.decode):
+def decode_or_die(data, geometry, decode=decode.decode):
     """Decode an image, or kill the process if the data ends with b"poison", as a crash in a C library would."""
     if data.endswith(b"poison"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return decode(data, size, resize)
+    return decode(data, geometry)
 
 
 def decoded_or_die(*arguments, decoded=worker.decode_rows):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnnray.images.geometry import Geometry
 from cnnray.models import augment
 from cnnray.models.augment import STRENGTHS, Augmentations, Augmenter
 from cnnray.training.config import TrainConfig
@@ -46,7 +47,7 @@ def test_a_switch_changes_images_deterministically_by_its_seeds(name):
     switches = STRENGTHS[name] if name in STRENGTHS else replace(NONE, **{name: SWITCHES[name]})
     if name == "one_of":
         switches = replace(switches, noise=0.1, blur=1.0)
-    augmenter = Augmenter(switches)
+    augmenter = Augmenter(switches, Geometry.of(24))
     changed, labels = _run(augmenter, images)
     again, _ = _run(augmenter, images)
     other, _ = _run(augmenter, images, seed=2)
@@ -65,7 +66,7 @@ def test_a_switch_changes_images_deterministically_by_its_seeds(name):
 
 def test_flips_mirror_half_of_the_images():
     images = _images(count=64, size=8)
-    changed, _ = _run(Augmenter(replace(NONE, horizontal_flip=True)), images)
+    changed, _ = _run(Augmenter(replace(NONE, horizontal_flip=True), Geometry.of(8)), images)
     kept = (changed == images).all((1, 2, 3))
     mirrored = (changed == images[:, :, ::-1]).all((1, 2, 3))
     assert (kept | mirrored).all()
@@ -74,7 +75,9 @@ def test_flips_mirror_half_of_the_images():
 
 def test_each_image_gets_one_of_the_alternatives():
     images = _images(count=40, size=8)
-    augmenter = Augmenter(replace(NONE, brightness=0.5, erasing=1.0, one_of=["brightness", "erasing"]))
+    augmenter = Augmenter(
+        replace(NONE, brightness=0.5, erasing=1.0, one_of=["brightness", "erasing"]), Geometry.of(8)
+    )
     changed, _ = _run(augmenter, images)
     # Erasing leaves most pixels unchanged, brightness none. Both together would leave none, and add noise.
     untouched = (changed == images).mean((1, 2, 3))
@@ -87,7 +90,7 @@ def test_each_image_gets_one_of_the_alternatives():
 
 def test_a_crop_is_a_part_of_the_image():
     ramp = np.broadcast_to(np.linspace(0, 255, 32)[None, None, :, None], (50, 32, 32, 3)).astype(np.uint8)
-    changed, _ = _run(Augmenter(replace(NONE, crop=0.25)), ramp)
+    changed, _ = _run(Augmenter(replace(NONE, crop=0.25), Geometry.of(32)), ramp)
     widths = (changed[:, 0, -1, 0].astype(int) - changed[:, 0, 0, 0]) / 255
     assert (np.diff(changed[:, 0, :, 0].astype(int), axis=1) >= 0).all()
     assert widths.min() >= np.sqrt(0.25 * 3 / 4) - 0.02
@@ -99,7 +102,8 @@ def test_rotation_zoom_and_shift_are_within_their_bounds():
     size, centre = 64, 31.5
     columns, rows = np.meshgrid(np.arange(size), np.arange(size))
     where = np.stack([columns * 4, rows * 4, np.zeros_like(rows)], -1).astype(np.uint8)
-    changed, _ = _run(Augmenter(replace(NONE, rotation=0.05, zoom=0.2, translation=0.1)), np.stack([where] * 40))
+    augmenter = Augmenter(replace(NONE, rotation=0.05, zoom=0.2, translation=0.1), Geometry.of(size))
+    changed, _ = _run(augmenter, np.stack([where] * 40))
     middle = slice(24, 40)  # nothing of it comes from beyond a border
     positions = np.stack([columns - centre, rows - centre, np.ones_like(rows)], -1)[middle, middle].reshape(-1, 3)
     angles, zooms, shifts = [], [], []
@@ -117,14 +121,14 @@ def test_rotation_zoom_and_shift_are_within_their_bounds():
 
 def test_mix_up_blends_images_and_labels_alike():
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
-    changed, labels = _run(Augmenter(replace(NONE, mix_up=1.0)), images)
+    changed, labels = _run(Augmenter(replace(NONE, mix_up=1.0), Geometry.of(4)), images)
     np.testing.assert_allclose(changed[:, 0, 0, 0], labels @ [0, 120, 240], atol=1)
     assert ((labels > 0.05) & (labels < 0.95)).any()
 
 
 def test_cut_mix_pastes_areas_that_match_its_labels():
     images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 120, 240)] * 8)
-    changed, labels = _run(Augmenter(replace(NONE, cut_mix=1.0)), images)
+    changed, labels = _run(Augmenter(replace(NONE, cut_mix=1.0), Geometry.of(32)), images)
     assert set(np.unique(changed)) <= {0, 120, 240}
     np.testing.assert_allclose(changed.mean((1, 2, 3)), labels @ [0, 120, 240], atol=240 * 0.12)
 
@@ -166,3 +170,50 @@ def test_a_contact_sheet_shows_originals_beside_augmented_images(tmp_path):
     assert (second != first).any()
     assert any((first[2::4, 2::4] == original).all() for original in originals)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["augmentations.png"]
+
+
+def _wheres(height, width, count=30):
+    """Images whose red and green say the column and the row of each pixel."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    where = np.stack([columns * 4, rows * 4, np.zeros_like(rows)], -1).astype(np.uint8)
+    return np.stack([where] * count)
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"brightness": 0.2, "horizontal_flip": True}, {"crop": 0.5, "one_of": ["crop"]}]
+)
+def test_what_does_not_move_pixels_takes_the_centre_of_a_larger_image(switches):
+    images, geometry = _wheres(40, 60), Geometry.of("32x24", decode_size="40x60")
+    changed, _ = _run(Augmenter(replace(NONE, **switches), geometry), images)
+    assert changed.shape == (30, 32, 24, 3)
+    if not switches:
+        np.testing.assert_array_equal(changed, images[:, 4:36, 18:42])
+
+
+def test_a_crop_of_a_larger_image_reaches_all_of_it():
+    images, geometry = _wheres(40, 60, 400), Geometry.of("32x24", decode_size="40x60")
+    changed, _ = _run(Augmenter(replace(NONE, crop=0.1), geometry), images)
+    columns, rows = changed[..., 0] / 4.0, changed[..., 1] / 4.0
+    assert changed.shape == (400, 32, 24, 3)
+    assert columns.min() < 2
+    assert columns.max() > 57
+    assert rows.min() < 2
+    assert rows.max() > 37
+    widths = (columns[:, 0, -1] - columns[:, 0, 0] + 1) / 60
+    heights = (rows[:, -1, 0] - rows[:, 0, 0] + 1) / 40
+    areas, ratios = widths * heights, widths / heights
+    assert 0.08 < areas.min() < 0.16
+    assert areas.max() > 0.9
+    assert np.abs(areas.mean() - 0.55) < 0.04
+    assert 0.7 < ratios.min() < 0.8 < 1.2 < ratios.max() < 1.4
+
+
+def test_without_a_crop_shifts_and_turns_begin_at_the_centre_of_a_larger_image():
+    images, geometry = _wheres(40, 60, 200), Geometry.of("32x24", decode_size="40x60")
+    changed, _ = _run(Augmenter(replace(NONE, translation=0.1), geometry), images)
+    columns, rows = changed[..., 0] / 4.0, changed[..., 1] / 4.0
+    np.testing.assert_allclose(columns[:, 0, -1] - columns[:, 0, 0], 23, atol=0.5)  # nothing is scaled
+    np.testing.assert_allclose(rows[:, -1, 0] - rows[:, 0, 0], 31, atol=0.5)
+    assert np.abs(columns[:, 0, 0] - 18).max() <= 2.4 + 0.25  # a tenth of the 24 columns of the result
+    assert np.abs(rows[:, 0, 0] - 4).max() <= 3.2 + 0.25
+    assert columns[:, 0, 0].std() > 1

@@ -10,7 +10,9 @@ from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.training import data
 from cnnray.training.config import TrainConfig
+from cnnray.training.config import TrainConfig
 from cnnray.training.plan import share_out
+from tests.configs import decided
 
 FILES = [f"/d/{index}.png" for index in range(4)]
 IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
@@ -36,7 +38,7 @@ IN_PARQUET = [f"/d/x.parquet#000000-{index:09d}" for index in range(4)]
 def test_images_are_cached_if_they_fit_or_must_be(uris, cache, store, expected):
     cache, _, balanced = cache.partition(" ")
     sampling = {"sampling": "balanced"} if balanced else {}
-    config = TrainConfig(data="/d", output="/o", image_size=90, cache=cache, **sampling)
+    config = decided(image_size=90, cache=cache, **sampling)
     manifest = pa.table({"uri": [*uris, "/d/test.png"], "split": ["train"] * 3 + ["validation", "test"]})
     shares = share_out(config, Resources((Node(cpus=4, object_store_bytes=store),)))
     if isinstance(expected, bool):

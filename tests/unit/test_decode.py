@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from cnnray.images import decode as decoder
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import REPOSITORY
 
@@ -20,7 +21,7 @@ BAD = bad_images()
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 def test_awkward_images_become_rgb_of_the_target_size(name, resize):
-    pixels = decode(AWKWARD[name], 32, resize)
+    pixels = decode(AWKWARD[name], Geometry.of(32, resize))
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
 
@@ -29,7 +30,7 @@ def test_awkward_images_become_rgb_of_the_target_size(name, resize):
 def test_bad_images_are_refused_with_their_reason(name):
     data, reason = BAD[name]
     with pytest.raises(BadImage) as error:
-        decode(data, 32)
+        decode(data, Geometry.of(32))
     assert error.value.reason == reason
 
 
@@ -38,18 +39,18 @@ def test_any_truncation_gives_pixels_or_bad_image():
         data = AWKWARD[name]
         for stop in range(1, len(data), max(1, len(data) // 60)):
             with contextlib.suppress(BadImage):
-                assert decode(data[:stop], 16).shape == (16, 16, 3)
+                assert decode(data[:stop], Geometry.of(16)).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_exif_orientation_is_applied(orientation):
-    upright = decode(AWKWARD["rgb.png"], 64)
+    upright = decode(AWKWARD["rgb.png"], Geometry.of(64))
     # A viewer rotates the decoded image as its EXIF says, and only then scales it.
     image = Image.open(io.BytesIO(AWKWARD[f"exif_{orientation}.jpg"]))
     from PIL import ImageOps
 
     expected = np.asarray(ImageOps.exif_transpose(image).resize((64, 64), Image.Resampling.BILINEAR), int)
-    decoded = decode(AWKWARD[f"exif_{orientation}.jpg"], 64).astype(int)
+    decoded = decode(AWKWARD[f"exif_{orientation}.jpg"], Geometry.of(64)).astype(int)
     assert np.abs(decoded - expected).max() <= 1
     assert np.abs(decoded - upright).mean() > 5  # it was rotated
 
@@ -57,7 +58,7 @@ def test_exif_orientation_is_applied(orientation):
 def _flat(mode, colour, kind="PNG", **options):
     buffer = io.BytesIO()
     Image.new(mode, (8, 8), colour).save(buffer, kind, **options)
-    return decode(buffer.getvalue(), 4)
+    return decode(buffer.getvalue(), Geometry.of(4))
 
 
 def test_transparency_is_composited_over_white():
@@ -68,7 +69,7 @@ def test_transparency_is_composited_over_white():
 
 def _difference(name, other):
     """Mean difference of two images of the awkward set in levels of 255."""
-    return np.abs(decode(AWKWARD[name], 64).astype(int) - decode(AWKWARD[other], 64)).mean()
+    return np.abs(decode(AWKWARD[name], Geometry.of(64)).astype(int) - decode(AWKWARD[other], Geometry.of(64))).mean()
 
 
 @pytest.mark.parametrize(
@@ -88,20 +89,20 @@ def test_the_thumbnail_of_a_heic_is_not_taken_for_the_image():
     image.save(plain, "HEIF")
     image.save(with_thumbnail, "HEIF", thumbnails=[32])
     assert len(with_thumbnail.getvalue()) > len(plain.getvalue())
-    assert (decode(with_thumbnail.getvalue(), 8) == decode(plain.getvalue(), 8)).all()
+    assert (decode(with_thumbnail.getvalue(), Geometry.of(8)) == decode(plain.getvalue(), Geometry.of(8))).all()
 
 
 def test_without_the_extra_heic_is_refused_with_the_command_that_helps(monkeypatch):
     monkeypatch.setattr(decoder, "_FORMATS", [name for name in decoder._FORMATS if name != "HEIF"])
     for name in ("rgb.heic", "alpha.heic", "turned.heic"):
         with pytest.raises(BadImage, match=r"^unsupported: HEIC .* pip install 'cnnray\[heic\]'"):
-            decode(AWKWARD[name], 8)
+            decode(AWKWARD[name], Geometry.of(8))
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(buffer, "PNG")
-    assert (decode(buffer.getvalue(), 4) == 128).all()
+    assert (decode(buffer.getvalue(), Geometry.of(4)) == 128).all()
 
 
 def test_large_images_are_decoded_one_at_a_time_from_the_first_pixel(monkeypatch):
@@ -115,7 +116,7 @@ def test_large_images_are_decoded_one_at_a_time_from_the_first_pixel(monkeypatch
         return load(image)
 
     monkeypatch.setattr(PngImageFile, "load", spy)
-    decode(buffer.getvalue(), 4)
+    decode(buffer.getvalue(), Geometry.of(4))
     assert locked
     assert all(locked)
 
@@ -131,7 +132,7 @@ def test_a_format_that_is_not_read_is_refused_by_its_name(name):
     buffer = io.BytesIO()
     Image.new(OTHER_FORMATS[name], (64, 64)).save(buffer, name)
     with pytest.raises(BadImage) as error:
-        decode(buffer.getvalue(), 4)
+        decode(buffer.getvalue(), Geometry.of(4))
     assert str(error.value) == f"unsupported: {name}"
 
 
@@ -140,6 +141,7 @@ import contextlib, io, logging
 logging.basicConfig(level=logging.INFO)
 from PIL import Image
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
 
 def decode_damaged(image, places, **options):
     buffer = io.BytesIO()
@@ -149,7 +151,7 @@ def decode_damaged(image, places, **options):
             data = bytearray(buffer.getvalue())
             data[place % len(data)] = value
             with contextlib.suppress(BadImage):
-                decode(bytes(data), 16)
+                decode(bytes(data), Geometry.of(16))
 
 noise = Image.effect_noise((60, 40), 99)
 decode_damaged(noise, range(140), format="TIFF")
@@ -165,14 +167,14 @@ def test_messages_about_odd_files_are_kept_out_of_the_log():
 
 
 def test_cmyk_is_not_inverted():
-    assert decode(AWKWARD["cmyk.jpg"], 32).astype(int).mean() == pytest.approx(
-        decode(AWKWARD["rgb.jpg"], 32).mean(), abs=12
+    assert decode(AWKWARD["cmyk.jpg"], Geometry.of(32)).astype(int).mean() == pytest.approx(
+        decode(AWKWARD["rgb.jpg"], Geometry.of(32)).mean(), abs=12
     )
 
 
 def test_reduced_scale_stays_close_to_full_decoding():
     image = Image.open(io.BytesIO(AWKWARD["large.jpg"])).resize((64, 64), Image.Resampling.BILINEAR)
-    assert np.abs(decode(AWKWARD["large.jpg"], 64).astype(int) - np.asarray(image, int)).mean() < 1.5
+    assert np.abs(decode(AWKWARD["large.jpg"], Geometry.of(64)).astype(int) - np.asarray(image, int)).mean() < 1.5
 
 
 def test_crop_keeps_the_centre_and_pad_the_whole():
@@ -180,7 +182,7 @@ def test_crop_keeps_the_centre_and_pad_the_whole():
     pixels[:, 10:20] = 255
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    assert decode(buffer.getvalue(), 10, "crop").min() == 255
-    padded = decode(buffer.getvalue(), 30, "pad")
+    assert decode(buffer.getvalue(), Geometry.of(10, "crop")).min() == 255
+    padded = decode(buffer.getvalue(), Geometry.of(30, "pad"))
     assert padded[:9].max() == 0
     assert padded[15, 15].min() == 255

@@ -14,11 +14,13 @@ import pytest
 
 from cnnray.images import containers, decoders, reading, storage
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.images.turns import Stream
 from tests.awkward import awkward_images, bad_images
 from tests.poisoned_decoder import BUG, POISON
 
 SIZE = 24
+GEOMETRY = Geometry.of(SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,8 @@ def copied(batches):
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_the_batches_are_those_of_one_process(processes, manifest, started):
-    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
-    decoding = started(processes, SIZE, "stretch", largest_batch=20)
+    (expected,) = reading.decoded_blocks(manifest, GEOMETRY, len(manifest))
+    decoding = started(processes, GEOMETRY, largest_batch=20)
     assert (expected["error"] != "").any()
     for sizes in ([20, 20, 20], [1, 0, 7, 20, 20, 11, 1], [5] * 12):
         batches = copied(decoding.batches(*parts(manifest, sizes)))
@@ -69,7 +71,7 @@ def test_the_batches_are_those_of_one_process(processes, manifest, started):
 
 
 def test_images_are_decoded_before_their_batch_is_asked_for(manifest, started):
-    decoding = started(2, SIZE, "stretch", largest_batch=8)
+    decoding = started(2, GEOMETRY, largest_batch=8)
     first, second = (decoding.batches(*parts(manifest.slice(start, 16), [8, 8])) for start in (0, 16))
     deadline = time.monotonic() + 20
     while len(decoding._batches) < 4 or any(batch.turns_left for batch in decoding._batches.values()):
@@ -79,8 +81,8 @@ def test_images_are_decoded_before_their_batch_is_asked_for(manifest, started):
 
 
 def test_the_pixels_of_a_batch_stay_until_the_next_but_one(manifest, started):
-    decoding = started(2, SIZE, "stretch", largest_batch=4)
-    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    decoding = started(2, GEOMETRY, largest_batch=4)
+    (expected,) = reading.decoded_blocks(manifest, GEOMETRY, len(manifest))
     before = None
     for number, batch in enumerate(decoding.batches(*parts(manifest, [4] * 15))):
         time.sleep(0.02)  # what can be decoded meanwhile is
@@ -90,7 +92,7 @@ def test_the_pixels_of_a_batch_stay_until_the_next_but_one(manifest, started):
 
 
 def test_streams_that_are_given_up_make_room(manifest, started):
-    decoding = started(2, SIZE, "stretch", largest_batch=8)
+    decoding = started(2, GEOMETRY, largest_batch=8)
     for _ in range(20):
         stream = decoding.batches(*parts(manifest, [8] * 7))
         next(stream)
@@ -99,8 +101,8 @@ def test_streams_that_are_given_up_make_room(manifest, started):
 
 
 def test_processes_that_are_killed_are_replaced(manifest, started):
-    decoding = started(2, SIZE, "stretch", largest_batch=8)
-    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
+    decoding = started(2, GEOMETRY, largest_batch=8)
+    (expected,) = reading.decoded_blocks(manifest, GEOMETRY, len(manifest))
     seen = []
     for number, batch in enumerate(decoding.batches(*parts(manifest, [4] * 15))):
         seen.append(batch["image"].copy())
@@ -115,7 +117,7 @@ def test_images_that_end_their_process_have_an_error(tmp_path, monkeypatch, star
         (tmp_path / f"{number:02d}").write_bytes(POISON if number in (3, 4, 12) else good)
     table = pa.table({"id": range(20), "uri": [str(tmp_path / f"{number:02d}") for number in range(20)]})
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
-    (batch,) = started(2, SIZE, "stretch", largest_batch=20).batches(*parts(table, [20]))
+    (batch,) = started(2, GEOMETRY, largest_batch=20).batches(*parts(table, [20]))
     assert [number for number in range(20) if batch["error"][number]] == [3, 4, 12]
     assert batch["error"][3] == decoders.CRASHED
     assert not batch["image"][[3, 4, 12]].any()
@@ -128,14 +130,14 @@ def test_storage_in_trouble_ends_the_stream_or_is_an_error_of_the_image(manifest
         monkeypatch.setenv(f"AWS_{name}", value)
     table = pa.table({"id": [0, 1], "uri": [manifest["uri"][0].as_py(), "s3://nowhere/b.png"]})
     with pytest.raises(storage.UnavailableError):
-        list(started(1, SIZE, "stretch", largest_batch=2).batches(*parts(table, [2])))
-    (batch,) = started(1, SIZE, "stretch", largest_batch=2, keep_unavailable=True).batches(*parts(table, [2]))
+        list(started(1, GEOMETRY, largest_batch=2).batches(*parts(table, [2])))
+    (batch,) = started(1, GEOMETRY, largest_batch=2, keep_unavailable=True).batches(*parts(table, [2]))
     assert [error[:11] for error in batch["error"]] == ["", "unavailable"]
 
 
 def test_a_process_that_cannot_start_is_an_error(manifest, monkeypatch, started):
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.no_such_module")
-    stream = started(1, SIZE, "stretch", largest_batch=8).batches(*parts(manifest, [8]))
+    stream = started(1, GEOMETRY, largest_batch=8).batches(*parts(manifest, [8]))
     with pytest.raises(decoders.DecoderError, match="end when they start, with exit code 1"):
         next(stream)
 
@@ -160,8 +162,8 @@ def joined():
 @pytest.mark.parametrize("loss", ["killed", "silent"])
 def test_processes_of_other_machines_take_turns(here, loss, manifest, started, joined, monkeypatch):
     monkeypatch.setattr(decoders, "_PATIENCE", 2)
-    (expected,) = reading.decoded_blocks(manifest, SIZE, "stretch", len(manifest))
-    decoding = started(here, SIZE, "stretch", largest_batch=60, elsewhere=2)
+    (expected,) = reading.decoded_blocks(manifest, GEOMETRY, len(manifest))
+    decoding = started(here, GEOMETRY, largest_batch=60, elsewhere=2)
     address, key = decoding.invite("127.0.0.1")
     others = [joined((address, key)) for _ in range(2)]
     assert b"AuthenticationError" in joined((address, b"wrong")).communicate()[1]
@@ -179,7 +181,7 @@ def test_processes_of_other_machines_take_turns(here, loss, manifest, started, j
 def test_a_stream_that_is_dropped_before_anything_is_decoded_does_not_stop_the_next(manifest, started, monkeypatch):
     streams = []
     monkeypatch.setattr(decoders, "Stream", lambda *arguments: streams.append(Stream(*arguments)) or streams[-1])
-    decoding = started(1, SIZE, "stretch", largest_batch=4)
+    decoding = started(1, GEOMETRY, largest_batch=4)
     first = decoding.batches(*parts(manifest, [4] * 15))
     second = decoding.batches(*parts(manifest, [4] * 15))
     decoding._drop(streams[0], [])
@@ -191,12 +193,12 @@ def test_an_error_that_is_none_of_ours_ends_the_process_and_the_image_is_at_faul
     (tmp_path / "a").write_bytes(BUG)
     monkeypatch.setattr(decoders, "_PROGRAM", "tests.poisoned_decoder")
     table = pa.table({"id": [0], "uri": [str(tmp_path / "a")]})
-    (batch,) = started(1, SIZE, "stretch", largest_batch=1).batches(*parts(table, [1]))
+    (batch,) = started(1, GEOMETRY, largest_batch=1).batches(*parts(table, [1]))
     assert batch["error"].tolist() == [decoders.CRASHED]
 
 
 def test_a_consumer_that_waits_is_told_of_the_end(manifest, started):
-    decoding = started(0, SIZE, "stretch", largest_batch=8)
+    decoding = started(0, GEOMETRY, largest_batch=8)
     stream = decoding.batches(*parts(manifest, [8]))
     threading.Timer(0.5, decoding.close).start()
     with pytest.raises(decoders.DecoderError, match="were ended"):
@@ -207,8 +209,9 @@ def test_processes_end_with_the_one_that_started_them(manifest):
     program = f"""
 import sys, time, pyarrow as pa
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 table = pa.table({{"id": range(60), "uri": {manifest["uri"].to_pylist()!r}}})
-stream = Decoders(2, {SIZE}, "stretch", largest_batch=8).batches(lambda number: table.slice(8 * number, 8), 7)
+stream = Decoders(2, Geometry.of({SIZE}), largest_batch=8).batches(lambda number: table.slice(8 * number, 8), 7)
 next(stream)
 print("ready", flush=True)
 time.sleep(60)

@@ -28,7 +28,7 @@ from cnnray.models.export import ExportConfig, ExportError, export
 from cnnray.models.formats import FORMATS
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.networks import CLASSES, coloured_noise, fitted
+from tests.networks import CLASSES, coloured_noise, fitted, save_cut
 from tests.unit.test_models import TESTED
 
 SIZE = 32
@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(error, data, copy, monkeypatch)
 
 
 def test_the_signature_for_encoded_images_is_verified_too(data, copy, monkeypatch):
-    monkeypatch.setattr(graph_decode, "decode", lambda data, size, rule: tf.zeros((size, size, 3), tf.uint8))
+    monkeypatch.setattr(graph_decode, "decode", lambda data, geometry: tf.zeros(geometry.image_size.shape, tf.uint8))
     with pytest.raises(ExportError, match="saved_model was refused: a probability differs from Keras's by"):
         export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["saved_model"]))
     assert not (copy / "saved_model").exists()
@@ -496,6 +496,21 @@ def test_an_export_is_refused_while_another_run_writes_to_the_bundle(data, copy,
         bundles.replace(str(copy), str(exported[0]))
         assert (copy / ".lock").exists()
     assert _digests(copy) == before
+
+
+def test_images_that_are_cut_to_a_rectangle_get_the_same_answers_from_every_file(data, tmp_path):
+    save_cut(tmp_path)
+    # The SavedModel is verified on encoded images, too.
+    export(ExportConfig(bundle=str(tmp_path), calibration=str(data), formats=["saved_model", "onnx", "litert"]))
+    bundle, images = Bundle.load(str(tmp_path)), list(awkward_images().values())
+    expected = np.stack([answer.probabilities for answer in Predictor(bundle)(images)])
+    assert expected.std(0).max() > 0.1
+    for name in ("onnx", "litert"):
+        answers = np.stack([answer.probabilities for answer in Predictor(bundle, engine=name)(images)])
+        assert np.abs(answers - expected).max() <= RUNNERS[name].tolerance
+    metadata = json.loads((tmp_path / "saved_model/assets.extra/cnnray.json").read_text())
+    assert (metadata["image_size"], metadata["resize"], metadata["decode_size"]) == ("24x36", "crop", "28x40")
+    assert "to decode_size, and image_size cut out of the centre" in metadata["preprocessing"]
 
 
 def test_metadata_names_the_architecture_and_the_classes(exported):

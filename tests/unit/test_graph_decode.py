@@ -5,24 +5,30 @@ import pytest
 import tensorflow as tf
 
 from cnnray.images.decode import decode
-from cnnray.images.resize import RESIZE_RULES
+from cnnray.images.geometry import RESIZE_RULES, Geometry
 from cnnray.models import graph_decode
 from tests.awkward import awkward_images, bad_images
 
-SIZE = 32
 IMAGES = awkward_images()
 HEADS = (b"\xff\xd8\xff", b"\x89PNG")
 
 
-@pytest.fixture(scope="module", params=RESIZE_RULES)
+GEOMETRIES = [(32, None), ("33x49", None), ("49x30", "56x36")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[Geometry.of(size, rule, cut) for rule in RESIZE_RULES for size, cut in GEOMETRIES],
+    ids=str,
+)
 def decoder(request):
-    """For a resize rule: the TensorFlow decoder, `images.decode`, and the rule."""
+    """For a geometry: the TensorFlow decoder, `images.decode`, and the resize rule."""
 
     def run(data):
-        return graph_decode.decode(data, SIZE, request.param)
+        return graph_decode.decode(data, request.param)
 
     graph = tf.function(run, [tf.TensorSpec((), tf.string)], autograph=False)
-    return graph, lambda data: decode(data, SIZE, request.param), request.param
+    return graph, lambda data: decode(data, request.param), request.param.resize
 
 
 @pytest.mark.parametrize("name", [name for name, data in IMAGES.items() if data.startswith(HEADS)])

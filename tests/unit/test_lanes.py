@@ -13,6 +13,7 @@ from PIL import Image
 
 from cnnray.images import containers, parquet, tar
 from cnnray.images.decoders import Decoders
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import build_manifest
 from cnnray.training.epoch import LanesEpoch, number_of_lanes
 from tests.conftest import write_tar
@@ -155,7 +156,7 @@ def test_images_in_the_order_of_lanes_are_decoded(processes, tmp_path):
     shares = [
         (LanesEpoch(0, number, 200, 32, lanes=12, starts=starts), rank) for number in range(2) for rank in range(2)
     ]
-    decoders = Decoders(processes, 8, "stretch", largest_batch=32)
+    decoders = Decoders(processes, Geometry.of(8), largest_batch=32)
     try:
         streams = [
             decoders.batches(

@@ -264,5 +264,5 @@ def test_recipes_that_do_not_fit_the_images_are_refused(tmp_path):
         recipe.check(_config(teacher=str(tmp_path / "other")), manifest)
     info = BundleInfo(class_names=["a", "b"], image_size=16)
     bundle.save(architectures.build("small_cnn", 16, 2), info, tmp_path / "small")
-    with pytest.raises(RecipeError, match="takes images of 16 pixels, not of 32"):
+    with pytest.raises(RecipeError, match="takes images of 16x16 pixels, not of 32x32"):
         recipe.check(_config(teacher=str(tmp_path / "small")), manifest)

@@ -7,12 +7,13 @@ from PIL import Image, ImageOps
 from cnnray.images import decode as decoder
 from cnnray.images import resize
 from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import RESIZE_RULES, Geometry, Size
 from tests.awkward import awkward_images
 
 _PILLOW = {
-    "stretch": lambda image, size: image.resize((size, size), Image.Resampling.BILINEAR),
-    "crop": lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR),
-    "pad": lambda image, size: ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR),
+    "stretch": lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR),
+    "crop": lambda image, size: ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR),
+    "pad": lambda image, size: ImageOps.pad(image, size[::-1], Image.Resampling.BILINEAR),
 }
 IMAGES = 10_000
 """For the three rules together."""
@@ -34,13 +35,14 @@ def kernel(request, monkeypatch):
         monkeypatch.setattr(resize, "_cnnray_resize", None)
 
 
-@pytest.mark.parametrize("rule", resize.RESIZE_RULES)
+@pytest.mark.parametrize("rule", RESIZE_RULES)
 def test_pixels_equal_those_of_pillow(kernel, rule):
     generator = np.random.default_rng(0)
     for number in range(IMAGES // 3):
         most = 20 if number % 4 == 0 else 160 if number % 50 else 900
         width, height = generator.integers(1, most, 2).tolist()
-        size = int(generator.integers(1, most))
+        height_of_result, width_of_result = generator.integers(1, most, 2).tolist()
+        size = Size(height_of_result, width_of_result if number % 2 else height_of_result)
         image = _noise(generator, width, height)
         expected = np.asarray(_PILLOW[rule](image, size))
         np.testing.assert_array_equal(
@@ -74,7 +76,7 @@ def _as_pillow_decodes(data, size, monkeypatch):
 
 def _outcome(data, size):
     try:
-        return decode(data, size).tobytes()
+        return decode(data, Geometry.of(size)).tobytes()
     except BadImage as error:
         return error.reason
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cnnray.images import containers, lease, parquet, reading, retries, storage, tar
 from cnnray.images.decode import BadImage
+from cnnray.images.geometry import Geometry
 from cnnray.images.manifest import build_manifest, manifest_from_uris
 from tests.conftest import write_tar
 
@@ -134,7 +135,7 @@ def test_rows_whose_storage_is_in_trouble_are_marked_or_fail(pauses, answers, mo
     good = buffer.getvalue()
     table = manifest_from_uris([f"s3://a/{number}.png" for number in range(4)])
     answers += [good, THROTTLED, good[:50], good]
-    (block,) = reading.decoded_blocks(table, 8, "stretch", 4, threads=1, keep_unavailable=True)
+    (block,) = reading.decoded_blocks(table, Geometry.of(8), 4, threads=1, keep_unavailable=True)
     errors = pa.chunked_array([pa.array(block["error"], pa.string())])
     assert reading.is_unavailable(errors).to_pylist() == [False, True, False, False]
     assert errors[1].as_py() == f"unavailable: {THROTTLED}"
@@ -142,7 +143,7 @@ def test_rows_whose_storage_is_in_trouble_are_marked_or_fail(pauses, answers, mo
     assert (block["image"][[0, 3]] == [255, 0, 0]).all()
     answers += [good, THROTTLED, good, good]
     with pytest.raises(storage.ThrottledError):
-        list(reading.decoded_blocks(table, 8, "stretch", 4, threads=1))
+        list(reading.decoded_blocks(table, Geometry.of(8), 4, threads=1))
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

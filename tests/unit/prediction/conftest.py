@@ -3,20 +3,18 @@
 import pytest
 
 from cnnray.images.manifest import manifest_from_uris
-from cnnray.models import bundle as bundles
-from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.bundle import Bundle
 from cnnray.prediction.ranges import Task
 from tests.awkward import awkward_images, bad_images
-from tests.networks import coloured_noise, fitted
-from tests.unit.prediction.helpers import SIZE, make_config, range_worker, write_manifest
+from tests.networks import save_cut
+from tests.unit.prediction.helpers import make_config, range_worker, write_manifest
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     """A bundle of three classes."""
     folder = tmp_path_factory.mktemp("bundle")
-    model = fitted("small_cnn", SIZE, *coloured_noise(48, SIZE))
-    bundles.save(model, BundleInfo(class_names=["red", "green", "blue"], image_size=SIZE), folder)
+    save_cut(folder)
     return Bundle.load(str(folder))
 
 

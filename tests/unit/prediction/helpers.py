@@ -14,8 +14,6 @@ from cnnray.prediction.parts import Part
 from cnnray.prediction.ranges import Output, RangeWorker
 from cnnray.prediction.tally import Tally
 
-SIZE = 32
-
 
 def make_cluster(*nodes):
     return Resources(tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in nodes))

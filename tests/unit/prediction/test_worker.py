@@ -21,7 +21,8 @@ from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.plan import plan_on_cluster
 from cnnray.prediction.worker import Worker, decode_rows, select_columns
 from tests.malformed import malformed_files
-from tests.unit.prediction.helpers import SIZE, make_cluster
+from tests.networks import GEOMETRY
+from tests.unit.prediction.helpers import make_cluster
 
 
 def _plan(bundle, **options):
@@ -39,8 +40,8 @@ def test_a_worker_predicts_as_predictor_does(decoded_in_tasks, bundle, files):
     worker, predictor = _worker(bundle, top_k=2), Predictor(bundle, top_k=2)
     rows = manifest
     if decoded_in_tasks:
-        rows = pa.concat_tables(decode_rows(manifest.slice(start, 10), SIZE, "stretch") for start in (0, 10))
-        rows = pa.concat_tables([rows, decode_rows(manifest.slice(20), SIZE, "stretch")])
+        rows = pa.concat_tables(decode_rows(manifest.slice(start, 10), GEOMETRY) for start in (0, 10))
+        rows = pa.concat_tables([rows, decode_rows(manifest.slice(20), GEOMETRY)])
     rows = pa.concat_tables(worker(rows))
     assert rows.select(manifest.column_names).equals(manifest)
     assert set(rows["model"].to_pylist()) == {bundle.version}
@@ -69,7 +70,7 @@ def test_probabilities_and_embeddings_are_lists_of_fixed_size(bundle, files):
     assert rows.schema.field("embedding").type == pa.list_(pa.float32(), features.shape[1])
     good = rows.filter(pc.equal(rows["status"], "ok"))
     assert rows["probabilities"].null_count == rows["embedding"].null_count == len(rows) - len(good)
-    images = np.stack([decode(contents[uri], SIZE) for uri in good["uri"].to_pylist()])
+    images = np.stack([decode(contents[uri], GEOMETRY) for uri in good["uri"].to_pylist()])
     expected = np.asarray(keras.Model(bundle.model.inputs, features)(images, training=False))
     np.testing.assert_allclose(np.stack(good["embedding"].to_pylist()), expected, atol=1e-4)
     np.testing.assert_allclose(

@@ -7,16 +7,15 @@ from starlette.testclient import TestClient
 
 from cnnray.images.decode import BadImage
 from cnnray.models import bundle as bundles
-from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings
 from tests.awkward import awkward_images, bad_images
-from tests.networks import coloured_noise, fitted
+from tests.networks import save_cut
 
-SIZE = 32
 GOOD = awkward_images()["rgb.png"]
 
 
@@ -24,8 +23,7 @@ GOOD = awkward_images()["rgb.png"]
 def bundle(tmp_path_factory):
     """A bundle with three classes."""
     folder = tmp_path_factory.mktemp("bundle")
-    model = fitted("small_cnn", SIZE, *coloured_noise(48, SIZE))
-    bundles.save(model, BundleInfo(class_names=["red", "green", "blue"], image_size=SIZE), folder)
+    save_cut(folder)
     return str(folder)
 
 

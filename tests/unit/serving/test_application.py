@@ -18,7 +18,8 @@ from cnnray.images.decode import BadImage
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.awkward import awkward_images
-from tests.unit.serving.conftest import GOOD, SIZE, check_answer
+from tests.networks import GEOMETRY
+from tests.unit.serving.conftest import GOOD, check_answer
 
 # -- the same answers -----------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
 
 
 def test_values_that_are_no_probabilities_are_an_error_in_every_protocol(start_client, monkeypatch):
-    client, black = start_client(), np.zeros((SIZE, SIZE, 3), np.uint8)
+    client, black = start_client(), np.zeros(GEOMETRY.image_size.shape, np.uint8)
     (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
 
     def run(images):

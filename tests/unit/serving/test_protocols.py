@@ -12,18 +12,21 @@ from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.malformed import malformed_json
-from tests.unit.serving.conftest import GOOD, SIZE
+from tests.networks import GEOMETRY
+from tests.unit.serving.conftest import GOOD
+
+SHAPE = GEOMETRY.image_size.shape
 
 
 def _pixels(bundle, data=GOOD):
-    return decode(data, SIZE)[None]
+    return decode(data, GEOMETRY)[None]
 
 
 def test_open_inference_protocol_in_json_and_binary(client, bundle):
     pixels = _pixels(bundle)
     (expected,) = Predictor(Bundle.load(bundle)).probabilities(pixels)
     texts = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(GOOD).decode()]}
-    numbers = {"name": "image", "datatype": "UINT8", "shape": [1, SIZE, SIZE, 3], "data": pixels.ravel().tolist()}
+    numbers = {"name": "image", "datatype": "UINT8", "shape": [1, *SHAPE], "data": pixels.ravel().tolist()}
     nested = numbers | {"data": pixels.tolist()}
     rows = numbers | {"data": pixels[0].tolist()}
     for tensor in (texts, numbers, nested, rows):
@@ -73,9 +76,9 @@ V2_REFUSED = {
     "another input": (_infer_request("x", "FP32", [1], 1), "expected 'image'"),
     "another shape": (
         _infer_request("image", "UINT8", [1, 2, 2, 3], *range(12)),
-        "image is [1, 2, 2, 3]; expected [N, 32",
+        "image is [1, 2, 2, 3]; expected [N, 24, 36, 3]",
     ),
-    "less data": (_infer_request("image", "UINT8", [1, 32, 32, 3], 0), "has 1 values"),
+    "less data": (_infer_request("image", "UINT8", [1, *SHAPE], 0), "has 1 values"),
     "no data": (_infer_request("image_bytes", "BYTES", [1]), "has no data"),
     "fractions": (_infer_request("image", "UINT8", [1, 1, 1, 3], 0.5, 0.5, 0.5), "not integers"),
     "true among pixels": (
@@ -193,7 +196,7 @@ def test_the_awkward_set_has_a_row_for_each_image_or_a_refusal_that_names_the_in
 
 
 def test_a_missing_image_or_one_of_another_kind_is_refused_by_its_index(client):
-    pixels, good = np.zeros((SIZE, SIZE, 3), int).tolist(), {"b64": TEXT}
+    pixels, good = np.zeros(SHAPE, int).tolist(), {"b64": TEXT}
     for instances in (
         [good, good, None], [good, good, {"b64": None}], [good, good, pixels], [pixels, pixels, None],
         [pixels, pixels, good], [pixels, pixels, pixels[1:]], [pixels, pixels, [[[0, 1, 2], [3]]]], [good, good, {}],
@@ -205,14 +208,14 @@ def test_a_missing_image_or_one_of_another_kind_is_refused_by_its_index(client):
             assert "at index 2 " in response.json()["error"], response.text
 
 
-ZEROS = [0] * SIZE * SIZE * 3
+ZEROS = [0] * GEOMETRY.image_size.bytes
 JSON_ROUTES = {
     "an image": ("/predict", {"image": TEXT}),
     "images": ("/predict", {"images": [TEXT]}),
     "v2, encoded": ("/v2/models/colours/infer", _infer_request("image_bytes", "BYTES", [1], TEXT)),
     "v2, pixels": (
         "/v2/models/colours/versions/{}/infer",
-        _infer_request("image", "UINT8", [1, SIZE, SIZE, 3], *ZEROS),
+        _infer_request("image", "UINT8", [1, *SHAPE], *ZEROS),
     ),
     "v2, parameters": (
         "/v2/models/colours/infer",
@@ -224,7 +227,7 @@ JSON_ROUTES = {
     ),
     "v1, rows": ("/v1/models/colours:predict", {"signature_name": "encoded", "instances": [{"b64": TEXT}]}),
     "v1, columns": ("/v1/models/colours/versions/{}:predict", {"inputs": {"image_bytes": [{"b64": TEXT}]}}),
-    "v1, pixels": ("/v1/models/colours:predict", {"instances": [np.reshape(ZEROS, (SIZE, SIZE, 3)).tolist()]}),
+    "v1, pixels": ("/v1/models/colours:predict", {"instances": [np.reshape(ZEROS, SHAPE).tolist()]}),
 }
 
 

@@ -10,7 +10,6 @@ from cnnray.images import manifest as manifests
 from cnnray.images.manifest import ManifestError
 from cnnray.training import data
 from cnnray.training.config import TrainConfig
-from cnnray.training.config import TrainConfig
 from cnnray.training.plan import share_out
 from tests.configs import decided
 

@@ -20,8 +20,8 @@ from benchmarks.recipe_tables import Study
 from benchmarks.trainer import Trained, make_config, train_network
 from cnnray.models.augment import Augmentations
 from cnnray.training import decisions
-from cnnray.training.config import Effort
 from cnnray.training.decided import DecidedConfig
+from cnnray.training.recipe_config import Effort
 
 SECONDS = 60
 """Time to train, on all cores."""

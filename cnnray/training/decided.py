@@ -10,8 +10,9 @@ from cnnray.configs import rules
 from cnnray.images.geometry import Geometry
 from cnnray.models.architectures import Head
 from cnnray.models.augment import Strength
-from cnnray.training.config import Precision, TrainConfig
+from cnnray.training.config import TrainConfig
 from cnnray.training.phases import PRESETS, Phase
+from cnnray.training.recipe_config import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

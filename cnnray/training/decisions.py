@@ -19,9 +19,10 @@ from cnnray import configs, flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
 from cnnray.models import architectures, bundle
-from cnnray.training.config import DEFAULT_AUGMENT, Effort, TrainConfig
+from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DECIDED, PLANNED, DecidedConfig
 from cnnray.training.recipe import RecipeError
+from cnnray.training.recipe_config import DEFAULT_AUGMENT, Effort
 
 log = logging.getLogger(__name__)
 

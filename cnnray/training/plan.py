@@ -12,8 +12,9 @@ from cnnray import configs
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models import own_network, startup
 from cnnray.models.bundle import BundleInfo
-from cnnray.training.config import SIXTEENTHS, Precision, TrainConfig
+from cnnray.training.config import SIXTEENTHS, TrainConfig
 from cnnray.training.decided import PLANNED, DecidedConfig, PlannedConfig
+from cnnray.training.recipe_config import Precision
 
 _WORKERS_SHARE = 0.75
 _CACHE_SHARE = 0.2

@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from cnnray.training.config import Selection
 from cnnray.training.epoch import Ints
+from cnnray.training.recipe_config import Selection
 
 _BINS, _LARGEST = 2**11, 10.0
 """Of the inverse hyperbolic sine of log-odds: a bin, whose order is not seen, is 0.01 of log-odds near 0, and a

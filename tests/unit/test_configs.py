@@ -14,8 +14,9 @@ from cnnray.configs import NewerFormatError, rules
 from cnnray.errors import BadInputError
 from cnnray.prediction.config import PredictConfig
 from cnnray.tracking.config import TrackingConfig
-from cnnray.training.config import ClusterConfig, DataConfig, ModelConfig, RecipeConfig, TrainConfig
+from cnnray.training.config import ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from cnnray.training.phases import Phase
+from cnnray.training.recipe_config import RecipeConfig
 from cnnray.tuning.config import SearchConfig
 from tests.conftest import REPOSITORY
 

@@ -172,7 +172,7 @@ def _measure_on_worker(
         training = Steps(config, CLASSES)
         training.begin(config.resolved_phases[0], steps)
     images, targets = _random_batches(config.batch_size // world)
-    training.train(images, targets)
+    training.start(images, targets).result()
     inputs: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
@@ -186,7 +186,7 @@ def _measure_on_worker(
         # Time starts after the first step, because the first batch of a stream takes a second or two, once per epoch.
         ends = []
         for batch in batches:
-            training.train(batch["image"], batch["target"])
+            training.start(batch["image"], batch["target"]).result()
             ends.append(time.perf_counter())
         rates[name] = (steps - 1) * config.batch_size / (ends[-1] - ends[0])
     on_node = np.eye(world, dtype=np.int64)[context.get_node_rank()]

@@ -101,7 +101,8 @@ def train_network(
             for step in range(per_epoch):
                 steps.prune_at(phase_epoch * per_epoch + step, per_epoch, phase, zeros)
                 rows = ordered.rows(step)
-                losses += steps.train(train.images[rows], train.targets[rows], position=(number, step, 0)).loss
+                started_step = steps.start(train.images[rows], train.targets[rows], position=(number, step, 0))
+                losses += started_step.result().loss
             steps.update_inference()
             seconds += time.perf_counter() - started
             number += 1

@@ -87,7 +87,7 @@ def check_sanity(config: TrainConfig) -> dict[str, Any]:
     steps = _begin(plain, sample)
     for step in range(1, _SANITY_STEPS + 1):
         _set_learning_rate(steps, decided.learning_rate * min(1.0, step / 10))
-        sums = steps.train(sample.images, sample.targets, position=(0, step, 0))
+        sums = steps.start(sample.images, sample.targets, position=(0, step, 0)).result()
         loss, accuracy = sums.loss / sums.count, sums.correct / sums.count
         learnt = accuracy == 1 and loss < _LEARNT * guessing
         if learnt or not math.isfinite(loss):
@@ -146,7 +146,7 @@ def find_learning_rate(config: TrainConfig) -> dict[str, Any]:
         passed, place = divmod(step, per_epoch)
         rows = Epoch(decided.seed, passed, len(sample.targets), decided.batch_size).rows(place)
         _set_learning_rate(steps, float(rate))
-        sums = steps.train(sample.images[rows], sample.targets[rows], position=(passed, place, 0))
+        sums = steps.start(sample.images[rows], sample.targets[rows], position=(passed, place, 0)).result()
         loss = sums.loss / sums.count
         if not math.isfinite(loss):
             break

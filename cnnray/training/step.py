@@ -150,17 +150,6 @@ class Steps:
 
     # -- one step --------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        images: npt.NDArray[np.uint8],
-        targets: npt.NDArray[np.int64],
-        bad: int = 0,
-        position: tuple[int, int, int] = (0, 0, 0),
-        parts: int = 1,
-    ) -> Sums:
-        """`start` a step, and wait for its end."""
-        return self.start(images, targets, bad, position, parts).result()
-
     def start(
         self,
         images: npt.NDArray[np.uint8],
@@ -168,7 +157,7 @@ class Steps:
         bad: int = 0,
         position: tuple[int, int, int] = (0, 0, 0),
         parts: int = 1,
-    ) -> "Started":
+    ) -> Started:
         """Begin to train on one global batch, of which this worker has a share.
 
         Args:

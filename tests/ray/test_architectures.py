@@ -40,7 +40,7 @@ def _step(rank, world, architecture, size, folder):
         steps.begin(config.resolved_phases[0], 1)
     images, targets = _images(size)
     before = [v.numpy().sum() for v in steps.model.trainable_variables]
-    loss = steps.train(images[rank::world], targets[rank::world]).loss
+    loss = steps.start(images[rank::world], targets[rank::world]).result().loss
     moved = np.mean([v.numpy().sum() != old for v, old in zip(steps.model.trainable_variables, before, strict=True)])
     steps.average_statistics()
     steps.update_inference()

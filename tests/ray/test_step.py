@@ -92,7 +92,7 @@ def _train(rank, world, cases, batches):
         # Low precision is slow here, and not compared with one process.
         used = batches[:3] if "precision" in case else batches
         parts = PARTS if "in parts" in name else 1
-        sums = [steps.train(x[rank::world], y[rank::world], parts=parts).values for x, y in used]
+        sums = [steps.start(x[rank::world], y[rank::world], parts=parts).result().values for x, y in used]
         statistics = [v.numpy() for v in steps._statistics]
         steps.average_statistics()
         steps.update_inference()
@@ -104,7 +104,7 @@ def _train(rank, world, cases, batches):
         before = [v.numpy() for v in steps._statistics]
         # A step in which every image of the second worker was bad.
         good = images[: 4 if rank == 0 else 0]
-        one_sided = steps.train(good, targets[: len(good)], bad=rank * 4, parts=parts)
+        one_sided = steps.start(good, targets[: len(good)], bad=rank * 4, parts=parts).result()
         results[name] = {
             "sums": np.asarray(sums),
             "weights": weights,
@@ -132,7 +132,7 @@ def _overflow(rank, steps, images, targets):
     import tensorflow as tf
 
     steps._compiled[True, False] = tf.function(functools.partial(steps._train, False), autograph=False)
-    steps.train(images[rank::2], targets[rank::2])
+    steps.start(images[rank::2], targets[rank::2]).result()
     unmoved = all((v.numpy() == b).all() for v, b in zip(steps.model.trainable_variables, before, strict=True))
     return unmoved, float(scale), float(steps.optimizer.dynamic_scale.numpy())
 

@@ -75,7 +75,9 @@ def test_it_trains_and_its_bundle_answers(function, flags, tmp_path):
     generator = np.random.default_rng(0)
     targets = generator.integers(0, CLASSES, 32)
     images = np.clip(80 * targets[:, None, None, None] + generator.integers(0, 80, (32, SIZE, SIZE, 3)), 0, 255)
-    losses = [steps.train(images.astype(np.uint8), targets, position=(0, step, 0)).loss for step in range(20)]
+    losses = [
+        steps.start(images.astype(np.uint8), targets, position=(0, step, 0)).result().loss for step in range(20)
+    ]
     assert losses[-1] < losses[0]
     steps.update_inference()
     info = BundleInfo(class_names=["a", "b", "c"], image_size=SIZE, architecture=config.architecture)

@@ -174,7 +174,7 @@ def test_pruned_weights_stay_zero_while_others_learn(flags):
     kernels = [index for index, weight in enumerate(steps.model.get_weights()) if weight.ndim > 1]
     before = steps.model.get_weights()
     for step in range(3):
-        steps.train(images, targets, position=(0, step, 0))
+        steps.start(images, targets, position=(0, step, 0)).result()
     steps.update_inference()
     for model in (steps.model, steps.inference):
         after = model.get_weights()
@@ -184,7 +184,7 @@ def test_pruned_weights_stay_zero_while_others_learn(flags):
             assert (after[index][~zeros[index]] != before[index][~zeros[index]]).mean() > 0.9
     # The next phase keeps these zeros, also after a checkpoint.
     steps.begin(config.resolved_phases[2], 4)
-    steps.train(images, targets)
+    steps.start(images, targets).result()
     assert all((steps.model.get_weights()[index][zeros[index]] == 0).all() for index in kernels)
 
 
@@ -195,7 +195,7 @@ def test_the_inference_network_holds_the_average(tmp_path):
     steps.begin(config.resolved_phases[0], 4)
     expected = steps.model.get_weights()
     for step in range(3):
-        steps.train(images, targets, position=(0, step, 0))
+        steps.start(images, targets, position=(0, step, 0)).result()
         momentum = min(0.5, (2 + step) / (11 + step))
         current = steps.model.get_weights()
         expected = [momentum * old + (1 - momentum) * new for old, new in zip(expected, current, strict=True)]
@@ -221,7 +221,7 @@ def test_accumulated_gradients_are_those_of_one_larger_batch():
         # The batch norms of a trained backbone would get other batches.
         steps.begin(Phase(name="head", epochs=1, learning_rate=0.1, trainable=0.0), 2)
         for part in parts:
-            steps.train(images[part], targets[part])
+            steps.start(images[part], targets[part]).result()
         weights.append(steps.model.get_weights())
     for first, second in zip(*weights, strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
@@ -239,7 +239,7 @@ def test_the_loss_combines_smoothed_weighted_labels_with_the_teacher():
     steps.begin(config.resolved_phases[0], 4)
     logits = np.asarray(steps._network(images, training=True), np.float64)
     teacher_logits = np.asarray(keras.Model(teacher.inputs, teacher.get_layer("logits").output)(images), np.float64)
-    sums = steps.train(images, targets)
+    sums = steps.start(images, targets).result()
 
     def log_softmax(values):
         return values - np.log(np.exp(values).sum(1, keepdims=True))

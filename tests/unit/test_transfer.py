@@ -110,7 +110,7 @@ def test_a_phase_changes_only_its_trainable_layers(architecture, precision):
         head = steps.model.get_layer("logits").get_weights()
         steps.begin(replace(config, phases=[phase], learning_rate=0.1, schedule="constant").resolved_phases[0], 3)
         for step in range(3):
-            steps.train(images, targets, position=(0, step, 0))
+            steps.start(images, targets, position=(0, step, 0)).result()
         steps.average_statistics()
         moved = [not _same(layer.get_weights(), old) for layer, old in zip(layers, before, strict=True)]
         trained = -(-len(layers) * phase.trainable // 1)

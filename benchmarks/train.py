@@ -16,7 +16,7 @@ import pyarrow as pa
 from benchmarks.photos import Photos
 from benchmarks.report import BenchmarkError, Comparison, plan_bare_loops
 from cnnray.cluster import Resources
-from cnnray.images.geometry import Geometry
+from cnnray.images.geometry import Size
 from cnnray.models import startup
 from cnnray.training import decisions, epoch, plan
 from cnnray.training.config import TrainConfig
@@ -24,16 +24,19 @@ from cnnray.training.decided import PlannedConfig
 
 log = logging.getLogger(__name__)
 
-SIZE, BATCH, CLASSES = 64, 64, 10
+BATCH, CLASSES = 64, 10
+_HEAVY, _LIGHT = ("vgg_bn", 64), ("small_cnn", 32)
+"""Networks and the sizes of their images. A light one shows what a step costs besides the network."""
+_LIGHT_STEPS = 60
 
 
 def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: int = 3) -> list[Comparison]:
-    """Measure `vgg_bn` at 64x64 with a global batch of 64.
+    """Measure `vgg_bn` at 64x64 and `small_cnn` at 32x32, with a global batch of 64.
 
     Args:
         photos: the images.
         resources: the cluster; on one node, two workers share the cores that the one process has.
-        steps: steps of each measurement.
+        steps: steps of each measurement of `vgg_bn`.
         rounds: number of rounds; each measures every method once.
 
     Raises:
@@ -46,41 +49,48 @@ def measure(photos: Photos, resources: Resources, *, steps: int = 12, rounds: in
             f"{len(manifest)} images are too few to measure training: at least {2 * BATCH} are needed."
         )
     threads = plan_bare_loops(resources).processes
-    config = make_config(2, cpus_per_worker=None if len(resources.nodes) == 1 else threads / 2)
-    shares = plan.share_out(config, resources)
-    fit, memory, files = [], [], []
+    cpus = None if len(resources.nodes) == 1 else threads / 2
+    heavy, light = (make_config(2, network, cpus_per_worker=cpus) for network in (_HEAVY, _LIGHT))
+    shares = plan.share_out(heavy, resources)
+    rates: dict[str, list[float]] = {name: [] for name in ("fit", "memory", "files", "light fit", "light memory")}
     for _ in range(rounds):
-        fit.append(_measure_model_fit(threads, steps))
+        rates["fit"].append(_measure_model_fit(_HEAVY, threads, steps))
         measured = run_on_workers(
-            config, photos.folder, steps, cpus=shares.cpus_per_worker, decoders=shares.decoders_per_worker,
+            heavy, photos.folder, steps, cpus=shares.cpus_per_worker, decoders=shares.decoders_per_worker,
             manifest=manifest.slice(0, steps * BATCH),
         )  # fmt: skip
-        memory.append(measured["memory"])
-        files.append(measured["files"])
-        log.info("fit %.1f, two workers %.1f, from files %.1f images/s", fit[-1], memory[-1], files[-1])
+        rates["memory"].append(measured["memory"])
+        rates["files"].append(measured["files"])
+        rates["light fit"].append(_measure_model_fit(_LIGHT, threads, _LIGHT_STEPS))
+        measured = run_on_workers(light, photos.folder, _LIGHT_STEPS, cpus=shares.cpus_per_worker)
+        rates["light memory"].append(measured["memory"])
+        log.info("%s", ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items()))
+    peer = "one process, Model.fit"
     return [
-        Comparison("vgg_bn 64x64, two workers", memory, "one process, Model.fit", fit, 0.95),
-        Comparison("the same, fed from files", files, "from memory", memory, 0.90),
+        Comparison("vgg_bn 64x64, two workers", rates["memory"], peer, rates["fit"], 0.95),
+        Comparison("the same, fed from files", rates["files"], "from memory", rates["memory"], 0.90),
+        Comparison("small_cnn 32x32, two workers", rates["light memory"], peer, rates["light fit"], 0.95),
     ]
 
 
-def make_config(workers: int, **flags: Any) -> PlannedConfig:
+def make_config(workers: int, network: tuple[str, int] = _HEAVY, **flags: Any) -> PlannedConfig:
     """The config of a training like the peer's: Adam at a constant rate, without augmentation."""
+    architecture, size = network
     defaults: dict[str, Any] = {
-        "data": "/none", "output": "/nowhere", "architecture": "vgg_bn", "image_size": SIZE, "batch_size": BATCH,
+        "data": "/none", "output": "/nowhere", "architecture": architecture, "image_size": size, "batch_size": BATCH,
         "max_workers": workers, "augment": "none", "optimizer": "adam", "schedule": "constant",
     }  # fmt: skip
-    facts = decisions.DataFacts(images=BATCH, classes=CLASSES, side=SIZE)
+    facts = decisions.DataFacts(images=BATCH, classes=CLASSES, side=size)
     return plan.planned(decisions.decide(TrainConfig(**defaults | flags), facts)[0])
 
 
-def _measure_model_fit(threads: int, steps: int) -> float:
-    program = f"from benchmarks import train; train.run_model_fit({threads}, {steps})"
+def _measure_model_fit(network: tuple[str, int], threads: int, steps: int) -> float:
+    program = f"from benchmarks import train; train.run_model_fit({network}, {threads}, {steps})"
     completed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return float(completed.stdout.splitlines()[-1])
 
 
-def run_model_fit(threads: int, steps: int) -> None:
+def run_model_fit(network: tuple[str, int], threads: int, steps: int) -> None:
     """Print the images/s of `Model.fit` after a warm-up of two steps."""
     startup.load_tensorflow(gpus=False)
     import keras
@@ -89,18 +99,19 @@ def run_model_fit(threads: int, steps: int) -> None:
     from cnnray.models import architectures
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    model = architectures.build("vgg_bn", SIZE, CLASSES)
+    architecture, size = network
+    model = architectures.build(architecture, size, CLASSES)
     model.compile(optimizer=keras.optimizers.Adam(), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    images, targets = _random_batches(steps * BATCH)
+    images, targets = _random_batches(steps * BATCH, Size.of(size))
     model.fit(images[: 2 * BATCH], targets[: 2 * BATCH], batch_size=BATCH, verbose=0)
     start = time.perf_counter()
     model.fit(images, targets, batch_size=BATCH, verbose=0)
     sys.stdout.write(f"{len(images) / (time.perf_counter() - start)}\n")
 
 
-def _random_batches(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _random_batches(count: int, size: Size) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    images = generator.integers(0, 256, (count, *size.shape), np.uint8)
     return images, generator.integers(0, CLASSES, count)
 
 
@@ -171,12 +182,12 @@ def _measure_on_worker(
     with strategy.scope():
         training = Steps(config, CLASSES)
         training.begin(config.resolved_phases[0], steps)
-    images, targets = _random_batches(config.batch_size // world)
+    images, targets = _random_batches(config.batch_size // world, config.geometry.image_size)
     training.start(images, targets).result()
     inputs: dict[str, Any] = {"memory": iter([{"image": images, "target": targets}] * steps)}
     if manifest is not None:
         manifest = manifest.append_column("target", pa.array(np.arange(len(manifest)) % CLASSES))
-        source = StreamedSource(manifest, Decoders(decoders, Geometry.of(SIZE), largest_batch=len(images)))
+        source = StreamedSource(manifest, Decoders(decoders, config.geometry, largest_batch=len(images)))
         ordered = epoch.Epoch(0, 0, len(manifest), config.batch_size)
         rows = functools.partial(ordered.rows, rank=rank, world=world)
         list(source.batches(rows, 2))  # warm-up: the processes start

@@ -17,8 +17,6 @@ from cnnray.tracking.config import TrackingConfig
 from cnnray.training.recipe_config import RecipeConfig
 
 LARGEST_IMAGE_SIZE = 4096
-LARGEST_CUT = 2
-"""Most times that --decode-size is --image-size: crops of the whole are resampled without anti-aliasing."""
 
 SIXTEENTHS = 16
 """Ray adds up shares of a CPU as floating-point numbers; sixteenths add up without rounding."""
@@ -164,10 +162,11 @@ class ModelConfig:
                 f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels{of_network}, not {self.image_size}."
             )
         if self.decode_size is not None:
+            # Crops of the whole are resampled without anti-aliasing.
             decoded = Size.of(self.decode_size)
-            if any(not side <= larger <= LARGEST_CUT * side for side, larger in zip(size, decoded, strict=True)):
+            if any(not side <= larger <= 2 * side for side, larger in zip(size, decoded, strict=True)):
                 raise ValueError(
-                    f"--decode-size must be one to {LARGEST_CUT} times --image-size {self.image_size}, not "
+                    f"--decode-size must be at least --image-size {self.image_size}, and at most twice that, not "
                     f"{self.decode_size}."
                 )
 

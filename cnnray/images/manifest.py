@@ -169,6 +169,11 @@ def select_split(manifest: pa.Table, split: str) -> pa.Table:
     return manifest.filter(pc.equal(manifest["split"], split))
 
 
+def count_split(manifest: pa.Table, split: str) -> int:
+    """The number of rows of one split."""
+    return int(pc.sum(pc.equal(manifest["split"], split)).as_py() or 0)
+
+
 def write(manifest: pa.Table, uri: str) -> None:
     """Write a manifest as Parquet, whole or not at all."""
     metadata = {**(manifest.schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()}

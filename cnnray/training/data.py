@@ -170,7 +170,7 @@ def is_cached(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> bool
     Raises:
         ManifestError: they have to be kept, and do not fit; or they cannot be streamed.
     """
-    needed = _decoded_bytes(config, _used(manifest))
+    needed = _decoded_bytes(config, _used(manifest.select(["split"])))
     if config.cache == "memory" and needed > shares.store_bytes:
         raise ManifestError(
             f"--cache memory has to keep {needed / 2**30:.1f} GiB of decoded images, and the smallest object store "
@@ -198,7 +198,7 @@ def is_in_parquet(manifest: pa.Table) -> bool:
 
 def describe(config: DecidedConfig, manifest: pa.Table, shares: Shares) -> str:
     """What becomes of the decoded images, for the plan."""
-    mebibytes = _decoded_bytes(config, _used(manifest)) / 2**20
+    mebibytes = _decoded_bytes(config, _used(manifest.select(["split"]))) / 2**20
     size = f"{mebibytes:,.1f} MiB of {config.geometry.decode_size} pixels"
     if is_cached(config, manifest, shares):
         return f"{size}, decoded once and kept in memory"
@@ -257,7 +257,8 @@ def _labels(manifest: pa.Table, split: str) -> pa.ChunkedArray:
 
 
 def _used(manifest: pa.Table) -> pa.Table:
-    return manifest.filter(pc.is_in(manifest["split"], pa.array(_USED_SPLITS)))
+    is_used = pc.is_in(manifest["split"], pa.array(_USED_SPLITS))
+    return manifest if pc.all(is_used).as_py() else manifest.filter(is_used)
 
 
 def _used_uris(manifest: pa.Table) -> pa.ChunkedArray:

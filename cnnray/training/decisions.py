@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cnnray import configs, flags
 from cnnray.images import manifest as manifests
 from cnnray.images import reading, storage
+from cnnray.images.listing import SPLITS
 from cnnray.models import architectures, bundle
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DECIDED, PLANNED, DecidedConfig
@@ -55,15 +56,16 @@ def data_facts(config: TrainConfig, manifest: pa.Table) -> DataFacts:
     Raises:
         CnnrayError: storage is in trouble.
     """
-    train = manifests.select_split(manifest, "train")
+    train = np.flatnonzero(manifests.split_numbers(manifest) == SPLITS.index("train"))
     side = None
     if config.image_size is None:
         # Runs of rows, because images in containers are read by the group.
         starts = np.linspace(0, len(train), 4, endpoint=False, dtype=np.int64)
         rows = np.unique(np.add.outer(starts, np.arange(_SAMPLED // 4)))
-        sizes = reading.image_sizes(train.take(pa.array(rows[rows < len(train)])))
+        sizes = reading.image_sizes(manifest.take(pa.array(train[rows[rows < len(train)]])))
         side = round(float(np.median([min(size) for size in sizes]))) if sizes else None
-    return DataFacts(images=len(train), classes=len(pc.unique(train["label"])), side=side)
+    labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
+    return DataFacts(images=len(train), classes=len(pc.unique(labels)), side=side)
 
 
 def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[str, str]]:

@@ -131,7 +131,7 @@ def _plan(
     Raises:
         ClusterError: the cluster is too small.
     """
-    placed = plan.place(config, len(manifests.select_split(manifest, "train")), available)
+    placed = plan.place(config, manifests.count_split(manifest, "train"), available)
     return placed, plan.share_out(placed, available), available
 
 

@@ -34,7 +34,7 @@ def check(config: DecidedConfig, manifest: pa.Table) -> None:
     Raises:
         RecipeError, BundleError, OSError: with a sentence.
     """
-    images = len(manifests.select_split(manifest, "train"))
+    images = manifests.count_split(manifest, "train")
     per_epoch = epoch.steps(images, config.batch_size)
     for phase in config.resolved_phases:
         if config.schedule == "cosine":

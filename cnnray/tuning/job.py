@@ -71,7 +71,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         recipe.check(decisions.decide(config, decisions.data_facts(config, manifest))[0], manifest)
         # Ray Train's actors in the trials ask the dashboard for each other.
         with cluster.connected(dashboard=True):
-            images = len(manifests.select_split(manifest, "train"))
+            images = manifests.count_split(manifest, "train")
             config, available = waiting.wait_for_resources(
                 functools.partial(_plan, config, first, images), resource_requests(config), config.wait_minutes
             )

@@ -47,7 +47,7 @@ def test_a_submitted_job_takes_no_relative_paths(monkeypatch, tmp_path):
         ({"image_size": "64x5000"}, "1 to 4096 pixels, not 64x5000"),
         ({"image_size": "64 x 64"}, r"--image-size: '64 x 64' is no size in pixels, such as 224 or 224x320"),
         ({"decode_size": "big"}, "--decode-size: 'big' is no size in pixels"),
-        ({"image_size": 64, "decode_size": 60}, "--decode-size must be at least --image-size 64, and .* twice that, not 60"),
+        ({"image_size": 64, "decode_size": 60}, "--decode-size must be at least --image-size 64, .*, not 60"),
         ({"image_size": 64, "decode_size": "64x129"}, "at least --image-size 64, and at most twice that, not 64x129"),
         ({"validation_fraction": 0}, "--validation-fraction must be more than 0"),
         ({"validation_fraction": 1.0}, "less than 1"),

@@ -208,7 +208,7 @@ def test_the_inference_network_holds_the_average(tmp_path):
     restored.load(str(tmp_path / "model.keras"), state, optimizer=True)
     for weight, saved in zip(restored.model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(weight, saved)
-    losses = [each.train(images, targets, position=(1, 0, 0)).loss for each in (steps, restored)]
+    losses = [each.start(images, targets, position=(1, 0, 0)).result().loss for each in (steps, restored)]
     assert losses[0] == losses[1]
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 HeatMaps = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 """Computes the heat maps of images for classes: `grad_cam.heat_maps` of one bundle."""
 _TILE_SIZE = 160
-"""Height and width in pixels of the images in a grid."""
+"""The longer side of the images in a grid, in pixels."""
 
 
 def make_pictures(

@@ -58,7 +58,7 @@ class Geometry:
     """`stretch` changes the aspect ratio, `crop` keeps it and cuts what is too long around the centre, `pad` keeps it
     and fills what is too short with black."""
     decode_size: Size
-    """At least `image_size`."""
+    """Between `image_size` and twice that: training's crops of the whole are resampled without anti-aliasing."""
 
     @classmethod
     def of(
@@ -75,12 +75,12 @@ class Geometry:
             decode_size: None: `image_size`, of which nothing is cut.
 
         Raises:
-            ValueError: a size is none, or `decode_size` is smaller than `image_size`.
+            ValueError: a size is none, or `decode_size` is too small or too large.
         """
         size = Size.of(image_size)
         decoded = size if decode_size is None else Size.of(decode_size)
-        if decoded.height < size.height or decoded.width < size.width:
-            raise ValueError(f"{decoded} is smaller than {size}")
+        if not all(side <= whole <= 2 * side for side, whole in zip(size, decoded, strict=True)):
+            raise ValueError(f"{decoded} is not between {size} and twice that")
         return cls(size, resize, decoded)
 
     @property

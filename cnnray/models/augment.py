@@ -43,8 +43,9 @@ class Augmentations:
     translation: float | None = None
     """Shift by up to this fraction of each side."""
     crop: float | None = None
-    """Crop to between this fraction and all of the image's area (that of --decode-size), with 3:4 to 4:3 of its
-    aspect ratio; 0 disables it."""
+    """Crop to between this fraction and all of the image's area, with aspect ratios of 3:4 to 4:3 (by that of
+    --image-size, where it is no square); 0 disables it. With --decode-size the crop is taken from all of that, unless
+    one_of names it."""
     contrast: float | None = None
     """Change the contrast by up to this fraction."""
     brightness: float | None = None
@@ -286,7 +287,13 @@ class _RandomAffine:
         if crop := self._switches.get("crop"):
             area = (1 + crop) / 2 + self._uniform(pixels, (1 - crop) / 2)
             root = ops.exp(self._uniform(pixels, math.log(4 / 3) / 2))
-            part_width, part_height = (ops.minimum(ops.sqrt(area) * side, 1) for side in (root, 1 / root))
+            # Of the largest part with the aspect ratio of the result, by the result's sides.
+            largest = min(given_width / self._size.width, given_height / self._size.height)
+            shares = (largest * self._size.width / given_width, largest * self._size.height / given_height)
+            part_width, part_height = (
+                ops.minimum(ops.sqrt(area) * side * share, 1)
+                for side, share in zip((root, 1 / root), shares, strict=True)
+            )
             x += centre_x * self._uniform(pixels, 1) * (1 - part_width)
             y += centre_y * self._uniform(pixels, 1) * (1 - part_height)
             width *= part_width * (given_width / self._size.width)

@@ -30,7 +30,7 @@ def heat_maps(
         classes: the index of the class for each image, int64 (N,).
 
     Returns:
-        float32 (N, size, size), scaled to 0...1 for each image; all 0 if no region supports the class.
+        float32 (N, height, width), scaled to 0...1 for each image; all 0 if no region supports the class.
 
     Raises:
         BundleError: the network has no convolutional features, or no trainable layers.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
-from cnnray.images.geometry import ResizeRule, Size
+from cnnray.images.geometry import Geometry, ResizeRule, Size
 from cnnray.models import architectures, own_network
 from cnnray.models.architectures import Head
 from cnnray.tracking.config import TrackingConfig
@@ -107,8 +107,8 @@ class ModelConfig:
     """What the network takes, in pixels: 224 for squares, or 224x320 (height x width); null: 32 where the shorter
     side of the images is at most 48, else 64, or the smallest that the network takes."""
     decode_size: int | str | None = None
-    """Size to which images are resized first, in the same form, such as 256 before --image-size 224: the crops of
-    --augment are taken from it, and for validation and prediction the centre; null: --image-size."""
+    """Size to which images are resized first, in the same form, at most twice --image-size, such as 256 before 224:
+    the crops of --augment are taken from it, and for validation and prediction the centre; null: --image-size."""
     resize: ResizeRule = "stretch"
     """How images of other shapes are resized: stretch them, crop what is too long, or pad with black."""
     dropout: float | None = None
@@ -145,7 +145,7 @@ class ModelConfig:
             raise ValueError(f"--keep-head needs a bundle for --weights, which is {self.weights}.")
 
     def _check_sizes(self) -> None:
-        """Check the sizes, and write a square one as a number."""
+        """Check the sizes, and write each as briefly as it can be."""
         for name in ("image_size", "decode_size"):
             if (value := getattr(self, name)) is not None:
                 try:
@@ -153,6 +153,8 @@ class ModelConfig:
                 except ValueError as error:
                     raise ValueError(f"{flags.flag_name(name)}: {error}.") from None
         if self.image_size is None:
+            if self.decode_size is not None:
+                raise ValueError("--decode-size needs --image-size.")
             return
         size = Size.of(self.image_size)
         smallest = architectures.smallest_image_size(self.architecture) if self.architecture else 1
@@ -161,14 +163,12 @@ class ModelConfig:
             raise ValueError(
                 f"--image-size must be {smallest} to {LARGEST_IMAGE_SIZE} pixels{of_network}, not {self.image_size}."
             )
-        if self.decode_size is not None:
-            # Crops of the whole are resampled without anti-aliasing.
-            decoded = Size.of(self.decode_size)
-            if any(not side <= larger <= 2 * side for side, larger in zip(size, decoded, strict=True)):
-                raise ValueError(
-                    f"--decode-size must be at least --image-size {self.image_size}, and at most twice that, not "
-                    f"{self.decode_size}."
-                )
+        try:
+            geometry = Geometry.of(size, self.resize, self.decode_size)
+        except ValueError as error:
+            raise ValueError(f"--decode-size: {error}.") from None
+        if not geometry.is_cut:
+            object.__setattr__(self, "decode_size", None)
 
 
 @configs.group(resumable=True)

@@ -146,16 +146,26 @@ def _spaces(config: SearchConfig) -> dict[str, Any]:
     from ray import tune
 
     spaces: dict[str, Any] = {}
+    samples: dict[str, list[Any]] = {}
+
+    def refused(name: str, error: Exception) -> SearchError:
+        return SearchError(f"--search {name}: {' '.join(str(error).split())}")
+
     assert isinstance(config.search, dict)
     for name, space in config.search.items():
         [(kind, values)] = space.items()
         try:
             spaces[name] = getattr(tune, kind)(*([values] if kind in LISTS else values))
-            samples = values if kind == "grid_search" else [spaces[name].sample() for _ in range(20)]
-            for sample in samples:
-                config.trial({name: sample}, config.output)
+            samples[name] = values if kind == "grid_search" else [spaces[name].sample() for _ in range(20)]
+            firsts = {other: next(iter(those)) for other, those in samples.items()}
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise SearchError(f"--search {name}: {' '.join(str(error).split())}") from None
+            raise refused(name, error) from None
+    for name, values in samples.items():
+        try:
+            for value in values:
+                config.trial(firsts | {name: value}, config.output)
+        except (ValueError, TypeError) as error:
+            raise refused(name, error) from None
     return spaces
 
 

@@ -173,9 +173,10 @@ import json, sys, time
 import ray
 ray.init(logging_level="ERROR")
 from cnnray.images import manifest as manifests
+from cnnray.images.geometry import Geometry
 from cnnray.training.data import CachedSource, decode_into_memory
 rows = manifests.with_targets(manifests.build_manifest({str(all_digits)!r}, labelled=True))
-blocks = decode_into_memory(rows, 64, "stretch", 0.25)
+blocks = decode_into_memory(rows, Geometry.of(64), 0.25)
 nodes = {{node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}}
 places = ray.experimental.get_object_locations(blocks)
 print("result", json.dumps([[nodes[node] for node in places[block]["node_ids"]] for block in blocks]), flush=True)

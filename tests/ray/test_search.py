@@ -81,11 +81,13 @@ def test_searches_that_cannot_work_are_refused(flags, sentence, digits, tmp_path
         ("augmentations.rotation=uniform(-1,0)", "--augmentations.rotation must be 0 to 1"),
         ("dropout=uniform(0.5)", "uniform"),
         ("schedule=choice(['linear'])", "--schedule"),
+        ("decode_size=choice([20,64])", "--decode-size: 64x64 is not between 16x16 and twice that"),
+        ("image_size=choice([16,32]) decode_size=choice([20,40])", "image_size: --decode-size: 20x20 is not between"),
     ],
 )
 def test_spaces_with_values_that_training_refuses_are_refused(space, sentence, digits, tmp_path):
     with pytest.raises(SearchError, match=sentence):
-        search(_config(digits, tmp_path / "out", search=[space]))
+        search(_config(digits, tmp_path / "out", search=space.split()))
     assert not (tmp_path / "out").exists()
     assert _config(digits, tmp_path, search=["augmentations.zoom=choice([0,0.1])"]).trial(
         {"augmentations.zoom": 0.1}, "/o"

@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 def sources(files):
     manifest = files[1]
     decoders = Decoders(2, Geometry.of(SIZE), largest_batch=len(manifest))
-    yield StreamedSource(manifest, decoders), CachedSource(decode_into_memory(manifest, SIZE, "stretch", 0.25))
+    yield StreamedSource(manifest, decoders), CachedSource(decode_into_memory(manifest, Geometry.of(SIZE), 0.25))
     decoders.close()
 
 

@@ -5,11 +5,12 @@ import functools
 import numpy as np
 import pytest
 
+from cnnray.evaluation import plots
 from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.models import bundle as bundles
 from cnnray.models import grad_cam
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
-from tests.networks import fitted
+from tests.networks import GEOMETRY, coloured_noise, fitted, save_cut
 
 SIZE = 32
 
@@ -65,3 +66,12 @@ def test_a_network_without_convolutions_is_refused(tmp_path):
         for heat_maps in (functools.partial(grad_cam.heat_maps, bundle), in_process):
             with pytest.raises(BundleError, match="no convolutional features"):
                 heat_maps(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))
+
+
+def test_images_that_are_cut_to_a_rectangle_have_heat_maps_of_its_shape(tmp_path):
+    save_cut(tmp_path)
+    height, width = GEOMETRY.image_size
+    images, targets = coloured_noise(6, GEOMETRY.image_size, seed=1)
+    heat = grad_cam.heat_maps(Bundle.load(str(tmp_path)), images, targets)
+    assert heat.shape == (6, height, width)
+    assert plots.with_heat(np.zeros((80, 120, 3), np.uint8), heat[0]).shape == (80, 120, 3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cnnray.images.decode import BadImage
+from cnnray.images.geometry import Geometry
 from cnnray.models import architectures, bundle, transfer
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.predictor import Predictor, find_unusable
@@ -201,6 +202,24 @@ def test_temperature_softens_and_keeps_the_order(tmp_path):
     np.testing.assert_allclose(soft, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "format_", "version"),
+    [
+        ({}, 1, "small_cnn-fdc267093a14"),  # as cnnray 0.2.0 computes it
+        ({"image_size": "32x48"}, 2, None),
+        ({"decode_size": 40}, 2, None),
+    ],
+)
+def test_a_bundle_of_squares_that_are_not_cut_is_written_as_before(changes, format_, version, tmp_path):
+    (tmp_path / "model.keras").write_bytes(b"a network")
+    info = BundleInfo(class_names=["a", "b"], image_size=32, resize="crop", temperature=1.5, architecture="small_cnn")
+    bundle.write_info(str(tmp_path), dataclasses.replace(info, **changes))
+    assert json.loads((tmp_path / "bundle.json").read_text())["format_version"] == format_
+    loaded = Bundle.load(str(tmp_path))
+    assert loaded.info.geometry == Geometry.of(changes.get("image_size", 32), "crop", changes.get("decode_size"))
+    assert loaded.version == version or (version is None and loaded.version != "small_cnn-fdc267093a14")
+
+
 def _change_info(folder, **changes):
     path = folder / "bundle.json"
     path.write_text(
@@ -219,7 +238,7 @@ def _change_info(folder, **changes):
         ({"class_names": ...}, "incomplete"),
         ({"image_size": 64}, "but image_size is 64"),
         ({"image_size": "large"}, "image_size and decode_size in bundle.json: 'large' is no size in pixels"),
-        ({"decode_size": 16}, "decode_size in bundle.json: 16x16 is smaller than 32x32"),
+        ({"decode_size": 16}, "decode_size in bundle.json: 16x16 is not between 32x32 and twice that"),
         ({"resize": "squeeze"}, "expected one of"),
         ({"temperature": 0}, "more than 0"),
         ({"format_version": 99}, "update it"),

@@ -101,7 +101,7 @@ MISTAKES = {
     "no data flag": (["--output", "{out}"], "data"),
     "missing folder": (["--data", "/nowhere", "--output", "{out}"], "/nowhere does not exist"),
     "no images": (["--data", "{empty}", "--output", "{out}"], "no sub-folders"),
-    "size of 0": (["--data", "{digits}", "--output", "{out}", "--image-size", "0"], "--image-size must be"),
+    "size of 0": (["--data", "{digits}", "--output", "{out}", "--image-size", "0"], "--image-size: 0 is no size"),
     "size of 100000": (["--data", "{digits}", "--output", "{out}", "--image-size", "100000"], "--image-size must be"),
     "another scheme": (["--data", "ftp://b/x", "--output", "{out}"], "neither a local path nor"),
     "no bucket": (["--data", "{digits}", "--output", "s3://"], "names no bucket"),

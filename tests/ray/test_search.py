@@ -82,7 +82,10 @@ def test_searches_that_cannot_work_are_refused(flags, sentence, digits, tmp_path
         ("dropout=uniform(0.5)", "uniform"),
         ("schedule=choice(['linear'])", "--schedule"),
         ("decode_size=choice([20,64])", "--decode-size: 64x64 is not between 16x16 and twice that"),
-        ("image_size=choice([16,32]) decode_size=choice([20,40])", "image_size: --decode-size: 20x20 is not between"),
+        (
+            "image_size=grid_search([16,32]) decode_size=grid_search([20,40])",
+            "image_size: --decode-size: 20x20 is not",
+        ),
     ],
 )
 def test_spaces_with_values_that_training_refuses_are_refused(space, sentence, digits, tmp_path):

@@ -3,7 +3,6 @@
 import logging
 import random
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +51,11 @@ class Models:
         """The names of the models; the first is the default."""
         return list(self._by_name)
 
+    @property
+    def all(self) -> list[ServedModel]:
+        """All versions of all models."""
+        return [model for versions in self._by_name.values() for model, _ in versions]
+
     def versions(self, name: str) -> list[tuple[ServedModel, float]]:
         """The versions of a model with their shares, older ones first.
 
@@ -84,15 +88,14 @@ class Models:
 class Loader:
     """Loads the models of new settings while the present ones answer requests."""
 
-    def __init__(self, executor: Executor, *, threads: int, gpus: bool, observe: Callable[[int], None]) -> None:
+    def __init__(self, *, threads: int, gpus: bool, observe: Callable[[int], None]) -> None:
         """
         Args:
-            executor: runs the engines.
             threads: CPU threads of an engine.
             gpus: whether this process has a GPU.
             observe: called with the size of each micro-batch.
         """
-        self._executor, self._threads, self._gpus, self._observe = executor, threads, gpus, observe
+        self._threads, self._gpus, self._observe = threads, gpus, observe
         self._loaded: dict[tuple[str, ...], ServedModel] = {}
 
     def __call__(self, settings: Settings) -> Models:
@@ -129,7 +132,7 @@ class Loader:
             version=bundle.version,
             bundle=bundle,
             engine=engine,
-            batcher=Batcher(predictor.probabilities, batch_size, self._executor, self._observe),
+            batcher=Batcher(predictor.probabilities, batch_size, self._observe),
         )
 
 

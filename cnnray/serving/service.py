@@ -31,7 +31,7 @@ STATUS_BY_REASON = {
 
 
 class Service:
-    """The models of a replica, and the threads that decode images and run engines.
+    """The models of a replica, and the threads that decode images.
 
     Attributes:
         settings: the present settings; None before the first.
@@ -51,8 +51,7 @@ class Service:
         self.problem: str | None = None
         self.metrics = ServingMetrics()
         self._decoding = ThreadPoolExecutor(threads, "decode")
-        engine = ThreadPoolExecutor(1, "engine")
-        self._load = Loader(engine, threads=threads, gpus=gpus, observe=self.metrics.record_batch)
+        self._load = Loader(threads=threads, gpus=gpus, observe=self.metrics.record_batch)
         self._changing = asyncio.Lock()
 
     async def change_settings(self, settings: Settings) -> None:
@@ -76,15 +75,26 @@ class Service:
             self.settings, self.models, self.problem = settings, models, None
 
     async def check_health(self) -> None:
-        """Classify a black image with the default model.
+        """Check that each engine computes, without waiting behind the images of requests.
+
+        An engine that is at work must not have been at its micro-batch for longer than an answer may take. One that
+        waits for images is given a black one.
 
         Raises:
-            RequestError: 503, it takes too long, or no model is loaded.
+            RequestError: 503, an engine takes too long, or no model is loaded.
+            Exception: what an engine raises.
         """
-        served = self.choose_model()
-        black = np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8)
-        async with self._answer_timeout():
-            await served.batcher(black)
+        models = self.ready_models()
+        assert self.settings is not None
+        for served in models.all:
+            seconds = served.batcher.seconds_at_work
+            if seconds > self.settings.timeout_seconds:
+                raise RequestError(
+                    503, f"{served.name} {served.version} has been at one micro-batch for {seconds:.0f} seconds."
+                )
+            if not seconds:
+                async with self._answer_timeout():
+                    await served.batcher(np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8))
 
     def ready_models(self) -> Models:
         """The models that are served.

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 
 import numpy as np
 import pytest
@@ -18,16 +18,15 @@ def test_batches_grow_while_the_engine_is_busy():
         return images.reshape(len(images), -1)[:, :1].astype(np.float32)
 
     async def ask():
-        with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(run, 4, executor, sizes.append)
-            images = [np.full((2, 2, 3), number, np.uint8) for number in range(11)]
-            first = asyncio.create_task(batcher(images[0]))
-            await asyncio.sleep(0.05)
-            others = [asyncio.create_task(batcher(image)) for image in images[1:]]
-            await asyncio.sleep(0.05)
-            others[2].cancel()
-            busy.set()
-            return [await first, *await asyncio.gather(*others, return_exceptions=True)]
+        batcher = Batcher(run, 4, sizes.append)
+        images = [np.full((2, 2, 3), number, np.uint8) for number in range(11)]
+        first = asyncio.create_task(batcher(images[0]))
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(batcher(image)) for image in images[1:]]
+        await asyncio.sleep(0.05)
+        others[2].cancel()
+        busy.set()
+        return [await first, *await asyncio.gather(*others, return_exceptions=True)]
 
     results = asyncio.run(ask())
     assert sizes == [1, 4, 4, 1]
@@ -44,13 +43,32 @@ def test_an_engine_that_fails_fails_its_batch_and_no_other():
         return np.ones((len(images), 2), np.float32)
 
     async def ask(value):
-        with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(run, 4, executor, lambda size: None)
-            image = np.full((2, 2, 3), value, np.uint8)
-            with pytest.raises(RuntimeError, match="broken"):
-                await batcher(np.zeros((2, 2, 3), np.uint8))
-            with pytest.raises(ValueError, match="longer"):
-                await batcher(np.full((2, 2, 3), 2, np.uint8))
-            return await batcher(image)
+        batcher = Batcher(run, 4, lambda size: None)
+        image = np.full((2, 2, 3), value, np.uint8)
+        with pytest.raises(RuntimeError, match="broken"):
+            await batcher(np.zeros((2, 2, 3), np.uint8))
+        with pytest.raises(ValueError, match="longer"):
+            await batcher(np.full((2, 2, 3), 2, np.uint8))
+        return await batcher(image)
 
     assert asyncio.run(ask(1)).tolist() == [1, 1]
+
+
+def test_a_batcher_says_how_long_its_engine_has_been_at_a_batch():
+    def run(images):
+        time.sleep(0.1)
+        return np.ones((len(images), 2), np.float32)
+
+    async def ask():
+        batcher, seconds = Batcher(run, 4, lambda size: None), []
+        assert batcher.seconds_at_work == 0
+        tasks = [asyncio.create_task(batcher(np.zeros((2, 2, 3), np.uint8))) for _ in range(20)]
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            seconds.append(batcher.seconds_at_work)
+        await asyncio.gather(*tasks)
+        return seconds, batcher.seconds_at_work
+
+    seconds, at_the_end = asyncio.run(ask())
+    assert 0 < max(seconds) < 0.3  # of one batch, not of the queue
+    assert at_the_end == 0

@@ -1,7 +1,10 @@
 """Models and versions of a service: flags, shares, changes."""
 
+import asyncio
 import dataclasses
 import json
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,9 +16,11 @@ from cnnray import commandline
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.serving.application import create_application
+from cnnray.serving.bodies import RequestError
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings, Settings
+from tests.networks import GEOMETRY
 from tests.unit.serving.conftest import GOOD, settings
 
 
@@ -65,6 +70,39 @@ def test_nothing_is_ready_before_there_are_models(bundle, tmp_path):
         assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 503
         with pytest.raises(BundleError, match="is not a bundle"):
             client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
+
+
+def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newer, monkeypatch):
+    client = start_client(("colours", bundle, 0.5), ("colours", newer, 0.5), timeout_seconds=1.0)
+    service, free = client.app.state.service, threading.Event()
+    slow, other = (served for served, _ in service.models.versions("colours"))
+    image = np.zeros(GEOMETRY.image_size.shape, np.uint8)
+    compute = slow.batcher._run
+
+    async def overload():
+        return [asyncio.ensure_future(slow.batcher(image)) for _ in range(1000)]
+
+    monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(0.05), compute(images))[1])
+    client.portal.call(overload)  # 125 micro-batches: more than six seconds
+    start = time.monotonic()
+    client.portal.call(service.check_health)
+    # A version does not wait for the engine of another one.
+    assert client.post("/predict", files={"image": ("a", GOOD)}, params={"version": other.version}).is_success
+    assert time.monotonic() - start < 1
+    monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(20), compute(images))[1])
+    time.sleep(1.2)
+    with pytest.raises(RequestError, match=r"^colours .* has been at one micro-batch for 1 seconds\.$"):
+        client.portal.call(service.check_health)
+    free.set()
+
+
+def test_an_idle_engine_that_fails_is_not_healthy(start_client, monkeypatch):
+    client = start_client()
+    service = client.app.state.service
+    client.portal.call(service.check_health)
+    monkeypatch.setattr(service.models.all[0].batcher, "_run", lambda images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        client.portal.call(service.check_health)
 
 
 def _shares(config):

@@ -69,7 +69,9 @@ class Metadata(BaseModel):
 
     models: dict[str, list[VersionInfo]]
     default_model: str
-    problem: str | None = Field(description="Why the last change of the models failed; null if it did not.")
+    problem: str | None = Field(
+        description="Why the last change of the models failed, which is tried again; null if it did not."
+    )
 
 
 class Ready(BaseModel):

@@ -21,6 +21,9 @@ from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+"""Seconds before a change of the settings that failed is tried again; each pause is twice the one before."""
+
 Read = TypeVar("Read")
 
 STATUS_BY_REASON = {
@@ -36,7 +39,7 @@ class Service:
     Attributes:
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
-        problem: why the last change of the settings failed; None if it did not.
+        problem: why the last change of the settings failed, which is tried again; None if it did not.
         metrics: counts requests, images and predictions.
     """
 
@@ -53,17 +56,29 @@ class Service:
         self._decoding = ThreadPoolExecutor(threads, "decode")
         self._load = Loader(threads=threads, gpus=gpus, observe=self.metrics.record_batch)
         self._changing = asyncio.Lock()
+        self._wanted: Settings | None = None
+        self._trying_again: asyncio.Task[None] | None = None
+        """Held, because the event loop holds no task."""
 
     async def change_settings(self, settings: Settings) -> None:
         """Load and warm up the models of new settings, then switch to them.
 
-        The present models answer requests meanwhile. If loading fails, they go on to do so, and `problem` says why:
-        an exception would make Serve stop the replica.
+        The present models answer requests meanwhile. If loading fails, they go on to do so, `problem` says why, and
+        loading is tried again after a pause, until it succeeds or there are other settings: an exception would make
+        Serve stop the replica.
 
         Raises:
             BundleError, OSError: loading failed, and there are no present models.
         """
+        self._wanted = settings
+        if not await self._change(settings):
+            self._trying_again = asyncio.create_task(self._try_again(settings))
+
+    async def _change(self, settings: Settings) -> bool:
+        """Try to change the settings, and return whether there is nothing left to try."""
         async with self._changing:
+            if self._wanted is not settings:  # others came meanwhile
+                return True
             try:
                 models = await asyncio.to_thread(self._load, settings)
             except Exception as error:  # an engine's library may raise anything
@@ -71,8 +86,17 @@ class Service:
                     raise
                 self.problem = str(error)
                 log.exception("the new settings cannot be loaded; the present models stay")
-                return
-            self.settings, self.models, self.problem = settings, models, None
+            else:
+                self.settings, self.models, self.problem = settings, models, None
+            self.metrics.record_change(failed=self.problem is not None)
+            return self.problem is None
+
+    async def _try_again(self, settings: Settings) -> None:
+        pause = _FIRST_PAUSE
+        await asyncio.sleep(pause)
+        while not await self._change(settings):
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(pause)
 
     async def check_health(self) -> None:
         """Check that each engine computes, without waiting behind the images of requests.

@@ -156,6 +156,14 @@ class ServingMetrics:
             tag_keys=("model", "version"),
         )
 
+        self._change_failed = metrics.Gauge(
+            "cnnray_change_failed", description="1 while the last change of the models has failed, else 0."
+        )
+
+    def record_change(self, *, failed: bool) -> None:
+        """Record whether the last change of the models failed."""
+        self._change_failed.set(float(failed))
+
     def record_request(self, route: str, status: int, seconds: float) -> None:
         """Record an answered request.
 

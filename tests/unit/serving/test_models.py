@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from starlette.testclient import TestClient
 from cnnray import commandline
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.serving import service as service_module
 from cnnray.serving.application import create_application
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.config import ServeConfig
@@ -70,6 +72,36 @@ def test_nothing_is_ready_before_there_are_models(bundle, tmp_path):
         assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 503
         with pytest.raises(BundleError, match="is not a bundle"):
             client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
+
+
+def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
+    client = start_client()
+    service, recorded = client.app.state.service, []
+    monkeypatch.setattr(service.metrics, "record_change", lambda *, failed: recorded.append(failed))
+    late = tmp_path / "late"
+    client.portal.call(service.change_settings, settings(("colours", str(late), 1.0)))
+    assert "is not a bundle" in client.get("/metadata").json()["problem"]
+    assert client.post("/predict", files={"image": ("a", GOOD)}).json()["model"] == Bundle.load(bundle).version
+    shutil.copytree(newer, late)
+    deadline = time.monotonic() + 20
+    while client.get("/metadata").json()["problem"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert client.post("/predict", files={"image": ("a", GOOD)}).json()["model"] == Bundle.load(newer).version
+    assert recorded[0] is True
+    assert recorded[-1] is False
+
+
+def test_other_settings_end_the_attempts_at_those_that_failed(start_client, bundle, newer, tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
+    client = start_client()
+    service, late = client.app.state.service, tmp_path / "late"
+    client.portal.call(service.change_settings, settings(("colours", str(late), 1.0)))
+    client.portal.call(service.change_settings, settings(("colours", bundle, 1.0)))
+    shutil.copytree(newer, late)
+    time.sleep(0.5)
+    assert client.get("/metadata").json()["problem"] is None
+    assert service.models.all[0].version == Bundle.load(bundle).version
 
 
 def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newer, monkeypatch):

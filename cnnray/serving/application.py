@@ -19,8 +19,17 @@ from cnnray.serving import open_inference, tensorflow_serving
 from cnnray.serving.bodies import RequestError, read_images
 from cnnray.serving.gate import Gate
 from cnnray.serving.models import ServedModel
-from cnnray.serving.schema import Answer, Failure, ImageFailure, JsonImages, Metadata, Ready, VersionInfo
-from cnnray.serving.service import STATUS_BY_REASON, Service
+from cnnray.serving.schema import (
+    CANARY_KEY_PARAMETER,
+    Answer,
+    Failure,
+    ImageFailure,
+    JsonImages,
+    Metadata,
+    Ready,
+    VersionInfo,
+)
+from cnnray.serving.service import STATUS_BY_REASON, Service, canary_key
 
 _RETRY_AFTER = {"Retry-After": "1"}
 _ONLY_THIS_HOST = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"}
@@ -106,7 +115,7 @@ def create_application(service: Service, api_key: str | None = None, *, adds_req
         methods=["POST"],
         response_model=Answer | list[Answer | ImageFailure],
         responses=FAILURES,
-        openapi_extra={"requestBody": _REQUEST_BODY},
+        openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [CANARY_KEY_PARAMETER]},
     )
     app.include_router(open_inference.router, responses=FAILURES)
     app.include_router(tensorflow_serving.router, responses=FAILURES)
@@ -209,12 +218,12 @@ async def _predict(
     ] = 0.0,
     model: Annotated[str | None, Query(description="Name of the model; by default the first one.")] = None,
     version: Annotated[
-        str | None, Query(description="Version of the model; by default a random one according to the shares.")
+        str | None, Query(description="Version of the model; by default one according to the shares.")
     ] = None,
 ) -> JSONResponse:
     """Classify one image (the response is an object) or several (a list, in order, of answers and errors)."""
     service: Service = request.app.state.service
-    served = service.choose_model(model, version)
+    served = service.choose_model(model, version, canary_key(request))
     images, several = await service.read(read_images, request)
     rows = await service.classify(served, images)
     request_id = request.state.request_id

@@ -1,5 +1,6 @@
 """The models that a replica has loaded, by name and version."""
 
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterable
@@ -66,8 +67,16 @@ class Models:
             raise NoSuchModelError(f"There is no model {name!r}; there are {', '.join(self.names)}.")
         return self._by_name[name]
 
-    def choose(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """The version that answers a request: the requested one, or a random one according to the shares.
+    def choose(self, name: str | None = None, version: str | None = None, key: str | None = None) -> ServedModel:
+        """The version that answers a request: the requested one, or one according to the shares.
+
+        Requests with the same key get the same version as long as the shares are the same; where the share of the
+        newest one grows, those that had it keep it.
+
+        Args:
+            name: of the model; None: the first one.
+            version: of it.
+            key: of whoever asks; None: each request is for itself.
 
         Raises:
             NoSuchModelError: it is not served.
@@ -77,12 +86,22 @@ class Models:
         if version is None:
             if len(versions) == 1:
                 return versions[0][0]
-            return random.choices([model for model, _ in versions], [share for _, share in versions])[0]
+            place = random.random() if key is None else _place(f"{name} {key}")
+            for model, share in versions[:-1]:
+                place -= share
+                if place < 0:
+                    return model
+            return versions[-1][0]
         for model, _ in versions:
             if model.version == version:
                 return model
         known = ", ".join(model.version for model, _ in versions)
         raise NoSuchModelError(f"The model {name} has no version {version!r}; it has {known}.")
+
+
+def _place(text: str) -> float:
+    """A number at least 0 and less than 1 that a text always has."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
 class Loader:

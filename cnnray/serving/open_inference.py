@@ -25,7 +25,8 @@ from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_model, read_body
 from cnnray.serving.models import ServedModel
-from cnnray.serving.service import Service
+from cnnray.serving.schema import CANARY_KEY_PARAMETER
+from cnnray.serving.service import Service, canary_key
 from cnnray.serving.settings import Settings
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
@@ -82,14 +83,15 @@ class InferRequest(pydantic.BaseModel):
     outputs: list[InferOutput] | None = pydantic.Field(None, max_length=16)
 
 
-_BODY = {
+_BODY: dict[str, Any] = {
+    "parameters": [CANARY_KEY_PARAMETER],
     "requestBody": {
         "required": True,
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
-    }
+    },
 }
 
 
@@ -147,7 +149,7 @@ async def model_ready(request: Request, model: str, version: str | None = None) 
 async def infer(request: Request, model: str, version: str | None = None) -> Response:
     """Classify a batch."""
     service: Service = request.app.state.service
-    served = service.choose_model(model, version)
+    served = service.choose_model(model, version, canary_key(request))
     infer_request, images = await service.read(_read, request)
     shape = served.bundle.info.geometry.image_size.shape
     if isinstance(images, list):

@@ -7,6 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+CANARY_KEY = "X-Canary-Key"
+CANARY_KEY_PARAMETER = {
+    "name": CANARY_KEY,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "Requests with the same value get the same version of a model.",
+}
+"""As OpenAPI describes the header."""
+
+
 class ClassScore(BaseModel):
     """A class and its probability."""
 

@@ -16,6 +16,7 @@ from cnnray.models.predictor import NO_PROBABILITIES, find_unusable
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import NOT_BASE64, RequestError
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
+from cnnray.serving.schema import CANARY_KEY
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
@@ -130,14 +131,16 @@ class Service:
             raise RequestError(503, "The models are being loaded.")
         return self.models
 
-    def choose_model(self, name: str | None = None, version: str | None = None) -> ServedModel:
+    def choose_model(
+        self, name: str | None = None, version: str | None = None, key: str | None = None
+    ) -> ServedModel:
         """The version of a model that answers a request; see `Models.choose`.
 
         Raises:
             RequestError: 404, it is not served; 503, the models are being loaded.
         """
         try:
-            return self.ready_models().choose(name, version)
+            return self.ready_models().choose(name, version, key)
         except NoSuchModelError as error:
             raise RequestError(404, str(error)) from None
 
@@ -230,6 +233,15 @@ class Service:
         best = int(row.argmax())
         label = served.bundle.info.class_names[best]
         self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
+
+
+def canary_key(request: Request) -> str | None:
+    """The key of whoever asks: `CANARY_KEY`, or the client that a proxy names; None for neither.
+
+    Ray's HAProxy names no clients, and all of them have its address.
+    """
+    forwarded: str = request.headers.get("x-forwarded-for", "").partition(",")[0].strip()
+    return request.headers.get(CANARY_KEY) or forwarded or None
 
 
 def _refusal(index: int, error: BadImage) -> RequestError:

@@ -16,13 +16,15 @@ from cnnray.images.decode import BadImage
 from cnnray.models.runtimes import Images
 from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_json, read_body
 from cnnray.serving.open_inference import pixels_from_lists
-from cnnray.serving.service import Service
+from cnnray.serving.schema import CANARY_KEY_PARAMETER
+from cnnray.serving.service import Service, canary_key
 from cnnray.serving.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["TensorFlow Serving"])
 
 _EXAMPLE = {"instances": [{"b64": "..."}]}
-_BODY = {
+_BODY: dict[str, Any] = {
+    "parameters": [CANARY_KEY_PARAMETER],
     "requestBody": {
         "required": True,
         "content": {
@@ -38,7 +40,7 @@ _BODY = {
                 "example": _EXAMPLE,
             }
         },
-    }
+    },
 }
 
 
@@ -48,7 +50,7 @@ _BODY = {
 async def predict(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
     """Classify a batch in row format (`instances`) or column format (`inputs`)."""
     service: Service = request.app.state.service
-    served = service.choose_model(model, version)
+    served = service.choose_model(model, version, canary_key(request))
     info = served.bundle.info
     images, by_row = await service.read(functools.partial(_read, info.geometry.image_size.shape), request)
     if isinstance(images, list):

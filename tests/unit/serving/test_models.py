@@ -1,6 +1,7 @@
 """Models and versions of a service: flags, shares, changes."""
 
 import asyncio
+import base64
 import dataclasses
 import json
 import shutil
@@ -42,6 +43,37 @@ def test_a_canary_answers_its_share(start_client, bundle, newer):
         "colours": [0.8, 0.2], "others": [1.0],
     }  # fmt: skip
     assert metadata["default_model"] == "colours"
+
+
+def test_a_canary_has_the_same_clients_as_long_as_they_name_themselves(start_client, bundle, newer):
+    client = start_client(("colours", bundle, 0.8), ("colours", newer, 0.2))
+    service, new = client.app.state.service, Bundle.load(newer).version
+
+    def chosen():
+        return {key for key in map(str, range(2000)) if service.choose_model("colours", key=key).version == new}
+
+    tenth = chosen()
+    assert 0.15 < len(tenth) / 2000 < 0.25
+    assert chosen() == tenth
+    client.portal.call(service.change_settings, settings(("colours", bundle, 0.5), ("colours", newer, 0.5)))
+    half = chosen()
+    assert 0.45 < len(half) / 2000 < 0.55
+    assert tenth < half  # who had it keeps it
+    inside, outside = min(half), min(set(map(str, range(2000))) - half)
+    image = {"b64": base64.b64encode(GOOD).decode()}
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [image["b64"]]}
+    for key, is_new in ((inside, True), (outside, False)):
+        for headers in ({"X-Canary-Key": key}, {"X-Forwarded-For": f"{key}, 10.0.0.1"}):
+            for _ in range(5):
+                answer = client.post("/predict", files={"image": ("a", GOOD)}, headers=headers).json()
+                assert (answer["model"] == new) == is_new
+                answer = client.post("/v2/models/colours/infer", json={"inputs": [tensor]}, headers=headers).json()
+                assert (answer["model_version"] == new) == is_new
+        answer = client.post("/v1/models/colours:predict", json={"instances": [image]}, headers={"X-Canary-Key": key})
+        assert answer.is_success
+    description = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["parameters"]
+    assert "X-Canary-Key" in [parameter["name"] for parameter in description]
+    assert "model" in [parameter["name"] for parameter in description]
 
 
 def test_models_change_while_the_present_ones_answer(start_client, bundle, newer, tmp_path):
@@ -105,25 +137,23 @@ def test_other_settings_end_the_attempts_at_those_that_failed(start_client, bund
 
 
 def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newer, monkeypatch):
-    client = start_client(("colours", bundle, 0.5), ("colours", newer, 0.5), timeout_seconds=1.0)
+    client = start_client(("colours", bundle, 0.5), ("colours", newer, 0.5))
     service, free = client.app.state.service, threading.Event()
-    slow, other = (served for served, _ in service.models.versions("colours"))
+    slow, other = service.models.all
     image = np.zeros(GEOMETRY.image_size.shape, np.uint8)
     compute = slow.batcher._run
 
     async def overload():
         return [asyncio.ensure_future(slow.batcher(image)) for _ in range(1000)]
 
-    monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(0.05), compute(images))[1])
-    client.portal.call(overload)  # 125 micro-batches: more than six seconds
-    start = time.monotonic()
+    monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(20), compute(images))[1])
+    client.portal.call(overload)
     client.portal.call(service.check_health)
     # A version does not wait for the engine of another one.
     assert client.post("/predict", files={"image": ("a", GOOD)}, params={"version": other.version}).is_success
-    assert time.monotonic() - start < 1
-    monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(20), compute(images))[1])
-    time.sleep(1.2)
-    with pytest.raises(RequestError, match=r"^colours .* has been at one micro-batch for 1 seconds\.$"):
+    assert len(slow.batcher._waiting) == 1000 - 8
+    monkeypatch.setattr(type(slow.batcher), "seconds_at_work", property(lambda batcher: 30.4))
+    with pytest.raises(RequestError, match=r"^colours .* has been at one micro-batch for 30 seconds\.$"):
         client.portal.call(service.check_health)
     free.set()
 

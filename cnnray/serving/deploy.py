@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,24 @@ def check_bundles(config: ServeConfig) -> Versions:
     return versions
 
 
-def build_configuration(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
+def build_configuration(config: ServeConfig, versions: Versions | None, max_replicas: int) -> dict[str, Any]:
     """The configuration for `serve deploy`.
 
     Args:
         config: the service's config.
+        versions: from `check_bundles`: replicas serve these, or nothing, where the bundles' places hold others later.
+            None: whatever they hold.
         max_replicas: used if `config.max_replicas` is None.
     """
     drain = config.timeout_seconds + 5
+    settings = config.settings
+    if versions is not None:
+        listed = {name: iter(of_model) for name, of_model in versions.items()}
+        pinned = tuple(replace(model, version=next(listed[model.name])[0]) for model in settings.models)
+        settings = replace(settings, models=pinned)
     deployment = {
         "name": DEPLOYMENT,
-        "user_config": config.settings.as_dict(),
+        "user_config": settings.as_dict(),
         # One micro-batch in the engine, and the next one being decoded. More requests would only wait in this
         # replica's memory, where other replicas cannot take them.
         "max_ongoing_requests": 2 * config.batch_size,
@@ -121,9 +129,10 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     Raises:
         BundleError, OSError: a bundle cannot be read, or the file cannot be written.
     """
-    check_bundles(config)
+    versions = check_bundles(config)
     assert config.write_config is not None
-    text = yaml.safe_dump(build_configuration(config, max_replicas=config.min_replicas or 1), sort_keys=False)
+    configuration = build_configuration(config, versions, max_replicas=config.min_replicas or 1)
+    text = yaml.safe_dump(configuration, sort_keys=False)
     storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _uris_by_name(config)}
 
@@ -309,7 +318,7 @@ def _deploy(
             the new one is removed.
     """
     earlier = client.get_serve_details().get("applications", {})
-    configuration = build_configuration(config, max_replicas)
+    configuration = build_configuration(config, versions, max_replicas)
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment
     # Serve deletes the applications that a configuration does not list.

@@ -121,12 +121,18 @@ class Loader:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
 
         Raises:
-            BundleError, OSError: a bundle cannot be loaded. The models of the last call are not affected.
+            BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed. The models of the
+                last call are not affected.
         """
         loaded: dict[tuple[str, ...], ServedModel] = {}
         models = []
         for model in settings.models:
             bundle, engine = Bundle.load(model.uri), settings.engine
+            if model.version not in (None, bundle.version):
+                raise BundleError(
+                    f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy the service "
+                    "again."
+                )
             if engine == "auto":
                 engine = engines.choose(bundle, gpus=self._gpus, batch_size=settings.batch_size)
             digest = engines.digest(bundle, engine)  # another export of the same model has another digest

@@ -49,6 +49,8 @@ class ModelSettings:
     share: float = 1.0
     """Share of the model's requests that this version answers; requests that name a version do not count. The shares
     of a model's versions sum to 1."""
+    version: str | None = None
+    """`Bundle.version` that the bundle had when the service was deployed; None: any."""
 
 
 @dataclass(frozen=True, kw_only=True)

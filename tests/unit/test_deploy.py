@@ -219,7 +219,7 @@ def test_the_service_is_configured_as_the_job_writes_it():
     resource, config = manifest("rayservice.yaml"), _parse_serve_command()
     configured = yaml.load(resource["spec"]["serveConfigV2"], _KubernetesLoader)
     assert config.write_config
-    assert configured == deploy.build_configuration(config, max_replicas=1)
+    assert configured == deploy.build_configuration(config, None, max_replicas=1)
     ServeDeploySchema.model_validate(configured)
     assert configured["http_options"]["host"] == "0.0.0.0"  # otherwise no other pod could reach it
     ports = [port["containerPort"] for port in _container(_cluster(resource)["workerGroupSpecs"][0])["ports"]]
@@ -237,7 +237,8 @@ def test_nodes_wait_for_the_end_of_running_requests():
     resource, config = manifest("rayservice.yaml"), _parse_serve_command()
     (group,) = _cluster(resource)["workerGroupSpecs"]
     (_, pause) = _container(group)["lifecycle"]["preStop"]["exec"]["command"]
-    drain = deploy.build_configuration(config, 1)["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    (application,) = deploy.build_configuration(config, None, 1)["applications"]
+    drain = application["deployments"][0]["graceful_shutdown_timeout_s"]
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= float(pause) + drain
     assert resource["spec"]["rayClusterDeletionDelaySeconds"] >= drain
 

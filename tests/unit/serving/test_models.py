@@ -17,10 +17,11 @@ from starlette.testclient import TestClient
 from cnnray import commandline
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.serving import deploy
 from cnnray.serving import service as service_module
 from cnnray.serving.application import create_application
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.config import ServeConfig
+from cnnray.serving.config import ModelVersion, ServeConfig
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings, Settings
 from tests.networks import GEOMETRY
@@ -104,6 +105,24 @@ def test_nothing_is_ready_before_there_are_models(bundle, tmp_path):
         assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 503
         with pytest.raises(BundleError, match="is not a bundle"):
             client.portal.call(service.change_settings, settings(("colours", str(tmp_path), 1.0)))
+
+
+def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client, bundle, newer, tmp_path):
+    place = str(tmp_path / "place")
+    shutil.copytree(bundle, place)
+    config = ServeConfig(models=[ModelVersion(name="colours", uri=bundle), ModelVersion(name="colours", uri=place)])
+    (application,) = deploy.build_configuration(config, deploy.check_bundles(config), 1)["applications"]
+    deployed = Settings.from_dict(application["deployments"][0]["user_config"])
+    version = Bundle.load(bundle).version
+    assert [model.version for model in deployed.models] == [version, version]
+    client = start_client()
+    service = client.app.state.service
+    client.portal.call(service.change_settings, deployed)
+    assert service.problem is None
+    bundles.replace(place, newer)  # another training into the same place
+    client.portal.call(service.change_settings, dataclasses.replace(deployed, max_images=7))
+    assert f"{place} holds {Bundle.load(newer).version} now, and {version} was deployed" in service.problem
+    assert [served.version for served in service.models.all] == [version, version]
 
 
 def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ MAX_AUTOMATIC = 50_000
 _IMAGES_AT_ONCE = 64
 """Images whose results one table of `examine` holds."""
 _DECODED, _PICTURE_SIZE = Geometry.of(64), 16
-"""Height and width in pixels that images are decoded to, and of the small grey pictures."""
+"""What images are decoded to, and the height and width of the small grey pictures, in pixels."""
 _HASHED_SIZE = 32
 _COSINES = np.cos(np.pi / _HASHED_SIZE * np.outer(np.arange(8), np.arange(_HASHED_SIZE) + 0.5))
 """The eight lowest frequencies of a discrete cosine transform (type 2)."""

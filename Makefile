@@ -44,7 +44,7 @@ demo: .venv/installed  ## Train on 1,797 handwritten digits with two workers, an
 	@$(BIN)/python jobs/demo.py
 
 test: lint types  ## Lint, types and all tests, in two processes.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/developed  ## Style and import rules.
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from tests.s3_proxy import Proxy
 _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def s3_proxy():
     """A proxy in front of an S3 server: the one that AWS_ENDPOINT_URL names (make test-s3), or else moto's.
 
@@ -39,9 +39,13 @@ def s3_proxy():
         server.stop()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def ray_cluster(s3_proxy):
-    """One local cluster for the session, with more CPUs than the machine has, so that tests never wait."""
+    """One local cluster for these tests, with more CPUs than the machine has, so that they never wait.
+
+    It ends with them: a process that is connected to a cluster ends when the cluster finds it lost, and the unit tests
+    that follow keep both cores busy for many minutes.
+    """
     ray.init(
         address="local",
         num_cpus=4,

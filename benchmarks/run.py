@@ -103,7 +103,7 @@ def run(measure: str, folder: Path, data: str | None, images: int | None, *, sha
     if measure in ("export", "all"):
         result.comparisons += export.measure(folder)
     if measure in ("serve", "all"):
-        comparisons, latencies = serve.measure(folder)
+        comparisons, latencies = serve.measure(folder, whole=measure == "serve")
         result.comparisons += comparisons
         result.tables.append(latencies)
     if measure in ("scale", "all"):

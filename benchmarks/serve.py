@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks import REPOSITORY, peers
-from benchmarks.load import Peak, measure_peak, read_steady, start_steady
+from benchmarks.load import Peak, measure_peak
 from benchmarks.predict import BATCH, write_random_bundle
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray.models import engines
@@ -28,79 +28,78 @@ from cnnray.models.bundle import Bundle
 log = logging.getLogger(__name__)
 
 _JOB = REPOSITORY / "jobs" / "serve.py"
-CONNECTIONS = (1, 16, 64)
-_COMPARED_CONNECTIONS = 16
+CONNECTIONS = (1, 16, 64, 256, 512)
+NETWORKS = {"small_cnn": 32, "vgg_bn": 64}
+"""A light network, where the framework shows, and a heavy one; by name, with the size of its images."""
 _SECONDS = 6
 _JPEG_BYTES = 68_000
-_AIMS = {"flask": 15.0, "fastapi": 0.9, "litserve": 1.0, "bentoml": 1.0}
 _NAMES = {
-    "flask": "the article's Flask service", "fastapi": "bare FastAPI, 2 processes", "litserve": "LitServe, 2 workers",
-    "bentoml": "BentoML, 2 workers",
+    "ours": "ours, 2 replicas", "flask": "the article's Flask service", "fastapi": "bare FastAPI, 2 processes",
+    "litserve": "LitServe, 2 workers", "bentoml": "BentoML, 2 workers",
 }  # fmt: skip
+_AIMS = {"fastapi": 1.0, "litserve": 1.0, "bentoml": 1.0}
+_ONE_CONNECTION = 1 / 1.3
+"""Aim of the rate with one connection against FastAPI: HAProxy's hop has its price."""
 
 
-def measure(folder: Path, *, rounds: int = 3) -> tuple[list[Comparison], str]:
-    """Measure `vgg_bn` at 64x64 with the fastest engine on a JPEG of 68 KB. The services run one at a time, in turn.
+def measure(folder: Path, *, rounds: int = 3, whole: bool = True) -> tuple[list[Comparison], str]:
+    """Measure services on a JPEG of 68 KB, with the fastest engine. They run one at a time, in turn.
 
     Args:
-        folder: photos, the bundle and the peers' environment are written here.
+        folder: photos, the bundles and the peers' environment are written here.
         rounds: number of measurements of each service.
+        whole: both networks and all numbers of connections; else the heavy network at 16 connections.
 
     Returns:
-        The comparison of requests/s at 16 connections with each peer, and a Markdown table of all numbers of
-        connections with latencies.
+        The comparisons of requests/s, and a Markdown table with latencies.
 
     Raises:
         BenchmarkError: a service does not start.
     """
     photo = folder / "photo.jpg"
     photo.write_bytes(make_photo())
-    bundle = write_random_bundle(folder)
-    engine = engines.choose(Bundle.load(bundle), gpus=False, batch_size=BATCH)
     python = peers.install(folder)
-    peaks: dict[str, dict[int, list[Peak]]] = {}
-    steady: list[Peak] = []
-    for number in range(rounds):
-        for name in ("ours", *peers.PEERS):
-            with run_service(name, folder, bundle, engine, python) as address:
-                # Only the compared number of connections is measured in every round.
-                for connections in CONNECTIONS if number == 0 else (_COMPARED_CONNECTIONS,):
-                    peak = measure_peak(
-                        f"{address}/predict", photo, folder, connections=connections, seconds=_SECONDS
-                    )
-                    peaks.setdefault(name, {}).setdefault(connections, []).append(peak)
-                    log.info("%s, %d connections: %.0f requests/s", name, connections, peak.rate)
-                if name == "ours" and number == 0:
-                    rate = peaks[name][_COMPARED_CONNECTIONS][0].rate / 2
-                    steady.append(_measure_steady(f"{address}/predict", photo, rate))
-                    log.info("ours at half of its peak: p50 %.1f ms, p99 %.1f ms", steady[-1].p50, steady[-1].p99)
-    files = f"vgg_bn 64x64 ({engine}) over HTTP, JPEG of 68 KB, 16 connections"
-    comparisons = [
-        Comparison(files, _rates(peaks["ours"]), _NAMES[name], _rates(peaks[name]), aim)
-        for name, aim in _AIMS.items()
-    ]
-    return comparisons, _table(peaks, steady)
-
-
-def _measure_steady(address: str, photo: Path, rate: float) -> Peak:
-    """Measure the latencies at a steady rate, in requests/s."""
-    load = read_steady(start_steady(address, photo, rate, 15))
-    return Peak(rate, load.percentile(0.5), load.percentile(0.99), len(load.failed_at))
-
-
-def _rates(peaks: dict[int, list[Peak]]) -> list[float]:
-    return [peak.rate for peak in peaks[_COMPARED_CONNECTIONS]]
-
-
-def _table(peaks: dict[str, dict[int, list[Peak]]], steady: list[Peak]) -> str:
-    lines = [
-        "| service | connections | requests/s | p50 ms | p99 ms | not 200 |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, by_connections in peaks.items():
-        for connections, rounds in by_connections.items():
-            lines.append(f"| {_NAMES.get(name, 'ours, 2 replicas')} | {connections} | {_row(rounds)} |")
-    lines.append(f"| ours at half of its peak | as they come | {_row(steady)} |")
-    return "\n".join(lines)
+    comparisons, rows = [], []
+    for architecture, size in NETWORKS.items():
+        if not whole and architecture != "vgg_bn":
+            continue
+        bundle = write_random_bundle(folder, architecture=architecture, size=size)
+        engine = engines.choose(Bundle.load(bundle), gpus=False, batch_size=BATCH)
+        numbers = CONNECTIONS if whole else (16,)
+        peaks: dict[tuple[str, int], list[Peak]] = {}
+        for number in range(rounds):
+            for name in ("ours", *peers.PEERS):
+                # The article's service is far behind; once is enough.
+                if name == "flask" and (number or architecture != "vgg_bn"):
+                    continue
+                with run_service(name, folder, bundle, engine, python) as address:
+                    for connections in (16,) if name == "flask" else numbers:
+                        peak = measure_peak(
+                            f"{address}/predict", photo, folder, connections=connections, seconds=_SECONDS
+                        )
+                        peaks.setdefault((name, connections), []).append(peak)
+                        log.info(
+                            "%s, %s, %d connections: %.0f requests/s", architecture, name, connections, peak.rate
+                        )
+        title = f"{architecture} {size}x{size} ({engine})"
+        rows += [
+            f"| {title} | {_NAMES[name]} | {connections} | {_row(measured)} |"
+            for (name, connections), measured in peaks.items()
+        ]
+        comparisons += [
+            Comparison(
+                f"{title} over HTTP, {connections} connection(s)",
+                [peak.rate for peak in peaks["ours", connections]],
+                _NAMES[name],
+                [peak.rate for peak in peaks[name, connections]],
+                _ONE_CONNECTION if (name, connections) == ("fastapi", 1) else aim,
+            )
+            for connections in numbers
+            for name, aim in _AIMS.items()
+        ]
+    titles = "| network | service | connections | requests/s | p50 ms | p99 ms | not 200 |"
+    head = [titles, "|---|---|---|---|---|---|---|"]
+    return comparisons, "\n".join(head + rows)
 
 
 def _row(rounds: list[Peak]) -> str:
@@ -142,7 +141,7 @@ def run_service(
     if name == "ours":
         command = [
             sys.executable, str(_JOB), "--bundle", bundle, "--engine", engine, "--port", str(port),
-            "--min-replicas", str(replicas), "--max-replicas", str(replicas), "--access-log", "false",
+            "--min-replicas", str(replicas), "--max-replicas", str(replicas), "--access-log", "none",
         ]  # fmt: skip
     else:
         interpreter = str(python) if name in ("litserve", "bentoml") else sys.executable

@@ -209,9 +209,10 @@ class LiteRTEngine:
 
     def __init__(self, path: Path, threads: int) -> None:
         self._content, self._threads = path.read_bytes(), threads
-        self._interpreters: dict[int, Any] = {}
+        self._interpreters: dict[int, tuple[Any, int, int]] = {}
+        """By batch size, with the indices of its input and its output, which take a while to look up."""
         self._lock = threading.Lock()  # an interpreter holds the tensors of its call
-        interpreter = self._interpreter(1)
+        interpreter, _, _ = self._interpreter(1)
         self.shape = tuple(interpreter.get_input_details()[0]["shape"][1:].tolist())
         output = interpreter.get_output_details()[0]
         self.classes = int(output["shape"][-1])
@@ -224,17 +225,17 @@ class LiteRTEngine:
         return np.concatenate(parts)
 
     def _run(self, images: Images) -> Probabilities:
-        interpreter = self._interpreter(len(images))
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], images)
+        interpreter, source, target = self._interpreter(len(images))
+        interpreter.set_tensor(source, images)
         interpreter.invoke()
-        output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        output = interpreter.get_tensor(target)
         if output.dtype == np.float32:
             return np.asarray(output)
         probabilities = (output.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         # Each probability is rounded to 1/256, so the sum is not exactly 1, and can be 0 with very many classes.
         return np.asarray(probabilities / np.maximum(probabilities.sum(1, keepdims=True), self._scale), np.float32)
 
-    def _interpreter(self, batch_size: int) -> Any:
+    def _interpreter(self, batch_size: int) -> tuple[Any, int, int]:
         from ai_edge_litert.interpreter import Interpreter
 
         if batch_size not in self._interpreters:
@@ -242,7 +243,8 @@ class LiteRTEngine:
             details = interpreter.get_input_details()[0]
             interpreter.resize_tensor_input(details["index"], (batch_size, *details["shape"][1:]))
             interpreter.allocate_tensors()
-            self._interpreters[batch_size] = interpreter
+            target = interpreter.get_output_details()[0]["index"]
+            self._interpreters[batch_size] = interpreter, details["index"], target
         return self._interpreters[batch_size]
 
 

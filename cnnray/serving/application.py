@@ -1,169 +1,75 @@
-"""The ASGI application of a replica: middleware, health, metadata, the page, `POST /predict`, and other protocols."""
+"""The ASGI application of a replica: health, metadata, the pages, `POST /predict`, and other protocols."""
 
+import functools
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
+import pydantic
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.staticfiles import StaticFiles
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Mount, Router
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Probabilities
 from cnnray.serving import open_inference, tensorflow_serving
-from cnnray.serving.bodies import RequestError, read_images
+from cnnray.serving.bodies import RequestError, parse_images
 from cnnray.serving.gate import Gate
 from cnnray.serving.models import ServedModel
+from cnnray.serving.operations import BINARY, Operation, describe
 from cnnray.serving.schema import (
-    CANARY_KEY_PARAMETER,
     Answer,
-    Failure,
     ImageFailure,
     JsonImages,
     Metadata,
+    PredictQuery,
     Ready,
     VersionInfo,
 )
 from cnnray.serving.service import STATUS_BY_REASON, Service, canary_key
 
-_RETRY_AFTER = {"Retry-After": "1"}
 _ONLY_THIS_HOST = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"}
 """Header of pages: browsers load nothing from other hosts, which a cluster without internet could not reach."""
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_REQUEST_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "array", "items": _BINARY["schema"], "minItems": 1}},
-                "required": ["image"],
-            }
-        },
-        "image/*": _BINARY,
-        "application/octet-stream": _BINARY,
-        "application/json": {"schema": {"$ref": "#/components/schemas/JsonImages"}},
-    },
-}
-_DESCRIPTIONS = {
-    400: "There is no image, or the body cannot be read.",
-    401: "The API key is missing or wrong.",
-    404: "There is no such model or version.",
-    408: "The body did not arrive in time.",
-    413: "The body, the image or the number of images is too large.",
-    415: "The body is not an image of a supported type.",
-    422: "The image is damaged, or a parameter is out of range.",
-    500: "The network gives values that are no probabilities, or the service has a bug.",
-    503: "The service is overloaded, too slow or starting: try again.",
-}
-FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Failure, "description": description} for status, description in _DESCRIPTIONS.items()
+_FORM = {
+    "type": "object",
+    "properties": {"image": {"type": "array", "items": BINARY, "minItems": 1}},
+    "required": ["image"],
 }
 
 
-class _Application(FastAPI):
-    """FastAPI with the schemas of bodies that routes parse themselves."""
-
-    def openapi(self) -> dict[str, Any]:
-        """See FastAPI."""
-        description = super().openapi()
-        description["components"]["schemas"] |= _BODIES
-        return description
-
-
-_BODIES = models_json_schema(
-    [(JsonImages, "validation"), (open_inference.InferRequest, "validation")],
-    ref_template="#/components/schemas/{model}",
-)[1]["$defs"]
-
-
-def create_application(service: Service, api_key: str | None = None, *, adds_request_ids: bool = True) -> FastAPI:
+def create_application(service: Service, api_key: str | None = None, *, adds_request_ids: bool = True) -> Gate:
     """Create the application with all routes.
 
     Args:
         service: answers the requests.
         api_key: key that requests must send, except for health and the page; None: no key.
-        adds_request_ids: add the header X-Request-ID to answers. Serve adds it itself.
+        adds_request_ids: add the header X-Request-ID to answers. Ray's wrapper adds it itself.
     """
-    app = _Application(
-        title="cnnray",
-        version=cnnray.__version__,
-        description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "
-        "TensorFlow Serving's REST API (/v1).",
-        docs_url=None,  # FastAPI's page loads its scripts from the web
-        redoc_url=None,
-    )
-    app.state.service = service
-    app.add_middleware(Gate, service=service, api_key=api_key, adds_request_ids=adds_request_ids)
-    app.add_exception_handler(RequestError, _request_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
-    app.add_api_route("/docs", _docs, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
-    app.mount("/docs", StaticFiles(directory=str(files("fastapi_offline").joinpath("static"))))
-    app.add_api_route("/health/live", _live, methods=["GET"], tags=["health"])
-    app.add_api_route("/health/ready", _ready, methods=["GET"], tags=["health"], responses={503: FAILURES[503]})
-    app.add_api_route("/metadata", _metadata, methods=["GET"], responses=_failures(401, 503))
-    app.add_api_route(
-        "/predict",
-        _predict,
-        methods=["POST"],
-        response_model=Answer | list[Answer | ImageFailure],
-        responses=FAILURES,
-        openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [CANARY_KEY_PARAMETER]},
-    )
-    app.include_router(open_inference.router, responses=FAILURES)
-    app.include_router(tensorflow_serving.router, responses=FAILURES)
-    return app
+    docs = StaticFiles(directory=str(files("fastapi_offline").joinpath("static")))
+    router = Router([*_OPERATIONS, Mount("/docs", docs)], default=_not_found)
+    return Gate(router, service=service, api_key=api_key, adds_request_ids=adds_request_ids)
 
 
-def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: FAILURES[status] for status in statuses}
-
-
-# -- errors ---------------------------------------------------------------------------------------------------
-
-
-def error_response(request: Request, status: int, sentence: str) -> JSONResponse:
-    """The response to a request that failed."""
-    content = {"error": sentence, "request_id": request.state.request_id}
-    return JSONResponse(content, status, _RETRY_AFTER if status == 503 else None)
-
-
-async def _request_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestError)
-    return error_response(request, error.status, str(error))
-
-
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return error_response(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}.")
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    response = error_response(request, error.status_code, f"{error.detail}.")
-    response.headers.update(error.headers or {})
-    return response
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404)
 
 
 # -- routes ---------------------------------------------------------------------------------------------------
 
 
-async def _page() -> HTMLResponse:
+async def _page(service: Service, request: Request) -> HTMLResponse:
     return HTMLResponse(_PAGE, headers=_ONLY_THIS_HOST)
 
 
 _PAGE = files("cnnray.serving").joinpath("page.html").read_text()
 
 
-async def _docs() -> HTMLResponse:
+async def _docs(service: Service, request: Request) -> HTMLResponse:
     """Swagger UI, with the scripts that come with fastapi-offline."""
     page = get_swagger_ui_html(
         openapi_url="openapi.json",
@@ -177,20 +83,23 @@ async def _docs() -> HTMLResponse:
     return page
 
 
-async def _live() -> Ready:
+async def _live(service: Service, request: Request) -> Ready:
     """Whether the process answers."""
     return Ready(status="live")
 
 
-async def _ready(request: Request) -> Ready:
+async def _ready(service: Service, request: Request) -> Ready:
     """Whether the models are loaded and warmed up."""
-    request.app.state.service.ready_models()
+    service.ready_models()
     return Ready(status="ready")
 
 
-async def _metadata(request: Request) -> Metadata:
+async def _openapi(service: Service, request: Request) -> JSONResponse:
+    return JSONResponse(_description())
+
+
+async def _metadata(service: Service, request: Request) -> Metadata:
     """The models that are served, their versions and engines."""
-    service: Service = request.app.state.service
     models = service.ready_models()
     return Metadata(
         models={
@@ -210,51 +119,86 @@ def _version_info(served: ServedModel, share: float) -> VersionInfo:
     )  # fmt: skip
 
 
-async def _predict(
-    request: Request,
-    top_k: Annotated[int, Query(ge=1, le=1000, description="Largest number of classes in `all_predictions`.")] = 5,
-    threshold: Annotated[
-        float, Query(ge=0, le=1, description="Smallest probability of a class in `prediction` and `all_predictions`.")
-    ] = 0.0,
-    model: Annotated[str | None, Query(description="Name of the model; by default the first one.")] = None,
-    version: Annotated[
-        str | None, Query(description="Version of the model; by default one according to the shares.")
-    ] = None,
-) -> JSONResponse:
+async def _predict(service: Service, request: Request) -> Response | dict[str, Any] | list[Any]:
     """Classify one image (the response is an object) or several (a list, in order, of answers and errors)."""
-    service: Service = request.app.state.service
-    served = service.choose_model(model, version, canary_key(request))
-    images, several = await service.read(read_images, request)
+    query = _NO_QUERY if not request.url.query else _parse_query(request)
+    served = service.choose_model(query.model, query.version, canary_key(request))
+    content_type = request.headers.get("content-type", "")
+    images, several = await service.read(request, lambda body, settings: parse_images(body, content_type, settings))
     rows = await service.classify(served, images)
     request_id = request.state.request_id
-    if not several:
-        (row,) = rows
-        if isinstance(row, BadImage):
-            return error_response(request, STATUS_BY_REASON.get(row.reason, 422), f"The image cannot be used: {row}.")
-        return JSONResponse(_answer(served, row, top_k, threshold, request_id))
-    return JSONResponse(
-        [
-            {
-                "error": f"The image cannot be used: {row}.",
-                "status": STATUS_BY_REASON.get(row.reason, 422),
-                "request_id": request_id,
-            }
-            if isinstance(row, BadImage)
-            else _answer(served, row, top_k, threshold, request_id)
-            for row in rows
-        ]
-    )
+    answers = [
+        _failure(row, request_id) if isinstance(row, BadImage) else _answer(served, row, query, request_id)
+        for row in rows
+    ]
+    if several:
+        return answers
+    ((row, answer),) = zip(rows, answers, strict=True)
+    if isinstance(row, BadImage):
+        raise RequestError(answer["status"], answer["error"])
+    return answer
 
 
-def _answer(served: ServedModel, row: Probabilities, top_k: int, threshold: float, request_id: str) -> dict[str, Any]:
+_NO_QUERY = PredictQuery.model_validate({})
+
+
+def _parse_query(request: Request) -> PredictQuery:
+    try:
+        return PredictQuery.model_validate(dict(request.query_params))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise RequestError(422, f"{first['loc'][0]}: {first['msg']}.") from None
+
+
+def _failure(error: BadImage, request_id: str) -> dict[str, Any]:
+    return {
+        "error": f"The image cannot be used: {error}.",
+        "status": STATUS_BY_REASON.get(error.reason, 422),
+        "request_id": request_id,
+    }
+
+
+def _answer(served: ServedModel, row: Probabilities, query: PredictQuery, request_id: str) -> dict[str, Any]:
     names = served.bundle.info.class_names
-    (order,) = rank_classes(row[None], top_k)
-    scores = [{"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= threshold]
+    (order,) = rank_classes(row[None], query.top_k)
+    scores = [
+        {"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= query.threshold
+    ]
     best = float(row[order[0]])
     return {
-        "prediction": names[order[0]] if best >= threshold else None,
+        "prediction": names[order[0]] if best >= query.threshold else None,
         "confidence": best,
         "all_predictions": scores,
         "model": served.version,
         "request_id": request_id,
     }
+
+
+_OPERATIONS = [
+    Operation(
+        "POST", "/predict", _predict, query=PredictQuery, answer=Answer | list[Answer | ImageFailure],
+        bodies={
+            "multipart/form-data": _FORM, "image/*": BINARY, "application/octet-stream": BINARY,
+            "application/json": JsonImages,
+        },
+    ),
+    *open_inference.OPERATIONS,
+    *tensorflow_serving.OPERATIONS,
+    Operation("GET", "/metadata", _metadata, answer=Metadata, failures=(401, 503)),
+    Operation("GET", "/health/live", _live, answer=Ready, failures=(), tag="health"),
+    Operation("GET", "/health/ready", _ready, answer=Ready, failures=(503,), tag="health"),
+    Operation("GET", "/openapi.json", _openapi, answer=None),
+    Operation("GET", "/docs", _docs, answer=None),
+    Operation("GET", "/", _page, answer=None),
+]  # fmt: skip
+
+
+@functools.cache
+def _description() -> dict[str, Any]:
+    return describe(
+        _OPERATIONS,
+        title="cnnray",
+        version=cnnray.__version__,
+        description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "
+        "TensorFlow Serving's REST API (/v1).",
+    )

@@ -3,70 +3,102 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-import numpy as np
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
-from cnnray.models.runtimes import Images, Probabilities
 
-
-class Batcher:
-    """Gives an engine all waiting images whenever it is free. The engine runs in a thread of its own.
+class Batcher(Generic[Input, Output]):
+    """Computes micro-batches in threads of its own: all that waits whenever a thread is free.
 
     A single image is therefore not delayed, and micro-batches grow with the load. (`ray.serve.batch` takes images out
     of its queue even while the engine is busy, so its batches grow only if each waits for a fixed time.)
     """
 
-    def __init__(self, run: Callable[[Images], Probabilities], size: int, observe: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[Sequence[Input]], Sequence[Output]],
+        size: int,
+        observe: Callable[[list[float]], None],
+        *,
+        threads: int = 1,
+    ) -> None:
         """
         Args:
-            run: the engine: uint8 (N, height, width, 3) to float32 (N, classes).
-            size: largest number of images in a micro-batch.
-            observe: called with the size of each micro-batch.
+            run: computes a micro-batch, in a thread: one output for each input.
+            size: largest number of inputs in a micro-batch.
+            observe: called for each micro-batch with the seconds that its inputs have waited.
+            threads: number of micro-batches that are computed at once.
         """
         self._run, self._size, self._observe = run, size, observe
-        self._executor = ThreadPoolExecutor(1, "engine")  # its thread ends when nobody holds the batcher any more
-        self._began: float | None = None
-        """When the engine began with the present micro-batch."""
-        self._waiting: deque[tuple[Images, asyncio.Future[Probabilities]]] = deque()
-        self._task: asyncio.Task[None] | None = None
+        # Its threads end when nobody holds the batcher any more.
+        self._executor = ThreadPoolExecutor(threads, "engine")
+        self._free = threads
+        self._began: dict[int, float] = {}
+        """When the micro-batches that are being computed began, the oldest first."""
+        self._batches = 0
+        self._waiting: deque[tuple[Input, asyncio.Future[Output], float]] = deque()
+        """Inputs, each with the future of its output, and when it came."""
 
-    async def __call__(self, image: Images) -> Probabilities:
-        """The probabilities, float32 (classes,), for an image, uint8 (height, width, 3)."""
-        future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
-        self._waiting.append((image, future))
-        if self._task is None:
-            self._task = asyncio.create_task(self._work())
-        return await future
+    def submit(self, value: Input) -> "asyncio.Future[Output]":
+        """Have the output for an input computed."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Output] = loop.create_future()
+        self._waiting.append((value, future, time.monotonic()))
+        if self._free:
+            self._free -= 1
+            loop.call_soon(self._start)  # so that what is submitted in this turn of the loop comes along
+        return future
 
     @property
     def seconds_at_work(self) -> float:
-        """How long the engine has been at the present micro-batch; 0 where it waits for images."""
-        return 0.0 if self._began is None else time.monotonic() - self._began
+        """How long the oldest of the present micro-batches has been computed; 0 where all threads wait."""
+        return time.monotonic() - next(iter(self._began.values())) if self._began else 0.0
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while batch := self._next_batch():
-            self._began = time.monotonic()
-            try:
-                images = np.stack([image for image, _ in batch])
-                rows = await loop.run_in_executor(self._executor, self._run, images)
-                answers = list(zip(batch, rows, strict=True))
-            except Exception as error:  # whatever the engine raises, the callers must not wait for ever
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+    def _start(self) -> None:
+        """Give a thread the next micro-batch, if there is one."""
+        if not (batch := self._next_batch()):
+            self._free += 1
+            return
+        self._batches += 1
+        self._began[self._batches] = now = time.monotonic()
+        self._observe([now - came for _, _, came in batch])
+        values, futures = [value for value, _, _ in batch], [future for _, future, _ in batch]
+        self._executor.submit(self._compute, values, futures, asyncio.get_running_loop(), self._batches)
+
+    def _compute(
+        self,
+        values: list[Input],
+        futures: list["asyncio.Future[Output]"],
+        loop: asyncio.AbstractEventLoop,
+        number: int,
+    ) -> None:
+        outputs: Sequence[Output] | Exception
+        try:
+            outputs = self._run(values)
+        except Exception as error:  # whatever the engine raises, the callers must not wait for ever
+            outputs = error
+        loop.call_soon_threadsafe(self._deliver, futures, outputs, number)
+
+    def _deliver(
+        self, futures: list["asyncio.Future[Output]"], outputs: Sequence[Output] | Exception, number: int
+    ) -> None:
+        del self._began[number]
+        for index, future in enumerate(futures):
+            if future.done():
+                continue
+            if isinstance(outputs, Exception):
+                future.set_exception(outputs)
             else:
-                self._observe(len(batch))
-                for (_, future), row in answers:
-                    if not future.done():
-                        future.set_result(row)
-        self._task = self._began = None
+                future.set_result(outputs[index])
+        self._start()
 
-    def _next_batch(self) -> list[tuple[Images, "asyncio.Future[Probabilities]"]]:
-        """Up to `size` images whose callers still wait."""
-        batch: list[tuple[Images, asyncio.Future[Probabilities]]] = []
+    def _next_batch(self) -> list[tuple[Input, "asyncio.Future[Output]", float]]:
+        """Up to `size` inputs whose callers still wait."""
+        batch: list[tuple[Input, asyncio.Future[Output], float]] = []
         while self._waiting and len(batch) < self._size:
             if not (waiting := self._waiting.popleft())[1].done():
                 batch.append(waiting)

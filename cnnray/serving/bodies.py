@@ -1,4 +1,4 @@
-"""Reads encoded images from request bodies, within limits."""
+"""Parses request bodies, within limits."""
 
 import asyncio
 import base64
@@ -6,14 +6,14 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pydantic
-from fastapi import Request
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
 
 from cnnray.errors import BadInputError
 from cnnray.images.decode import BadImage
@@ -26,6 +26,8 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 _LARGE_BODY = 2**18
 """Size in bytes above which a body is parsed in a thread."""
 
+_MAX_PARTS = 1000
+"""Largest number of parts of a form."""
 _MAX_DEPTH = 100
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """A string of JSON; one that has no end matches, too, which keeps the time for any body linear."""
@@ -53,13 +55,23 @@ class RequestError(BadInputError):
         return type(self), (self.status, str(self))
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The whole body.
+def declared_length(request: Request, settings: Settings) -> int:
+    """The length of the body in bytes, by the header Content-Length; 0 if there is none.
 
     Raises:
         RequestError: 413, it is larger than the settings allow.
     """
-    return b"".join([chunk async for chunk in _limited(request, settings.max_bytes)])
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        return 0
+    if len(length) > 18 or int(length) > settings.max_bytes:
+        raise too_large(settings)
+    return int(length)
+
+
+def too_large(settings: Settings) -> RequestError:
+    """The error of a body that is larger than the settings allow."""
+    return RequestError(413, f"The body is larger than the {settings.max_bytes} bytes that one request may have.")
 
 
 async def parse_body(parse: Callable[[bytes], Parsed], body: bytes) -> Parsed:
@@ -67,8 +79,8 @@ async def parse_body(parse: Callable[[bytes], Parsed], body: bytes) -> Parsed:
     return await asyncio.to_thread(parse, body) if len(body) > _LARGE_BODY else parse(body)
 
 
-async def read_images(request: Request, settings: Settings) -> tuple[list[bytes | BadImage], bool]:
-    """Read the images from the field `image` of a form, from JSON, or from the body itself.
+def parse_images(body: bytes, content_type: str, settings: Settings) -> tuple[list[bytes | BadImage], bool]:
+    """Get the images from the field `image` of a form, from JSON, or from the body itself.
 
     Returns:
         All images that were sent, in order, empty ones included, and whether the client expects a list of answers.
@@ -77,14 +89,14 @@ async def read_images(request: Request, settings: Settings) -> tuple[list[bytes 
         RequestError: 400, 413 or 415.
     """
     images: list[bytes | BadImage]
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        images, several = await _read_form(request, settings)
+        images, several = _parse_form(body, content_type)
     elif kind == "application/json":
-        images, several = await parse_body(_parse_json, await read_body(request, settings))
+        images, several = _parse_json(body)
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        images, several = [await read_body(request, settings)], False
-    elif await read_body(request, settings):
+        images, several = [body], False
+    elif body:
         raise RequestError(
             415,
             f"The content type {kind!r} is not supported: send multipart/form-data with the field image, image/*, or "
@@ -101,41 +113,68 @@ async def read_images(request: Request, settings: Settings) -> tuple[list[bytes 
     return images, several
 
 
-async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    sentence = f"The body is larger than the {max_bytes} bytes that one request may have."
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
-        raise RequestError(413, sentence)
-    read = 0
-    async for chunk in request.stream():
-        read += len(chunk)
-        if read > max_bytes:
-            raise RequestError(413, sentence)
-        yield chunk
+def _parse_form(body: bytes, content_type: str) -> tuple[list[bytes | BadImage], bool]:
+    parts = _split_form(body, content_type)
+    images: list[bytes | BadImage] = []
+    for name, is_file, content in parts:
+        if name != "image":
+            continue
+        if not is_file:
+            raise RequestError(
+                400,
+                f"The field image is text at index {len(images)}; send each image as a file (with a filename).",
+            )
+        images.append(content)
+    others = [name for name, is_file, _ in parts if name != "image" and is_file]
+    if images and others:
+        raise RequestError(400, f"The form has a file in the field {reprlib.repr(others[0])}, not in image.")
+    return images, len(images) > 1
 
 
-async def _read_form(request: Request, settings: Settings) -> tuple[list[bytes | BadImage], bool]:
-    parser = MultiPartParser(
-        request.headers, _limited(request, settings.max_bytes), max_files=1000, max_fields=1000,
-        max_part_size=settings.max_bytes,
-    )  # fmt: skip
+def _split_form(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """The parts of a form: the field's name, whether the part is a file, and its content.
+
+    Raises:
+        RequestError: 400, the form is damaged, or has too many parts.
+    """
+    parts: list[tuple[str, bool, bytes]] = []
+    header: list[bytes] = []
+    headers: dict[bytes, bytes] = {}
+    content: list[bytes] = []
+
+    def end_header() -> None:
+        headers[header[0].lower()] = b"".join(header[1:])
+        header.clear()
+
+    def end_part() -> None:
+        disposition, options = parse_options_header(headers.get(b"content-disposition", b""))
+        if disposition != b"form-data" or b"name" not in options:
+            raise FormParserError("a part has no Content-Disposition with a name")
+        if len(parts) == _MAX_PARTS:
+            raise FormParserError(f"it has more than {_MAX_PARTS} parts")
+        parts.append((options[b"name"].decode(errors="replace"), b"filename" in options, b"".join(content)))
+        headers.clear()
+        content.clear()
+
+    def add_to_name(data: bytes, start: int, end: int) -> None:
+        header[:] = [b"".join(header) + data[start:end]]
+
+    parser = MultipartParser(
+        parse_options_header(content_type)[1].get(b"boundary", b""),
+        {
+            "on_header_field": add_to_name,
+            "on_header_value": lambda data, start, end: header.append(data[start:end]),
+            "on_header_end": end_header,
+            "on_part_data": lambda data, start, end: content.append(data[start:end]),
+            "on_part_end": end_part,
+        },
+    )
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:  # KeyError: no boundary
-        raise RequestError(400, f"The form cannot be read: {str(error).rstrip('.') or 'it is damaged'}.") from None
-    try:
-        parts = form.getlist("image")
-        for index, part in enumerate(parts):
-            if not isinstance(part, UploadFile):
-                raise RequestError(
-                    400, f"The field image is text at index {index}; send each image as a file (with a filename)."
-                )
-        others = [name for name, part in form.multi_items() if name != "image" and isinstance(part, UploadFile)]
-        if parts and others:
-            raise RequestError(400, f"The form has a file in the field {reprlib.repr(others[0])}, not in image.")
-        return [await part.read() for part in parts if isinstance(part, UploadFile)], len(parts) > 1
-    finally:
-        await form.close()
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError) as error:
+        raise RequestError(400, f"The form cannot be read: {str(error).rstrip('.')}.") from None
+    return parts
 
 
 def _parse_json(body: bytes) -> tuple[list[bytes | BadImage], bool]:

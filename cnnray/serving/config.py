@@ -55,7 +55,8 @@ class ServeConfig:
     max_replicas: int | None = None
     """Largest number of replicas; null: as many as fit the cluster."""
     target_ongoing_requests: float = 8.0
-    """Average number of ongoing requests per replica above which another replica is started."""
+    """Average number of images in a replica, those of requests that are being read included, above which another
+    replica is started."""
     downscale_delay_seconds: float = 120.0
     """Seconds of lower load after which a replica is stopped."""
     cpus_per_replica: float = 1.0
@@ -65,8 +66,11 @@ class ServeConfig:
     wait_minutes: float = 0.0
     """Minutes that the job waits if the cluster, or what others leave free of it, has no room for the smallest number
     of replicas."""
-    max_queued_requests: int = 128
-    """Largest number of requests that wait in a replica; further ones are answered with 503."""
+    max_queued_images: int = 512
+    """Largest number of images that wait or are computed in a replica; further requests are answered with 503 before
+    their body is read."""
+    max_mebibytes_in_flight: float = 128.0
+    """Largest size, in MiB, of all request bodies that a replica holds; further requests are answered with 503."""
     max_mebibytes: float = 32.0
     """Largest request body in MiB."""
     max_megapixels: float = 50.0
@@ -75,8 +79,9 @@ class ServeConfig:
     """Largest number of images in a request."""
     timeout_seconds: float = 30.0
     """Seconds within which a request's body must arrive (otherwise 408) and its answer be ready (otherwise 503)."""
-    access_log: bool = True
-    """Log each request, as a line of JSON, in the replica's log."""
+    access_log: str = "all"
+    """Requests that are logged, each as a line of JSON, in the replica's log: all, errors (a status from 400 on) or
+    none."""
     write_config: str | None = None
     """Write the configuration for `serve deploy` to this file and exit."""
 
@@ -88,10 +93,25 @@ class ServeConfig:
         self._normalize_models()
         if self.engine not in ("auto", *engines.ENGINES):
             raise ValueError(f"--engine {self.engine!r}: expected auto, {', '.join(engines.ENGINES)}.")
-        flags.check_at_least_one(self, "batch_size", "max_replicas", "max_images", "max_queued_requests")
+        flags.check_at_least_one(self, "batch_size", "max_replicas", "max_images", "max_queued_images")
         flags.check_more_than_zero(
             self, "cpus_per_replica", "max_mebibytes", "max_megapixels", "timeout_seconds", "target_ongoing_requests"
         )
+        if self.max_mebibytes_in_flight < self.max_mebibytes:
+            raise ValueError(
+                f"--max-mebibytes-in-flight {self.max_mebibytes_in_flight:g} is less than the "
+                f"{self.max_mebibytes:g} that one request may have, by --max-mebibytes."
+            )
+        if self.max_queued_images < self.max_images:
+            raise ValueError(
+                f"--max-queued-images {self.max_queued_images} is less than the {self.max_images} that one request "
+                "may have, by --max-images."
+            )
+        # As in earlier versions.
+        spelled = {"true": "all", "false": "none"}.get(str(self.access_log).lower(), self.access_log)
+        object.__setattr__(self, "access_log", spelled)
+        if self.access_log not in ("all", "errors", "none"):
+            raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
         flags.check_share(self, "gpus_per_replica")
         flags.check_not_negative(self, "wait_minutes")
         if self.min_replicas < 0 or (self.max_replicas and self.min_replicas > self.max_replicas):
@@ -147,6 +167,8 @@ class ServeConfig:
             max_images=self.max_images,
             timeout_seconds=self.timeout_seconds,
             access_log=self.access_log,
+            max_queued_images=self.max_queued_images,
+            max_bytes_in_flight=int(self.max_mebibytes_in_flight * 2**20),
         )
 
 

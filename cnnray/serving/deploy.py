@@ -32,10 +32,12 @@ log = logging.getLogger(__name__)
 ON_NODES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
 }
 """Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
-one event loop, and headers that are not UTF-8 do not make Ray answer 500."""
+one event loop, no process reads a line of HAProxy's for each request (replicas count them), and requests go past
+Ray's wrapper of the application."""
 
 _APPLICATION_MODULE = "cnnray.serving.deployment"
 _PIN_SECONDS = 10 * 365 * 24 * 3600
@@ -84,10 +86,9 @@ def build_configuration(config: ServeConfig, versions: Versions | None, max_repl
     deployment = {
         "name": DEPLOYMENT,
         "user_config": settings.as_dict(),
-        # One micro-batch in the engine, and the next one being decoded. More requests would only wait in this
-        # replica's memory, where other replicas cannot take them.
-        "max_ongoing_requests": 2 * config.batch_size,
-        "max_queued_requests": config.max_queued_requests,
+        # For requests that come by Ray's proxies. The replica has its own bounds, in images and bytes.
+        "max_ongoing_requests": config.max_queued_images,
+        "max_queued_requests": config.max_queued_images,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "autoscaling_config": {
             "min_replicas": config.min_replicas,
@@ -218,6 +219,8 @@ def _prepare_environment(folder: Path) -> None:
     """
     for name, value in ON_NODES.items():
         os.environ.setdefault(name, value)
+    # Ray's workers give way to other processes, by default: each time that one of them works, requests would wait.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # On a single machine HAProxy learns immediately that a replica has stopped.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
     prefix = "RAY_SERVE_HAPROXY_"

@@ -1,13 +1,18 @@
 """The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
+import atexit
 import logging
+import logging.handlers
 import math
+import queue
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.common import RUNNING_REQUESTS_KEY
 from starlette.types import ASGIApp
 
+from cnnray.serving import direct
 from cnnray.serving.application import create_application
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings, api_key
@@ -19,24 +24,44 @@ class Classifier:
     """A replica: decodes and predicts in its own process, and can replace its models while it answers requests."""
 
     def __init__(self) -> None:
-        for name in ("cnnray", "cnnray.access"):
-            logging.getLogger(name).setLevel(logging.INFO)
-            logging.getLogger(name).handlers = logging.getLogger("ray.serve").handlers
-            logging.getLogger(name).propagate = False
+        _log_as_serve_does()
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
         self._service = Service(threads=max(1, math.ceil(cpus)), gpus=bool(ray.get_gpu_ids()))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once, after the constructor."""
-        return create_application(self._service, api_key(), adds_request_ids=False)
+        key = api_key()
+        return direct.register(
+            create_application(self._service, key),
+            by_ray=create_application(self._service, key, adds_request_ids=False),
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request, and whenever `user_config` has changed."""
         await self._service.change_settings(Settings.from_dict(user_config))
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, whose autoscaler follows this number instead of its own count of requests."""
+        return {RUNNING_REQUESTS_KEY: float(self._service.admission.load)}
+
     async def check_health(self) -> None:
         """Called by Serve every few seconds. Serve replaces a replica whose engine does not answer."""
         await self._service.check_health()
+
+
+def _log_as_serve_does() -> None:
+    """Write the records of cnnray to Serve's log; those of requests in a thread, so that no request waits for it."""
+    handlers = logging.getLogger("ray.serve").handlers
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    writer = logging.handlers.QueueListener(records, *handlers)
+    writer.start()
+    atexit.register(writer.stop)
+    of_requests = [logging.handlers.QueueHandler(records)]
+    for name, chosen in (("cnnray", handlers), ("cnnray.access", of_requests)):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = list(chosen)
+        logger.propagate = False
 
 
 app = Classifier.bind()  # type: ignore[attr-defined] # Serve's decorators have no types here

@@ -1,17 +1,23 @@
-"""Middleware for every request: request id, API key, metrics, access log."""
+"""What every request passes: request id, API key, errors, metrics, access log."""
 
+import asyncio
 import hmac
 import json
 import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cnnray.serving.admission import Held
+from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -19,15 +25,63 @@ access_log = logging.getLogger("cnnray.access")
 
 REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[!-~]{1,128}")
+_PATIENCE = 1.0
+"""Seconds after which a request is watched for its client's leaving; most are answered before."""
 _PUBLIC = ("/health/", "/v2/health/")
 """Path prefixes that need no API key. Neither does the page, which asks for the key."""
 
 
+class _Client:
+    """The client of a request that takes long: when it leaves, the task that works for it is cancelled.
+
+    Attributes:
+        has_left: whether it was cancelled for that.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.has_left = False
+        self._receive, self._has_sent_all = receive, False
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._watching: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(_PATIENCE, self._watch)
+
+    async def receive(self) -> Message:
+        """See ASGI."""
+        message = await self._receive()
+        if not message.get("more_body"):
+            self._has_sent_all = True
+        return message
+
+    def forget(self) -> None:
+        """The request has its answer."""
+        self._timer.cancel()
+        if self._watching:
+            self._watching.cancel()
+
+    def _watch(self) -> None:
+        if self._has_sent_all:
+            self._watching = self._loop.create_task(self._wait_until_it_leaves())
+        else:
+            self._timer = self._loop.call_later(_PATIENCE, self._watch)
+
+    async def _wait_until_it_leaves(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.has_left = True
+        if self._task:
+            self._task.cancel()
+
+
 class Gate:
-    """ASGI middleware that gives each request an id, checks its API key, and records its answer."""
+    """ASGI middleware that gives each request an id, checks its API key, answers errors, and records the answer.
+
+    Attributes:
+        service: that the application behind it works for.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, api_key: str | None, adds_request_ids: bool) -> None:
-        self._app, self._service, self._api_key = app, service, api_key
+        self._app, self.service, self._api_key = app, service, api_key
         self._adds_request_ids = adds_request_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,6 +95,9 @@ class Gate:
         if not _VALID_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["service"] = self.service
+        scope["held"] = held = Held(self.service.admission)
+        client = _Client(receive)
 
         async def send_answer(message: Message) -> None:
             nonlocal status, started
@@ -50,21 +107,33 @@ class Gate:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        def error_response(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+        def error_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
             return JSONResponse({"error": sentence, "request_id": request_id}, status, headers)
 
         try:
             if self._is_authorized(scope["path"], headers):
-                await self._app(scope, receive, send_answer)
+                await self._app(scope, client.receive, send_answer)
             else:
                 key = {"WWW-Authenticate": "Bearer"}
                 await error_response(401, "The API key is missing or wrong.", key)(scope, receive, send_answer)
+        except asyncio.CancelledError:
+            if not client.has_left:
+                raise
+        except ClientDisconnect:
+            pass
+        except RequestError as error:
+            retry = {"Retry-After": "1"} if error.status == 503 else None
+            await error_response(error.status, str(error), retry)(scope, receive, send_answer)
+        except HTTPException as error:
+            await error_response(error.status_code, f"{error.detail}.", error.headers)(scope, receive, send_answer)
         except Exception:
             log.exception("request %s", request_id)
             if started:
                 raise
             await error_response(500, "Internal error.")(scope, receive, send_answer)
         finally:
+            client.forget()
+            held.release()
             self._record(scope, request_id, status, time.perf_counter() - start)
 
     def _is_authorized(self, path: str, headers: Headers) -> bool:
@@ -78,9 +147,11 @@ class Gate:
         route: Any = scope.get("route")
         # Not the requested path: the set of label values would be unbounded.
         path = getattr(route, "path", "unknown")
-        self._service.metrics.record_request(path, status, seconds)
-        settings = self._service.settings
-        if settings is not None and settings.access_log:
+        self.service.metrics.record_request(path, status, seconds)
+        settings = self.service.settings
+        if settings is not None and (
+            settings.access_log == "all" or (settings.access_log == "errors" and status >= 400)
+        ):
             access_log.info(
                 json.dumps(
                     {

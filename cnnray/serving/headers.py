@@ -3,6 +3,8 @@
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cnnray.serving.direct import Direct
+
 
 class ReadableHeaders:
     """ASGI middleware: re-encodes header values that are not UTF-8, from Latin-1, which was HTTP's encoding once.
@@ -23,7 +25,7 @@ class ReadableHeaders:
 
 def middlewares() -> list[Middleware]:
     """Called by Ray when it starts its servers."""
-    return [Middleware(ReadableHeaders)]
+    return [Middleware(ReadableHeaders), Middleware(Direct)]
 
 
 def _as_utf8(value: bytes) -> bytes:

@@ -3,17 +3,21 @@
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cnnray.errors import BadInputError
+from cnnray.images.decode import BadImage
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
+from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.batching import Batcher
+from cnnray.serving.pipeline import Encoded, Pipeline
 from cnnray.serving.settings import Settings
+from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +35,10 @@ class ServedModel:
     """`Bundle.version`."""
     bundle: Bundle
     engine: str
-    batcher: Batcher
-    """Runs the engine on micro-batches of images of all requests."""
+    compute: Pipeline
+    """Decodes and classifies a micro-batch."""
+    batcher: Batcher[Encoded | Images, Probabilities | BadImage]
+    """Collects the images of all requests into micro-batches for it."""
 
 
 class Models:
@@ -107,14 +113,14 @@ def _place(text: str) -> float:
 class Loader:
     """Loads the models of new settings while the present ones answer requests."""
 
-    def __init__(self, *, threads: int, gpus: bool, observe: Callable[[int], None]) -> None:
+    def __init__(self, *, threads: int, gpus: bool, metrics: ServingMetrics) -> None:
         """
         Args:
-            threads: CPU threads of an engine.
+            threads: CPU threads of an engine, and of decoding.
             gpus: whether this process has a GPU.
-            observe: called with the size of each micro-batch.
+            metrics: counts micro-batches and times their stages.
         """
-        self._threads, self._gpus, self._observe = threads, gpus, observe
+        self._threads, self._gpus, self._metrics = threads, gpus, metrics
         self._loaded: dict[tuple[str, ...], ServedModel] = {}
 
     def __call__(self, settings: Settings) -> Models:
@@ -152,12 +158,18 @@ class Loader:
             if not np.isfinite(rows).all():
                 raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
         log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)
+        compute = Pipeline(
+            predictor.probabilities, bundle.info.geometry, self._metrics.record_stage, threads=self._threads
+        )
+        # While the network runs on one micro-batch, other threads decode the next.
+        at_once = 2 if self._threads > 1 else 1
         return ServedModel(
             name=name,
             version=bundle.version,
             bundle=bundle,
             engine=engine,
-            batcher=Batcher(predictor.probabilities, batch_size, self._observe),
+            compute=compute,
+            batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),
         )
 
 

@@ -16,21 +16,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import pydantic
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_model, read_body
+from cnnray.serving.bodies import RequestError, decode_base64, parse_model
 from cnnray.serving.models import ServedModel
-from cnnray.serving.schema import CANARY_KEY_PARAMETER
-from cnnray.serving.service import Service, canary_key
+from cnnray.serving.operations import BINARY, Bodies, Operation
+from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
-
+_TAG = "Open Inference Protocol v2"
 _HEADER_LENGTH = "inference-header-content-length"
 
 
@@ -83,47 +82,29 @@ class InferRequest(pydantic.BaseModel):
     outputs: list[InferOutput] | None = pydantic.Field(None, max_length=16)
 
 
-_BODY: dict[str, Any] = {
-    "parameters": [CANARY_KEY_PARAMETER],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
-
-
-@router.get("")
-async def server_metadata() -> dict[str, Any]:
+async def _server_metadata(service: Service, request: Request) -> dict[str, Any]:
     """Name and version of the server."""
     return {"name": "cnnray", "version": cnnray.__version__, "extensions": ["binary_tensor_data", "classification"]}
 
 
-@router.get("/health/live")
-async def live() -> dict[str, bool]:
+async def _live(service: Service, request: Request) -> dict[str, bool]:
     """Whether the process answers."""
     return {"live": True}
 
 
-@router.get("/health/ready")
-async def ready(request: Request) -> dict[str, bool]:
+async def _ready(service: Service, request: Request) -> dict[str, bool]:
     """Whether the models are loaded and warmed up."""
-    request.app.state.service.ready_models()
+    service.ready_models()
     return {"ready": True}
 
 
-@router.get("/models/{model}")
-@router.get("/models/{model}/versions/{version}")
-async def model_metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+async def _model_metadata(service: Service, request: Request) -> dict[str, Any]:
     """Inputs and outputs of a model."""
-    service: Service = request.app.state.service
-    served = service.choose_model(model, version)
+    served = service.choose_named(request)
     size, classes = served.bundle.info.geometry.image_size, len(served.bundle.info.class_names)
     return {
-        "name": model,
-        "versions": [other.version for other, _ in service.ready_models().versions(model)],
+        "name": served.name,
+        "versions": [other.version for other, _ in service.ready_models().versions(served.name)],
         "platform": served.engine,
         "inputs": [
             {"name": "image", "datatype": "UINT8", "shape": [-1, *size.shape]},
@@ -136,43 +117,29 @@ async def model_metadata(request: Request, model: str, version: str | None = Non
     }
 
 
-@router.get("/models/{model}/ready")
-@router.get("/models/{model}/versions/{version}/ready")
-async def model_ready(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+async def _model_ready(service: Service, request: Request) -> dict[str, Any]:
     """Whether a model is loaded."""
-    request.app.state.service.choose_model(model, version)
-    return {"name": model, "ready": True}
+    return {"name": service.choose_named(request).name, "ready": True}
 
 
-@router.post("/models/{model}/infer", openapi_extra=_BODY)
-@router.post("/models/{model}/versions/{version}/infer", openapi_extra=_BODY)
-async def infer(request: Request, model: str, version: str | None = None) -> Response:
+async def _infer(service: Service, request: Request) -> Response:
     """Classify a batch."""
-    service: Service = request.app.state.service
-    served = service.choose_model(model, version, canary_key(request))
-    infer_request, images = await service.read(_read, request)
+    served = service.choose_named(request)
+    length = request.headers.get(_HEADER_LENGTH)
+    infer_request, images = await service.read(request, lambda body, settings: _parse(body, length, settings))
     shape = served.bundle.info.geometry.image_size.shape
-    if isinstance(images, list):
-        rows = await service.classify_all(served, images)
-    else:
-        if images.shape[1:] != shape:
-            raise RequestError(400, f"image is {list(images.shape)}; expected [N, {', '.join(map(str, shape))}].")
-        rows = await service.classify_pixels(served, images)
-    return _create_response(infer_request, served, rows)
+    if not isinstance(images, list) and images.shape[1:] != shape:
+        raise RequestError(400, f"image is {list(images.shape)}; expected [N, {', '.join(map(str, shape))}].")
+    return _create_response(infer_request, served, await service.classify_all(served, images))
 
 
 # -- requests -------------------------------------------------------------------------------------------------
 
 
-async def _read(request: Request, settings: Settings) -> tuple[InferRequest, list[bytes | BadImage] | Images]:
-    """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
-    body, length = await read_body(request, settings), request.headers.get(_HEADER_LENGTH)
-    return await parse_body(lambda content: _parse(content, length, settings), body)
-
-
 def _parse(
     body: bytes, length: str | None, settings: Settings
 ) -> tuple[InferRequest, list[bytes | BadImage] | Images]:
+    """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
     end = len(body) if length is None else _header_length(length, len(body))
     infer_request = parse_model(InferRequest, body[:end])
     for output in infer_request.outputs or []:
@@ -342,3 +309,20 @@ def _to_binary(values: Any) -> bytes:
         return bytes(values.astype("<f4").tobytes())
     elements = [text.encode() for text in values.ravel()]
     return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+
+
+_BODIES: Bodies = {"application/json": InferRequest, "application/octet-stream": BINARY}
+OPERATIONS = [
+    *(
+        Operation(method, f"/v2/models/{{model}}{version}{path}", handler, bodies=bodies, tag=_TAG)
+        for method, path, handler, bodies in (
+            ("POST", "/infer", _infer, _BODIES),
+            ("GET", "/ready", _model_ready, {}),
+            ("GET", "", _model_metadata, {}),
+        )
+        for version in ("", "/versions/{version}")
+    ),
+    Operation("GET", "/v2", _server_metadata, tag=_TAG),
+    Operation("GET", "/v2/health/live", _live, tag=_TAG),
+    Operation("GET", "/v2/health/ready", _ready, tag=_TAG),
+]

@@ -37,6 +37,17 @@ class Answer(BaseModel):
     request_id: str
 
 
+class PredictQuery(BaseModel):
+    """Parameters of `POST /predict`."""
+
+    top_k: int = Field(5, ge=1, le=1000, description="Largest number of classes in `all_predictions`.")
+    threshold: float = Field(
+        0.0, ge=0, le=1, description="Smallest probability of a class in `prediction` and `all_predictions`."
+    )
+    model: str | None = Field(None, description="Name of the model; by default the first one.")
+    version: str | None = Field(None, description="Version of the model; by default one according to the shares.")
+
+
 class Failure(BaseModel):
     """Why a request has no prediction."""
 

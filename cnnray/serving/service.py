@@ -4,18 +4,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
-from fastapi import Request
+from starlette.requests import Request
 
-from cnnray.images.decode import BadImage, decode
-from cnnray.models.predictor import NO_PROBABILITIES, find_unusable
+from cnnray.images.decode import BadImage
+from cnnray.models.predictor import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.bodies import NOT_BASE64, RequestError
+from cnnray.serving.admission import Admission, Held
+from cnnray.serving.bodies import NOT_BASE64, RequestError, declared_length, parse_body, too_large
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
+from cnnray.serving.pipeline import Encoded
 from cnnray.serving.schema import CANARY_KEY
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
@@ -25,7 +26,11 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before a change of the settings that failed is tried again; each pause is twice the one before."""
 
-Read = TypeVar("Read")
+Parsed = TypeVar("Parsed")
+
+_GRACE_SECONDS, _LOWEST_RATE = 5.0, 32 * 2**10
+"""A client whose body arrives, after so many seconds, at a lower rate than this, in bytes a second, is let go of: it
+holds memory that others could use."""
 
 STATUS_BY_REASON = {
     "empty": 400, NOT_BASE64: 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
@@ -35,27 +40,28 @@ STATUS_BY_REASON = {
 
 
 class Service:
-    """The models of a replica, and the threads that decode images.
+    """The models of a replica.
 
     Attributes:
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
         problem: why the last change of the settings failed, which is tried again; None if it did not.
         metrics: counts requests, images and predictions.
+        admission: what the requests hold at present.
     """
 
     def __init__(self, *, threads: int, gpus: bool = False) -> None:
         """
         Args:
-            threads: CPU threads of the engine, and number of images decoded in parallel.
+            threads: CPU threads of the engine, and number of images decoded at once.
             gpus: whether this process has a GPU.
         """
         self.settings: Settings | None = None
         self.models: Models | None = None
         self.problem: str | None = None
         self.metrics = ServingMetrics()
-        self._decoding = ThreadPoolExecutor(threads, "decode")
-        self._load = Loader(threads=threads, gpus=gpus, observe=self.metrics.record_batch)
+        self.admission = Admission()
+        self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
         self._changing = asyncio.Lock()
         self._wanted: Settings | None = None
         self._trying_again: asyncio.Task[None] | None = None
@@ -119,7 +125,7 @@ class Service:
                 )
             if not seconds:
                 async with self._answer_timeout():
-                    await served.batcher(np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8))
+                    await served.batcher.submit(np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8))
 
     def ready_models(self) -> Models:
         """The models that are served.
@@ -144,34 +150,83 @@ class Service:
         except NoSuchModelError as error:
             raise RequestError(404, str(error)) from None
 
-    async def read(self, reader: Callable[[Request, Settings], Awaitable[Read]], request: Request) -> Read:
-        """Read a request's body with a reader such as `bodies.read_images`.
+    def choose_named(self, request: Request) -> ServedModel:
+        """The version of a model that answers a request whose path names the model, and may name the version.
 
         Raises:
-            RequestError: the reader raised it; 408, the body did not arrive in time.
+            RequestError: see `choose_model`.
         """
-        assert self.settings is not None
+        names = request.path_params
+        return self.choose_model(names["model"], names.get("version"), canary_key(request))
+
+    async def read(self, request: Request, parse: Callable[[bytes, Settings], Parsed]) -> Parsed:
+        """Read a request's body, and parse it.
+
+        The `Held` of the request, in its scope, holds the bytes.
+
+        Raises:
+            RequestError: 413, the body is too large; 503, the service has no room for it; 408, it does not arrive in
+                time; and what `parse` raises.
+            ClientDisconnect: the client has left.
+        """
+        settings = self.settings
+        assert settings is not None
+        self.admission.check(settings, declared_length(request, settings))
         start = time.perf_counter()
-        async with _timeout(self.settings.timeout_seconds, 408, "The body did not arrive in time."):
-            content = await reader(request, self.settings)
-        self.metrics.record_stage("read", time.perf_counter() - start)
+        self.admission.requests += 1
+        try:
+            body = await _read_body(request, settings)
+            content = await parse_body(lambda body: parse(body, settings), body)
+        finally:
+            self.admission.requests -= 1
+        self.metrics.record_stage("read", [time.perf_counter() - start])
         return content
 
     async def classify(
-        self, served: ServedModel, images: Sequence[bytes | BadImage]
+        self, served: ServedModel, images: Iterable[bytes | Images | BadImage]
     ) -> list[Probabilities | BadImage]:
-        """Classify encoded images: in order, the probabilities, float32 (classes,), or why an image has none.
+        """Classify images: in order, the probabilities, float32 (classes,), or why an image has none.
 
-        An image that could not be read from the request keeps its place and its error.
+        Args:
+            served: the version of a model.
+            images: encoded; or pixels, uint8 (height, width, 3) as the network takes them. An image that could not be
+                read from the request keeps its place and its error.
 
         Raises:
-            RequestError: 503, it takes longer than the settings allow.
+            RequestError: 503, there are too many images in the service, or it takes longer than the settings allow.
         """
-        async with self._answer_timeout():
-            return await asyncio.gather(*(self._classify(served, image) for image in images))
+        settings = self.settings
+        assert settings is not None
+        images = list(images)
+        self.admission.check_images(settings, len(images))
+        answers: list[Probabilities | BadImage | None] = []
+        futures = []
+        for image in images:
+            answers.append(image if isinstance(image, BadImage) else None)
+            if not isinstance(image, BadImage):
+                value = Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image
+                futures.append(served.batcher.submit(value))
+        self.admission.images += len(futures)
+        try:
+            async with self._answer_timeout():
+                computed = iter(await asyncio.gather(*futures))
+        finally:
+            self.admission.images -= len(futures)
+        rows = [next(computed) if answer is None else answer for answer in answers]
+        names = served.bundle.info.class_names
+        for row in rows:
+            if not isinstance(row, BadImage):
+                best = int(row.argmax())
+                self.metrics.record_prediction(served.name, served.version, names[best], float(row[best]))
+        return rows
 
-    async def classify_all(self, served: ServedModel, images: Sequence[bytes | BadImage]) -> Probabilities:
-        """Classify encoded images, all of which must be usable: probabilities, float32 (N, classes).
+    def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
+        assert self.settings is not None
+        seconds = self.settings.timeout_seconds
+        return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
+
+    async def classify_all(self, served: ServedModel, images: Iterable[bytes | Images | BadImage]) -> Probabilities:
+        """Classify images, all of which must be usable: probabilities, float32 (N, classes).
 
         Raises:
             RequestError: an image cannot be used, the message says at which index; 503, it takes longer than the
@@ -180,59 +235,10 @@ class Service:
         rows = await self.classify(served, images)
         for index, row in enumerate(rows):
             if isinstance(row, BadImage):
-                raise _refusal(index, row)
+                raise RequestError(
+                    STATUS_BY_REASON.get(row.reason, 422), f"The image at index {index} cannot be used: {row}."
+                )
         return np.stack([row for row in rows if not isinstance(row, BadImage)])
-
-    async def classify_pixels(self, served: ServedModel, images: Images) -> Probabilities:
-        """Classify decoded images, uint8 (N, height, width, 3): probabilities, float32 (N, classes).
-
-        Raises:
-            RequestError: 500, the network gives no probabilities for an image; 503, it takes longer than the settings
-                allow.
-        """
-        start = time.perf_counter()
-        async with self._answer_timeout():
-            rows = np.stack(await asyncio.gather(*(served.batcher(image) for image in images)))
-        self.metrics.record_stage("predict", time.perf_counter() - start)
-        for index, error in find_unusable(rows).items():
-            raise _refusal(index, error)
-        for row in rows:
-            self._record_prediction(served, row)
-        return rows
-
-    def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
-        assert self.settings is not None
-        seconds = self.settings.timeout_seconds
-        return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
-
-    async def _classify(self, served: ServedModel, image: bytes | BadImage) -> Probabilities | BadImage:
-        if isinstance(image, BadImage):
-            return image
-        start = time.perf_counter()
-        pixels = await asyncio.get_running_loop().run_in_executor(self._decoding, self._decode, served, image)
-        decoded = time.perf_counter()
-        self.metrics.record_stage("decode", decoded - start)
-        if isinstance(pixels, BadImage):
-            return pixels
-        row = await served.batcher(pixels)
-        self.metrics.record_stage("predict", time.perf_counter() - decoded)
-        if error := find_unusable(row[None]).get(0):
-            return error
-        self._record_prediction(served, row)
-        return row
-
-    def _decode(self, served: ServedModel, image: bytes) -> Images | BadImage:
-        settings = self.settings
-        assert settings is not None
-        try:
-            return decode(image, served.bundle.info.geometry, max_pixels=settings.max_pixels)
-        except BadImage as error:
-            return error
-
-    def _record_prediction(self, served: ServedModel, row: Probabilities) -> None:
-        best = int(row.argmax())
-        label = served.bundle.info.class_names[best]
-        self.metrics.record_prediction(served.name, served.version, label, float(row[best]))
 
 
 def canary_key(request: Request) -> str | None:
@@ -244,11 +250,27 @@ def canary_key(request: Request) -> str | None:
     return request.headers.get(CANARY_KEY) or forwarded or None
 
 
-def _refusal(index: int, error: BadImage) -> RequestError:
-    """The error of a request that has an image which cannot be used, and a response without a place to say so."""
-    return RequestError(
-        STATUS_BY_REASON.get(error.reason, 422), f"The image at index {index} cannot be used: {error}."
-    )
+async def _read_body(request: Request, settings: Settings) -> bytes:
+    held: Held = request.scope["held"]
+    chunks, read, loop = [], 0, asyncio.get_running_loop()
+    start = loop.time()
+    try:
+        async with asyncio.timeout(min(settings.timeout_seconds, _GRACE_SECONDS)) as deadline:
+            async for chunk in request.stream():
+                read += len(chunk)
+                if read > settings.max_bytes:
+                    raise too_large(settings)
+                held.add_bytes(len(chunk), settings)
+                chunks.append(chunk)
+                allowed = _GRACE_SECONDS + read / _LOWEST_RATE
+                deadline.reschedule(start + min(settings.timeout_seconds, allowed))
+    except TimeoutError:
+        raise RequestError(
+            408,
+            f"The body did not arrive in time: a client has {settings.timeout_seconds:g} seconds, and must send at "
+            f"least {_LOWEST_RATE // 2**10} KiB a second.",
+        ) from None
+    return b"".join(chunks)
 
 
 @contextlib.asynccontextmanager

@@ -71,8 +71,12 @@ class Settings:
     """Largest number of images in a request."""
     timeout_seconds: float
     """For receiving a request's body, and for answering it."""
-    access_log: bool
-    """Log each request, as a line of JSON."""
+    access_log: str
+    """Requests that are logged, each as a line of JSON: `all`, `errors` (a status from 400 on) or `none`."""
+    max_queued_images: int = 512
+    """Largest number of images that wait or are computed."""
+    max_bytes_in_flight: int = 2**27
+    """Largest number of bytes of bodies that are held."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON and YAML."""
@@ -81,4 +85,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """The settings that `as_dict` was called on."""
-        return cls(**values | {"models": tuple(ModelSettings(**model) for model in values["models"])})
+        models = tuple(ModelSettings(**model) for model in values["models"])
+        access_log = values["access_log"]
+        if isinstance(access_log, bool):  # of an earlier version
+            access_log = "all" if access_log else "none"
+        return cls(**values | {"models": models, "access_log": access_log})

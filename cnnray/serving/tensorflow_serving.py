@@ -5,82 +5,60 @@ The signature `serving_default` takes `image`, pixels [N, height, width, 3]; `en
 `class_names`, each [N, classes].
 """
 
-import functools
 import reprlib
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from cnnray.images.decode import BadImage
 from cnnray.models.runtimes import Images
-from cnnray.serving.bodies import RequestError, decode_base64, parse_body, parse_json, read_body
+from cnnray.serving.bodies import RequestError, decode_base64, parse_json
 from cnnray.serving.open_inference import pixels_from_lists
-from cnnray.serving.schema import CANARY_KEY_PARAMETER
-from cnnray.serving.service import Service, canary_key
+from cnnray.serving.operations import Bodies, Operation
+from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
-router = APIRouter(prefix="/v1", tags=["TensorFlow Serving"])
-
-_EXAMPLE = {"instances": [{"b64": "..."}]}
-_BODY: dict[str, Any] = {
-    "parameters": [CANARY_KEY_PARAMETER],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "signature_name": {"type": "string"},
-                        "instances": {"type": "array", "items": {}},
-                        "inputs": {},
-                    },
-                },
-                "example": _EXAMPLE,
-            }
+_TAG = "TensorFlow Serving"
+_BODIES: Bodies = {
+    "application/json": {
+        "type": "object",
+        "properties": {
+            "signature_name": {"type": "string"},
+            "instances": {"type": "array", "items": {}},
+            "inputs": {},
         },
-    },
+        "examples": [{"instances": [{"b64": "..."}]}],
+    }
 }
 
 
-# These come before the routes whose pattern `NAME:predict` matches, too.
-@router.post("/models/{model}:predict", openapi_extra=_BODY)
-@router.post("/models/{model}/versions/{version}:predict", openapi_extra=_BODY)
-async def predict(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+async def _predict(service: Service, request: Request) -> dict[str, Any]:
     """Classify a batch in row format (`instances`) or column format (`inputs`)."""
-    service: Service = request.app.state.service
-    served = service.choose_model(model, version, canary_key(request))
+    served = service.choose_named(request)
     info = served.bundle.info
-    images, by_row = await service.read(functools.partial(_read, info.geometry.image_size.shape), request)
-    if isinstance(images, list):
-        rows = await service.classify_all(served, images)
-    else:
-        rows = await service.classify_pixels(served, images)
-    probabilities = rows.tolist()
+    shape = info.geometry.image_size.shape
+    images, by_row = await service.read(request, lambda body, settings: _parse(body, shape, settings))
+    probabilities = (await service.classify_all(served, images)).tolist()
     if by_row:
         return {"predictions": [{"probabilities": row, "class_names": info.class_names} for row in probabilities]}
     return {"outputs": {"probabilities": probabilities, "class_names": [info.class_names] * len(probabilities)}}
 
 
-@router.get("/models/{model}")
-@router.get("/models/{model}/versions/{version}")
-async def status(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+async def _status(service: Service, request: Request) -> dict[str, Any]:
     """The versions that are loaded."""
-    service: Service = request.app.state.service
-    chosen = service.choose_model(model, version)
-    loaded = [chosen] if version else [served for served, _ in service.ready_models().versions(model)]
+    chosen = service.choose_named(request)
+    is_one = "version" in request.path_params
+    loaded = [chosen] if is_one else [served for served, _ in service.ready_models().versions(chosen.name)]
     ok = {"error_code": "OK", "error_message": ""}
     return {
         "model_version_status": [{"version": served.version, "state": "AVAILABLE", "status": ok} for served in loaded]
     }
 
 
-@router.get("/models/{model}/metadata")
-@router.get("/models/{model}/versions/{version}/metadata")
-async def metadata(request: Request, model: str, version: str | None = None) -> dict[str, Any]:
+async def _metadata(service: Service, request: Request) -> dict[str, Any]:
     """The signatures of a model."""
-    served = request.app.state.service.choose_model(model, version)
+    served = service.choose_named(request)
     shape, classes = served.bundle.info.geometry.image_size.shape, len(served.bundle.info.class_names)
 
     def tensor(name: str, kind: str, *shape: int) -> dict[str, Any]:
@@ -97,21 +75,15 @@ async def metadata(request: Request, model: str, version: str | None = None) -> 
         )
     }
     return {
-        "model_spec": {"name": model, "signature_name": "", "version": served.version},
+        "model_spec": {"name": served.name, "signature_name": "", "version": served.version},
         "metadata": {"signature_def": {"signature_def": signatures}},
     }
-
-
-async def _read(
-    shape: tuple[int, int, int], request: Request, settings: Settings
-) -> tuple[list[bytes | BadImage] | Images, bool]:
-    """The images, encoded or as pixels, uint8 (N, height, width, 3), and whether they came in row format."""
-    return await parse_body(lambda body: _parse(body, shape, settings), await read_body(request, settings))
 
 
 def _parse(
     body: bytes, shape: tuple[int, int, int], settings: Settings
 ) -> tuple[list[bytes | BadImage] | Images, bool]:
+    """The images, encoded or as pixels, uint8 (N, height, width, 3), and whether they came in row format."""
     content = parse_json(body)
     if not isinstance(content, dict) or ("instances" in content) == ("inputs" in content):
         raise RequestError(400, "The JSON must have either instances or inputs.")
@@ -151,3 +123,15 @@ def _only_input(value: Any, where: str = "") -> Any:
         names = reprlib.repr(sorted(value))
         raise RequestError(400, f"The inputs{where} are {names}; expected 'image' or 'image_bytes'.")
     return next(iter(value.values()))
+
+
+OPERATIONS = [
+    Operation(method, f"/v1/models/{{model}}{version}{path}", handler, bodies=bodies, tag=_TAG)
+    for method, path, handler, bodies in (
+        # Before the paths whose pattern NAME:predict matches, too.
+        ("POST", ":predict", _predict, _BODIES),
+        ("GET", "/metadata", _metadata, {}),
+        ("GET", "", _status, {}),
+    )
+    for version in ("", "/versions/{version}")
+]

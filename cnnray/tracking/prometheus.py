@@ -1,6 +1,9 @@
 """What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
 
-from collections.abc import Mapping
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cnnray.images import storage
 
@@ -119,11 +122,18 @@ _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class ServingMetrics:
-    """The metrics `cnnray_*` in Ray, with Serve's tags for deployment and replica. Each replica has one instance."""
+    """The metrics `cnnray_*` in Ray, with Serve's tags for deployment and replica. Each replica has one instance.
+
+    They are collected here, and given to Ray once a second by a thread: Ray takes some microseconds for each value.
+    """
 
     def __init__(self) -> None:
         from ray.serve import metrics  # slow to import; adds the tags of the replica
 
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[Any, tuple[tuple[str, str], ...]]] = Counter()
+        self._values: dict[tuple[Any, tuple[tuple[str, str], ...]], list[float]] = {}
+        self._is_due = False
         self._requests = metrics.Counter(
             "cnnray_requests", description="Requests answered.", tag_keys=("route", "status")
         )
@@ -135,7 +145,8 @@ class ServingMetrics:
         )
         self._stages = metrics.Histogram(
             "cnnray_stage_seconds",
-            description="Time of a request's stages: read, decode, predict (including the wait for the engine).",
+            description="Time of a request's body (read), and of an image: wait (for a thread), decode, predict (its "
+            "micro-batch).",
             boundaries=_SECONDS,
             tag_keys=("stage",),
         )
@@ -172,18 +183,49 @@ class ServingMetrics:
             status: HTTP status.
             seconds: time to answer.
         """
-        self._requests.inc(tags={"route": route, "status": str(status)})
-        self._latency.observe(seconds, tags={"route": route})
+        self._count(self._requests, route=route, status=str(status))
+        self._observe(self._latency, [seconds], route=route)
 
-    def record_stage(self, name: str, seconds: float) -> None:
-        """Record the time of a request's stage: `read`, `decode` or `predict`."""
-        self._stages.observe(seconds, tags={"stage": name})
+    def record_stage(self, name: str, seconds: Sequence[float]) -> None:
+        """Record the times of a stage: `read` of each request; `wait`, `decode` and `predict` of each image."""
+        self._observe(self._stages, seconds, stage=name)
 
-    def record_batch(self, size: int) -> None:
-        """Record the number of images in a micro-batch."""
-        self._batches.observe(size)
+    def record_batch(self, waits: Sequence[float]) -> None:
+        """Record a micro-batch: the seconds that each of its images waited for it."""
+        self._observe(self._batches, [len(waits)])
+        self.record_stage("wait", waits)
 
     def record_prediction(self, model: str, version: str, label: str, confidence: float) -> None:
         """Record the most probable class of an image, and its probability."""
-        self._predictions.inc(tags={"model": model, "version": version, "prediction": label})
-        self._confidences.observe(confidence, tags={"model": model, "version": version})
+        self._count(self._predictions, model=model, version=version, prediction=label)
+        self._observe(self._confidences, [confidence], model=model, version=version)
+
+    def flush(self) -> None:
+        """Give Ray what has been collected."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+            values, self._values = self._values, {}
+            self._is_due = False
+        for (counter, tags), count in counts.items():
+            counter.inc(count, tags=dict(tags))
+        for (histogram, tags), observed in values.items():
+            of_series = dict(tags)
+            for value in observed:
+                histogram.observe(value, tags=of_series)
+
+    def _count(self, counter: Any, **tags: str) -> None:
+        with self._lock:
+            self._counts[counter, tuple(tags.items())] += 1
+        self._flush_later()
+
+    def _observe(self, histogram: Any, values: Sequence[float], **tags: str) -> None:
+        with self._lock:
+            self._values.setdefault((histogram, tuple(tags.items())), []).extend(values)
+        self._flush_later()
+
+    def _flush_later(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            timer = threading.Timer(1.0, self.flush)
+            timer.daemon = True
+            timer.start()

@@ -43,8 +43,8 @@ def s3_proxy():
 def ray_cluster(s3_proxy):
     """One local cluster for these tests, with more CPUs than the machine has, so that they never wait.
 
-    It ends with them: a process that is connected to a cluster ends when the cluster finds it lost, and the unit tests
-    that follow keep both cores busy for many minutes.
+    It ends with them: a process that is connected to a cluster ends when the cluster finds it lost, and the unit
+    tests that follow keep both cores busy for many minutes.
     """
     ray.init(
         address="local",

@@ -71,7 +71,6 @@ def client(bundle):
 def _start_client(settings, **options):
     service = Service(threads=2)
     client = TestClient(create_application(service, **options), raise_server_exceptions=False)
-    client.app.state.service = service
     client.__enter__()
     client.portal.call(service.change_settings, settings)
     return client

@@ -1,6 +1,5 @@
 """The application of a replica: requests and responses of its own API."""
 
-import asyncio
 import base64
 import importlib.metadata
 import io
@@ -15,7 +14,6 @@ from PIL import Image
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.awkward import awkward_images
 from tests.networks import GEOMETRY
@@ -156,8 +154,8 @@ def test_limits(start_client):
 
 def test_an_answer_that_takes_too_long(start_client, monkeypatch):
     client, free = start_client(timeout_seconds=0.2), threading.Event()
-    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
-    monkeypatch.setattr(served.batcher, "_run", lambda images: free.wait(20))
+    (served,) = [served for served, _ in client.app.service.models.versions("colours")]
+    monkeypatch.setattr(served.compute, "predict", lambda images: free.wait(20))
     response = client.post("/predict", files={"image": ("a", GOOD)})
     free.set()
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -166,8 +164,8 @@ def test_an_answer_that_takes_too_long(start_client, monkeypatch):
 
 def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
     client = start_client()
-    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
-    monkeypatch.setattr(served.batcher, "_run", lambda images: 1 / 0)
+    (served,) = [served for served, _ in client.app.service.models.versions("colours")]
+    monkeypatch.setattr(served.compute, "predict", lambda images: 1 / 0)
     response = client.post("/predict", files={"image": ("a", GOOD)})
     assert response.status_code == 500
     assert response.json() == {"error": "Internal error.", "request_id": response.headers["x-request-id"]}
@@ -175,14 +173,14 @@ def test_an_internal_error_shows_no_trace(start_client, monkeypatch):
 
 def test_values_that_are_no_probabilities_are_an_error_in_every_protocol(start_client, monkeypatch):
     client, black = start_client(), np.zeros(GEOMETRY.image_size.shape, np.uint8)
-    (served,) = [served for served, _ in client.app.state.service.models.versions("colours")]
+    (served,) = [served for served, _ in client.app.service.models.versions("colours")]
 
     def run(images):
         rows = np.full((len(images), 3), 1 / 3, np.float32)
         rows[~images.any((1, 2, 3))] = np.nan
         return rows
 
-    monkeypatch.setattr(served.batcher, "_run", run)
+    monkeypatch.setattr(served.compute, "predict", run)
     buffer = io.BytesIO()
     Image.fromarray(black).save(buffer, "PNG")
     bad, texts = buffer.getvalue(), [base64.b64encode(data).decode() for data in (GOOD, buffer.getvalue())]
@@ -221,7 +219,9 @@ def test_request_ids(client):
     ids = [client.get("/health/live", headers={"x-request-id": "a b\t"}).headers["x-request-id"] for _ in range(2)]
     assert len({*ids, "a b\t"}) == 3
     assert client.get("/nowhere").json()["error"] == "Not Found."
-    assert client.get("/predict").status_code == 405
+    response = client.get("/predict")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"] == "Method Not Allowed."
 
 
 def test_requests_are_logged_as_json(client, caplog):
@@ -230,6 +230,15 @@ def test_requests_are_logged_as_json(client, caplog):
     line = json.loads(caplog.messages[-1])
     assert line.pop("milliseconds") >= 0
     assert line == {"request_id": "mine", "method": "GET", "path": "/health/live", "status": 200}
+
+
+@pytest.mark.parametrize(("which", "logged"), [("all", [200, 404]), ("errors", [404]), ("none", [])])
+def test_which_requests_are_logged(which, logged, start_client, caplog):
+    client = start_client(access_log=which)
+    caplog.set_level("INFO", "cnnray.access")
+    client.get("/health/live")
+    client.get("/nowhere")
+    assert [json.loads(line)["status"] for line in caplog.messages if line.startswith("{")] == logged
 
 
 def test_the_pages_need_nothing_from_elsewhere(client):
@@ -263,17 +272,6 @@ def test_every_answer_is_in_the_description_of_the_api(client):
     for path, methods in paths.items():
         for method in methods.values():
             assert path.startswith("/health") or method["responses"]["401"]
-
-
-def test_a_slow_body_is_refused(start_client):
-    service = start_client(timeout_seconds=0.1).app.state.service
-
-    async def slowly(request, settings):
-        await asyncio.sleep(20)
-
-    with pytest.raises(RequestError, match="did not arrive in time") as caught:
-        asyncio.run(service.read(slowly, None))
-    assert caught.value.status == 408
 
 
 def test_all_references_in_the_description_are_defined(client):

@@ -4,69 +4,90 @@ import asyncio
 import threading
 import time
 
-import numpy as np
 import pytest
 
 from cnnray.serving.batching import Batcher
 
 
 def test_batches_grow_while_the_engine_is_busy():
-    sizes, busy = [], threading.Event()
+    waits, busy = [], threading.Event()
 
-    def run(images):
+    def run(values):
         busy.wait(5)
-        return images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return values
 
     async def ask():
-        batcher = Batcher(run, 4, sizes.append)
-        images = [np.full((2, 2, 3), number, np.uint8) for number in range(11)]
-        first = asyncio.create_task(batcher(images[0]))
+        batcher = Batcher(run, 4, waits.append)
+        first = batcher.submit(0)
         await asyncio.sleep(0.05)
-        others = [asyncio.create_task(batcher(image)) for image in images[1:]]
+        others = [batcher.submit(number) for number in range(1, 11)]
         await asyncio.sleep(0.05)
         others[2].cancel()
         busy.set()
         return [await first, *await asyncio.gather(*others, return_exceptions=True)]
 
     results = asyncio.run(ask())
-    assert sizes == [1, 4, 4, 1]
+    assert [len(batch) for batch in waits] == [1, 4, 4, 1]
+    assert waits[0][0] < 0.05 <= min(min(batch) for batch in waits[1:])
     assert isinstance(results.pop(3), asyncio.CancelledError)
-    assert [float(row[0]) for row in results] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert results == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
 
 
-def test_an_engine_that_fails_fails_its_batch_and_no_other():
-    def run(images):
-        if images[0, 0, 0, 0] == 0:
-            raise RuntimeError("broken")
-        if images[0, 0, 0, 0] == 2:
-            return np.ones((len(images) + 1, 2), np.float32)
-        return np.ones((len(images), 2), np.float32)
-
-    async def ask(value):
-        batcher = Batcher(run, 4, lambda size: None)
-        image = np.full((2, 2, 3), value, np.uint8)
-        with pytest.raises(RuntimeError, match="broken"):
-            await batcher(np.zeros((2, 2, 3), np.uint8))
-        with pytest.raises(ValueError, match="longer"):
-            await batcher(np.full((2, 2, 3), 2, np.uint8))
-        return await batcher(image)
-
-    assert asyncio.run(ask(1)).tolist() == [1, 1]
-
-
-def test_a_batcher_says_how_long_its_engine_has_been_at_a_batch():
-    def run(images):
-        time.sleep(0.1)
-        return np.ones((len(images), 2), np.float32)
+def test_what_comes_in_one_turn_of_the_loop_is_one_batch():
+    waits = []
 
     async def ask():
-        batcher, seconds = Batcher(run, 4, lambda size: None), []
+        batcher = Batcher(lambda values: values, 4, waits.append)
+        return await asyncio.gather(*(batcher.submit(number) for number in range(3)))
+
+    assert asyncio.run(ask()) == [0, 1, 2]
+    assert [len(batch) for batch in waits] == [3]
+
+
+def test_a_second_thread_takes_what_comes_while_the_first_works():
+    both, waits = threading.Barrier(2), []
+
+    def run(values):
+        both.wait(5)
+        return values
+
+    async def ask():
+        batcher = Batcher(run, 4, waits.append, threads=2)
+        first = batcher.submit(0)
+        await asyncio.sleep(0.05)
+        return await asyncio.gather(first, batcher.submit(1))
+
+    assert asyncio.run(ask()) == [0, 1]
+
+
+def test_a_batch_that_fails_fails_no_other():
+    def run(values):
+        if values[0] == "bad":
+            raise RuntimeError("broken")
+        return values
+
+    async def ask():
+        batcher = Batcher(run, 4, lambda waits: None)
+        with pytest.raises(RuntimeError, match="broken"):
+            await batcher.submit("bad")
+        return await batcher.submit("good")
+
+    assert asyncio.run(ask()) == "good"
+
+
+def test_a_batcher_says_how_long_the_present_batch_has_taken():
+    def run(values):
+        time.sleep(0.1)
+        return values
+
+    async def ask():
+        batcher, seconds = Batcher(run, 4, lambda waits: None), []
         assert batcher.seconds_at_work == 0
-        tasks = [asyncio.create_task(batcher(np.zeros((2, 2, 3), np.uint8))) for _ in range(20)]
+        futures = [batcher.submit(number) for number in range(20)]
         for _ in range(20):
             await asyncio.sleep(0.02)
             seconds.append(batcher.seconds_at_work)
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*futures)
         return seconds, batcher.seconds_at_work
 
     seconds, at_the_end = asyncio.run(ask())

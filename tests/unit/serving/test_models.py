@@ -1,6 +1,5 @@
 """Models and versions of a service: flags, shares, changes."""
 
-import asyncio
 import base64
 import dataclasses
 import json
@@ -30,7 +29,7 @@ from tests.unit.serving.conftest import GOOD, settings
 
 def test_a_canary_answers_its_share(start_client, bundle, newer):
     client = start_client(("colours", bundle, 0.8), ("colours", newer, 0.2), ("others", newer, 1.0))
-    service = client.app.state.service
+    service = client.app.service
     old, new = Bundle.load(bundle).version, Bundle.load(newer).version
     answers = Counter(service.choose_model("colours").version for _ in range(2000))
     assert answers.keys() == {old, new}
@@ -48,7 +47,7 @@ def test_a_canary_answers_its_share(start_client, bundle, newer):
 
 def test_a_canary_has_the_same_clients_as_long_as_they_name_themselves(start_client, bundle, newer):
     client = start_client(("colours", bundle, 0.8), ("colours", newer, 0.2))
-    service, new = client.app.state.service, Bundle.load(newer).version
+    service, new = client.app.service, Bundle.load(newer).version
 
     def chosen():
         return {key for key in map(str, range(2000)) if service.choose_model("colours", key=key).version == new}
@@ -79,7 +78,7 @@ def test_a_canary_has_the_same_clients_as_long_as_they_name_themselves(start_cli
 
 def test_models_change_while_the_present_ones_answer(start_client, bundle, newer, tmp_path):
     client = start_client()
-    service = client.app.state.service
+    service = client.app.service
     (first,) = [served for served, _ in service.models.versions("colours")]
     client.portal.call(service.change_settings, settings(("colours", bundle, 0.5), ("colours", newer, 0.5)))
     assert service.models.versions("colours")[0][0] is first
@@ -116,7 +115,7 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     version = Bundle.load(bundle).version
     assert [model.version for model in deployed.models] == [version, version]
     client = start_client()
-    service = client.app.state.service
+    service = client.app.service
     client.portal.call(service.change_settings, deployed)
     assert service.problem is None
     bundles.replace(place, newer)  # another training into the same place
@@ -128,7 +127,7 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
 def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_path, monkeypatch):
     monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
     client = start_client()
-    service, recorded = client.app.state.service, []
+    service, recorded = client.app.service, []
     monkeypatch.setattr(service.metrics, "record_change", lambda *, failed: recorded.append(failed))
     late = tmp_path / "late"
     client.portal.call(service.change_settings, settings(("colours", str(late), 1.0)))
@@ -146,7 +145,7 @@ def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_pa
 def test_other_settings_end_the_attempts_at_those_that_failed(start_client, bundle, newer, tmp_path, monkeypatch):
     monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
     client = start_client()
-    service, late = client.app.state.service, tmp_path / "late"
+    service, late = client.app.service, tmp_path / "late"
     client.portal.call(service.change_settings, settings(("colours", str(late), 1.0)))
     client.portal.call(service.change_settings, settings(("colours", bundle, 1.0)))
     shutil.copytree(newer, late)
@@ -157,20 +156,20 @@ def test_other_settings_end_the_attempts_at_those_that_failed(start_client, bund
 
 def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newer, monkeypatch):
     client = start_client(("colours", bundle, 0.5), ("colours", newer, 0.5))
-    service, free = client.app.state.service, threading.Event()
+    service, free = client.app.service, threading.Event()
     slow, other = service.models.all
     image = np.zeros(GEOMETRY.image_size.shape, np.uint8)
     compute = slow.batcher._run
 
     async def overload():
-        return [asyncio.ensure_future(slow.batcher(image)) for _ in range(1000)]
+        return [slow.batcher.submit(image) for _ in range(1000)]
 
     monkeypatch.setattr(slow.batcher, "_run", lambda images: (free.wait(20), compute(images))[1])
     client.portal.call(overload)
     client.portal.call(service.check_health)
     # A version does not wait for the engine of another one.
     assert client.post("/predict", files={"image": ("a", GOOD)}, params={"version": other.version}).is_success
-    assert len(slow.batcher._waiting) == 1000 - 8
+    assert len(slow.batcher._waiting) == 1000 - 2 * 8
     monkeypatch.setattr(type(slow.batcher), "seconds_at_work", property(lambda batcher: 30.4))
     with pytest.raises(RequestError, match=r"^colours .* has been at one micro-batch for 30 seconds\.$"):
         client.portal.call(service.check_health)
@@ -179,7 +178,7 @@ def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newe
 
 def test_an_idle_engine_that_fails_is_not_healthy(start_client, monkeypatch):
     client = start_client()
-    service = client.app.state.service
+    service = client.app.service
     client.portal.call(service.check_health)
     monkeypatch.setattr(service.models.all[0].batcher, "_run", lambda images: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -293,3 +292,31 @@ def test_mistakes_in_models_get_one_line(text, sentence, capsys):
     message = capsys.readouterr().err
     assert sentence in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_settings_of_an_earlier_version_are_read(bundle):
+    values = settings(("colours", bundle, 1.0)).as_dict()
+    for name in ("max_queued_images", "max_bytes_in_flight"):
+        del values[name]
+    for earlier, present in ((True, "all"), (False, "none")):
+        read = Settings.from_dict(values | {"access_log": earlier})
+        assert (read.access_log, read.max_queued_images, read.max_bytes_in_flight) == (present, 512, 2**27)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_mebibytes": 200.0}, "--max-mebibytes-in-flight 128 is less than the 200 that one request may have"),
+        ({"max_queued_images": 31}, "--max-queued-images 31 is less than the 32 that one request may have"),
+        ({"access_log": "some"}, "--access-log 'some': expected all, errors or none"),
+    ],
+)
+def test_bounds_that_cannot_work(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ServeConfig(bundle="/nowhere", **changes)
+
+
+def test_the_access_log_of_an_earlier_version():
+    assert [ServeConfig(bundle="/nowhere", access_log=earlier).access_log for earlier in (True, "false")] == [
+        "all", "none",
+    ]  # fmt: skip

@@ -1,0 +1,73 @@
+"""Bounds of what a replica holds at once, so that no number of clients, however slow, takes its memory."""
+
+from cnnray.serving.bodies import RequestError
+from cnnray.serving.settings import Settings
+
+
+class Admission:
+    """What the requests of a replica hold at present.
+
+    Attributes:
+        requests: requests whose body is being read.
+        images: images that wait or are computed.
+        bytes: bytes of bodies, of requests that are not answered yet.
+    """
+
+    def __init__(self) -> None:
+        self.requests = self.images = self.bytes = 0
+
+    @property
+    def load(self) -> int:
+        """The number of images here, where a request whose body is being read counts as one."""
+        return self.requests + self.images
+
+    def check(self, settings: Settings, declared: int) -> None:
+        """Check that there is room for a request, before its body is read.
+
+        Args:
+            settings: the bounds.
+            declared: bytes that the body will have; 0 if the client does not say.
+
+        Raises:
+            RequestError: 503, there is none.
+        """
+        self.check_images(settings, 1)
+        self.check_bytes(settings, declared)
+
+    def check_images(self, settings: Settings, count: int) -> None:
+        """
+        Raises:
+            RequestError: 503, so many further images are too many.
+        """
+        if self.images and self.images + count > settings.max_queued_images:
+            raise RequestError(503, f"The service is overloaded: {self.images} images wait. Try again.")
+
+    def check_bytes(self, settings: Settings, count: int) -> None:
+        """
+        Raises:
+            RequestError: 503, so many further bytes are too many.
+        """
+        if self.bytes + count > settings.max_bytes_in_flight:
+            raise RequestError(503, f"The service is overloaded: it holds {self.bytes} bytes of requests. Try again.")
+
+
+class Held:
+    """What one request holds of an `Admission`, until it is released."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission, self._bytes = admission, 0
+
+    def add_bytes(self, count: int, settings: Settings) -> None:
+        """Hold bytes that have arrived.
+
+        Raises:
+            RequestError: 503, there is no room for them.
+        """
+        self._admission.check_bytes(settings, count)
+        self._admission.bytes += count
+        self._bytes += count
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._admission.bytes -= self._bytes
+        self._bytes = 0

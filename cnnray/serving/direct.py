@@ -1,0 +1,70 @@
+"""Requests that HAProxy sends to a replica go to its application, past Ray's wrapper of it.
+
+Ray's wrapper costs CPU for each request: two tasks, a queue, a context. It also receives a whole body before the
+application has seen the first byte of it, so that limits would come too late. What the wrapper does for a service,
+the application does itself: bounds, metrics, request ids, and the load that autoscaling follows.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_OF_RAY = ("/-/healthz", "/-/routes")
+"""Ends of the paths that Ray answers itself."""
+
+
+@dataclass
+class _Replica:
+    application: ASGIApp
+    loop: asyncio.AbstractEventLoop
+    root_path: str | None = None
+    """Path under which the application is; None until a request has come through Ray's wrapper, which knows it."""
+
+
+_replica: _Replica | None = None
+"""The replica that this process is; None in other processes that have the middleware."""
+
+
+def register(application: ASGIApp, by_ray: ASGIApp) -> ASGIApp:
+    """Name the application of this process's replica. Called in the event loop of the replica's code.
+
+    Args:
+        application: gets the requests that come past Ray's wrapper.
+        by_ray: gets those that come through it.
+
+    Returns:
+        The application for Ray's wrapper.
+    """
+    global _replica
+    _replica = replica = _Replica(application, asyncio.get_running_loop())
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        replica.root_path = scope.get("root_path", "")
+        await by_ray(scope, receive, send)
+
+    return wrapped
+
+
+class Direct:
+    """ASGI middleware of Ray's servers; in other processes than replicas, it does nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        replica = _replica
+        if (
+            replica is not None
+            and replica.root_path is not None
+            and scope["type"] == "http"
+            and scope["path"].startswith(f"{replica.root_path}/")
+            and not scope["path"].endswith(_OF_RAY)
+            # Else the replica's code runs in a thread of its own.
+            and asyncio.get_running_loop() is replica.loop
+        ):
+            scope["root_path"] = replica.root_path
+            await replica.application(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

@@ -1,0 +1,89 @@
+"""Decodes and classifies the micro-batches of one version of a model."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cnnray.images.decode import BadImage, decode
+from cnnray.images.geometry import Geometry
+from cnnray.models.predictor import find_unusable
+from cnnray.models.runtimes import Images, Probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image as it was sent."""
+
+    data: bytes
+    max_pixels: int
+    """Largest image that is decoded."""
+
+
+class Pipeline:
+    """Decodes images and runs the network, in the thread that calls it.
+
+    With several CPU threads, two micro-batches may be in it at once: the images of one are decoded, by all threads,
+    while the network runs on the other.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Images], Probabilities],
+        geometry: Geometry,
+        observe: Callable[[str, Sequence[float]], None],
+        *,
+        threads: int,
+    ) -> None:
+        """
+        Args:
+            predict: the network: uint8 (N, height, width, 3) to float32 (N, classes).
+            geometry: sizes that images are decoded for.
+            observe: called with a stage, `decode` or `predict`, and its time in seconds for each image.
+            threads: number of images decoded at once.
+        """
+        self.predict = predict
+        self._geometry, self._observe = geometry, observe
+        self._decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        self._predicting = threading.Lock()
+
+    def __call__(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
+        """Classify a micro-batch.
+
+        Args:
+            images: encoded, or pixels, uint8 (height, width, 3) as the network takes them.
+
+        Returns:
+            In order, the probabilities, float32 (classes,), or why an image has none.
+        """
+        decoded: list[Images | BadImage] = list(
+            self._decoders.map(self._decode, images)
+            if self._decoders and len(images) > 1
+            else map(self._decode, images)
+        )
+        usable = [pixels for pixels in decoded if not isinstance(pixels, BadImage)]
+        if not usable:
+            return [error for error in decoded if isinstance(error, BadImage)]
+        start = time.perf_counter()
+        with self._predicting:
+            rows = self.predict(np.stack(usable))
+        if len(rows) != len(usable):
+            raise ValueError(f"The engine gave {len(rows)} rows for {len(usable)} images.")
+        self._observe("predict", [time.perf_counter() - start] * len(usable))
+        unusable = find_unusable(rows)
+        answers = iter([unusable.get(index, row) for index, row in enumerate(rows)])
+        return [error if isinstance(error, BadImage) else next(answers) for error in decoded]
+
+    def _decode(self, image: Encoded | Images) -> Images | BadImage:
+        if not isinstance(image, Encoded):
+            return image
+        start = time.perf_counter()
+        try:
+            return decode(image.data, self._geometry, max_pixels=image.max_pixels)
+        except BadImage as error:
+            return error
+        finally:
+            self._observe("decode", [time.perf_counter() - start])

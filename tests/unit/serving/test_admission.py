@@ -1,0 +1,202 @@
+"""What requests may hold, and what becomes of clients that are slow or leave."""
+
+import asyncio
+import threading
+
+import pytest
+
+from cnnray.serving import gate, service
+from tests.unit.serving.conftest import GOOD
+
+
+class Connection:
+    """A client of an ASGI application, in its event loop: sends its body part by part."""
+
+    def __init__(self, client, *, path="/predict", length=None):
+        headers = [(b"content-type", b"image/png")]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        scope = {
+            "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, "root_path": "",
+        }  # fmt: skip
+        self.sent, self.parts, self.asked = [], asyncio.Queue(), 0
+        self.task = asyncio.ensure_future(client.app(scope, self._receive, self._send))
+
+    async def _receive(self):
+        self.asked += 1
+        return await self.parts.get()
+
+    async def _send(self, message):
+        self.sent.append(message)
+
+    def part(self, body, more=True):
+        self.parts.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def leave(self):
+        self.parts.put_nowait({"type": "http.disconnect"})
+
+    async def answer(self):
+        await asyncio.wait_for(self.task, 20)
+        return self.sent[0]["status"], self.sent[1]["body"].decode()
+
+
+def _ask(client, function):
+    return client.portal.call(function)
+
+
+def test_what_is_too_much_is_refused_before_it_is_read(start_client):
+    client = start_client(max_bytes=1000, max_bytes_in_flight=1500)
+
+    async def ask():
+        first = Connection(client, length=900)
+        first.part(b"x" * 700)
+        await asyncio.sleep(0.05)
+        second = Connection(client, length=900)
+        status, body = await second.answer()
+        assert (status, second.asked) == (503, 0)
+        assert "overloaded: it holds 700 bytes" in body
+        assert dict(second.sent[0]["headers"])[b"retry-after"] == b"1"
+        first.part(b"x" * 200, more=False)
+        assert (await first.answer())[0] == 415  # no image
+        third = Connection(client, length=900)
+        third.part(b"x" * 900, more=False)
+        assert (await third.answer())[0] == 415
+
+    _ask(client, ask)
+    assert client.app.service.admission.bytes == client.app.service.admission.requests == 0
+
+
+def test_a_body_whose_length_is_not_known_is_refused_when_there_is_no_more_room(start_client):
+    client = start_client(max_bytes=1000, max_bytes_in_flight=1500)
+
+    async def ask():
+        connections = [Connection(client) for _ in range(2)]
+        for connection in connections:
+            connection.part(b"x" * 800)
+        await asyncio.sleep(0.05)
+        refused = [connection for connection in connections if connection.task.done()]
+        assert len(refused) == 1
+        assert (await refused[0].answer())[0] == 503
+        (other,) = set(connections) - set(refused)
+        other.part(b"x" * 100, more=False)
+        assert (await other.answer())[0] == 415
+
+    _ask(client, ask)
+    assert client.app.service.admission.bytes == 0
+
+
+def test_images_that_wait_have_a_bound(start_client, monkeypatch):
+    client, free = start_client(max_queued_images=2), threading.Event()
+    (served,) = client.app.service.models.all
+    compute = served.compute.predict
+    monkeypatch.setattr(served.compute, "predict", lambda images: (free.wait(20), compute(images))[1])
+
+    async def ask():
+        accepted = [Connection(client) for _ in range(2)]
+        for connection in accepted:
+            connection.part(GOOD, more=False)
+        await asyncio.sleep(0.1)
+        assert client.app.service.admission.load == 2
+        refused = Connection(client)
+        status, body = await refused.answer()
+        assert (status, refused.asked) == (503, 0)
+        assert "overloaded: 2 images wait" in body
+        free.set()
+        assert [(await connection.answer())[0] for connection in accepted] == [200, 200]
+
+    _ask(client, ask)
+    assert client.app.service.admission.load == 0
+
+
+@pytest.mark.parametrize(("parts", "rate"), [(0, 2**10), (4, 2**20)])
+def test_a_client_that_is_too_slow_is_let_go_of(parts, rate, start_client, monkeypatch):
+    """One that sends nothing; one whose parts come at less than the lowest rate."""
+    monkeypatch.setattr(service, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(service, "_LOWEST_RATE", rate)
+    client = start_client()
+
+    async def ask():
+        connection = Connection(client)
+        for _ in range(parts):
+            connection.part(b"x" * 1000)
+            await asyncio.sleep(0.04)
+        status, body = await connection.answer()
+        assert status == 408
+        assert f"at least {rate // 1024} KiB a second" in body
+
+    _ask(client, ask)
+
+
+def test_a_client_that_is_fast_enough_is_waited_for(start_client, monkeypatch):
+    monkeypatch.setattr(service, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(service, "_LOWEST_RATE", 1000)
+    client = start_client()
+
+    async def ask():
+        connection = Connection(client)
+        for _ in range(4):
+            connection.part(b"x" * 1000)
+            await asyncio.sleep(0.1)
+        connection.part(b"", more=False)
+        assert (await connection.answer())[0] == 415
+
+    _ask(client, ask)
+
+
+def test_a_body_has_no_more_time_than_the_timeout(start_client):
+    client = start_client(timeout_seconds=0.1)
+
+    async def ask():
+        connection = Connection(client)
+        connection.part(b"x" * 2**20)
+        assert (await connection.answer())[0] == 408
+
+    _ask(client, ask)
+
+
+def test_nothing_is_computed_for_a_client_that_has_left(start_client, monkeypatch):
+    monkeypatch.setattr(gate, "_PATIENCE", 0.05)
+    client, free, recorded = start_client(), threading.Event(), []
+    (served,) = client.app.service.models.all
+    compute, sizes = served.compute.predict, []
+
+    def predict(images):
+        sizes.append(len(images))
+        free.wait(20)
+        return compute(images)
+
+    monkeypatch.setattr(served.compute, "predict", predict)
+    monkeypatch.setattr(client.app.service.metrics, "record_request", lambda *values: recorded.append(values))
+
+    async def ask():
+        # Two micro-batches are being computed; two further requests wait.
+        connections = []
+        for _ in range(4):
+            connections.append(Connection(client))
+            connections[-1].part(GOOD, more=False)
+            await asyncio.sleep(0.05)
+        connections[2].leave()
+        await asyncio.sleep(0.2)
+        assert connections[2].task.done()
+        assert connections[2].sent == []
+        assert [status for _, status, _ in recorded] == [499]
+        free.set()
+        assert [(await connections[number].answer())[0] for number in (0, 1, 3)] == [200] * 3
+
+    _ask(client, ask)
+    assert sizes == [1, 1, 1]
+    assert client.app.service.admission.load == 0
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(start_client, caplog):
+    client = start_client()
+
+    async def ask():
+        connection = Connection(client)
+        connection.part(b"x")
+        connection.leave()
+        await asyncio.wait_for(connection.task, 20)
+        assert connection.sent == []
+
+    _ask(client, ask)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -21,33 +21,27 @@ class Admission:
         """The number of images here, where a request whose body is being read counts as one."""
         return self.requests + self.images
 
-    def check(self, settings: Settings, declared: int) -> None:
-        """Check that there is room for a request, before its body is read.
-
-        Args:
-            settings: the bounds.
-            declared: bytes that the body will have; 0 if the client does not say.
+    def check_images(self, settings: Settings, count: int) -> None:
+        """Check that there is room for further images. A request that is alone has room.
 
         Raises:
             RequestError: 503, there is none.
         """
-        self.check_images(settings, 1)
-        self.check_bytes(settings, declared)
-
-    def check_images(self, settings: Settings, count: int) -> None:
-        """
-        Raises:
-            RequestError: 503, so many further images are too many.
-        """
         if self.images and self.images + count > settings.max_queued_images:
             raise RequestError(503, f"The service is overloaded: {self.images} images wait. Try again.")
 
-    def check_bytes(self, settings: Settings, count: int) -> None:
-        """
+    def check_bytes(self, settings: Settings, count: int, *, held: int = 0) -> None:
+        """Check that there is room for further bytes. A request that is alone has room.
+
+        Args:
+            settings: the bounds.
+            count: further bytes.
+            held: bytes that the request holds already.
+
         Raises:
-            RequestError: 503, so many further bytes are too many.
+            RequestError: 503, there is none.
         """
-        if self.bytes + count > settings.max_bytes_in_flight:
+        if self.bytes > held and self.bytes + count > settings.max_bytes_in_flight:
             raise RequestError(503, f"The service is overloaded: it holds {self.bytes} bytes of requests. Try again.")
 
 
@@ -63,7 +57,7 @@ class Held:
         Raises:
             RequestError: 503, there is no room for them.
         """
-        self._admission.check_bytes(settings, count)
+        self._admission.check_bytes(settings, count, held=self._bytes)
         self._admission.bytes += count
         self._bytes += count
 

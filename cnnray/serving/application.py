@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 import cnnray
 from cnnray.images.decode import BadImage
@@ -56,7 +57,10 @@ def create_application(service: Service, api_key: str | None = None, *, adds_req
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise HTTPException(404)
+    if scope["type"] == "websocket":
+        await WebSocketClose()(scope, receive, send)
+    else:
+        raise HTTPException(404)
 
 
 # -- routes ---------------------------------------------------------------------------------------------------
@@ -95,7 +99,8 @@ async def _ready(service: Service, request: Request) -> Ready:
 
 
 async def _openapi(service: Service, request: Request) -> JSONResponse:
-    return JSONResponse(_description())
+    root_path = request.scope.get("root_path")
+    return JSONResponse(_description() | ({"servers": [{"url": root_path}]} if root_path else {}))
 
 
 async def _metadata(service: Service, request: Request) -> Metadata:

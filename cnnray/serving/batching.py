@@ -37,9 +37,6 @@ class Batcher(Generic[Input, Output]):
         # Its threads end when nobody holds the batcher any more.
         self._executor = ThreadPoolExecutor(threads, "engine")
         self._free = threads
-        self._began: dict[int, float] = {}
-        """When the micro-batches that are being computed began, the oldest first."""
-        self._batches = 0
         self._waiting: deque[tuple[Input, asyncio.Future[Output], float]] = deque()
         """Inputs, each with the future of its output, and when it came."""
 
@@ -54,47 +51,46 @@ class Batcher(Generic[Input, Output]):
         return future
 
     @property
-    def seconds_at_work(self) -> float:
-        """How long the oldest of the present micro-batches has been computed; 0 where all threads wait."""
-        return time.monotonic() - next(iter(self._began.values())) if self._began else 0.0
+    def is_busy(self) -> bool:
+        """Whether all threads are at work, so that an input would wait."""
+        return not self._free
 
     def _start(self) -> None:
         """Give a thread the next micro-batch, if there is one."""
-        if not (batch := self._next_batch()):
+        batch = self._next_batch()
+        if not batch:
             self._free += 1
             return
-        self._batches += 1
-        self._began[self._batches] = now = time.monotonic()
-        self._observe([now - came for _, _, came in batch])
+        now = time.monotonic()
         values, futures = [value for value, _, _ in batch], [future for _, future, _ in batch]
-        self._executor.submit(self._compute, values, futures, asyncio.get_running_loop(), self._batches)
+        self._executor.submit(self._compute, values, futures, asyncio.get_running_loop())
+        self._observe([now - came for _, _, came in batch])
 
     def _compute(
-        self,
-        values: list[Input],
-        futures: list["asyncio.Future[Output]"],
-        loop: asyncio.AbstractEventLoop,
-        number: int,
+        self, values: list[Input], futures: list["asyncio.Future[Output]"], loop: asyncio.AbstractEventLoop
     ) -> None:
         outputs: Sequence[Output] | Exception
         try:
             outputs = self._run(values)
-        except Exception as error:  # whatever the engine raises, the callers must not wait for ever
+            if len(outputs) != len(values):
+                raise ValueError(f"{len(values)} inputs have {len(outputs)} outputs")
+        except Exception as error:  # whatever it is, the callers must not wait for ever
             outputs = error
-        loop.call_soon_threadsafe(self._deliver, futures, outputs, number)
+        loop.call_soon_threadsafe(self._deliver, futures, outputs)
 
-    def _deliver(
-        self, futures: list["asyncio.Future[Output]"], outputs: Sequence[Output] | Exception, number: int
-    ) -> None:
-        del self._began[number]
-        for index, future in enumerate(futures):
-            if future.done():
-                continue
-            if isinstance(outputs, Exception):
-                future.set_exception(outputs)
-            else:
-                future.set_result(outputs[index])
-        self._start()
+    def _deliver(self, futures: list["asyncio.Future[Output]"], outputs: Sequence[Output] | Exception) -> None:
+        try:
+            for index, future in enumerate(futures):
+                if future.done():
+                    continue
+                if isinstance(outputs, StopIteration):  # no future takes it
+                    future.set_exception(RuntimeError(repr(outputs)))
+                elif isinstance(outputs, Exception):
+                    future.set_exception(outputs)
+                else:
+                    future.set_result(outputs[index])
+        finally:
+            self._start()
 
     def _next_batch(self) -> list[tuple[Input, "asyncio.Future[Output]", float]]:
         """Up to `size` inputs whose callers still wait."""

@@ -70,7 +70,8 @@ class ServeConfig:
     """Largest number of images that wait or are computed in a replica; further requests are answered with 503 before
     their body is read."""
     max_mebibytes_in_flight: float = 128.0
-    """Largest size, in MiB, of all request bodies that a replica holds; further requests are answered with 503."""
+    """Largest size, in MiB, of all request bodies that a replica holds, if it holds several; further requests are
+    answered with 503."""
     max_mebibytes: float = 32.0
     """Largest request body in MiB."""
     max_megapixels: float = 50.0
@@ -97,16 +98,6 @@ class ServeConfig:
         flags.check_more_than_zero(
             self, "cpus_per_replica", "max_mebibytes", "max_megapixels", "timeout_seconds", "target_ongoing_requests"
         )
-        if self.max_mebibytes_in_flight < self.max_mebibytes:
-            raise ValueError(
-                f"--max-mebibytes-in-flight {self.max_mebibytes_in_flight:g} is less than the "
-                f"{self.max_mebibytes:g} that one request may have, by --max-mebibytes."
-            )
-        if self.max_queued_images < self.max_images:
-            raise ValueError(
-                f"--max-queued-images {self.max_queued_images} is less than the {self.max_images} that one request "
-                "may have, by --max-images."
-            )
         # As in earlier versions.
         spelled = {"true": "all", "false": "none"}.get(str(self.access_log).lower(), self.access_log)
         object.__setattr__(self, "access_log", spelled)

@@ -1,6 +1,5 @@
 """The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
-import atexit
 import logging
 import logging.handlers
 import math
@@ -40,6 +39,10 @@ class Classifier:
         """Called by Serve before the first request, and whenever `user_config` has changed."""
         await self._service.change_settings(Settings.from_dict(user_config))
 
+    def __del__(self) -> None:
+        """Called by Serve at the end of the replica."""
+        self._service.metrics.flush()
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, whose autoscaler follows this number instead of its own count of requests."""
         return {RUNNING_REQUESTS_KEY: float(self._service.admission.load)}
@@ -49,18 +52,24 @@ class Classifier:
         await self._service.check_health()
 
 
+class _ServeHandlers(logging.Handler):
+    """Writes records as Serve's logger does at that time: its handlers change with the configuration."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        for handler in logging.getLogger("ray.serve").handlers:
+            handler.handle(record)
+
+
 def _log_as_serve_does() -> None:
     """Write the records of cnnray to Serve's log; those of requests in a thread, so that no request waits for it."""
-    handlers = logging.getLogger("ray.serve").handlers
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    writer = logging.handlers.QueueListener(records, *handlers)
-    writer.start()
-    atexit.register(writer.stop)
-    of_requests = [logging.handlers.QueueHandler(records)]
-    for name, chosen in (("cnnray", handlers), ("cnnray.access", of_requests)):
+    logging.handlers.QueueListener(records, _ServeHandlers()).start()
+    of_requests = logging.handlers.QueueHandler(records)
+    for name, handler in (("cnnray", _ServeHandlers()), ("cnnray.access", of_requests)):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        logger.handlers = list(chosen)
+        logger.handlers = [handler]
         logger.propagate = False
 
 

@@ -2,7 +2,8 @@
 
 Ray's wrapper costs CPU for each request: two tasks, a queue, a context. It also receives a whole body before the
 application has seen the first byte of it, so that limits would come too late. What the wrapper does for a service,
-the application does itself: bounds, metrics, request ids, and the load that autoscaling follows.
+the application does itself: bounds, metrics, request ids, and the load that autoscaling follows. What is
+lost: Ray's metrics of requests, its context and tracing of them, and its own timeout.
 """
 
 import asyncio
@@ -40,7 +41,8 @@ def register(application: ASGIApp, by_ray: ASGIApp) -> ASGIApp:
     _replica = replica = _Replica(application, asyncio.get_running_loop())
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        replica.root_path = scope.get("root_path", "")
+        if scope["type"] == "http":  # the server's start and end come through here, too, without a path
+            replica.root_path = scope.get("root_path", "")
         await by_ray(scope, receive, send)
 
     return wrapped

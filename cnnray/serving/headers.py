@@ -25,7 +25,7 @@ class ReadableHeaders:
 
 def middlewares() -> list[Middleware]:
     """Called by Ray when it starts its servers."""
-    return [Middleware(ReadableHeaders), Middleware(Direct)]
+    return [Middleware(ReadableHeaders), Middleware(Direct)]  # the last one is the outermost
 
 
 def _as_utf8(value: bytes) -> bytes:

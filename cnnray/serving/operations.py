@@ -72,8 +72,8 @@ class Operation(Route):
             raise HTTPException(405, headers={"Allow": self.method})
         scope["route"] = self
         content = await self._handler(scope["service"], Request(scope, receive))
-        if isinstance(content, BaseModel):
-            content = content.model_dump(mode="json", by_alias=True)
+        if isinstance(content, BaseModel):  # by pydantic, whose JSON has null for a number that is not finite
+            content = Response(content.model_dump_json(by_alias=True), media_type="application/json")
         response = content if isinstance(content, Response) else JSONResponse(content)
         await response(scope, receive, send)
 
@@ -136,4 +136,6 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
             {"name": name, "in": "query", "required": False, "schema": values, "description": values["description"]}
             for name, values in schema["properties"].items()
         ]
-    return parameters + ([CANARY_KEY_PARAMETER] if operation.bodies else [])
+    named = operation.param_convertors
+    chooses = "version" not in named and ("model" in named or operation.bodies)
+    return parameters + ([CANARY_KEY_PARAMETER] if chooses else [])

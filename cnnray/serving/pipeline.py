@@ -49,6 +49,13 @@ class Pipeline:
         self._geometry, self._observe = geometry, observe
         self._decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._predicting = threading.Lock()
+        self._calls: dict[int, float] = {}
+        """By thread that has a micro-batch, when it last came forward."""
+
+    @property
+    def seconds_without_progress(self) -> float:
+        """How long a micro-batch has been at one image, or at the network; 0 where there is none."""
+        return max((time.monotonic() - moment for moment in list(self._calls.values())), default=0.0)
 
     def __call__(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
         """Classify a micro-batch.
@@ -59,23 +66,35 @@ class Pipeline:
         Returns:
             In order, the probabilities, float32 (classes,), or why an image has none.
         """
-        decoded: list[Images | BadImage] = list(
-            self._decoders.map(self._decode, images)
-            if self._decoders and len(images) > 1
-            else map(self._decode, images)
-        )
+        try:
+            return self._classify(images)
+        finally:
+            self._calls.pop(threading.get_ident(), None)
+
+    def _classify(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
+        decoded: list[Images | BadImage] = []
+        self._come_forward()
+        mapped = self._decoders.map if self._decoders and len(images) > 1 else map
+        for pixels in mapped(self._decode, images):
+            self._come_forward()
+            decoded.append(pixels)
         usable = [pixels for pixels in decoded if not isinstance(pixels, BadImage)]
         if not usable:
             return [error for error in decoded if isinstance(error, BadImage)]
-        start = time.perf_counter()
         with self._predicting:
+            self._come_forward()
+            start = time.perf_counter()
             rows = self.predict(np.stack(usable))
+            seconds = time.perf_counter() - start
         if len(rows) != len(usable):
             raise ValueError(f"The engine gave {len(rows)} rows for {len(usable)} images.")
-        self._observe("predict", [time.perf_counter() - start] * len(usable))
+        self._observe("predict", [seconds] * len(usable))
         unusable = find_unusable(rows)
         answers = iter([unusable.get(index, row) for index, row in enumerate(rows)])
         return [error if isinstance(error, BadImage) else next(answers) for error in decoded]
+
+    def _come_forward(self) -> None:
+        self._calls[threading.get_ident()] = time.monotonic()
 
     def _decode(self, image: Encoded | Images) -> Images | BadImage:
         if not isinstance(image, Encoded):

@@ -59,8 +59,8 @@ class Service:
         self.settings: Settings | None = None
         self.models: Models | None = None
         self.problem: str | None = None
-        self.metrics = ServingMetrics()
         self.admission = Admission()
+        self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes))
         self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
         self._changing = asyncio.Lock()
         self._wanted: Settings | None = None
@@ -108,8 +108,8 @@ class Service:
     async def check_health(self) -> None:
         """Check that each engine computes, without waiting behind the images of requests.
 
-        An engine that is at work must not have been at its micro-batch for longer than an answer may take. One that
-        waits for images is given a black one.
+        One that is at work must have come forward, by an image decoded or a micro-batch computed, within the time
+        that an answer may take. One that waits for images is given a black one.
 
         Raises:
             RequestError: 503, an engine takes too long, or no model is loaded.
@@ -118,12 +118,12 @@ class Service:
         models = self.ready_models()
         assert self.settings is not None
         for served in models.all:
-            seconds = served.batcher.seconds_at_work
+            seconds = served.compute.seconds_without_progress
             if seconds > self.settings.timeout_seconds:
                 raise RequestError(
-                    503, f"{served.name} {served.version} has been at one micro-batch for {seconds:.0f} seconds."
+                    503, f"{served.name} {served.version} has not come forward for {seconds:.0f} seconds."
                 )
-            if not seconds:
+            if not served.batcher.is_busy:
                 async with self._answer_timeout():
                     await served.batcher.submit(np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8))
 
@@ -171,7 +171,8 @@ class Service:
         """
         settings = self.settings
         assert settings is not None
-        self.admission.check(settings, declared_length(request, settings))
+        self.admission.check_images(settings, 1)
+        self.admission.check_bytes(settings, declared_length(request, settings))
         start = time.perf_counter()
         self.admission.requests += 1
         try:
@@ -212,6 +213,8 @@ class Service:
                 computed = iter(await asyncio.gather(*futures))
         finally:
             self.admission.images -= len(futures)
+            for future in futures:
+                future.cancel()  # where another one failed, these still wait
         rows = [next(computed) if answer is None else answer for answer in answers]
         names = served.bundle.info.class_names
         for row in rows:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cnnray.images import storage
@@ -127,8 +127,18 @@ class ServingMetrics:
     They are collected here, and given to Ray once a second by a thread: Ray takes some microseconds for each value.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Callable[[], tuple[int, int]]) -> None:
+        """
+        Args:
+            held: what the replica holds at the time: images, and bytes of bodies.
+        """
         from ray.serve import metrics  # slow to import; adds the tags of the replica
+
+        self._held = held
+        self._images_held = metrics.Gauge(
+            "cnnray_images_held", description="Images that wait or are computed, and requests whose body is read."
+        )
+        self._bytes_held = metrics.Gauge("cnnray_bytes_held", description="Bytes of request bodies that are held.")
 
         self._lock = threading.Lock()
         self._counts: Counter[tuple[Any, tuple[tuple[str, str], ...]]] = Counter()
@@ -206,6 +216,9 @@ class ServingMetrics:
             counts, self._counts = self._counts, Counter()
             values, self._values = self._values, {}
             self._is_due = False
+        images, held_bytes = self._held()
+        self._images_held.set(images)
+        self._bytes_held.set(held_bytes)
         for (counter, tags), count in counts.items():
             counter.inc(count, tags=dict(tags))
         for (histogram, tags), observed in values.items():

@@ -88,6 +88,16 @@ def test_it_logs_its_address_and_a_command_that_works(service):
     assert (version["engine"], version["image_size"], version["share"]) == ("onnx", 32, 1.0)
 
 
+def test_requests_go_past_rays_wrapper_of_the_application(service):
+    # Ray's wrapper gives back any id; the application, one that is fit for a log. The first request goes through Ray.
+    answers = [
+        requests.get(f"{service.address}/health/live", headers={"X-Request-ID": "a b"}, timeout=60) for _ in range(3)
+    ]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert "a b" not in ids[1:]
+    assert len(set(ids)) == 3
+
+
 def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):
     predictor = Predictor(Bundle.load(onnx_bundle), engine="onnx")
     contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}

@@ -15,7 +15,7 @@ def no_replica(monkeypatch):
 
 def _application(name, calls):
     async def application(scope, receive, send):
-        calls.append((name, scope["path"], scope.get("root_path")))
+        calls.append((name, scope.get("path"), scope.get("root_path")))
 
     return application
 
@@ -32,6 +32,7 @@ def test_requests_go_past_ray_once_ray_has_told_the_path_of_the_application():
             else:
                 await wrapped(scope | {"root_path": "/pictures"}, receive, send)
 
+        await wrapped({"type": "lifespan"}, None, None)
         middleware = direct.Direct(ray)
         for path in (
             "/-/healthz",
@@ -45,8 +46,8 @@ def test_requests_go_past_ray_once_ray_has_told_the_path_of_the_application():
         await middleware({"type": "websocket", "path": "/pictures/x"}, None, None)
 
     asyncio.run(ask())
-    assert [name for name, *_ in calls] == ["ray", "by ray", "direct", "ray", "by ray", "ray", "by ray"]
-    assert calls[2] == ("direct", "/pictures/b", "/pictures")
+    assert [name for name, *_ in calls] == ["by ray", "ray", "by ray", "direct", "ray", "by ray", "ray", "by ray"]
+    assert calls[3] == ("direct", "/pictures/b", "/pictures")
 
 
 def test_a_process_that_is_no_replica_leaves_requests_to_ray():

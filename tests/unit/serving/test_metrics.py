@@ -14,16 +14,25 @@ class Recorded:
     def __init__(self):
         self.values = []
 
-    def inc(self, value, tags):
+    def inc(self, value, tags=None):
         self.values.append((value, tags))
 
-    observe = inc
+    observe = set = inc
 
 
 @pytest.fixture
 def metrics(monkeypatch):
-    metrics = ServingMetrics()
-    for name in ("_requests", "_latency", "_stages", "_batches", "_predictions", "_confidences"):
+    metrics = ServingMetrics(lambda: (3, 4000))
+    for name in (
+        "_requests",
+        "_latency",
+        "_stages",
+        "_batches",
+        "_predictions",
+        "_confidences",
+        "_images_held",
+        "_bytes_held",
+    ):
         monkeypatch.setattr(metrics, name, Recorded())
     return metrics
 
@@ -50,6 +59,7 @@ def test_counts_are_summed_and_values_are_kept_until_they_are_given_to_ray(metri
     tags = {"model": "cats", "version": "v1"}
     assert metrics._predictions.values == [(1, tags | {"prediction": "tabby"})]
     assert metrics._confidences.values == [(0.75, tags)]
+    assert (metrics._images_held.values, metrics._bytes_held.values) == ([(3, None)], [(4000, None)])
     metrics.flush()
     assert len(metrics._latency.values) == 3  # nothing is given twice
     metrics.record_stage("read", [1.0])

@@ -58,3 +58,19 @@ def test_the_network_runs_on_one_batch_at_a_time():
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
+
+
+def test_each_image_is_progress():
+    going_on, seconds = threading.Event(), []
+
+    def predict(images):
+        seconds.append(pipeline.seconds_without_progress)
+        going_on.wait(0.1)
+        seconds.append(pipeline.seconds_without_progress)
+        return _mean(images)
+
+    pipeline = Pipeline(predict, SIZE, lambda stage, seconds: None, threads=1)
+    assert pipeline.seconds_without_progress == 0
+    pipeline([Encoded(GOOD, 10**6)])
+    assert seconds[0] < 0.1 <= seconds[1]
+    assert pipeline.seconds_without_progress == 0

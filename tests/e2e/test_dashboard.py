@@ -102,13 +102,11 @@ def head():
     assert process.poll() is None, (folder / "out").read_text()
     yield folder / "ray", {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    # HAProxy is no longer a child of Ray after it has reloaded its configuration.
-    family += [
-        other for other in psutil.process_iter() if other not in family and str(folder) in _read_command(other)
-    ]
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=10)
     kill(alive)
+    # HAProxy is no longer a child of Ray after it has reloaded its configuration, which it does at the end, too.
+    kill([other for other in psutil.process_iter() if str(folder) in _read_command(other)])
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -96,7 +96,13 @@ class ServeConfig:
             raise ValueError(f"--engine {self.engine!r}: expected auto, {', '.join(engines.ENGINES)}.")
         flags.check_at_least_one(self, "batch_size", "max_replicas", "max_images", "max_queued_images")
         flags.check_more_than_zero(
-            self, "cpus_per_replica", "max_mebibytes", "max_megapixels", "timeout_seconds", "target_ongoing_requests"
+            self,
+            "cpus_per_replica",
+            "max_mebibytes",
+            "max_mebibytes_in_flight",
+            "max_megapixels",
+            "timeout_seconds",
+            "target_ongoing_requests",
         )
         # As in earlier versions.
         spelled = {"true": "all", "false": "none"}.get(str(self.access_log).lower(), self.access_log)

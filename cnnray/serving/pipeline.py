@@ -50,7 +50,7 @@ class Pipeline:
         self._decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._predicting = threading.Lock()
         self._calls: dict[int, float] = {}
-        """By thread that has a micro-batch, when it last came forward."""
+        """By thread that has a micro-batch, when it last made progress."""
 
     @property
     def seconds_without_progress(self) -> float:
@@ -73,16 +73,16 @@ class Pipeline:
 
     def _classify(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
         decoded: list[Images | BadImage] = []
-        self._come_forward()
+        self._report_progress()
         mapped = self._decoders.map if self._decoders and len(images) > 1 else map
         for pixels in mapped(self._decode, images):
-            self._come_forward()
+            self._report_progress()
             decoded.append(pixels)
         usable = [pixels for pixels in decoded if not isinstance(pixels, BadImage)]
         if not usable:
             return [error for error in decoded if isinstance(error, BadImage)]
         with self._predicting:
-            self._come_forward()
+            self._report_progress()
             start = time.perf_counter()
             rows = self.predict(np.stack(usable))
             seconds = time.perf_counter() - start
@@ -93,7 +93,7 @@ class Pipeline:
         answers = iter([unusable.get(index, row) for index, row in enumerate(rows)])
         return [error if isinstance(error, BadImage) else next(answers) for error in decoded]
 
-    def _come_forward(self) -> None:
+    def _report_progress(self) -> None:
         self._calls[threading.get_ident()] = time.monotonic()
 
     def _decode(self, image: Encoded | Images) -> Images | BadImage:

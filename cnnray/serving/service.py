@@ -108,7 +108,7 @@ class Service:
     async def check_health(self) -> None:
         """Check that each engine computes, without waiting behind the images of requests.
 
-        One that is at work must have come forward, by an image decoded or a micro-batch computed, within the time
+        One that is at work must have made progress, by an image decoded or a micro-batch computed, within the time
         that an answer may take. One that waits for images is given a black one.
 
         Raises:
@@ -121,7 +121,7 @@ class Service:
             seconds = served.compute.seconds_without_progress
             if seconds > self.settings.timeout_seconds:
                 raise RequestError(
-                    503, f"{served.name} {served.version} has not come forward for {seconds:.0f} seconds."
+                    503, f"{served.name} {served.version} has made no progress for {seconds:.0f} seconds."
                 )
             if not served.batcher.is_busy:
                 async with self._answer_timeout():

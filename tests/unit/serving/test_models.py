@@ -171,7 +171,7 @@ def test_the_health_check_does_not_wait_behind_images(start_client, bundle, newe
     assert client.post("/predict", files={"image": ("a", GOOD)}, params={"version": other.version}).is_success
     assert len(slow.batcher._waiting) == 1000 - 2 * 8
     monkeypatch.setattr(type(slow.compute), "seconds_without_progress", property(lambda compute: 30.4))
-    with pytest.raises(RequestError, match=r"^colours .* has not come forward for 30 seconds\.$"):
+    with pytest.raises(RequestError, match=r"^colours .* has made no progress for 30 seconds\.$"):
         client.portal.call(service.check_health)
     free.set()
 

@@ -18,9 +18,10 @@ import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Probabilities
-from cnnray.serving import open_inference, tensorflow_serving
+from cnnray.serving import open_inference, repository, tensorflow_serving
 from cnnray.serving.bodies import RequestError, parse_images
 from cnnray.serving.gate import Gate
+from cnnray.serving.keys import Keys
 from cnnray.serving.models import ServedModel
 from cnnray.serving.operations import BINARY, Operation, describe
 from cnnray.serving.schema import (
@@ -43,17 +44,17 @@ _FORM = {
 }
 
 
-def create_application(service: Service, api_key: str | None = None, *, adds_request_ids: bool = True) -> Gate:
+def create_application(service: Service, keys: Keys | None = None, *, adds_request_ids: bool = True) -> Gate:
     """Create the application with all routes.
 
     Args:
         service: answers the requests.
-        api_key: key that requests must send, except for health and the page; None: no key.
+        keys: one of which requests must send, except for health and the page; None or empty: they need none.
         adds_request_ids: add the header X-Request-ID to answers. Ray's wrapper adds it itself.
     """
     docs = StaticFiles(directory=str(files("fastapi_offline").joinpath("static")))
     router = Router([*_OPERATIONS, Mount("/docs", docs)], default=_not_found)
-    return Gate(router, service=service, api_key=api_key, adds_request_ids=adds_request_ids)
+    return Gate(router, service=service, keys=keys or Keys([]), adds_request_ids=adds_request_ids)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,19 +107,27 @@ async def _openapi(service: Service, request: Request) -> JSONResponse:
 async def _metadata(service: Service, request: Request) -> Metadata:
     """The models that are served, their versions and engines."""
     models = service.ready_models()
+    settings, verdicts = service.settings, service.canaries.verdicts
+    decided = {(model.name, model.version): model.verdict for model in settings.models} if settings else {}
+    waiting = {(release.name, release.canary): f"{verdict.action}: {verdict.reason}"
+               for release, verdict in verdicts.items()}  # fmt: skip
     return Metadata(
         models={
-            name: [_version_info(served, share) for served, share in models.versions(name)] for name in models.names
+            name: [
+                _version_info(served, share, (decided | waiting).get((name, served.version)))
+                for served, share in models.versions(name)
+            ]
+            for name in models.names
         },
         default_model=models.names[0],
         problem=service.problem,
     )
 
 
-def _version_info(served: ServedModel, share: float) -> VersionInfo:
+def _version_info(served: ServedModel, share: float, verdict: str | None) -> VersionInfo:
     info = served.bundle.info
     return VersionInfo(
-        version=served.version, share=share, engine=served.engine, class_names=info.class_names,
+        version=served.version, share=share, verdict=verdict, engine=served.engine, class_names=info.class_names,
         image_size=info.image_size, resize=info.resize, decode_size=info.decode_size,
         architecture=info.architecture, metrics=info.metrics,
     )  # fmt: skip
@@ -188,6 +197,7 @@ _OPERATIONS = [
         },
     ),
     *open_inference.OPERATIONS,
+    *repository.OPERATIONS,
     *tensorflow_serving.OPERATIONS,
     Operation("GET", "/metadata", _metadata, answer=Metadata, failures=(401, 503)),
     Operation("GET", "/health/live", _live, answer=Ready, failures=(), tag="health"),

@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -45,14 +45,13 @@ class RequestError(BadInputError):
 
     Attributes:
         status: HTTP status of the response.
+        headers: of the response.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
-
-    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str]]:
-        return type(self), (self.status, str(self))
+        self.headers = headers if status != 503 else {"Retry-After": "1"}
 
 
 def declared_length(request: Request, settings: Settings) -> int:

@@ -1,17 +1,16 @@
 """The config of a service: every field is a flag of jobs/serve.py and a key of its YAML."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cnnray import flags
 from cnnray.models import engines
-from cnnray.serving.settings import ModelSettings, Settings
+from cnnray.serving.releases import DEFAULT_LIMITS
+from cnnray.serving.settings import NAME, ModelSettings, Settings
 
 DEFAULT_NAME = "model"
 """Name of the model that --bundle serves."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,17 @@ class ServeConfig:
     canary: str | None = None
     """NAME=SHARE,NAME=SHARE: earlier form of the shares in --models, for the earlier form of --bundle,
     NAME=URI,NAME=URI."""
+    shadow_share: float | None = None
+    """Share, 0 to 1, of the requests of a model with a canary that both versions answer, so that their classes can be
+    compared; null: 0.1 with --promote-after or --rollback-on, otherwise 0."""
+    promote_after: int | None = None
+    """Images after which a canary that keeps its limits gets all requests by itself; null: never. As many must have
+    been compared, unless --shadow-share is 0."""
+    rollback_on: dict[str, float] | None = None
+    """Limits of a canary, which gets no requests any more once it exceeds one with certainty: '{errors: 0.01,
+    latency: 2, agreement: 0.9}', any of them. errors: share of images without an answer, beyond that of the version
+    before; latency: times the latency of the version before (95th percentile); agreement: share of images with the
+    class of the version before. null: it never goes back by itself."""
     engine: str = "auto"
     """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
     openvino-bfloat16 or openvino-int8; auto: keras or keras-bfloat16 on a GPU, otherwise the fastest that export has
@@ -110,12 +120,36 @@ class ServeConfig:
         if self.access_log not in ("all", "errors", "none"):
             raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
         flags.check_share(self, "gpus_per_replica")
+        self._check_releases()
         flags.check_not_negative(self, "wait_minutes")
         if self.min_replicas < 0 or (self.max_replicas and self.min_replicas > self.max_replicas):
             raise ValueError(f"--min-replicas {self.min_replicas} is not from 0 to --max-replicas.")
         if not 0 < self.port < 2**16:
             raise ValueError(f"--port {self.port} is no port.")
         flags.make_absolute(self, "write_config")
+
+    def _check_releases(self) -> None:
+        """
+        Raises:
+            ValueError: a limit of canaries that cannot work, in one sentence.
+        """
+        if self.shadow_share is not None and not 0 <= self.shadow_share <= 1:
+            raise ValueError(f"--shadow-share {self.shadow_share:g} is not from 0 to 1.")
+        if self.promote_after is not None and self.promote_after < 1:
+            raise ValueError(f"--promote-after {self.promote_after} is not at least 1.")
+        if self.rollback_on is None:
+            return
+        if not self.rollback_on or not self.rollback_on.keys() <= DEFAULT_LIMITS.keys():
+            raise ValueError(f"--rollback-on: expected limits of {', '.join(DEFAULT_LIMITS)}.")
+        for name, limit in self.rollback_on.items():
+            fits = limit >= 1 if name == "latency" else 0 <= limit <= 1
+            if not fits:
+                raise ValueError(
+                    f"--rollback-on: {name} is {limit:g}, and must be "
+                    + ("at least 1." if name == "latency" else "from 0 to 1.")
+                )
+        if "agreement" in self.rollback_on and self.shadow_share == 0:
+            raise ValueError("--rollback-on: agreement needs images to compare: --shadow-share is 0.")
 
     def _normalize_models(self) -> None:
         """Bring `bundle`, `models` and `canary` into their present form with absolute URIs, and check them.
@@ -153,6 +187,12 @@ class ServeConfig:
         return self.models or []
 
     @property
+    def _shadow_share(self) -> float:
+        if self.shadow_share is not None:
+            return self.shadow_share
+        return 0.1 if self.promote_after is not None or self.rollback_on is not None else 0.0
+
+    @property
     def settings(self) -> Settings:
         """The settings of the replicas."""
         return Settings(
@@ -166,6 +206,9 @@ class ServeConfig:
             access_log=self.access_log,
             max_queued_images=self.max_queued_images,
             max_bytes_in_flight=int(self.max_mebibytes_in_flight * 2**20),
+            shadow_share=self._shadow_share,
+            promote_after=self.promote_after,
+            rollback_on=self.rollback_on,
         )
 
 
@@ -177,7 +220,7 @@ def _resolve_shares(models: Iterable[ModelVersion]) -> tuple[ModelSettings, ...]
     """
     by_name: dict[str, list[ModelVersion]] = {}
     for model in models:
-        if not _NAME.fullmatch(model.name):
+        if not NAME.fullmatch(model.name):
             raise ValueError(
                 f"--models: {model.name!r} cannot be a name: expected letters, digits, _, . and -, the first a "
                 "letter or digit."
@@ -217,7 +260,7 @@ def _read_earlier_form(bundle: str, canary: str | None) -> list[ModelVersion]:
     models: list[ModelVersion] = []
     for text in [bundle] if _is_path(bundle) else _split(bundle):
         name, equals, uri = text.partition("=")
-        if not equals or not _NAME.fullmatch(name) or _is_path(text):
+        if not equals or not NAME.fullmatch(name) or _is_path(text):
             name, uri = DEFAULT_NAME, text
         models.append(ModelVersion(name=name, uri=flags.absolute("bundle", uri)))
     if not models:

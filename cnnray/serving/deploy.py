@@ -20,11 +20,11 @@ import yaml
 import cnnray
 from cnnray import cluster, paths, waiting
 from cnnray.images import storage
-from cnnray.models import engines
-from cnnray.models.bundle import Bundle
 from cnnray.serving.config import ServeConfig
-from cnnray.serving.rollout import APPLICATION, DEPLOYMENT, ServingError, Versions, wait_until_served
-from cnnray.serving.settings import API_KEY, API_KEY_FILE, api_key
+from cnnray.serving.controller import APPLICATION, DEPLOYMENT, MODULE, OwnServe, other_applications, rest_client
+from cnnray.serving.keys import API_KEY, API_KEY_FILE, read_keys
+from cnnray.serving.models import find_engine
+from cnnray.serving.rollout import ServingError, Versions, wait_until_served
 from cnnray.supervisor import folder_for_sockets
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ ON_NODES = {
 one event loop, no process reads a line of HAProxy's for each request (replicas count them), and requests go past
 Ray's wrapper of the application."""
 
-_APPLICATION_MODULE = "cnnray.serving.deployment"
 _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
 
@@ -59,16 +58,17 @@ def check_bundles(config: ServeConfig) -> Versions:
     """
     versions: Versions = {}
     for model in config.settings.models:
-        bundle, engine = Bundle.load(model.uri), config.engine
+        bundle, _, _ = find_engine(
+            model.uri, config.engine, gpus=config.gpus_per_replica > 0, batch_size=config.batch_size
+        )
         log.info("%s: %s, %d classes", model.name, bundle.version, len(bundle.info.class_names))
-        if engine == "auto":
-            engine = engines.choose(bundle, gpus=config.gpus_per_replica > 0, batch_size=config.batch_size)
-        engines.digest(bundle, engine)  # fails if the engine's file is missing
         versions.setdefault(model.name, []).append((bundle.version, model.share))
     return versions
 
 
-def build_configuration(config: ServeConfig, versions: Versions | None, max_replicas: int) -> dict[str, Any]:
+def build_configuration(
+    config: ServeConfig, versions: Versions | None, max_replicas: int, *, surges: bool = True
+) -> dict[str, Any]:
     """The configuration for `serve deploy`.
 
     Args:
@@ -76,6 +76,8 @@ def build_configuration(config: ServeConfig, versions: Versions | None, max_repl
         versions: from `check_bundles`: replicas serve these, or nothing, where the bundles' places hold others later.
             None: whatever they hold.
         max_replicas: used if `config.max_replicas` is None.
+        surges: where replicas are replaced, because their code or resources have changed, start new ones before old
+            ones are stopped. They need room of their own, and otherwise would wait for it.
     """
     drain = config.timeout_seconds + 5
     settings = config.settings
@@ -101,6 +103,7 @@ def build_configuration(config: ServeConfig, versions: Versions | None, max_repl
         # Ongoing requests may use their full timeout.
         "graceful_shutdown_timeout_s": drain,
         "graceful_shutdown_wait_loop_s": 1.0,
+        "max_surge_percent": 25 if surges else 0,  # rounded up
         "health_check_period_s": 10.0,
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
@@ -114,7 +117,7 @@ def build_configuration(config: ServeConfig, versions: Versions | None, max_repl
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
-                "import_path": f"{_APPLICATION_MODULE}:app",
+                "import_path": f"{MODULE}:app",
                 "deployments": [deployment],
             }
         ],
@@ -149,13 +152,13 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
     Raises:
         BundleError, OSError: a bundle cannot be read.
-        ApiKeyError, OSError: the API key cannot be read.
+        ApiKeyError, OSError: the API keys cannot be read.
         ClusterError: the cluster cannot be reached, or has no room for the replicas, or others hold it.
         ServingError: the service does not start.
     """
     import ray
 
-    api_key()  # before Ray starts
+    read_keys()  # before Ray starts
     versions = check_bundles(config)
     started = time.monotonic()
     stop = threading.Event()
@@ -178,7 +181,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 [replica] * max(1, config.min_replicas),
                 config.wait_minutes,
             )
-            client = OwnServe() if own_ray else _rest_client()
+            client = OwnServe(MODULE) if own_ray else rest_client()
             line = _deploy(client, config, versions, max_replicas, stop)
             line["seconds"] = round(time.monotonic() - started, 2)
             if own_ray and not stop.is_set():
@@ -255,55 +258,6 @@ def _check_port(config: ServeConfig) -> None:
             raise ServingError(f"{config.host}:{config.port} cannot be listened on: {error.strerror}.") from None
 
 
-class OwnServe:
-    """Serve on the Ray that this process has started: what `ServeSubmissionClient` does, without a dashboard."""
-
-    def __init__(self) -> None:
-        """Let the process that will import the application for Serve's controller do so while that starts."""
-        import ray
-
-        ray.remote(num_cpus=0)(importlib.import_module).remote(_APPLICATION_MODULE)
-        self._controller: Any = None
-
-    def deploy_applications(self, configuration: dict[str, Any]) -> None:
-        """Start Serve if it does not run, and deploy. Proxies and applications start side by side."""
-        import ray
-        from ray.serve._private import api
-        from ray.serve.config import ControllerOptions
-        from ray.serve.schema import ServeDeploySchema
-
-        schema = ServeDeploySchema.model_validate(configuration)
-        if self._controller is None:
-            # `serve.start` would wait for the proxies.
-            self._controller, _ = api._create_controller_and_proxy_refs(
-                http_options=schema.http_options.model_dump(),
-                grpc_options=schema.grpc_options.model_dump(),
-                global_logging_config=schema.logging_config,
-                global_tracing_config=None,
-                controller_options=ControllerOptions(),
-                proxy_location=schema.proxy_location,
-            )
-        ray.get(self._controller.apply_config.remote(schema))
-
-    def get_serve_details(self) -> dict[str, Any]:
-        """The state of Serve, as in the answer of its REST API."""
-        import ray
-
-        if self._controller is None:
-            return {}
-        details: dict[str, Any] = ray.get(self._controller.get_serve_instance_details.remote())
-        return details
-
-
-def _rest_client() -> Any:
-    """The client of the cluster's dashboard, through which its Serve is changed."""
-    import ray
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    context = ray.init(ignore_reinit_error=True, logging_level="ERROR")
-    return ServeSubmissionClient(f"http://{context.dashboard_url}")
-
-
 def _deploy(
     client: Any, config: ServeConfig, versions: Versions, max_replicas: int, stop: threading.Event
 ) -> dict[str, Any]:
@@ -320,16 +274,18 @@ def _deploy(
         ServingError, ClusterError: they do not. The service that was running before is restored; if there was none,
             the new one is removed.
     """
-    earlier = client.get_serve_details().get("applications", {})
-    configuration = build_configuration(config, versions, max_replicas)
+    details = client.get_serve_details()
+    deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
+    surges = cluster.free_resources().room_for(config.cpus_per_replica, config.gpus_per_replica) > 0
+    configuration = build_configuration(config, versions, max_replicas, surges=surges)
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment
-    # Serve deletes the applications that a configuration does not list.
-    configuration["applications"] += [
-        application["deployed_app_config"]
-        for name, application in earlier.items()
-        if name != APPLICATION and application.get("deployed_app_config")
-    ]
+    if deployed and not surges and _replaces_replicas(deployed, configuration["applications"][0]):
+        log.warning(
+            "the code or the resources of the replicas change, and there is no room for another one: each is stopped "
+            "before its successor starts"
+        )
+    configuration["applications"] += other_applications(details)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
     address = f"http://{host}:{config.port}"
     client.deploy_applications(configuration)
@@ -337,11 +293,19 @@ def _deploy(
         replicas = wait_until_served(client, address, config, versions, stop)
     except (ServingError, cluster.ClusterError):
         # Running replicas keep their models, but a new replica would start with the settings that fail.
-        restored = earlier.get(APPLICATION, {}).get("deployed_app_config")
         others = configuration["applications"][1:]
-        client.deploy_applications(configuration | {"applications": [restored, *others] if restored else others})
+        client.deploy_applications(configuration | {"applications": [deployed, *others] if deployed else others})
         raise
     return {"address": address, "models": _uris_by_name(config), "replicas": replicas}
+
+
+def _replaces_replicas(deployed: dict[str, Any], application: dict[str, Any]) -> bool:
+    """Whether Serve replaces the replicas of an application for this configuration, as only models do not need it."""
+    return bool(
+        deployed.get("runtime_env") != application.get("runtime_env")
+        or [entry.get("ray_actor_options") for entry in deployed["deployments"]]
+        != [entry.get("ray_actor_options") for entry in application["deployments"]]
+    )
 
 
 def _runtime_environment() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
+import asyncio
 import logging
 import logging.handlers
 import math
@@ -13,8 +14,10 @@ from starlette.types import ASGIApp
 
 from cnnray.serving import direct
 from cnnray.serving.application import create_application
+from cnnray.serving.coordinator import Coordination
+from cnnray.serving.keys import Keys, read_keys
 from cnnray.serving.service import Service
-from cnnray.serving.settings import Settings, api_key
+from cnnray.serving.settings import Settings
 
 
 @serve.deployment
@@ -25,14 +28,19 @@ class Classifier:
     def __init__(self) -> None:
         _log_as_serve_does()
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-        self._service = Service(threads=max(1, math.ceil(cpus)), gpus=bool(ray.get_gpu_ids()))
+        self._service = Service(
+            threads=max(1, math.ceil(cpus)),
+            gpus=bool(ray.get_gpu_ids()),
+            coordination=Coordination(serve.get_replica_context().replica_id.unique_id),
+        )
+        self._keys = Keys(read_keys())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once, after the constructor."""
-        key = api_key()
+        self._reading_keys = asyncio.create_task(self._keys.read_again())  # held, as the event loop does not
         return direct.register(
-            create_application(self._service, key),
-            by_ray=create_application(self._service, key, adds_request_ids=False),
+            create_application(self._service, self._keys),
+            by_ray=create_application(self._service, self._keys, adds_request_ids=False),
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

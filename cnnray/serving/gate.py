@@ -1,9 +1,9 @@
 """What every request passes: request id, API key, errors, metrics, access log."""
 
 import asyncio
-import hmac
 import json
 import logging
+import math
 import re
 import time
 import uuid
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError
+from cnnray.serving.keys import API_KEY_FILE, Keys
 from cnnray.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
 _PUBLIC = ("/health/", "/v2/health/")
 """Path prefixes that need no API key. Neither does the page, which asks for the key."""
+_FOR_ADMINS = "/v2/repository/models/"
+"""Path prefix of what changes the models that are served."""
 
 
 class _Client:
@@ -80,8 +83,8 @@ class Gate:
         service: that the application behind it works for.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, adds_request_ids: bool) -> None:
-        self._app, self.service, self._api_key = app, service, api_key
+    def __init__(self, app: ASGIApp, service: Service, keys: Keys, adds_request_ids: bool) -> None:
+        self._app, self.service, self._keys = app, service, keys
         self._adds_request_ids = adds_request_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,19 +114,15 @@ class Gate:
             return JSONResponse({"error": sentence, "request_id": request_id}, status, headers)
 
         try:
-            if self._is_authorized(scope["path"], headers):
-                await self._app(scope, client.receive, send_answer)
-            else:
-                key = {"WWW-Authenticate": "Bearer"}
-                await error_response(401, "The API key is missing or wrong.", key)(scope, receive, send_answer)
+            self._check_key(scope, headers)
+            await self._app(scope, client.receive, send_answer)
         except asyncio.CancelledError:
             if not client.has_left:
                 raise
         except ClientDisconnect:
             pass
         except RequestError as error:
-            retry = {"Retry-After": "1"} if error.status == 503 else None
-            await error_response(error.status, str(error), retry)(scope, receive, send_answer)
+            await error_response(error.status, str(error), error.headers)(scope, receive, send_answer)
         except HTTPException as error:
             await error_response(error.status_code, f"{error.detail}.", error.headers)(scope, receive, send_answer)
         except Exception:
@@ -136,12 +135,30 @@ class Gate:
             held.release()
             self._record(scope, request_id, status, time.perf_counter() - start)
 
-    def _is_authorized(self, path: str, headers: Headers) -> bool:
-        if self._api_key is None or path == "/" or path.startswith(_PUBLIC):
-            return True
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return hmac.compare_digest(key.encode(), self._api_key.encode())
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
+        """
+        Raises:
+            RequestError: 401, the request has no key and needs one; 403, the key is no admin's, and an admin's is
+                needed; 429, the key has had its requests.
+        """
+        path = scope["path"]
+        if path == "/" or path.startswith(_PUBLIC):
+            return
+        key = None
+        if self._keys:
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            key = self._keys.find(token if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+            if key is None:
+                raise RequestError(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+            scope["key"] = key.name
+            if wait := self._keys.take_request(key):
+                raise RequestError(
+                    429,
+                    f"This API key has {key.requests_per_second:g} requests a second.",
+                    {"Retry-After": str(math.ceil(wait))},
+                )
+        if path.startswith(_FOR_ADMINS) and not (key and key.admin):
+            raise RequestError(403, f"This needs the key of an admin, from the file that {API_KEY_FILE} names.")
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route: Any = scope.get("route")
@@ -157,6 +174,6 @@ class Gate:
                     {
                         "request_id": request_id, "method": scope["method"], "path": scope["path"],
                         "status": status, "milliseconds": round(1000 * seconds, 2),
-                    }
+                    } | ({"key": scope["key"]} if scope.get("key") else {})
                 )
             )  # fmt: skip

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -110,6 +110,24 @@ def _place(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
+def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[Bundle, str, str]:
+    """A bundle, the name of the engine that runs it, and the SHA-256 of the engine's file.
+
+    Args:
+        uri: folder or s3:// prefix of the bundle.
+        engine: its name, or auto; see `engines.choose`.
+        gpus: whether there are GPUs.
+        batch_size: largest micro-batch.
+
+    Raises:
+        BundleError, OSError: the bundle, or the engine's file, cannot be read.
+    """
+    bundle = Bundle.load(uri)
+    if engine == "auto":
+        engine = engines.choose(bundle, gpus=gpus, batch_size=batch_size)
+    return bundle, engine, engines.digest(bundle, engine)
+
+
 class Loader:
     """Loads the models of new settings while the present ones answer requests."""
 
@@ -123,30 +141,34 @@ class Loader:
         self._threads, self._gpus, self._metrics = threads, gpus, metrics
         self._loaded: dict[tuple[str, ...], ServedModel] = {}
 
-    def __call__(self, settings: Settings) -> Models:
+    def __call__(self, settings: Settings) -> tuple[Models, Settings]:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
+
+        Returns:
+            The models, and the settings with the version of each.
 
         Raises:
             BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed. The models of the
                 last call are not affected.
         """
         loaded: dict[tuple[str, ...], ServedModel] = {}
-        models = []
+        models, pinned = [], []
         for model in settings.models:
-            bundle, engine = Bundle.load(model.uri), settings.engine
+            bundle, engine, digest = find_engine(
+                model.uri, settings.engine, gpus=self._gpus, batch_size=settings.batch_size
+            )
             if model.version not in (None, bundle.version):
                 raise BundleError(
                     f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy the service "
                     "again."
                 )
-            if engine == "auto":
-                engine = engines.choose(bundle, gpus=self._gpus, batch_size=settings.batch_size)
-            digest = engines.digest(bundle, engine)  # another export of the same model has another digest
+            # Another export of the same model has another digest.
             key = (model.name, bundle.version, engine, digest, str(settings.batch_size))
             loaded[key] = self._loaded.get(key) or self._load(model.name, bundle, engine, settings.batch_size)
             models.append((loaded[key], model.share))
+            pinned.append(replace(model, version=bundle.version))
         self._loaded = loaded
-        return Models(models)
+        return Models(models), replace(settings, models=tuple(pinned))
 
     def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
         if engine in engines.KERAS_POLICIES:

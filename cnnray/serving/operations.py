@@ -25,15 +25,18 @@ Bodies = dict[str, type[BaseModel] | dict[str, Any]]
 FAILURES = {
     400: "There is no image, or the body cannot be read.",
     401: "The API key is missing or wrong.",
+    403: "The API key is no admin's.",
     404: "There is no such model or version.",
     408: "The body did not arrive in time.",
     413: "The body, the image or the number of images is too large.",
     415: "The body is not an image of a supported type.",
     422: "The image is damaged, or a parameter is out of range.",
+    429: "The API key has had its requests of this second.",
     500: "The network gives values that are no probabilities, or the service has a bug.",
     503: "The service is overloaded, too slow or starting: try again.",
 }
 """By status of a response that is a `Failure`, what it means."""
+_USUAL_FAILURES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -57,7 +60,7 @@ class Operation(Route):
         query: type[BaseModel] | None = None,
         bodies: Bodies | None = None,
         answer: Any = dict[str, Any],
-        failures: Sequence[int] = tuple(FAILURES),
+        failures: Sequence[int] = _USUAL_FAILURES,
         tag: str | None = None,
     ) -> None:
         super().__init__(path, handler, methods=[method])

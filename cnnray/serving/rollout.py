@@ -10,9 +10,10 @@ from typing import Any
 from cnnray import cluster, waiting
 from cnnray.errors import PermanentError
 from cnnray.serving.config import ServeConfig
-from cnnray.serving.settings import api_key
+from cnnray.serving.controller import APPLICATION, DEPLOYMENT
+from cnnray.serving.keys import read_keys
+from cnnray.serving.releases import is_decision
 
-APPLICATION, DEPLOYMENT = "cnnray", "Classifier"
 _PLACING_SECONDS = 30.0
 """Seconds in which a node starts the process of a replica for which it has room."""
 _ANSWER_SECONDS = 120.0
@@ -45,7 +46,7 @@ def wait_until_served(
         ServingError: the service cannot start, cannot load the models or does not report them.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
-    agreed, needed, key = 0, max(1, config.min_replicas), api_key()
+    agreed, needed, keys = 0, max(1, config.min_replicas), read_keys()
     placed: list[dict[str, Any]] = []
     shortage = waiting.Shortage(config.wait_minutes)
     placed_at = progressed_at = time.monotonic()
@@ -74,7 +75,7 @@ def wait_until_served(
                 "changes the service."
             )
         if started or status == "RUNNING":
-            served, problem = _fetch_versions(address, key)
+            served, problem = _fetch_versions(address, keys[0].key if keys else None, versions)
             if problem:
                 raise ServingError(f"The models cannot be served: {problem}")
             # Each request may reach another replica.
@@ -101,18 +102,25 @@ def _check_room(config: ServeConfig, replicas: list[dict[str, Any]], total: clus
     return True
 
 
-def _fetch_versions(address: str, key: str | None) -> tuple[Versions | None, str | None]:
-    """The versions that a replica reports, and why its last change failed; None, None if it does not answer."""
+def _fetch_versions(address: str, key: str | None, wanted: Versions) -> tuple[Versions | None, str | None]:
+    """The versions that a replica reports, and why its last change failed; None, None if it does not answer.
+
+    Where a canary was decided about meanwhile, the shares are those that were wanted.
+    """
     request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             metadata = json.loads(answer.read())
     except (OSError, ValueError):  # the replica is starting or stopping
         return None, None
-    served = {
-        name: [(version["version"], version["share"]) for version in versions]
-        for name, versions in metadata["models"].items()
-    }
+    served = {}
+    for name, versions in metadata["models"].items():
+        served[name] = [(version["version"], version["share"]) for version in versions]
+        expected = wanted.get(name, [])
+        if any(is_decision(version["verdict"]) for version in versions) and [version for version, _ in expected] == [
+            version["version"] for version in versions
+        ]:
+            served[name] = expected
     return served, metadata["problem"]
 
 

@@ -75,6 +75,9 @@ class VersionInfo(BaseModel):
 
     version: str
     share: Share = Field(description="Share of the requests without `version` that it answers.")
+    verdict: str | None = Field(
+        description="Of a canary: wait, promote or roll back, as far as is known, or what was done, and why."
+    )
     engine: str
     class_names: list[str]
     image_size: int | str = Field(description="What the network takes, in pixels: 224, or 224x320 (height x width).")

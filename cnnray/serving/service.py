@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from cnnray.models.predictor import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import NOT_BASE64, RequestError, declared_length, parse_body, too_large
+from cnnray.serving.canaries import Canaries, Image
+from cnnray.serving.coordinator import Coordination
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.pipeline import Encoded
 from cnnray.serving.schema import CANARY_KEY
@@ -27,7 +29,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before a change of the settings that failed is tried again; each pause is twice the one before."""
 
 Parsed = TypeVar("Parsed")
-
 _GRACE_SECONDS, _LOWEST_RATE = 5.0, 32 * 2**10
 """A client whose body arrives, after so many seconds, at a lower rate than this, in bytes a second, is let go of: it
 holds memory that others could use."""
@@ -43,24 +44,33 @@ class Service:
     """The models of a replica.
 
     Attributes:
+        gpus: whether this process has a GPU.
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
+        tried: the last settings that were to be changed to, whether that failed or not.
         problem: why the last change of the settings failed, which is tried again; None if it did not.
         metrics: counts requests, images and predictions.
         admission: what the requests hold at present.
+        canaries: compares canaries with the versions before them.
+        coordination: changes what all replicas serve; None: there is no such way.
     """
 
-    def __init__(self, *, threads: int, gpus: bool = False) -> None:
+    def __init__(self, *, threads: int, gpus: bool = False, coordination: Coordination | None = None) -> None:
         """
         Args:
             threads: CPU threads of the engine, and number of images decoded at once.
             gpus: whether this process has a GPU.
+            coordination: the way to the coordinator of all replicas.
         """
+        self.gpus = gpus
         self.settings: Settings | None = None
+        self.tried: Settings | None = None
         self.models: Models | None = None
         self.problem: str | None = None
         self.admission = Admission()
         self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes))
+        self.coordination = coordination
+        self.canaries = Canaries(self._compute, self.admission, self.metrics, coordination)
         self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
         self._changing = asyncio.Lock()
         self._wanted: Settings | None = None
@@ -87,16 +97,27 @@ class Service:
             if self._wanted is not settings:  # others came meanwhile
                 return True
             try:
-                models = await asyncio.to_thread(self._load, settings)
+                models, pinned = await asyncio.to_thread(self._load, settings)
             except Exception as error:  # an engine's library may raise anything
                 if self.models is None:
                     raise
                 self.problem = str(error)
                 log.exception("the new settings cannot be loaded; the present models stay")
             else:
-                self.settings, self.models, self.problem = settings, models, None
+                self._switch(models, pinned)
+            self.tried = settings
             self.metrics.record_change(failed=self.problem is not None)
             return self.problem is None
+
+    def _switch(self, models: Models, settings: Settings) -> None:
+        decided = set()
+        if self.settings is not None:
+            decided = {(model.name, model.version, model.verdict) for model in self.settings.models}
+        for model in settings.models:
+            if model.verdict is not None and (model.name, model.version, model.verdict) not in decided:
+                log.warning("%s %s is %s", model.name, model.version, model.verdict)
+        self.settings, self.models, self.problem = settings, models, None
+        self.canaries.follow(models, settings)
 
     async def _try_again(self, settings: Settings) -> None:
         pause = _FIRST_PAUSE
@@ -198,30 +219,38 @@ class Service:
         """
         settings = self.settings
         assert settings is not None
-        images = list(images)
-        self.admission.check_images(settings, len(images))
-        answers: list[Probabilities | BadImage | None] = []
-        futures = []
-        for image in images:
-            answers.append(image if isinstance(image, BadImage) else None)
-            if not isinstance(image, BadImage):
-                value = Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image
-                futures.append(served.batcher.submit(value))
-        self.admission.images += len(futures)
-        try:
-            async with self._answer_timeout():
-                computed = iter(await asyncio.gather(*futures))
-        finally:
-            self.admission.images -= len(futures)
-            for future in futures:
-                future.cancel()  # where another one failed, these still wait
-        rows = [next(computed) if answer is None else answer for answer in answers]
+        values = [Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image for image in images]
+        self.admission.check_images(settings, len(values))
+        rows = await self._compute(served, values)
         names = served.bundle.info.class_names
         for row in rows:
             if not isinstance(row, BadImage):
                 best = int(row.argmax())
                 self.metrics.record_prediction(served.name, served.version, names[best], float(row[best]))
+        self.canaries.compare_later(served, values, rows)
         return rows
+
+    async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Probabilities | BadImage]:
+        """The answers to images, and the record of how long they took."""
+        futures = [served.batcher.submit(value) for value in values if not isinstance(value, BadImage)]
+        self.admission.images += len(futures)
+        start, failed = time.perf_counter(), len(futures)
+        usable = failed
+        try:
+            async with self._answer_timeout():
+                computed = await asyncio.gather(*futures)
+            failed = sum(isinstance(row, BadImage) and row.reason == NO_PROBABILITIES for row in computed)
+            usable = failed + sum(not isinstance(row, BadImage) for row in computed)
+        except asyncio.CancelledError:  # the client has left, or the replica ends
+            usable = failed = 0
+            raise
+        finally:
+            self.admission.images -= len(futures)
+            for future in futures:
+                future.cancel()  # where another one failed, these still wait
+            self.canaries.record(served, usable, failed, time.perf_counter() - start)
+        answers = iter(computed)
+        return [value if isinstance(value, BadImage) else next(answers) for value in values]
 
     def _answer_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
         assert self.settings is not None

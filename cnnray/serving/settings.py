@@ -1,41 +1,12 @@
-"""Settings of a replica, sent as Serve's `user_config`, which can change while replicas run; and the API key."""
+"""Settings of a replica, sent as Serve's `user_config`, which can change while replicas run."""
 
 import dataclasses
-import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from cnnray.errors import BadInputError
-from cnnray.images import storage
-
-API_KEY, API_KEY_FILE = "CNNRAY_API_KEY", "CNNRAY_API_KEY_FILE"
-"""Environment variables with the API key, and with the name of a file that holds it: see `api_key`."""
-
-
-class ApiKeyError(BadInputError, ValueError):
-    """An API key that is stated twice, or a file of it that is empty; the message is one sentence for the user."""
-
-
-def api_key() -> str | None:
-    """The key that requests must send; None: requests need no key.
-
-    It is the value of the environment variable `CNNRAY_API_KEY`, or the content of the file that
-    `CNNRAY_API_KEY_FILE` names, a path or s3:// (without the white space around it). The variables of a submitted job
-    are no place for a secret: Ray shows them to everybody who may list jobs.
-
-    Raises:
-        ApiKeyError: both variables are set, or the file is empty.
-        OSError: the file cannot be read.
-    """
-    key, file = os.environ.get(API_KEY), os.environ.get(API_KEY_FILE)
-    if not file:
-        return key or None
-    if key:
-        raise ApiKeyError(f"{API_KEY} and {API_KEY_FILE} are both set: set one of them.")
-    key = storage.read_bytes(storage.absolute(file)).decode(errors="replace").strip()
-    if not key:
-        raise ApiKeyError(f"{file}, which {API_KEY_FILE} names, is empty.")
-    return key
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""Names of models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +22,8 @@ class ModelSettings:
     of a model's versions sum to 1."""
     version: str | None = None
     """`Bundle.version` that the bundle had when the service was deployed; None: any."""
+    verdict: str | None = None
+    """What was decided about this canary, and why; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +50,12 @@ class Settings:
     """Largest number of images that wait or are computed."""
     max_bytes_in_flight: int = 2**27
     """Largest number of bytes of bodies that are held."""
+    shadow_share: float = 0.0
+    """Share of a model's requests that its canary and the version before it both answer, to be compared."""
+    promote_after: int | None = None
+    """Images after which a canary that keeps the limits gets all requests; None: it never does by itself."""
+    rollback_on: dict[str, float] | None = None
+    """Limits of a canary, see `releases.judge`: if it exceeds one, it gets no requests any more; None: it goes on."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON and YAML."""

@@ -177,6 +177,27 @@ class ServingMetrics:
             tag_keys=("model", "version"),
         )
 
+        self._image_seconds = metrics.Histogram(
+            "cnnray_image_seconds",
+            description="Time from an image's arrival at the queue of a version to its answer.",
+            boundaries=_SECONDS,
+            tag_keys=("model", "version"),
+        )
+        self._failed_images = metrics.Counter(
+            "cnnray_failed_images",
+            description="Usable images without an answer: an engine failed, or took too long.",
+            tag_keys=("model", "version"),
+        )
+        self._compared_images = metrics.Counter(
+            "cnnray_compared_images",
+            description="Images that a canary and the version before it have both answered.",
+            tag_keys=("model", "version", "agree"),
+        )
+        self._verdict = metrics.Gauge(
+            "cnnray_canary_verdict",
+            description="What was decided about a canary: 1 promote, -1 roll back, 0 wait.",
+            tag_keys=("model", "version"),
+        )
         self._change_failed = metrics.Gauge(
             "cnnray_change_failed", description="1 while the last change of the models has failed, else 0."
         )
@@ -210,6 +231,20 @@ class ServingMetrics:
         self._count(self._predictions, model=model, version=version, prediction=label)
         self._observe(self._confidences, [confidence], model=model, version=version)
 
+    def record_answers(self, model: str, version: str, images: int, failed: int, seconds: float) -> None:
+        """Record images that came together: answered ones with their time, and those that failed."""
+        self._observe(self._image_seconds, [seconds] * images, model=model, version=version)
+        if failed:
+            self._count(self._failed_images, failed, model=model, version=version)
+
+    def record_comparison(self, model: str, version: str, *, agree: bool) -> None:
+        """Record an image that this canary and the version before it have answered."""
+        self._count(self._compared_images, model=model, version=version, agree=str(agree).lower())
+
+    def record_verdict(self, model: str, version: str, verdict: int) -> None:
+        """Record what was decided about a canary: 1 promote, -1 roll back, 0 wait."""
+        self._verdict.set(verdict, tags={"model": model, "version": version})
+
     def flush(self) -> None:
         """Give Ray what has been collected."""
         with self._lock:
@@ -226,9 +261,9 @@ class ServingMetrics:
             for value in observed:
                 histogram.observe(value, tags=of_series)
 
-    def _count(self, counter: Any, **tags: str) -> None:
+    def _count(self, counter: Any, number: int = 1, **tags: str) -> None:
         with self._lock:
-            self._counts[counter, tuple(tags.items())] += 1
+            self._counts[counter, tuple(tags.items())] += number
         self._flush_later()
 
     def _observe(self, histogram: Any, values: Sequence[float], **tags: str) -> None:

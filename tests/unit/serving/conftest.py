@@ -11,6 +11,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ServeConfig
+from cnnray.serving.keys import Keys
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings
 from tests.awkward import awkward_images, bad_images
@@ -33,6 +34,16 @@ def newer(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("newer")
     old = Bundle.load(bundle)
     bundles.save(old.model, dataclasses.replace(old.info, temperature=2.0), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def relabelled(bundle, tmp_path_factory):
+    """The bundle with other names for its classes."""
+    folder = tmp_path_factory.mktemp("relabelled")
+    old = Bundle.load(bundle)
+    names = [f"other {name}" for name in old.info.class_names]
+    bundles.save(old.model, dataclasses.replace(old.info, class_names=names), folder)
     return str(folder)
 
 
@@ -81,9 +92,9 @@ def start_client(bundle):
     """A function that starts a client of a service with other settings."""
     clients = []
 
-    def start(*models, api_key=None, **changes):
+    def start(*models, keys=(), **changes):
         chosen = settings(*models or [("colours", bundle, 1.0)], **changes)
-        clients.append(_start_client(chosen, api_key=api_key))
+        clients.append(_start_client(chosen, keys=Keys([*keys])))
         return clients[-1]
 
     yield start

@@ -14,6 +14,7 @@ from PIL import Image
 
 import cnnray
 from cnnray.images.decode import BadImage
+from cnnray.serving.keys import Key
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.awkward import awkward_images
 from tests.networks import GEOMETRY
@@ -204,7 +205,7 @@ def test_values_that_are_no_probabilities_are_an_error_in_every_protocol(start_c
 
 
 def test_the_api_key(start_client):
-    client = start_client(api_key="geheim")
+    client = start_client(keys=[Key(key="geheim")])
     for headers in ({}, {"x-api-key": "x"}, {"authorization": "Bearer x"}, {"authorization": "Basic geheim"}):
         response = client.post("/predict", files={"image": ("a", GOOD)}, headers=headers)
         assert (response.status_code, "API key" in response.json()["error"]) == (401, True)
@@ -265,7 +266,7 @@ def test_the_pages_need_nothing_from_elsewhere(client):
 def test_every_answer_is_in_the_description_of_the_api(client):
     paths = client.get("/openapi.json").json()["paths"]
     responses = paths["/predict"]["post"]["responses"]
-    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "500", "503"}
+    assert responses.keys() == {"200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503"}
     assert set(paths["/predict"]["post"]["requestBody"]["content"]) == {
         "multipart/form-data", "image/*", "application/octet-stream", "application/json",
     }  # fmt: skip

@@ -1,0 +1,143 @@
+"""Triton's model repository extension: models are loaded and unloaded while the service runs.
+
+A change is one of all replicas, and of those that start later, until `jobs/serve.py` deploys the service anew.
+"""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import pydantic
+from starlette.requests import Request
+
+from cnnray.errors import BadInputError
+from cnnray.images import storage
+from cnnray.serving.bodies import RequestError, parse_model
+from cnnray.serving.coordinator import Coordination
+from cnnray.serving.models import find_engine
+from cnnray.serving.operations import Bodies, Operation
+from cnnray.serving.releases import ChangeError
+from cnnray.serving.service import Service
+from cnnray.serving.settings import NAME, ModelSettings, Settings
+
+_TAG = "Model repository"
+_CHANGE_SECONDS = 300.0
+"""Seconds in which a replica must have loaded a model."""
+
+
+class LoadConfig(pydantic.BaseModel):
+    """What is loaded."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    uri: Annotated[
+        str | None,
+        pydantic.Field(
+            min_length=1, description="Folder or s3:// prefix of the bundle; null: that of the newest version."
+        ),
+    ] = None
+    share: Annotated[
+        float,
+        pydantic.Field(ge=0, le=1, description="Share of the requests that it answers; below 1, it is a canary."),
+    ] = 1.0
+
+
+class LoadParameters(LoadConfig):
+    """Parameters of a request to load a model: the values themselves, or all of them as JSON in `config`."""
+
+    config: str | None = None
+
+
+class LoadRequest(pydantic.BaseModel):
+    """A request to load a model."""
+
+    parameters: LoadParameters = LoadParameters()
+
+
+async def _index(service: Service, request: Request) -> list[dict[str, str]]:
+    """The models that are loaded."""
+    return [
+        {"name": served.name, "version": served.version, "state": "READY", "reason": ""}
+        for served in service.ready_models().all
+    ]
+
+
+async def _load(service: Service, request: Request) -> dict[str, Any]:
+    """Load a bundle as a model, or as a new version of it."""
+    name = request.path_params["model"]
+    asked = await service.read(request, lambda body, _: _parse(body))
+    settings = service.settings
+    assert settings is not None
+    uri = asked.uri
+    if uri is None:
+        uris = [model.uri for model in settings.models if model.name == name]
+        if not uris:
+            raise RequestError(400, f"{name} is not served yet: give the uri of its bundle.")
+        uri = uris[-1]
+    if not NAME.fullmatch(name):
+        raise RequestError(400, f"{name!r} cannot be a name: expected letters, digits, _, . and -.")
+    try:
+        bundle, _, _ = await asyncio.to_thread(
+            find_engine, storage.absolute(uri), settings.engine, gpus=service.gpus, batch_size=settings.batch_size
+        )
+        new = ModelSettings(name=name, uri=bundle.uri, share=asked.share, version=bundle.version)
+        await _wait_for(service, await _coordination(service).load(new))
+    except (BadInputError, OSError) as error:
+        raise RequestError(400, str(error)) from None
+    return {}
+
+
+async def _unload(service: Service, request: Request) -> dict[str, Any]:
+    """Serve a model no more."""
+    try:
+        await _wait_for(service, await _coordination(service).unload(request.path_params["model"]))
+    except ChangeError as error:
+        raise RequestError(400, str(error)) from None
+    return {}
+
+
+def _parse(body: bytes) -> LoadConfig:
+    parameters = parse_model(LoadRequest, body or b"{}").parameters
+    return parameters if parameters.config is None else parse_model(LoadConfig, parameters.config.encode())
+
+
+def _coordination(service: Service) -> Coordination:
+    """
+    Raises:
+        RequestError: 503, there is none.
+    """
+    if service.coordination is None:
+        raise RequestError(503, "Nobody changes the models of this service.")
+    return service.coordination
+
+
+async def _wait_for(service: Service, change: tuple[Settings, Settings]) -> None:
+    """Wait until this replica serves changed settings. If it cannot, undo the change.
+
+    Raises:
+        RequestError: 400, it cannot; 503, it takes too long.
+    """
+    before, after = change
+    end = time.monotonic() + _CHANGE_SECONDS
+    while service.tried != after:
+        if time.monotonic() > end:
+            raise RequestError(503, f"The models are not loaded after {_CHANGE_SECONDS:g} seconds.")
+        await asyncio.sleep(0.1)
+    if service.problem is not None:
+        await _coordination(service).undo(before, after)
+        raise RequestError(400, service.problem)
+
+
+_BODIES: Bodies = {"application/json": LoadRequest}
+_FAILURES = (400, 401, 403, 404, 408, 413, 429, 500, 503)
+OPERATIONS = [
+    Operation(
+        "POST", "/v2/repository/index", _index, answer=list[dict[str, str]], failures=(401, 429, 503), tag=_TAG
+    ),
+    *(
+        Operation(
+            "POST", f"/v2/repository/models/{{model}}/{verb}", handler, bodies=bodies, failures=_FAILURES, tag=_TAG
+        )
+        for verb, handler, bodies in (("load", _load, _BODIES), ("unload", _unload, {}))
+    ),
+]

@@ -1,0 +1,343 @@
+"""Canaries: what decides about them, what is changed then, and how models are loaded and unloaded."""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cnnray.models.bundle import Bundle
+from cnnray.serving import canaries, releases
+from cnnray.serving.coordinator import Coordinator
+from cnnray.serving.keys import Key
+from cnnray.serving.releases import PROMOTE, ROLL_BACK, WAIT, Answers, ChangeError, Comparison, Release, Verdict
+from cnnray.serving.settings import ModelSettings, Settings
+from tests.unit.serving.conftest import GOOD, settings
+
+LIMITS = {"errors": 0.01, "latency": 2.0, "agreement": 0.9}
+ADMIN = {"X-API-Key": "admin"}
+
+
+def answers(images, failed=0, seconds=0.01):
+    result = Answers()
+    result.add(images, failed, seconds)
+    return result
+
+
+def served(*models, **changes):
+    """Settings with models, each (name, version, share)."""
+    versions = tuple(
+        ModelSettings(name=name, uri=f"/{version}", version=version, share=share) for name, version, share in models
+    )
+    told = {"promote_after": 1000, "rollback_on": LIMITS, "shadow_share": 0.1}
+    return dataclasses.replace(settings(**told | changes), models=versions)
+
+
+CANARY = served(("cats", "old", 0.9), ("cats", "new", 0.1))
+RELEASE = Release(name="cats", stable="old", canary="new", share=0.1)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "action", "reason"),
+    [
+        (Comparison(), WAIT, "0 images"),
+        (Comparison(stable=answers(9000), canary=answers(999), compared=1000, agreed=1000), WAIT, "999 images"),
+        (Comparison(stable=answers(9000), canary=answers(1000), compared=999, agreed=999), WAIT, "999 compared"),
+        (Comparison(stable=answers(9000), canary=answers(1000), compared=1000, agreed=950), PROMOTE, "950 of 1000"),
+        # 12 and 13 % have another class, and 10 % are allowed: it may be chance among 100, and is not among 2000.
+        (Comparison(stable=answers(900), canary=answers(100), compared=100, agreed=88), WAIT, "not certain"),
+        (Comparison(stable=answers(9000), canary=answers(999), compared=2000, agreed=1740), ROLL_BACK, "260 of 2000"),
+        (Comparison(stable=answers(20), canary=answers(5), compared=5, agreed=0), ROLL_BACK, "another class"),
+        (Comparison(stable=answers(900), canary=answers(100, 20), compared=80, agreed=80), ROLL_BACK, "no answer"),
+        # Errors that both have are not the canary's.
+        (Comparison(stable=answers(9000, 1800), canary=answers(1000, 200), compared=1000, agreed=1000), PROMOTE, ""),
+        (Comparison(stable=answers(900), canary=answers(100, seconds=0.025)), ROLL_BACK, "take longer than"),
+        (Comparison(stable=answers(900), canary=answers(100, seconds=0.015)), WAIT, "100 images"),
+        # The other version's times are not known yet.
+        (Comparison(stable=answers(99), canary=answers(100, seconds=1)), WAIT, "100 images"),
+    ],
+)  # fmt: skip
+def test_the_verdict(comparison, action, reason):
+    verdict = releases.judge(comparison, CANARY)
+    assert (verdict.action, reason in verdict.reason) == (action, True), verdict
+
+
+def test_a_good_canary_is_hardly_ever_called_bad():
+    """Canaries whose true rate is at the limit, looked at as often as a release does: 1 in 100 may go back."""
+    rng = np.random.default_rng(0)
+    bad = 0
+    for _ in range(200):
+        differ = np.cumsum(rng.random(20_000) < 0.1)
+        last = 0
+        for images in range(1, 20_001):
+            if not releases.is_due(images, last):
+                continue
+            last = images
+            comparison = Comparison(canary=answers(1), compared=images, agreed=images - int(differ[images - 1]))
+            if releases.judge(comparison, CANARY).action == ROLL_BACK:
+                bad += 1
+                break
+    assert bad <= 4
+
+
+def test_a_bound_is_that_of_scipy():
+    from scipy.stats import binomtest
+
+    for bad, total in ((1, 10), (3, 1000), (0, 5), (5, 5)):
+        interval = binomtest(bad, total).proportion_ci(1 - 2e-4, "exact")
+        assert releases.bound(bad, total, upper=False) == pytest.approx(interval.low, abs=1e-9)
+        assert releases.bound(bad, total, upper=True) == pytest.approx(interval.high, abs=1e-9)
+
+
+def test_which_canaries_are_compared():
+    assert releases.find_release(CANARY, "cats") == RELEASE
+    assert releases.find_release(CANARY, "dogs") is None
+    assert releases.find_release(served(("cats", "old", 0.0), ("cats", "new", 1.0)), "cats") is None
+    shadowed = served(("cats", "old", 1.0), ("cats", "new", 0.0))
+    assert releases.find_release(shadowed, "cats").share == 0
+    assert releases.find_release(served(("cats", "old", 1.0), ("cats", "new", 0.0), shadow_share=0.0), "cats") is None
+    decided = releases.carry_out(CANARY, RELEASE, Verdict(action=ROLL_BACK, reason="so"))
+    assert releases.find_release(decided, "cats") is None
+
+
+def test_what_a_verdict_changes():
+    more = served(("dogs", "d", 1.0), ("cats", "older", 0.0), ("cats", "old", 0.9), ("cats", "new", 0.1))
+    for action, shares, words in ((PROMOTE, [0, 1], "promoted"), (ROLL_BACK, [1, 0], "rolled back")):
+        changed = releases.carry_out(more, RELEASE, Verdict(action=action, reason="so"))
+        assert [model.share for model in changed.models] == [1.0, 0.0, *shares]
+        assert [model.verdict for model in changed.models] == [None, None, None, f"{words}: so"]
+        assert Settings.from_dict(changed.as_dict()) == changed
+    with pytest.raises(ChangeError, match="served otherwise"):
+        releases.carry_out(served(("cats", "new", 1.0)), RELEASE, Verdict(action=PROMOTE))
+
+
+def test_what_loading_and_unloading_change():
+    def models(settings):
+        return [(model.name, model.version, model.share) for model in settings.models]
+
+    def load(settings, version, share=1.0, name="cats"):
+        return releases.load(settings, ModelSettings(name=name, uri="/x", version=version, share=share))
+
+    two = served(("cats", "old", 1.0), ("dogs", "d", 1.0))
+    assert models(load(two, "new")) == [("cats", "new", 1.0), ("dogs", "d", 1.0)]
+    canary = load(two, "new", 0.25)
+    assert models(canary) == [("cats", "old", 0.75), ("cats", "new", 0.25), ("dogs", "d", 1.0)]
+    assert models(load(canary, "newest", 0.5))[:2] == [("cats", "old", 0.5), ("cats", "newest", 0.5)]
+    assert models(load(canary, "new", 0.5))[:2] == [("cats", "old", 0.5), ("cats", "new", 0.5)]
+    assert models(load(canary, "new"))[:1] == [("cats", "new", 1.0)]
+    assert models(load(two, "m", 0.5, "mice"))[2:] == [("mice", "m", 1.0)]
+    assert models(releases.unload(two, "cats")) == [("dogs", "d", 1.0)]
+    with pytest.raises(ChangeError, match="There is no model 'mice'; there are cats, dogs"):
+        releases.unload(two, "mice")
+    with pytest.raises(ChangeError, match="only model"):
+        releases.unload(releases.unload(two, "cats"), "dogs")
+
+
+class Store:
+    """The settings of all replicas, in this process."""
+
+    def __init__(self, settings):
+        self.settings, self.writes = settings, 0
+
+    def read(self):
+        return self.settings
+
+    def write(self, settings):
+        self.settings = settings
+        self.writes += 1
+
+
+def test_the_coordinator_adds_up_what_replicas_have_seen():
+    store = Store(CANARY)
+    coordinator = Coordinator(store)
+    half = Comparison(stable=answers(4500), canary=answers(500), compared=500, agreed=490)
+    assert coordinator.report("a", {RELEASE: half}, CANARY)[RELEASE].action == WAIT
+    assert coordinator.report("a", {RELEASE: half}, CANARY)[RELEASE].action == WAIT  # the same once more
+    assert store.writes == 0
+    verdict = coordinator.report("b", {RELEASE: half}, CANARY)[RELEASE]
+    assert verdict.action == PROMOTE
+    assert "980 of 1000" in verdict.reason
+    assert [model.share for model in store.settings.models] == [0, 1]
+    # A replica that has not heard of it yet changes nothing.
+    more = Comparison(stable=answers(9000), canary=answers(2000), compared=2000, agreed=0)
+    coordinator.report("b", {RELEASE: more}, CANARY)
+    assert store.writes == 1
+    assert store.settings.models[-1].verdict.startswith("promoted")
+
+
+def test_a_canary_that_is_deployed_once_more_begins_anew():
+    store = Store(CANARY)
+    coordinator = Coordinator(store)
+    good = Comparison(stable=answers(9000), canary=answers(1000), compared=1000, agreed=1000)
+    assert coordinator.report("a", {RELEASE: good}, CANARY)[RELEASE].action == PROMOTE
+    store.write(CANARY)
+    few = Comparison(stable=answers(90), canary=answers(10), compared=10, agreed=10)
+    assert coordinator.report("a", {RELEASE: few}, CANARY)[RELEASE].action == WAIT
+    assert store.settings == CANARY
+
+
+def test_nothing_is_done_that_was_not_asked_for():
+    told = served(("cats", "old", 0.9), ("cats", "new", 0.1), promote_after=None, rollback_on=None)
+    store = Store(told)
+    wrong = Comparison(stable=answers(900), canary=answers(100), compared=100, agreed=0)
+    assert Coordinator(store).report("a", {RELEASE: wrong}, told)[RELEASE].action == ROLL_BACK
+    assert store.writes == 0
+
+
+class InProcess:
+    """Stands for `Coordination` and Serve: the coordinator is in this process, and there is one replica."""
+
+    def __init__(self, service):
+        self._service, self._coordinator, self._store = service, None, None
+
+    def _call(self, method, *arguments):
+        if self._coordinator is None:
+            self._store = Store(self._service.settings)
+            self._coordinator = Coordinator(self._store)
+        writes = self._store.writes
+        result = getattr(self._coordinator, method)(*arguments)
+        if self._store.writes > writes:
+            self._changing = asyncio.create_task(self._service.change_settings(self._store.settings))
+        return result
+
+    async def report(self, seen, settings):
+        return self._call("report", "a", seen, settings)
+
+    async def load(self, model):
+        return self._call("load", model)
+
+    async def unload(self, name):
+        return self._call("unload", name)
+
+    async def undo(self, before, after):
+        return self._call("undo", before, after)
+
+
+@pytest.fixture
+def start(start_client, monkeypatch):
+    """A function that starts a client of a service that has a coordinator."""
+    monkeypatch.setattr(canaries, "_REPORT_SECONDS", 0.05)
+
+    def start(*models, **changes):
+        client = start_client(*models, keys=[Key(key="admin", name="a", admin=True)], **changes)
+        service = client.app.service
+        service.coordination = service.canaries._coordination = InProcess(service)
+        client.headers.update(ADMIN)
+        client.portal.call(follow, service)
+        return client
+
+    async def follow(service):
+        service.canaries.follow(service.models, service.settings)
+
+    return start
+
+
+def shares(client):
+    models = client.get("/metadata").json()["models"]
+    return {name: [version["share"] for version in versions] for name, versions in models.items()}
+
+
+def answer_until(client, condition, seconds=60):
+    """Send images until the service is as it should be."""
+    end, statuses = time.monotonic() + seconds, Counter()
+    while not condition():
+        assert time.monotonic() < end, client.get("/metadata").json()
+        statuses[client.post("/predict", files={"image": ("a", GOOD)}).status_code] += 1
+    return statuses
+
+
+def test_a_canary_with_other_labels_goes_back_by_itself(start, bundle, relabelled, caplog):
+    client = start(("c", bundle, 0.5), ("c", relabelled, 0.5), shadow_share=0.5, rollback_on={"agreement": 0.9})
+    statuses = answer_until(client, lambda: shares(client) == {"c": [1, 0]})
+    assert statuses.keys() == {200}
+    newest = client.get("/metadata").json()["models"]["c"][-1]
+    assert newest["verdict"].startswith("rolled back: ")
+    assert "images have another class than before" in newest["verdict"]
+    assert any(f"c {newest['version']} is rolled back" in message for message in caplog.messages)
+
+
+def test_a_good_canary_is_promoted_by_itself(start, bundle, newer):
+    client = start(("c", bundle, 0.5), ("c", newer, 0.5), shadow_share=1.0, promote_after=30)
+    assert answer_until(client, lambda: shares(client) == {"c": [0, 1]}).keys() == {200}
+    assert "promoted: " in client.get("/metadata").json()["models"]["c"][-1]["verdict"]
+
+
+def test_a_canary_is_only_watched_where_nothing_else_was_asked_for(start, bundle, relabelled):
+    client = start(("c", bundle, 1.0), ("c", relabelled, 0.0), shadow_share=1.0)
+    said = answer_until(
+        client,
+        lambda: (client.get("/metadata").json()["models"]["c"][-1]["verdict"] or "").startswith("roll back"),
+    )
+    assert said.keys() == {200}
+    assert shares(client) == {"c": [1, 0]}
+
+
+def test_an_engine_that_fails_is_counted_as_the_canarys(start, bundle, newer):
+    client = start(("c", bundle, 0.5), ("c", newer, 0.5), rollback_on={"errors": 0.05})
+    service, version = client.app.service, Bundle.load(newer).version
+
+    def fail(images):
+        raise RuntimeError("broken")
+
+    service.models.choose("c", version).compute.predict = fail
+    statuses = answer_until(client, lambda: shares(client) == {"c": [1, 0]})
+    assert statuses.keys() == {200, 500}
+
+
+def test_images_are_not_compared_while_many_wait(start, bundle, newer, monkeypatch):
+    client = start(("c", bundle, 0.5), ("c", newer, 0.5), shadow_share=1.0)
+    service = client.app.service
+    client.portal.call(service.canaries.follow, service.models, service.settings)
+    service.admission.images = 1000
+    monkeypatch.setattr(service.admission, "check_images", lambda *_: None)
+    for _ in range(5):
+        assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 200
+    assert not service.canaries._tasks
+    service.admission.images = 0
+
+
+def test_models_are_loaded_and_unloaded(start, bundle, newer, tmp_path):
+    client = start(("c", bundle, 1.0))
+    old, new = Bundle.load(bundle).version, Bundle.load(newer).version
+    load, unload = "/v2/repository/models/{}/load", "/v2/repository/models/{}/unload"
+    index = [{"name": "c", "version": old, "state": "READY", "reason": ""}]
+    assert client.post("/v2/repository/index").json() == index
+    assert client.post(load.format("d"), json={"parameters": {"uri": newer}}).status_code == 200
+    assert shares(client) == {"c": [1], "d": [1]}
+    assert client.post("/predict?model=d", files={"image": ("a", GOOD)}).json()["model"] == new
+    config = json.dumps({"uri": newer, "share": 0.25})
+    assert client.post(load.format("c"), json={"parameters": {"config": config}}).status_code == 200
+    assert shares(client) == {"c": [0.75, 0.25], "d": [1]}
+    assert client.post(unload.format("d"), json={"parameters": {"unload_dependents": False}}).status_code == 200
+    assert shares(client) == {"c": [0.75, 0.25]}
+    refused = {
+        (unload.format("d"), None): "There is no model 'd'; there are c.",
+        (unload.format("c"), None): "c is the only model that is served: it cannot be unloaded.",
+        (load.format("e"), None): "e is not served yet: give the uri of its bundle.",
+        (load.format("c"), str(tmp_path / "none")): "none",
+        (load.format("-"), bundle): "'-' cannot be a name: expected letters, digits, _, . and -.",
+    }
+    for (path, uri), sentence in refused.items():
+        response = client.post(path, json={"parameters": {"uri": uri}} if uri else None)
+        assert (response.status_code, sentence in response.json()["error"]) == (400, True), response.json()
+    response = client.post(load.format("c"), json={"parameters": {"share": 2}})
+    assert (response.status_code, "share" in response.json()["error"]) == (400, True)
+    assert shares(client) == {"c": [0.75, 0.25]}
+
+
+def test_a_model_that_cannot_be_loaded_leaves_things_as_they_are(start, bundle, newer, monkeypatch):
+    client = start(("c", bundle, 1.0))
+    service = client.app.service
+
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(service._load, "_load", fail)
+    response = client.post("/v2/repository/models/c/load", json={"parameters": {"uri": newer}})
+    assert (response.status_code, response.json()["error"]) == (400, "the disk is gone")
+    monkeypatch.undo()
+    answer_until(client, lambda: client.get("/metadata").json()["problem"] is None)
+    assert shares(client) == {"c": [1]}

@@ -1,5 +1,6 @@
 """jobs/serve.py as users run it: a real Serve behind HAProxy, with clients over real HTTP."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http
+import tritonclient.utils
 import yaml
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.geometry import Geometry
+from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
@@ -38,15 +41,17 @@ class Load(threading.Thread):
     def __init__(self, address):
         super().__init__(daemon=True)
         self._address, self._ended = f"{address}/predict", threading.Event()
-        self.statuses, self.models = Counter(), Counter()
+        self.statuses, self.models, self.longest = Counter(), Counter(), 0.0
         self.start()
 
     def run(self):
         while not self._ended.is_set():
+            start = time.monotonic()
             try:
                 status, answer = ask(self._address, GOOD)
             except (OSError, ValueError) as error:
                 status, answer = type(error).__name__, {}
+            self.longest = max(self.longest, time.monotonic() - start)
             self.statuses[status] += 1
             self.models[answer.get("model")] += 1
 
@@ -221,6 +226,54 @@ def test_a_new_version_goes_in_and_out_without_a_failed_request(service, onnx_bu
     assert {process.pid for process in service.replicas()} == replicas
 
 
+def test_a_canary_goes_back_or_forward_by_itself(service, onnx_bundle, newer, tmp_path):
+    relabelled = shutil.copytree(onnx_bundle, tmp_path / "relabelled")
+    info = Bundle.load(str(relabelled)).info
+    names = [f"other {name}" for name in info.class_names]
+    bundles.write_info(str(relabelled), dataclasses.replace(info, class_names=names))
+    two, limits = (*FLAGS, "--min-replicas", "2"), ("--shadow-share", "0.5", "--rollback-on", "{agreement: 0.9}")
+    load = [Load(service.address) for _ in range(4)]
+
+    def served():
+        return [
+            (version["share"], (version["verdict"] or "").partition(":")[0])
+            for version in ask(f"{service.address}/metadata")[1]["models"]["colours"]
+        ]
+
+    def all_serve(expected):
+        return all(served() == expected for _ in range(10))  # each may be answered by another replica
+
+    job = service.change(*two, *limits, *_models(onnx_bundle, relabelled, share=0.3))
+    assert json.loads(job.out.read_text())["replicas"] == 2, job.err.read_text()
+    until(lambda: all_serve([(1, ""), (0, "rolled back")]), 60, "the version of before")
+    service.change(*two, *limits, "--promote-after", "50", *_models(onnx_bundle, newer, share=0.3))
+    until(lambda: all_serve([(0, ""), (1, "promoted")]), 60, "the new version")
+    service.change(*FLAGS, "--downscale-delay-seconds", "1", "--max-replicas", "1", *_models(onnx_bundle))
+    until(lambda: len(service.replicas()) == 1, 90, "one replica")
+    for client in load:
+        client.stop()
+    statuses = sum((client.statuses for client in load), Counter())
+    assert statuses.keys() == {200}, statuses
+
+
+def test_a_replica_is_replaced_without_a_failed_request(service, onnx_bundle):
+    load = [Load(service.address) for _ in range(4)]
+    (before,) = service.replicas()
+    # Other resources, so that Serve starts another one; with TensorFlow, which takes longer than a replica is drained.
+    job = service.change("--engine", "keras", "--cpus-per-replica", "0.6", *_models(onnx_bundle))
+    assert job.process.returncode == 0, job.err.read_text()
+    until(lambda: [process.pid for process in service.replicas()] != [before.pid], 90, "another replica")
+    until(lambda: len(service.replicas()) == 1, 90, "the end of the one before")
+    service.change(*FLAGS, *_models(onnx_bundle))
+    until(lambda: len(service.replicas()) == 1, 90, "one replica")
+    for client in load:
+        client.stop()
+    statuses = sum((client.statuses for client in load), Counter())
+    assert statuses.keys() == {200}, statuses
+    longest = max(client.longest for client in load)
+    assert longest < 2.5  # none has waited for the start
+
+
 def test_a_bundle_that_cannot_be_served_changes_nothing(service, onnx_bundle, tmp_path):
     before = ask(f"{service.address}/metadata")
     broken = shutil.copytree(onnx_bundle, tmp_path / "broken")
@@ -247,6 +300,39 @@ def _status(address):
         return ask(address)[0]
     except (OSError, ValueError):
         return None
+
+
+def test_models_are_loaded_and_unloaded_by_an_unmodified_client(start, onnx_bundle, newer, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("- {name: web, key: one}\n- {name: operator, key: two, admin: true}\n")
+    guarded = functools.partial(start, environment={"CNNRAY_API_KEY_FILE": str(keys)})
+    service = Service(guarded, *_models(onnx_bundle), *FLAGS)
+    old, new = (Bundle.load(uri).version for uri in (onnx_bundle, newer))
+    web, operator = {"X-API-Key": "one"}, {"X-API-Key": "two"}
+    with tritonclient.http.InferenceServerClient(service.address.removeprefix("http://")) as client:
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="key of an admin"):
+            client.load_model("shades", headers=web, config=json.dumps({"uri": newer}))
+        client.load_model("shades", headers=operator, config=json.dumps({"uri": newer}))
+        client.load_model("colours", headers=operator, config=json.dumps({"uri": newer, "share": 0.5}))
+        index = client.get_model_repository_index(headers=web)
+        assert [(model["name"], model["version"]) for model in index] == [
+            ("colours", old), ("colours", new), ("shades", new),
+        ]  # fmt: skip
+        # They belong to the service, not to the replica that was asked.
+        (replica,) = service.replicas()
+        replica.kill()
+        until(lambda: _status(f"{service.address}/health/ready") == 200, 90, "a new replica")
+        assert client.get_model_repository_index(headers=web) == index
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="no model 'mice'"):
+            client.unload_model("mice", headers=operator)
+        client.unload_model("colours", headers=operator)
+        assert len(client.get_model_repository_index(headers=web)) == 1
+    keys.write_text("- {name: web, key: three}\n")
+
+    def status(key):
+        return requests.get(f"{service.address}/metadata", headers={"X-API-Key": key}, timeout=30).status_code
+
+    until(lambda: (status("one"), status("two"), status("three")) == (401, 401, 200), 30, "the new keys")
 
 
 HOLDER = """

@@ -76,6 +76,13 @@ class Resources:
         """The same nodes, without their GPUs."""
         return Resources(tuple(replace(node, gpus=0.0, gpu_type=None) for node in self.nodes))
 
+    def cpus_beside(self, gpus: float) -> float:
+        """CPUs of a process by default: 1, or with GPUs an even share of the CPUs of the nodes that have GPUs."""
+        gpu_nodes = [node for node in self.nodes if gpus and node.gpus >= gpus]
+        if not gpu_nodes:
+            return min(1.0, max(node.cpus for node in self.nodes))
+        return max(1.0, float(min(node.cpus * gpus // node.gpus for node in gpu_nodes)))
+
     def room_for(self, cpus: float, gpus: float) -> int:
         """How many processes with this many CPUs (more than 0) and GPUs fit, each on one node."""
         slack = 1e-6

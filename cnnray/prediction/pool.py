@@ -46,7 +46,7 @@ def plan_pool(options: PredictOptions, engine: str, resources: Resources) -> Poo
     in_tasks = options.decoding == "tasks"
     if options.decoding == "auto":
         in_tasks = gpus > 0 and any(node.cpus >= 1 and not node.gpus for node in resources.nodes)
-    cpus = options.cpus_per_worker or _default_cpus(resources, 0 if in_tasks else gpus)
+    cpus = options.cpus_per_worker or resources.cpus_beside(0 if in_tasks else gpus)
     check_room(cpus, gpus, resources)
     room = resources.room_for(cpus, gpus)
     largest = options.max_workers or (room if gpus or not in_tasks else max(1, room // 2))
@@ -79,11 +79,3 @@ def check_room(cpus: float, gpus: float, resources: Resources) -> None:
             f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs in total: lower --cpus-per-worker or "
             "--gpus-per-worker."
         )
-
-
-def _default_cpus(resources: Resources, gpus: float) -> float:
-    """CPUs of a worker: 1, or with GPUs an even share of the CPUs of the nodes that have GPUs."""
-    gpu_nodes = [node for node in resources.nodes if gpus and node.gpus >= gpus]
-    if not gpu_nodes:
-        return min(1.0, max(node.cpus for node in resources.nodes))
-    return max(1.0, float(min(node.cpus * gpus // node.gpus for node in gpu_nodes)))

@@ -63,14 +63,16 @@ class ServeConfig:
     min_replicas: int = 1
     """Smallest number of replicas; may be 0."""
     max_replicas: int | None = None
-    """Largest number of replicas; null: as many as fit the cluster."""
+    """Largest number of replicas; null: as many as the load needs and the cluster has room for, also when it
+    grows."""
     target_ongoing_requests: float = 8.0
     """Average number of images in a replica, those of requests that are being read included, above which another
     replica is started."""
     downscale_delay_seconds: float = 120.0
     """Seconds of lower load after which a replica is stopped."""
-    cpus_per_replica: float = 1.0
-    """CPUs of each replica, and therefore its threads."""
+    cpus_per_replica: float | None = None
+    """CPUs of each replica, and therefore its threads; null: 1, or with GPUs an even share of the CPUs of the nodes
+    that have GPUs, because images are decoded beside them (with --write-config: 4)."""
     gpus_per_replica: float = 0.0
     """GPUs of each replica."""
     wait_minutes: float = 0.0
@@ -179,6 +181,11 @@ class ServeConfig:
         else:
             raise ValueError("--bundle or --models is needed." if self.models is None else "--models is empty.")
         _resolve_shares(self._versions)
+
+    @property
+    def resources(self) -> tuple[float, float]:
+        """CPUs and GPUs of each replica."""
+        return self.cpus_per_replica or (4.0 if self.gpus_per_replica else 1.0), self.gpus_per_replica
 
     @property
     def _versions(self) -> list[ModelVersion]:

@@ -43,6 +43,8 @@ _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
 
 
+_MOST_REPLICAS = 1000
+"""Where the config has no bound. Those that the cluster has no room for wait, and make an autoscaling one grow."""
 _LONGEST_FOLDER = 97 - len("/cnnray-xxxxxxxx/metrics.sock") - 57
 """HAProxy takes paths of sockets of up to 97 characters, and Serve adds a folder with the name of the node."""
 
@@ -106,7 +108,7 @@ def build_configuration(
         "max_surge_percent": 25 if surges else 0,  # rounded up
         "health_check_period_s": 10.0,
         "health_check_timeout_s": 30.0,
-        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        "ray_actor_options": dict(zip(("num_cpus", "num_gpus"), config.resources, strict=True)),
     }
     return {
         "proxy_location": "EveryNode",
@@ -135,7 +137,7 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     """
     versions = check_bundles(config)
     assert config.write_config is not None
-    configuration = build_configuration(config, versions, max_replicas=config.min_replicas or 1)
+    configuration = build_configuration(config, versions, _MOST_REPLICAS)
     text = yaml.safe_dump(configuration, sort_keys=False)
     storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _uris_by_name(config)}
@@ -175,14 +177,17 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             if own_ray:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
-            replica = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
-            max_replicas = waiting.wait_for_resources(
+            if config.cpus_per_replica is None:
+                config = replace(config, cpus_per_replica=resources.cpus_beside(config.gpus_per_replica))
+            replica = dict(zip(("CPU", "GPU"), config.resources, strict=True))
+            fitting = waiting.wait_for_resources(
                 functools.partial(_count_replicas, config),
                 [replica] * max(1, config.min_replicas),
                 config.wait_minutes,
             )
             client = OwnServe(MODULE) if own_ray else rest_client()
-            line = _deploy(client, config, versions, max_replicas, stop)
+            # This machine does not grow, but a cluster may.
+            line = _deploy(client, config, versions, fitting if own_ray else _MOST_REPLICAS, stop)
             line["seconds"] = round(time.monotonic() - started, 2)
             if own_ray and not stop.is_set():
                 _log_usage(line["address"])
@@ -198,11 +203,12 @@ def _count_replicas(config: ServeConfig, resources: cluster.Resources) -> int:
     Raises:
         ClusterError: fewer than `config.min_replicas`.
     """
-    count = resources.room_for(config.cpus_per_replica, config.gpus_per_replica)
+    cpus, gpus = config.resources
+    count = resources.room_for(cpus, gpus)
     if count < max(1, config.min_replicas):
         raise cluster.ClusterError(
-            f"{max(1, config.min_replicas)} replicas of {config.cpus_per_replica:g} CPUs and "
-            f"{config.gpus_per_replica:g} GPUs do not fit the cluster, which has room for {count}."
+            f"{max(1, config.min_replicas)} replicas of {cpus:g} CPUs and "
+            f"{gpus:g} GPUs do not fit the cluster, which has room for {count}."
         )
     return count
 
@@ -276,7 +282,7 @@ def _deploy(
     """
     details = client.get_serve_details()
     deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
-    surges = cluster.free_resources().room_for(config.cpus_per_replica, config.gpus_per_replica) > 0
+    surges = cluster.free_resources().room_for(*config.resources) > 0
     configuration = build_configuration(config, versions, max_replicas, surges=surges)
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment

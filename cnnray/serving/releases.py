@@ -183,8 +183,9 @@ def find_release(settings: Settings, name: str) -> Release | None:
     # Without requests of its own and without images to compare, there is nothing to learn.
     if canary.share >= 1 or (canary.share <= 0 and settings.shadow_share <= 0):
         return None
-    if stable.version is None or canary.version is None:
+    if stable.version is None or canary.version in (None, stable.version):
         return None
+    assert canary.version is not None
     return Release(name=name, stable=stable.version, canary=canary.version, share=canary.share)
 
 

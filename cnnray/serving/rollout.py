@@ -92,11 +92,12 @@ def _check_room(config: ServeConfig, replicas: list[dict[str, Any]], total: clus
         ClusterError: no node has.
     """
     free = cluster.free_resources()
-    if not free.room_for(config.cpus_per_replica, config.gpus_per_replica):
+    cpus, gpus = config.resources
+    if not free.room_for(cpus, gpus):
         waiting = sum(not replica.get("node_id") for replica in replicas)
         raise cluster.ClusterError(
-            f"{waiting} of {len(replicas)} replicas have no room: each needs {config.cpus_per_replica:g} CPUs and "
-            f"{config.gpus_per_replica:g} GPUs on one node, and {free.cpus:g} of the cluster's {total.cpus:g} CPUs "
+            f"{waiting} of {len(replicas)} replicas have no room: each needs {cpus:g} CPUs and "
+            f"{gpus:g} GPUs on one node, and {free.cpus:g} of the cluster's {total.cpus:g} CPUs "
             f"and {free.gpus:g} of its {total.gpus:g} GPUs are free: end other jobs, or give --wait-minutes."
         )
     return True

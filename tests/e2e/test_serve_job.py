@@ -259,7 +259,7 @@ def test_a_canary_goes_back_or_forward_by_itself(service, onnx_bundle, newer, tm
 def test_a_replica_is_replaced_without_a_failed_request(service, onnx_bundle):
     load = [Load(service.address) for _ in range(4)]
     (before,) = service.replicas()
-    # Other resources, so that Serve starts another one; with TensorFlow, which takes longer than a replica is drained.
+    # Other resources: Serve starts another replica, with TensorFlow, which takes longer than the old one is drained.
     job = service.change("--engine", "keras", "--cpus-per-replica", "0.6", *_models(onnx_bundle))
     assert job.process.returncode == 0, job.err.read_text()
     until(lambda: [process.pid for process in service.replicas()] != [before.pid], 90, "another replica")

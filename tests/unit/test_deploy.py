@@ -228,7 +228,7 @@ def test_the_service_is_configured_as_the_job_writes_it():
 
 def test_the_service_fits_its_cluster():
     resource, config = manifest("rayservice.yaml"), _parse_serve_command()
-    needs = (config.cpus_per_replica, config.gpus_per_replica)
+    needs = config.resources
     assert _nodes(resource, "minReplicas").room_for(*needs) >= config.min_replicas
     assert _nodes(resource, "maxReplicas").room_for(*needs) == config.max_replicas
 

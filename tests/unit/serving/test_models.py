@@ -13,7 +13,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from cnnray import commandline
+from cnnray import cluster, commandline
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.serving import deploy
@@ -312,3 +312,20 @@ def test_the_access_log_of_an_earlier_version():
     assert [ServeConfig(bundle="/nowhere", access_log=earlier).access_log for earlier in (True, "false")] == [
         "all", "none",
     ]  # fmt: skip
+
+
+def test_a_replica_beside_a_gpu_has_cpus_to_decode_with():
+    nodes = cluster.Resources((cluster.Node(cpus=8), cluster.Node(cpus=96, gpus=8), cluster.Node(cpus=64, gpus=8)))
+    assert nodes.cpus_beside(0) == 1
+    assert nodes.cpus_beside(1) == 8
+    assert nodes.cpus_beside(0.5) == 4
+    assert ServeConfig(bundle="/b").resources == (1, 0)
+    assert ServeConfig(bundle="/b", gpus_per_replica=1).resources == (4, 1)  # where no cluster is known
+    assert ServeConfig(bundle="/b", gpus_per_replica=1, cpus_per_replica=2).resources == (2, 1)
+
+
+def test_a_service_without_a_bound_grows_with_its_cluster(bundle):
+    for flags, most in (({}, 1000), ({"max_replicas": 3}, 3)):
+        config = ServeConfig(bundle=bundle, **flags)
+        (application,) = deploy.build_configuration(config, None, deploy._MOST_REPLICAS)["applications"]
+        assert application["deployments"][0]["autoscaling_config"]["max_replicas"] == most

@@ -11,6 +11,7 @@ import pytest
 
 from cnnray.models.bundle import Bundle
 from cnnray.serving import canaries, releases
+from cnnray.serving.config import ServeConfig
 from cnnray.serving.coordinator import Coordinator
 from cnnray.serving.keys import Key
 from cnnray.serving.releases import PROMOTE, ROLL_BACK, WAIT, Answers, ChangeError, Comparison, Release, Verdict
@@ -99,6 +100,7 @@ def test_which_canaries_are_compared():
     shadowed = served(("cats", "old", 1.0), ("cats", "new", 0.0))
     assert releases.find_release(shadowed, "cats").share == 0
     assert releases.find_release(served(("cats", "old", 1.0), ("cats", "new", 0.0), shadow_share=0.0), "cats") is None
+    assert releases.find_release(served(("cats", "old", 0.5), ("cats", "old", 0.5)), "cats") is None
     decided = releases.carry_out(CANARY, RELEASE, Verdict(action=ROLL_BACK, reason="so"))
     assert releases.find_release(decided, "cats") is None
 
@@ -341,3 +343,27 @@ def test_a_model_that_cannot_be_loaded_leaves_things_as_they_are(start, bundle, 
     monkeypatch.undo()
     answer_until(client, lambda: client.get("/metadata").json()["problem"] is None)
     assert shares(client) == {"c": [1]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"shadow_share": 1.5}, "--shadow-share 1.5 is not from 0 to 1"),
+        ({"promote_after": 0}, "--promote-after 0 is not at least 1"),
+        ({"rollback_on": {}}, "--rollback-on: expected limits of errors, latency, agreement"),
+        ({"rollback_on": {"accuracy": 0.5}}, "--rollback-on: expected limits of errors, latency, agreement"),
+        ({"rollback_on": {"latency": 0.5}}, "--rollback-on: latency is 0.5, and must be at least 1"),
+        ({"rollback_on": {"agreement": 95}}, "--rollback-on: agreement is 95, and must be from 0 to 1"),
+        ({"rollback_on": {"agreement": 0.9}, "shadow_share": 0}, "--rollback-on: agreement needs images to compare"),
+    ],
+)
+def test_wrong_flags_get_a_sentence(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ServeConfig(bundle="/b", **flags)
+
+
+def test_images_are_compared_where_a_verdict_is_acted_on():
+    assert ServeConfig(bundle="/b").settings.shadow_share == 0
+    assert ServeConfig(bundle="/b", promote_after=1000).settings.shadow_share == 0.1
+    assert ServeConfig(bundle="/b", rollback_on={"errors": 0.1}).settings.shadow_share == 0.1
+    assert ServeConfig(bundle="/b", promote_after=1000, shadow_share=0).settings.shadow_share == 0

@@ -1,7 +1,10 @@
 """The wait for a service's replicas, with an imitation of Serve."""
 
 import functools
+import io
+import json
 import types
+import urllib.request
 
 import pytest
 
@@ -50,6 +53,24 @@ def test_it_ends_when_all_replicas_report_the_versions(monkeypatch):
     serve = Serve("RUNNING", RUNNING, RUNNING)
     assert serve.wait(monkeypatch, min_replicas=2) == 2
     assert serve.now < 10
+
+
+def test_the_shares_of_a_canary_that_was_decided_about_are_not_waited_for(monkeypatch):
+    def report(verdict, *shares):
+        versions = [
+            {"version": str(number), "share": share, "verdict": verdict} for number, share in enumerate(shares)
+        ]
+        answer = io.BytesIO(json.dumps({"models": {"c": versions}, "problem": None}).encode())
+        monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: answer)
+        served, problem = rollout._fetch_versions("http://127.0.0.1:1", None, wanted)
+        assert problem is None
+        return served
+
+    wanted = {"c": [("0", 0.9), ("1", 0.1)]}
+    assert report(None, 0.9, 0.1) == wanted
+    assert report("wait: 3 images", 0.5, 0.5) != wanted
+    assert report("promoted: it is good", 0.0, 1.0) == wanted
+    assert report("promoted: it is good", 0.0, 0.0, 1.0) != wanted
 
 
 def test_replicas_for_which_others_leave_no_room_end_it(monkeypatch):

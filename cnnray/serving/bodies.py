@@ -54,6 +54,10 @@ class RequestError(BadInputError):
         self.headers = headers if status != 503 else {"Retry-After": "1"}
 
 
+class InvalidError(RequestError):
+    """Values that a request may not have."""
+
+
 def declared_length(request: Request, settings: Settings) -> int:
     """The length of the body in bytes, by the header Content-Length; 0 if there is none.
 
@@ -242,11 +246,22 @@ def parse_model(model: type[Model], body: bytes) -> Model:
     Raises:
         RequestError: 400, see `parse_json`, or the model does not allow the values.
     """
-    content = parse_json(body)
+    try:
+        return validate(model, parse_json(body))
+    except InvalidError as error:
+        raise RequestError(400, f"The JSON cannot be read: {error}") from None
+
+
+def validate(model: type[Model], content: Any) -> Model:
+    """Make a model of values.
+
+    Raises:
+        InvalidError: 400, the model does not allow them.
+    """
     try:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
-        raise RequestError(400, f"The JSON cannot be read: {_describe_error(error)}.") from None
+        raise InvalidError(400, f"{_describe_error(error)}.") from None
 
 
 def _describe_error(error: pydantic.ValidationError) -> str:

@@ -60,6 +60,9 @@ class ServeConfig:
     """Address to listen on; 0.0.0.0: all addresses of the machine."""
     port: int = 8000
     """Port to listen on."""
+    grpc_port: int | None = None
+    """Port for the Open Inference Protocol over gRPC, on all addresses; null: no gRPC. Where Serve runs already, it
+    must have been started with it."""
     min_replicas: int = 1
     """Smallest number of replicas; may be 0."""
     max_replicas: int | None = None
@@ -84,6 +87,9 @@ class ServeConfig:
     max_mebibytes_in_flight: float = 128.0
     """Largest size, in MiB, of all request bodies that a replica holds, if it holds several; further requests are
     answered with 503."""
+    cache_mebibytes: float = 0.0
+    """Size, in MiB, of the answers that a replica keeps, by the bytes of the image, to give them again without
+    computing; 0: none. A thousand classes take 4 KB for each image."""
     max_mebibytes: float = 32.0
     """Largest request body in MiB."""
     max_megapixels: float = 50.0
@@ -123,11 +129,13 @@ class ServeConfig:
             raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
         flags.check_share(self, "gpus_per_replica")
         self._check_releases()
-        flags.check_not_negative(self, "wait_minutes")
+        flags.check_not_negative(self, "wait_minutes", "cache_mebibytes")
         if self.min_replicas < 0 or (self.max_replicas and self.min_replicas > self.max_replicas):
             raise ValueError(f"--min-replicas {self.min_replicas} is not from 0 to --max-replicas.")
         if not 0 < self.port < 2**16:
             raise ValueError(f"--port {self.port} is no port.")
+        if self.grpc_port is not None and (not 0 < self.grpc_port < 2**16 or self.grpc_port == self.port):
+            raise ValueError(f"--grpc-port {self.grpc_port} is no port, or that of --port.")
         flags.make_absolute(self, "write_config")
 
     def _check_releases(self) -> None:
@@ -213,6 +221,7 @@ class ServeConfig:
             access_log=self.access_log,
             max_queued_images=self.max_queued_images,
             max_bytes_in_flight=int(self.max_mebibytes_in_flight * 2**20),
+            max_cache_bytes=int(self.cache_mebibytes * 2**20),
             shadow_share=self._shadow_share,
             promote_after=self.promote_after,
             rollback_on=self.rollback_on,

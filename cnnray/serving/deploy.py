@@ -110,9 +110,18 @@ def build_configuration(
         "health_check_timeout_s": 30.0,
         "ray_actor_options": dict(zip(("num_cpus", "num_gpus"), config.resources, strict=True)),
     }
+    grpc_options: dict[str, Any] = {}
+    if config.grpc_port is not None:
+        grpc_options = {
+            "port": config.grpc_port,
+            "grpc_servicer_functions": ["cnnray.serving.open_inference_grpc:add_to_server"],
+            "request_timeout_s": 2 * config.timeout_seconds,  # the service's own comes first
+            "enable_reflection": False,
+        }
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
+        **({"grpc_options": grpc_options} if grpc_options else {}),
         # The application has an access log of its own.
         "logging_config": {"enable_access_log": False, "encoding": "JSON"},
         "applications": [
@@ -166,10 +175,12 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     stop = threading.Event()
     own_ray = cluster.starts_own()
     if own_ray:
-        _check_port(config)
+        _check_port(config.host, config.port, "--port")
+        if config.grpc_port is not None:
+            _check_port("0.0.0.0", config.grpc_port, "--grpc-port")
     with tempfile.TemporaryDirectory(prefix="cnnray-", dir=folder_for_sockets(_LONGEST_FOLDER)) as folder:
         if own_ray:
-            _prepare_environment(Path(folder))
+            _prepare_environment(Path(folder), int(config.max_mebibytes * 2**20))
             # This takes a second, in which `connected` waits for Ray's processes.
             threading.Thread(target=importlib.import_module, args=("ray.serve.api",)).start()
         with cluster.connected(worker_logs=False) as resources:
@@ -220,7 +231,7 @@ def _uris_by_name(config: ServeConfig) -> dict[str, list[str]]:
     return uris
 
 
-def _prepare_environment(folder: Path) -> None:
+def _prepare_environment(folder: Path, max_bytes: int) -> None:
     """Set environment variables for the Ray that this process starts.
 
     They enable HAProxy, and give it files in `folder` and free ports, which a second service on this machine does not
@@ -230,6 +241,8 @@ def _prepare_environment(folder: Path) -> None:
         os.environ.setdefault(name, value)
     # Ray's workers give way to other processes, by default: each time that one of them works, requests would wait.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # A message is in memory before the application sees it. Serve's own limit is 2 GiB.
+    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(max_bytes))
     # On a single machine HAProxy learns immediately that a replica has stopped.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
     prefix = "RAY_SERVE_HAPROXY_"
@@ -243,13 +256,14 @@ def _prepare_environment(folder: Path) -> None:
         f"{prefix}STATS_PORT": str(cluster.free_port()),
         # Answers while there is no replica. Its port is shared with other processes without an error.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(cluster.free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(cluster.free_port()),
     }
     # Serve imports the application in another process.
     home = str(Path(cnnray.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
 
 
-def _check_port(config: ServeConfig) -> None:
+def _check_port(host: str, port: int, flag: str) -> None:
     """
     Raises:
         ServingError: the port is in use, or the address does not belong to this machine.
@@ -257,11 +271,11 @@ def _check_port(config: ServeConfig) -> None:
     with closing(socket.socket()) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((config.host, config.port))
+            listener.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ServingError(f"{config.host}:{config.port} is in use: give another --port.") from None
-            raise ServingError(f"{config.host}:{config.port} cannot be listened on: {error.strerror}.") from None
+                raise ServingError(f"{host}:{port} is in use: give another {flag}.") from None
+            raise ServingError(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
 
 
 def _deploy(
@@ -281,6 +295,11 @@ def _deploy(
             the new one is removed.
     """
     details = client.get_serve_details()
+    if details.get("applications") and config.grpc_port not in (None, details.get("grpc_options", {}).get("port")):
+        raise ServingError(
+            f"Serve runs on this cluster without --grpc-port {config.grpc_port}, and has to be ended first, by "
+            "`serve shutdown`."
+        )
     deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
     surges = cluster.free_resources().room_for(*config.resources) > 0
     configuration = build_configuration(config, versions, max_replicas, surges=surges)

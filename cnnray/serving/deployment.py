@@ -10,12 +10,14 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve._private.common import RUNNING_REQUESTS_KEY
+from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp
 
 from cnnray.serving import direct
 from cnnray.serving.application import create_application
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.keys import Keys, read_keys
+from cnnray.serving.open_inference_grpc import GrpcGate
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
@@ -34,6 +36,7 @@ class Classifier:
             coordination=Coordination(serve.get_replica_context().replica_id.unique_id),
         )
         self._keys = Keys(read_keys())
+        self._grpc = GrpcGate(self._service, self._keys)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once, after the constructor."""
@@ -46,6 +49,30 @@ class Classifier:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request, and whenever `user_config` has changed."""
         await self._service.change_settings(Settings.from_dict(user_config))
+
+    async def ServerLive(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """Called by Serve for gRPC requests, like the methods that follow; see `open_inference_grpc`."""
+        return await self._grpc.answer("ServerLive", request, grpc_context)
+
+    async def ServerReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """See `ServerLive`."""
+        return await self._grpc.answer("ServerReady", request, grpc_context)
+
+    async def ServerMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """See `ServerLive`."""
+        return await self._grpc.answer("ServerMetadata", request, grpc_context)
+
+    async def ModelReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """See `ServerLive`."""
+        return await self._grpc.answer("ModelReady", request, grpc_context)
+
+    async def ModelMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """See `ServerLive`."""
+        return await self._grpc.answer("ModelMetadata", request, grpc_context)
+
+    async def ModelInfer(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        """See `ServerLive`."""
+        return await self._grpc.answer("ModelInfer", request, grpc_context)
 
     def __del__(self) -> None:
         """Called by Serve at the end of the replica."""

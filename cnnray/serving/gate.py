@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import math
 import re
 import time
 import uuid
@@ -18,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.keys import API_KEY_FILE, Keys
+from cnnray.serving.keys import Key, Keys
 from cnnray.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -30,8 +29,6 @@ _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
 _PUBLIC = ("/health/", "/v2/health/")
 """Path prefixes that need no API key. Neither does the page, which asks for the key."""
-_FOR_ADMINS = "/v2/repository/models/"
-"""Path prefix of what changes the models that are served."""
 
 
 class _Client:
@@ -94,9 +91,7 @@ class Gate:
             return
         headers, start = Headers(scope=scope), time.perf_counter()
         status, started = 499, False  # 499: the client left before an answer
-        request_id = headers.get(REQUEST_ID, "")
-        if not _VALID_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+        request_id = request_id_from(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         scope["service"] = self.service
         scope["held"] = held = Held(self.service.admission)
@@ -136,44 +131,32 @@ class Gate:
             self._record(scope, request_id, status, time.perf_counter() - start)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        """
-        Raises:
-            RequestError: 401, the request has no key and needs one; 403, the key is no admin's, and an admin's is
-                needed; 429, the key has had its requests.
-        """
-        path = scope["path"]
-        if path == "/" or path.startswith(_PUBLIC):
-            return
-        key = None
-        if self._keys:
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            key = self._keys.find(token if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
-            if key is None:
-                raise RequestError(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
-            scope["key"] = key.name
-            if wait := self._keys.take_request(key):
-                raise RequestError(
-                    429,
-                    f"This API key has {key.requests_per_second:g} requests a second.",
-                    {"Retry-After": str(math.ceil(wait))},
-                )
-        if path.startswith(_FOR_ADMINS) and not (key and key.admin):
-            raise RequestError(403, f"This needs the key of an admin, from the file that {API_KEY_FILE} names.")
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path != "/" and not path.startswith(_PUBLIC):
+            scope["key"] = self._keys.check(headers)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route: Any = scope.get("route")
         # Not the requested path: the set of label values would be unbounded.
-        path = getattr(route, "path", "unknown")
-        self.service.metrics.record_request(path, status, seconds)
-        settings = self.service.settings
-        if settings is not None and (
-            settings.access_log == "all" or (settings.access_log == "errors" and status >= 400)
-        ):
-            access_log.info(
-                json.dumps(
-                    {
-                        "request_id": request_id, "method": scope["method"], "path": scope["path"],
-                        "status": status, "milliseconds": round(1000 * seconds, 2),
-                    } | ({"key": scope["key"]} if scope.get("key") else {})
-                )
-            )  # fmt: skip
+        self.service.metrics.record_request(getattr(route, "path", "unknown"), status, seconds)
+        write_access_log(self.service, request_id, scope.get("key"), scope["method"], scope["path"], status, seconds)
+
+
+def request_id_from(headers: Mapping[str, str]) -> str:
+    """The id that a request has brought, or a new one."""
+    sent = headers.get(REQUEST_ID, "")
+    return sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def write_access_log(
+    service: Service, request_id: str, key: Key | None, method: str, path: str, status: int, seconds: float
+) -> None:
+    """Log a request that was answered, if the settings say so."""
+    settings = service.settings
+    if settings is None or settings.access_log == "none" or (settings.access_log == "errors" and status < 400):
+        return
+    line = {
+        "request_id": request_id, "method": method, "path": path, "status": status,
+        "milliseconds": round(1000 * seconds, 2),
+    }  # fmt: skip
+    access_log.info(json.dumps(line | ({"key": key.name} if key and key.name else {})))

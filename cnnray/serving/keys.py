@@ -3,14 +3,17 @@
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
 
 from cnnray.errors import BadInputError
 from cnnray.images import storage
+from cnnray.serving.bodies import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +97,6 @@ class Keys:
         """By name, the requests that were left at a moment."""
         self._set(keys)
 
-    def __bool__(self) -> bool:
-        return bool(self._by_digest)
-
     def _set(self, keys: list[Key]) -> None:
         self._by_digest = {_digest(key.key): key for key in keys}
 
@@ -117,6 +117,32 @@ class Keys:
             return (1 - left) / rate
         self._left[key.name] = left - 1, now
         return 0.0
+
+    def check(self, headers: Mapping[str, str]) -> Key | None:
+        """Check the key that a request has sent, and count the request.
+
+        Args:
+            headers: by name in lower case.
+
+        Returns:
+            The key; None: requests need none.
+
+        Raises:
+            RequestError: 401, there is no key, or it is wrong; 429, it has had its requests.
+        """
+        if not self._by_digest:
+            return None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = self.find(token if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        if key is None:
+            raise RequestError(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+        if wait := self.take_request(key):
+            raise RequestError(
+                429,
+                f"This API key has {key.requests_per_second:g} requests a second.",
+                {"Retry-After": str(math.ceil(wait))},
+            )
+        return key
 
     async def read_again(self) -> None:
         """Read the file anew, for ever, so that keys can be added and withdrawn while replicas run."""

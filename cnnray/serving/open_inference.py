@@ -11,7 +11,7 @@ import json
 import math
 import reprlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -82,9 +82,13 @@ class InferRequest(pydantic.BaseModel):
     outputs: list[InferOutput] | None = pydantic.Field(None, max_length=16)
 
 
+SERVER = {"name": "cnnray", "version": cnnray.__version__, "extensions": ["binary_tensor_data", "classification"]}
+"""Metadata of the server."""
+
+
 async def _server_metadata(service: Service, request: Request) -> dict[str, Any]:
     """Name and version of the server."""
-    return {"name": "cnnray", "version": cnnray.__version__, "extensions": ["binary_tensor_data", "classification"]}
+    return SERVER
 
 
 async def _live(service: Service, request: Request) -> dict[str, bool]:
@@ -100,7 +104,11 @@ async def _ready(service: Service, request: Request) -> dict[str, bool]:
 
 async def _model_metadata(service: Service, request: Request) -> dict[str, Any]:
     """Inputs and outputs of a model."""
-    served = service.choose_named(request)
+    return describe_model(service, service.choose_named(request))
+
+
+def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
+    """Metadata of a model."""
     size, classes = served.bundle.info.geometry.image_size, len(served.bundle.info.class_names)
     return {
         "name": served.name,
@@ -127,10 +135,19 @@ async def _infer(service: Service, request: Request) -> Response:
     served = service.choose_named(request)
     length = request.headers.get(_HEADER_LENGTH)
     infer_request, images = await service.read(request, lambda body, settings: _parse(body, length, settings))
+    return _create_response(infer_request, served, await classify(service, served, images))
+
+
+async def classify(service: Service, served: ServedModel, images: list[bytes | BadImage] | Images) -> Probabilities:
+    """The probabilities, float32 (N, classes), of a request's images.
+
+    Raises:
+        RequestError: pixels have another shape than the network takes, or see `Service.classify_all`.
+    """
     shape = served.bundle.info.geometry.image_size.shape
     if not isinstance(images, list) and images.shape[1:] != shape:
         raise RequestError(400, f"image is {list(images.shape)}; expected [N, {', '.join(map(str, shape))}].")
-    return _create_response(infer_request, served, await service.classify_all(served, images))
+    return await service.classify_all(served, images)
 
 
 # -- requests -------------------------------------------------------------------------------------------------
@@ -142,6 +159,20 @@ def _parse(
     """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
     end = len(body) if length is None else _header_length(length, len(body))
     infer_request = parse_model(InferRequest, body[:end])
+    return infer_request, read_images(infer_request, body[end:], settings)
+
+
+def read_images(infer_request: InferRequest, binary: bytes, settings: Settings) -> list[bytes | BadImage] | Images:
+    """The images of a request: encoded, or as pixels, uint8 with 4 dimensions.
+
+    Args:
+        infer_request: the request.
+        binary: what follows the JSON.
+        settings: the largest number of images.
+
+    Raises:
+        RequestError: 400 or 413, the request or its tensor cannot be used.
+    """
     for output in infer_request.outputs or []:
         if output.name not in ("probabilities", "label"):
             raise RequestError(
@@ -152,9 +183,9 @@ def _parse(
     if not 1 <= count <= settings.max_images:
         raise RequestError(413 if count > 0 else 400, f"A request may have 1 to {settings.max_images} images.")
     if (tensor.name, tensor.datatype) == ("image_bytes", "BYTES") and tensor.shape in ([count], [count, 1]):
-        return infer_request, _parse_strings(tensor, body[end:], count)
+        return _parse_strings(tensor, binary, count)
     if (tensor.name, tensor.datatype) == ("image", "UINT8") and len(tensor.shape) == 4:
-        return infer_request, _parse_pixels(tensor, body[end:], count)
+        return _parse_pixels(tensor, binary, count)
     raise RequestError(
         400,
         f"The input is {reprlib.repr(tensor.name)}, {reprlib.repr(tensor.datatype)} {reprlib.repr(tensor.shape)}; "
@@ -259,18 +290,25 @@ def _image_from_lists(values: Any, index: int) -> Images:
 # -- responses ------------------------------------------------------------------------------------------------
 
 
+def requested_outputs(
+    request: InferRequest, served: ServedModel, rows: Probabilities
+) -> Iterator[tuple[InferOutput, Any]]:
+    """The outputs that a request asks for, each with its values: a float32 array, or an object array of str."""
+    for output in request.outputs or [InferOutput(name="probabilities"), InferOutput(name="label")]:
+        yield output, _output_values(output, served, rows)
+
+
 def _create_response(request: InferRequest, served: ServedModel, rows: Probabilities) -> Response:
     outputs, binary = [], b""
-    for output in request.outputs or [InferOutput(name="probabilities"), InferOutput(name="label")]:
-        values = _output_values(output, served, rows)
+    for output, values in requested_outputs(request, served, rows):
         tensor: dict[str, Any] = {
             "name": output.name,
-            "datatype": "FP32" if values.dtype == np.float32 else "BYTES",
+            "datatype": datatype(values),
             "shape": list(values.shape),
         }
         binary_data = output.parameters.binary_data
         if request.parameters.binary_data_output if binary_data is None else binary_data:
-            data = _to_binary(values)
+            data = to_binary(values)
             tensor["parameters"] = {"binary_data_size": len(data)}
             binary += data
         else:
@@ -289,8 +327,12 @@ def _create_response(request: InferRequest, served: ServedModel, rows: Probabili
     )
 
 
+def datatype(values: Any) -> str:
+    """The protocol's name of an output's type."""
+    return "FP32" if values.dtype == np.float32 else "BYTES"
+
+
 def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities) -> Any:
-    """A float32 array, or an object array of str."""
     names = served.bundle.info.class_names
     if output.name == "label":
         return np.asarray([names[index] for index in rows.argmax(1)], object)
@@ -304,10 +346,15 @@ def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities
     return np.asarray(texts, object)
 
 
-def _to_binary(values: Any) -> bytes:
+def to_binary(values: Any) -> bytes:
+    """The values of a tensor as bytes; strings each behind its length."""
     if values.dtype == np.float32:
         return bytes(values.astype("<f4").tobytes())
-    elements = [text.encode() for text in values.ravel()]
+    return pack_strings([text.encode() for text in values.ravel()])
+
+
+def pack_strings(elements: Sequence[bytes]) -> bytes:
+    """Strings as bytes, each behind its length."""
     return b"".join(struct.pack("<I", len(element)) + element for element in elements)
 
 

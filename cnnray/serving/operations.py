@@ -12,6 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from cnnray.serving.bodies import RequestError
+from cnnray.serving.keys import API_KEY_FILE
 from cnnray.serving.schema import CANARY_KEY_PARAMETER, Failure
 from cnnray.serving.service import Service
 
@@ -49,6 +51,7 @@ class Operation(Route):
         answer: type of the response's JSON; None: the response is no JSON, and the operation is not described.
         failures: statuses of `FAILURES` that it may have.
         tag: heading under which it is described.
+        for_admins: whether it needs the key of an admin.
     """
 
     def __init__(
@@ -62,18 +65,21 @@ class Operation(Route):
         answer: Any = dict[str, Any],
         failures: Sequence[int] = _USUAL_FAILURES,
         tag: str | None = None,
+        for_admins: bool = False,
     ) -> None:
         super().__init__(path, handler, methods=[method])
         self.methods = {method}  # of GET, Route makes GET and HEAD
         self._handler = handler
         self.method, self.query, self.bodies, self.answer = method, query, bodies or {}, answer
-        self.failures, self.tag = failures, tag
+        self.failures, self.tag, self.for_admins = failures, tag, for_admins
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See Starlette. The application has put its service into the scope."""
         if scope["method"] != self.method:
             raise HTTPException(405, headers={"Allow": self.method})
         scope["route"] = self
+        if self.for_admins and not getattr(scope.get("key"), "admin", False):
+            raise RequestError(403, f"This needs the key of an admin, from the file that {API_KEY_FILE} names.")
         content = await self._handler(scope["service"], Request(scope, receive))
         if isinstance(content, BaseModel):  # by pydantic, whose JSON has null for a number that is not finite
             content = Response(content.model_dump_json(by_alias=True), media_type="application/json")

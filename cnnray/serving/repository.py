@@ -136,7 +136,13 @@ OPERATIONS = [
     ),
     *(
         Operation(
-            "POST", f"/v2/repository/models/{{model}}/{verb}", handler, bodies=bodies, failures=_FAILURES, tag=_TAG
+            "POST",
+            f"/v2/repository/models/{{model}}/{verb}",
+            handler,
+            bodies=bodies,
+            failures=_FAILURES,
+            tag=_TAG,
+            for_admins=True,
         )
         for verb, handler, bodies in (("load", _load, _BODIES), ("unload", _unload, {}))
     ),

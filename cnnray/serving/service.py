@@ -15,6 +15,7 @@ from cnnray.models.predictor import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import NOT_BASE64, RequestError, declared_length, parse_body, too_large
+from cnnray.serving.cache import Cache
 from cnnray.serving.canaries import Canaries, Image
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
@@ -70,6 +71,7 @@ class Service:
         self.admission = Admission()
         self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes))
         self.coordination = coordination
+        self._cache = Cache()
         self.canaries = Canaries(self._compute, self.admission, self.metrics, coordination)
         self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
         self._changing = asyncio.Lock()
@@ -118,6 +120,7 @@ class Service:
                 log.warning("%s %s is %s", model.name, model.version, model.verdict)
         self.settings, self.models, self.problem = settings, models, None
         self.canaries.follow(models, settings)
+        self._cache.clear()  # the answers may be others, with other bounds for images
 
     async def _try_again(self, settings: Settings) -> None:
         pause = _FIRST_PAUSE
@@ -221,13 +224,31 @@ class Service:
         assert settings is not None
         values = [Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image for image in images]
         self.admission.check_images(settings, len(values))
-        rows = await self._compute(served, values)
+        rows = await self._answer(served, values, settings)
         names = served.bundle.info.class_names
         for row in rows:
             if not isinstance(row, BadImage):
                 best = int(row.argmax())
                 self.metrics.record_prediction(served.name, served.version, names[best], float(row[best]))
         self.canaries.compare_later(served, values, rows)
+        return rows
+
+    async def _answer(
+        self, served: ServedModel, values: Sequence[Image], settings: Settings
+    ) -> list[Probabilities | BadImage]:
+        """The answers to images: those that are known, and the others computed."""
+        if not settings.max_cache_bytes:
+            return await self._compute(served, values)
+        keys = [self._cache.key(served, value.data) if isinstance(value, Encoded) else None for value in values]
+        known = [None if key is None else self._cache.get(key) for key in keys]
+        missing = [value for value, answer in zip(values, known, strict=True) if answer is None]
+        self.metrics.record_cache(hits=len(values) - len(missing), misses=len(missing))
+        computed = iter(await self._compute(served, missing) if missing else [])
+        rows = []
+        for key, answer in zip(keys, known, strict=True):
+            rows.append(next(computed) if answer is None else answer)
+            if answer is None and key is not None:
+                self._cache.put(key, rows[-1], settings.max_cache_bytes)
         return rows
 
     async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Probabilities | BadImage]:

@@ -50,6 +50,8 @@ class Settings:
     """Largest number of images that wait or are computed."""
     max_bytes_in_flight: int = 2**27
     """Largest number of bytes of bodies that are held."""
+    max_cache_bytes: int = 0
+    """Largest size of the answers that are kept for images that are sent again; 0: none."""
     shadow_share: float = 0.0
     """Share of a model's requests that its canary and the version before it both answer, to be compared."""
     promote_after: int | None = None

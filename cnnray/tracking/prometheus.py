@@ -177,6 +177,11 @@ class ServingMetrics:
             tag_keys=("model", "version"),
         )
 
+        self._cached_images = metrics.Counter(
+            "cnnray_cached_images",
+            description="Images by whether their answer was known (hit), with --cache-mebibytes.",
+            tag_keys=("hit",),
+        )
         self._image_seconds = metrics.Histogram(
             "cnnray_image_seconds",
             description="Time from an image's arrival at the queue of a version to its answer.",
@@ -240,6 +245,11 @@ class ServingMetrics:
     def record_comparison(self, model: str, version: str, *, agree: bool) -> None:
         """Record an image that this canary and the version before it have answered."""
         self._count(self._compared_images, model=model, version=version, agree=str(agree).lower())
+
+    def record_cache(self, hits: int, misses: int) -> None:
+        """Record images whose answer was known, and others."""
+        self._count(self._cached_images, hits, hit="true")
+        self._count(self._cached_images, misses, hit="false")
 
     def record_verdict(self, model: str, version: str, verdict: int) -> None:
         """Record what was decided about a canary: 1 promote, -1 roll back, 0 wait."""

@@ -16,6 +16,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import requests
+import tritonclient.grpc
 import tritonclient.http
 import tritonclient.utils
 import yaml
@@ -28,7 +29,7 @@ from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
-from tests.e2e.conftest import requested_addresses, started_jobs, survivors, until
+from tests.e2e.conftest import free_port, requested_addresses, started_jobs, survivors, until
 from tests.e2e.service import Service, ask, copy_as_new_version
 
 GOOD = awkward_images()["rgb.png"]
@@ -302,11 +303,54 @@ def _status(address):
         return None
 
 
-def test_models_are_loaded_and_unloaded_by_an_unmodified_client(start, onnx_bundle, newer, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("- {name: web, key: one}\n- {name: operator, key: two, admin: true}\n")
-    guarded = functools.partial(start, environment={"CNNRAY_API_KEY_FILE": str(keys)})
-    service = Service(guarded, *_models(onnx_bundle), *FLAGS)
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A file of API keys."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("- {name: web, key: one}\n- {name: operator, key: two, admin: true}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def guarded(start, onnx_bundle, keys):
+    """A service that asks for keys, over HTTP and gRPC. Its second port is `grpc`."""
+    port = free_port()
+    start_there = functools.partial(start, environment={"CNNRAY_API_KEY_FILE": str(keys)})
+    service = Service(start_there, *_models(onnx_bundle), *FLAGS, "--grpc-port", str(port))
+    service.grpc = f"127.0.0.1:{port}"
+    return service
+
+
+def test_an_unmodified_client_of_the_open_inference_protocol_over_grpc(guarded, onnx_bundle):
+    key = {"x-api-key": "one"}
+    pixels = decode(GOOD, Geometry.of(32))[None]
+    (expected,) = Predictor(Bundle.load(onnx_bundle), engine="onnx").probabilities(pixels)
+    with tritonclient.grpc.InferenceServerClient(guarded.grpc) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("colours", headers=key)
+        assert client.get_server_metadata(headers=key).name == "cnnray"
+        assert list(client.get_model_metadata("colours", headers=key).inputs[0].shape) == [-1, 32, 32, 3]
+        numbers = tritonclient.grpc.InferInput("image", pixels.shape, "UINT8")
+        numbers.set_data_from_numpy(pixels)
+        encoded = tritonclient.grpc.InferInput("image_bytes", [1], "BYTES")
+        encoded.set_data_from_numpy(np.asarray([GOOD], object))
+        for tensor in (numbers, encoded):
+            result = client.infer("colours", [tensor], headers=key)
+            np.testing.assert_allclose(result.as_numpy("probabilities")[0], expected, atol=1e-5)
+        for model, headers, status in (("colours", {}, "UNAUTHENTICATED"), ("mice", key, "NOT_FOUND")):
+            with pytest.raises(tritonclient.utils.InferenceServerException) as raised:
+                client.infer(model, [encoded], headers=headers)
+            assert raised.value.status() == f"StatusCode.{status}"
+        large = tritonclient.grpc.InferInput("image_bytes", [1], "BYTES")
+        large.set_data_from_numpy(np.asarray([b"x" * 2**25], object))
+        with pytest.raises(tritonclient.utils.InferenceServerException) as raised:
+            client.infer("colours", [large], headers=key)
+        assert raised.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+def test_models_are_loaded_and_unloaded_by_an_unmodified_client(guarded, onnx_bundle, newer, keys):
+    service = guarded
     old, new = (Bundle.load(uri).version for uri in (onnx_bundle, newer))
     web, operator = {"X-API-Key": "one"}, {"X-API-Key": "two"}
     with tritonclient.http.InferenceServerClient(service.address.removeprefix("http://")) as client:

@@ -1,0 +1,60 @@
+"""Answers to images that were sent before."""
+
+import hashlib
+from collections import OrderedDict
+
+from cnnray.images.decode import BadImage
+from cnnray.models.predictor import NO_PROBABILITIES
+from cnnray.models.runtimes import Probabilities
+from cnnray.serving.models import ServedModel
+
+Answer = Probabilities | BadImage
+
+_OVERHEAD = 400
+"""Bytes of an entry besides its probabilities: the key, the array's object, the dictionary's slot."""
+
+
+class Cache:
+    """The last answers, by the bytes of the image and the version that answered. The least recently used go first."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[bytes, Answer] = OrderedDict()
+        self.bytes = 0
+        """Size of all entries."""
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @staticmethod
+    def key(served: ServedModel, image: bytes) -> bytes:
+        """The key of an image, as it was sent, for a version."""
+        digest = hashlib.sha256(f"{served.name} {served.version} {served.engine}\n".encode())
+        digest.update(image)
+        return digest.digest()
+
+    def get(self, key: bytes) -> Answer | None:
+        """The answer to an image; None: it is not known."""
+        answer = self._answers.get(key)
+        if answer is not None:
+            self._answers.move_to_end(key)
+        return answer
+
+    def put(self, key: bytes, answer: Answer, limit: int) -> None:
+        """Keep an answer, and at most `limit` bytes in all. An engine's failure is not kept."""
+        if key in self._answers or (isinstance(answer, BadImage) and answer.reason == NO_PROBABILITIES):
+            return
+        # A row of a micro-batch would hold the whole micro-batch.
+        self._answers[key] = answer if isinstance(answer, BadImage) else answer.copy()
+        self.bytes += _size(answer)
+        while self.bytes > limit:
+            _, oldest = self._answers.popitem(last=False)
+            self.bytes -= _size(oldest)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._answers.clear()
+        self.bytes = 0
+
+
+def _size(answer: Answer) -> int:
+    return _OVERHEAD + (0 if isinstance(answer, BadImage) else answer.nbytes)

@@ -53,6 +53,9 @@ class RequestError(BadInputError):
         self.status = status
         self.headers = headers if status != 503 else {"Retry-After": "1"}
 
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str, Mapping[str, str] | None]]:
+        return type(self), (self.status, str(self), self.headers)
+
 
 class InvalidError(RequestError):
     """Values that a request may not have."""

@@ -10,9 +10,18 @@ from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.coordinator import Coordination
-from cnnray.serving.models import Models, ServedModel
+from cnnray.serving.models import Models, NoSuchModelError, ServedModel
 from cnnray.serving.pipeline import Encoded
-from cnnray.serving.releases import PROMOTE, ROLL_BACK, Comparison, Release, Verdict, find_release
+from cnnray.serving.releases import (
+    PROMOTE,
+    ROLL_BACK,
+    WAIT,
+    Comparison,
+    Release,
+    Verdict,
+    find_release,
+    is_decision,
+)
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
@@ -60,40 +69,51 @@ class Canaries:
     def follow(self, models: Models, settings: Settings) -> None:
         """Compare the canaries of these settings; what is known of those that stay is kept."""
         self._models, self._settings = models, settings
+        for model in settings.models:
+            decision = next((action for action in _NUMBERS if is_decision(model.verdict, action)), WAIT)
+            self._metrics.record_verdict(model.name, str(model.version), _NUMBERS.get(decision, 0))
         releases = [release for name in models.names if (release := find_release(settings, name))]
         self._comparisons = {release: self._comparisons.get(release, Comparison()) for release in releases}
         self.verdicts = {release: self.verdicts.get(release, Verdict()) for release in releases}
         if releases and self._coordination and (self._reporting is None or self._reporting.done()):
             self._reporting = asyncio.create_task(self._report(self._coordination))
 
-    def record(self, served: ServedModel, images: int, failed: int, seconds: float) -> None:
-        """Record images that came together.
+    def record(self, served: ServedModel, images: int, seconds: float, *, failed: bool) -> None:
+        """Record a request.
 
         Args:
-            served: the version that was to answer them.
+            served: the version that was to answer it.
             images: those that could be used.
-            failed: those without an answer, by the service's fault.
-            seconds: from their arrival until they were answered.
+            seconds: from its arrival at the queue until it was answered, or its client left.
+            failed: whether an image has no answer, by the service's fault.
         """
-        self._metrics.record_answers(served.name, served.version, images - failed, failed, seconds)
+        self._metrics.record_request_of_version(served.name, served.version, seconds, failed=failed)
         if release := self._release_of(served):
             comparison = self._comparisons[release]
-            answers = comparison.canary if served.version == release.canary else comparison.stable
-            answers.add(images, failed, seconds)
+            record = comparison.canary if served.version == release.canary else comparison.stable
+            record.add_request(images, seconds, failed=failed)
 
     def compare_later(self, served: ServedModel, images: Sequence[Image], answers: Answers) -> None:
-        """Give a share of the requests to the other version of a release, too, once they have been answered.
+        """Give one image of a share of the requests to the other version of a release, too, after the answer.
 
-        That waits for no request, and is left out where much is waiting.
+        No request waits for it, and it is left out where much is waiting or held.
         """
         release, settings = self._release_of(served), self._settings
         if (
-            release is not None
-            and settings is not None
-            and random.random() < settings.shadow_share
-            and self._admission.images <= settings.max_queued_images // 4
+            release is None
+            or settings is None
+            or random.random() >= settings.shadow_share
+            or self._admission.images > settings.max_queued_images // 4
+            or self._admission.bytes > settings.max_bytes_in_flight // 4
         ):
-            task = asyncio.create_task(self._compare(release, served, images, answers, settings))
+            return
+        pairs = [
+            (image, answer)
+            for image, answer in zip(images, answers, strict=True)
+            if not isinstance(image, BadImage) and not isinstance(answer, BadImage)
+        ]
+        if pairs:
+            task = asyncio.create_task(self._compare(release, served, *random.choice(pairs), settings))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -104,30 +124,34 @@ class Canaries:
         return None
 
     async def _compare(
-        self, release: Release, served: ServedModel, images: Sequence[Image], answers: Answers, settings: Settings
+        self,
+        release: Release,
+        served: ServedModel,
+        image: Encoded | Images,
+        answer: Probabilities,
+        settings: Settings,
     ) -> None:
-        assert self._models is not None
-        other = release.stable if served.version == release.canary else release.canary
-        shadow, held = self._models.choose(release.name, other), Held(self._admission)
-        sizes = [len(image.data) for image in images if isinstance(image, Encoded)]
+        held, size = Held(self._admission), len(image.data) if isinstance(image, Encoded) else image.nbytes
         try:
-            held.add_bytes(sum(sizes), settings)
-            others = await self._compute(shadow, images)
-        except RequestError:  # no room, or it took too long
+            assert self._models is not None
+            shadow = self._models.choose(
+                release.name, release.stable if served.version == release.canary else release.canary
+            )
+            held.add_bytes(size, settings)
+            (shadowed,) = await self._compute(shadow, [image])
+        except (RequestError, NoSuchModelError):  # no room, too slow, or unloaded meanwhile
             return
         except Exception:
-            log.exception("%s %s does not answer", shadow.name, shadow.version)
+            log.exception("%s cannot be compared with the version before it", release.name)
             return
         finally:
             held.release()
-        if release not in self._comparisons:  # decided meanwhile
-            return
-        for answer, shadowed in zip(answers, others, strict=True):
-            if not isinstance(answer, BadImage) and not isinstance(shadowed, BadImage):
-                agree = _label(served, answer) == _label(shadow, shadowed)
-                self._comparisons[release].compared += 1
-                self._comparisons[release].agreed += agree
-                self._metrics.record_comparison(release.name, release.canary, agree=agree)
+        comparison = self._comparisons.get(release)
+        if comparison is not None and not isinstance(shadowed, BadImage):
+            agree = _label(served, answer) == _label(shadow, shadowed)
+            comparison.compared += 1
+            comparison.agreed += agree
+            self._metrics.record_comparison(release.name, release.canary, agree=agree)
 
     async def _report(self, coordination: Coordination) -> None:
         """Tell the coordinator what was seen, as long as there are canaries."""
@@ -136,7 +160,7 @@ class Canaries:
             try:
                 verdicts = await coordination.report(self._comparisons, self._settings)
             except Exception:
-                log.exception("the coordinator cannot be reached; its replicas go on to serve what they serve")
+                log.exception("the coordinator cannot be reached; nothing changes until it can")
                 continue
             for release, verdict in verdicts.items():
                 if release in self.verdicts:

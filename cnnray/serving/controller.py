@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from cnnray.serving.releases import ChangeError
 from cnnray.serving.settings import Settings
 
 APPLICATION, DEPLOYMENT, MODULE = "cnnray", "Classifier", "cnnray.serving.deployment"
@@ -58,41 +59,51 @@ def rest_client() -> Any:
     return ServeSubmissionClient(f"http://{context.dashboard_url}")
 
 
-def other_applications(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configurations of the applications beside ours, which Serve deletes if a new configuration lacks them."""
+def other_applications(details: dict[str, Any], application: str = APPLICATION) -> list[dict[str, Any]]:
+    """The configurations of the applications beside one, which Serve deletes if a new configuration lacks them."""
     return [
-        application["deployed_app_config"]
-        for name, application in details.get("applications", {}).items()
-        if name != APPLICATION and application.get("deployed_app_config")
+        entry["deployed_app_config"]
+        for name, entry in details.get("applications", {}).items()
+        if name != application and entry.get("deployed_app_config")
     ]
 
 
 class ServedSettings:
-    """The settings that Serve gives to all replicas, in a process of the cluster."""
+    """The settings that Serve gives to all replicas of a deployment, in a process of the cluster."""
+
+    def __init__(self, application: str, deployment: str) -> None:
+        self._application, self._deployment = application, deployment
 
     def read(self) -> Settings:
         """The present settings."""
-        return Settings.from_dict(self._deployment(self._details())["user_config"])
+        return Settings.from_dict(self._find(self._details())["user_config"])
 
-    def write(self, settings: Settings) -> None:
-        """Change the settings of all replicas, which go on to answer requests meanwhile."""
+    def write(self, before: Settings, after: Settings) -> None:
+        """Change the settings of all replicas, which go on to answer requests meanwhile.
+
+        Raises:
+            ChangeError: they are not the settings that they are to be changed from.
+        """
         import ray
         from ray.serve.schema import ServeDeploySchema
 
         details = self._details()
-        self._deployment(details)["user_config"] = settings.as_dict()
-        ours = details["applications"][APPLICATION]["deployed_app_config"]
+        deployment = self._find(details)
+        if Settings.from_dict(deployment["user_config"]) != before:
+            raise ChangeError("Somebody else has changed the service at the same time: try again.")
+        deployment["user_config"] = after.as_dict()
+        ours = details["applications"][self._application]["deployed_app_config"]
+        others = other_applications(details, self._application)
         schema = ServeDeploySchema.model_validate(
-            {"applications": [ours, *other_applications(details)], "target_capacity": details.get("target_capacity")}
+            {"applications": [ours, *others], "target_capacity": details.get("target_capacity")}
         )
         ray.get(self._controller().apply_config.remote(schema))
 
-    @staticmethod
-    def _deployment(details: dict[str, Any]) -> dict[str, Any]:
-        ours = details["applications"][APPLICATION]["deployed_app_config"]
-        (deployment,) = (entry for entry in ours["deployments"] if entry["name"] == DEPLOYMENT)
-        found: dict[str, Any] = deployment
-        return found
+    def _find(self, details: dict[str, Any]) -> dict[str, Any]:
+        ours = details["applications"][self._application]["deployed_app_config"]
+        (found,) = (entry for entry in ours["deployments"] if entry["name"] == self._deployment)
+        deployment: dict[str, Any] = found
+        return deployment
 
     def _details(self) -> dict[str, Any]:
         import ray

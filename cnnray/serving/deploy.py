@@ -69,7 +69,7 @@ def check_bundles(config: ServeConfig) -> Versions:
 
 
 def build_configuration(
-    config: ServeConfig, versions: Versions | None, max_replicas: int, *, surges: bool = True
+    config: ServeConfig, versions: Versions | None, max_replicas: int, *, surges: bool = True, revision: int = 0
 ) -> dict[str, Any]:
     """The configuration for `serve deploy`.
 
@@ -80,12 +80,15 @@ def build_configuration(
         max_replicas: used if `config.max_replicas` is None.
         surges: where replicas are replaced, because their code or resources have changed, start new ones before old
             ones are stopped. They need room of their own, and otherwise would wait for it.
+        revision: `ModelSettings.revision` of all models.
     """
     drain = config.timeout_seconds + 5
     settings = config.settings
     if versions is not None:
         listed = {name: iter(of_model) for name, of_model in versions.items()}
-        pinned = tuple(replace(model, version=next(listed[model.name])[0]) for model in settings.models)
+        pinned = tuple(
+            replace(model, version=next(listed[model.name])[0], revision=revision) for model in settings.models
+        )
         settings = replace(settings, models=pinned)
     deployment = {
         "name": DEPLOYMENT,
@@ -302,10 +305,16 @@ def _deploy(
         )
     deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
     surges = cluster.free_resources().room_for(*config.resources) > 0
-    configuration = build_configuration(config, versions, max_replicas, surges=surges)
+    configuration = build_configuration(
+        config, versions, max_replicas, surges=surges, revision=time.time_ns() // 10**6
+    )
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment
-    if deployed and not surges and _replaces_replicas(deployed, configuration["applications"][0]):
+    replaced: list[str] = []
+    if deployed and _replaces_replicas(deployed, configuration["applications"][0]):
+        replicas = details["applications"][APPLICATION].get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+        replaced = [replica["replica_id"] for replica in replicas]
+    if replaced and not surges:
         log.warning(
             "the code or the resources of the replicas change, and there is no room for another one: each is stopped "
             "before its successor starts"
@@ -315,13 +324,19 @@ def _deploy(
     address = f"http://{host}:{config.port}"
     client.deploy_applications(configuration)
     try:
-        replicas = wait_until_served(client, address, config, versions, stop)
+        count = wait_until_served(client, address, config, versions, stop, replaced)
     except (ServingError, cluster.ClusterError):
         # Running replicas keep their models, but a new replica would start with the settings that fail.
         others = configuration["applications"][1:]
-        client.deploy_applications(configuration | {"applications": [deployed, *others] if deployed else others})
+        now = client.get_serve_details().get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
+        if now is None or _models(now) == _models(configuration["applications"][0]):  # else somebody has changed them
+            client.deploy_applications(configuration | {"applications": [deployed, *others] if deployed else others})
         raise
-    return {"address": address, "models": _uris_by_name(config), "replicas": replicas}
+    return {"address": address, "models": _uris_by_name(config), "replicas": count}
+
+
+def _models(application: dict[str, Any]) -> list[Any]:
+    return [entry["user_config"]["models"] for entry in application["deployments"]]
 
 
 def _replaces_replicas(deployed: dict[str, Any], application: dict[str, Any]) -> bool:

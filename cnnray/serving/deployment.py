@@ -30,10 +30,11 @@ class Classifier:
     def __init__(self) -> None:
         _log_as_serve_does()
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+        context = serve.get_replica_context()
         self._service = Service(
             threads=max(1, math.ceil(cpus)),
             gpus=bool(ray.get_gpu_ids()),
-            coordination=Coordination(serve.get_replica_context().replica_id.unique_id),
+            coordination=Coordination(context.app_name, context.deployment, context.replica_id.unique_id),
         )
         self._keys = Keys(read_keys())
         self._grpc = GrpcGate(self._service, self._keys)

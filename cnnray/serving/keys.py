@@ -43,7 +43,7 @@ def read_keys() -> list[Key]:
     """The keys, one of which a request must send; empty: requests need no key.
 
     It is the value of the environment variable `CNNRAY_API_KEY`, or they are in the file that `CNNRAY_API_KEY_FILE`
-    names, a path or s3://: either a key alone, without the white space around it, or a YAML list of mappings with
+    names, a path or s3://: either a key alone, on one line, or a YAML list of mappings with
     `key`, `name`, and where wanted `requests_per_second` and `admin`. The variables of a submitted job are no place
     for a secret: Ray shows them to everybody who may list jobs.
 
@@ -60,12 +60,14 @@ def read_keys() -> list[Key]:
     where = f"{file}, which {API_KEY_FILE} names,"
     if not text:
         raise ApiKeyError(f"{where} is empty.")
+    if not text.startswith(("-", "[", "{", "#")) and len(text.splitlines()) == 1:
+        return [Key(key=text)]
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError:
-        entries = text  # any text may be a key; what it is must not be in a message
+    except (yaml.YAMLError, ValueError):
+        entries = None  # the error would show a part of the file
     if not isinstance(entries, list):
-        return [Key(key=text)]
+        raise ApiKeyError(f"{where} is neither a key, on one line, nor a YAML list of keys.")
     keys = [_read_entry(entry, f"{where} has at place {place}") for place, entry in enumerate(entries, start=1)]
     if len({key.key for key in keys}) < len(keys):
         raise ApiKeyError(f"{where} has a key twice.")
@@ -82,7 +84,7 @@ def _read_entry(entry: object, where: str) -> Key:
         raise ApiKeyError(f"{where} something else than a mapping with key, name, requests_per_second and admin.")
     for name, value in entry.items():
         if not isinstance(value, kinds[name]) or (kinds[name] is not bool and not value):
-            raise ApiKeyError(f"{where} a value of {name} that cannot be.")
+            raise ApiKeyError(f"{where} a {name} of the wrong type, or an empty one.")
     if not entry.get("requests_per_second", 1) > 0:
         raise ApiKeyError(f"{where} no requests per second.")
     return Key(**entry)
@@ -150,7 +152,7 @@ class Keys:
             await asyncio.sleep(_READ_AGAIN_SECONDS)
             try:
                 self._set(await asyncio.to_thread(read_keys))
-            except (ApiKeyError, OSError) as error:
+            except Exception as error:  # whatever it is, the file must be read again
                 log.error("The API keys stay as they are: %s", error)
 
 

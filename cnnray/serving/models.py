@@ -16,7 +16,7 @@ from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.batching import Batcher
 from cnnray.serving.pipeline import Encoded, Pipeline
-from cnnray.serving.settings import Settings
+from cnnray.serving.settings import ModelSettings, Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,17 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
     return bundle, engine, engines.digest(bundle, engine)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What decides which model is loaded, besides the engine's file."""
+
+    name: str
+    uri: str
+    engine: str
+    batch_size: int
+    version: str | None
+
+
 class Loader:
     """Loads the models of new settings while the present ones answer requests."""
 
@@ -139,7 +150,8 @@ class Loader:
             metrics: counts micro-batches and times their stages.
         """
         self._threads, self._gpus, self._metrics = threads, gpus, metrics
-        self._loaded: dict[tuple[str, ...], ServedModel] = {}
+        self._loaded: dict[_Place, tuple[str, ServedModel]] = {}
+        """By place, the digest of the engine's file, and what was loaded."""
 
     def __call__(self, settings: Settings) -> tuple[Models, Settings]:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
@@ -148,27 +160,41 @@ class Loader:
             The models, and the settings with the version of each.
 
         Raises:
-            BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed. The models of the
-                last call are not affected.
+            BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed, unless the last call
+                has loaded it. The models of the last call are not affected.
         """
-        loaded: dict[tuple[str, ...], ServedModel] = {}
+        loaded: dict[_Place, tuple[str, ServedModel]] = {}
         models, pinned = [], []
         for model in settings.models:
+            place, digest, served = self._load_or_keep(model, settings)
+            loaded[place] = digest, served
+            models.append((served, model.share))
+            pinned.append(replace(model, version=served.version))
+        self._loaded = loaded
+        return Models(models), replace(settings, models=tuple(pinned))
+
+    def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Place, str, ServedModel]:
+        """Load a model, or keep what the last call has loaded if it is the same, or if its bundle is gone."""
+        place = _Place(model.name, model.uri, settings.engine, settings.batch_size, model.version)
+        try:
             bundle, engine, digest = find_engine(
                 model.uri, settings.engine, gpus=self._gpus, batch_size=settings.batch_size
             )
             if model.version not in (None, bundle.version):
                 raise BundleError(
-                    f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy the service "
-                    "again."
+                    f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy it again."
                 )
-            # Another export of the same model has another digest.
-            key = (model.name, bundle.version, engine, digest, str(settings.batch_size))
-            loaded[key] = self._loaded.get(key) or self._load(model.name, bundle, engine, settings.batch_size)
-            models.append((loaded[key], model.share))
-            pinned.append(replace(model, version=bundle.version))
-        self._loaded = loaded
-        return Models(models), replace(settings, models=tuple(pinned))
+        except (BundleError, OSError) as error:
+            if place not in self._loaded or model.version is None:
+                raise
+            # A rollback must not depend on the storage of what is rolled back.
+            log.warning("%s %s stays as it was loaded: %s", model.name, model.version, error)
+            return (place, *self._loaded[place])
+        place = replace(place, version=bundle.version)
+        digest_before, served = self._loaded.get(place, (None, None))
+        if served is None or digest_before != digest:  # another export of the same model has another digest
+            served = self._load(model.name, bundle, engine, settings.batch_size)
+        return place, digest, served
 
     def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
         if engine in engines.KERAS_POLICIES:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cnnray.errors import BadInputError
@@ -17,15 +17,15 @@ PROMOTE, ROLL_BACK, WAIT = "promote", "roll back", "wait"
 _DONE = {PROMOTE: "promoted", ROLL_BACK: "rolled back"}
 
 _ALPHA = 1e-4
-"""Probability that one look at a canary calls it bad although it keeps a limit. A release has at most 100 looks, as
-there is another look when it has answered a quarter more images."""
+"""Probability that one look at a canary calls it bad although it keeps its limits. A release has at most 100 looks:
+there is another one when it has answered a quarter more images."""
 _GROWTH = 1.25
 _SLOW = 0.05
-"""Share of the canary's images that may take longer than `latency` times what the slowest 5 % of the others take."""
+"""Share of the canary's requests that may take longer than `latency` times the 95th percentile of the others."""
 _BUCKET = math.log(1.1)
 """Times are counted in buckets, each 1.1 times as long as the one before."""
-_FEWEST_TIMES = 100
-"""Images of the other version from which on their slowest 5 % are known well enough."""
+_FEWEST_REQUESTS = 100
+"""Answered requests of the other version from which on its usual times and errors are known well enough."""
 
 
 class ChangeError(BadInputError, ValueError):
@@ -33,26 +33,32 @@ class ChangeError(BadInputError, ValueError):
 
 
 @dataclass(kw_only=True)
-class Answers:
-    """What one version has answered."""
+class Record:
+    """How one version has answered."""
 
     images: int = 0
     """Images that it was given and that could be used."""
+    requests: int = 0
+    """Requests with such images."""
     failed: int = 0
-    """Those without an answer, by an error of the engine or because it took too long."""
+    """Requests without an answer for an image, by an error of the engine or because it took too long."""
     times: Counter[int] = field(default_factory=Counter)
-    """Images by the time from their arrival at the queue to the answer; see `bucket`."""
+    """Requests that were answered, by the time from their arrival at the queue to the answer; see `bucket`."""
 
-    def add(self, images: int, failed: int, seconds: float) -> None:
-        """Add images that came together."""
+    def add_request(self, images: int, seconds: float, *, failed: bool) -> None:
+        """Add a request. Its images share one time and one failure, so that it counts once."""
         self.images += images
+        self.requests += 1
         self.failed += failed
-        if images > failed:
-            self.times[bucket(seconds)] += images - failed
+        if not failed:
+            self.times[bucket(seconds)] += 1
 
-    def __add__(self, other: "Answers") -> "Answers":
-        return Answers(
-            images=self.images + other.images, failed=self.failed + other.failed, times=self.times + other.times
+    def __add__(self, other: "Record") -> "Record":
+        return Record(
+            images=self.images + other.images,
+            requests=self.requests + other.requests,
+            failed=self.failed + other.failed,
+            times=self.times + other.times,
         )
 
 
@@ -60,10 +66,10 @@ class Answers:
 class Comparison:
     """What a canary and the version before it have answered, and whether they agree on the same images."""
 
-    stable: Answers = field(default_factory=Answers)
-    canary: Answers = field(default_factory=Answers)
+    stable: Record = field(default_factory=Record)
+    canary: Record = field(default_factory=Record)
     compared: int = 0
-    """Images that both have answered."""
+    """Images that both have answered, at most one of a request."""
     agreed: int = 0
     """Those to which both gave the same class."""
 
@@ -87,11 +93,13 @@ class Release:
     canary: str
     share: float
     """Share of the requests that it answers."""
+    revision: int
+    """When it was deployed: another deployment of the same canary is another release."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is to become of a canary, and why, in one sentence."""
+    """The decision about a canary, and its reason."""
 
     action: str = WAIT
     """`PROMOTE`, `ROLL_BACK` or `WAIT`."""
@@ -108,70 +116,121 @@ def is_due(images: int, last: int) -> bool:
     return images > 0 and images >= _GROWTH * last
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """One of the figures by which a canary is judged."""
+
+    bad: int
+    total: int
+    """Requests or images, of which `bad` are bad."""
+    problem: str
+    """What is bad about them."""
+    limit: float
+    """Share that may be bad."""
+    certain_limit: float
+    """Share that may be bad however little is known of the other version."""
+
+    @property
+    def is_exceeded(self) -> bool:
+        return self.total > 0 and self.bad / self.total > self.limit
+
+
 def judge(comparison: Comparison, settings: Settings) -> Verdict:
     """Decide about a canary.
 
-    Each limit allows a share of the canary's images to be bad:
+    Each limit of `rollback_on` allows a share to be bad:
 
-    * `errors`: without an answer, so much more of them than of the other version's;
-    * `latency`: 5 % slower than so many times the 95th percentile of the other version's times;
-    * `agreement`: of those that both have answered, the rest with another class.
+    * `errors`: of its requests, without an answer: so much more than of the other version's;
+    * `latency`: of its requests, slower than so many times the 95th percentile of the other version: 5 %;
+    * `agreement`: of the images that both have answered, with another class: the rest.
 
-    The canary is bad if the share of bad images is larger with certainty: if the lower bound by Clopper and Pearson
-    (1934), with an error probability of 1e-4, is above the limit. It is good if it has answered `promote_after`
-    images, as many were compared where images are compared, and no share is above its limit.
+    The canary is bad if one of these shares is above its limit with certainty: if its lower bound by Clopper and
+    Pearson (1934) is, with an error probability of 1e-4 for all limits of one look. It is good if it has answered
+    `promote_after` images, as many were compared (where `agreement` has a limit, and images are compared), enough is
+    known of the other version, and no share is above its limit.
     """
     limits = DEFAULT_LIMITS if settings.rollback_on is None else settings.rollback_on
+    figures = list(_figures(comparison, limits))
+    exceeded = [figure for figure in figures if figure.is_exceeded]
+    for figure in exceeded:
+        if bound(figure.bad, figure.total, _ALPHA / len(limits), upper=False) > figure.certain_limit:
+            return Verdict(action=ROLL_BACK, reason=_describe(figure))
+    if exceeded:
+        return Verdict(reason=f"{_describe(exceeded[0])}; that is not certain yet")
     needed = settings.promote_after or DEFAULT_PROMOTE_AFTER
+    canary, stable = comparison.canary, comparison.stable
+    progress = f"{canary.images} of {needed} images answered"
+    is_done = canary.images >= needed
+    if settings.shadow_share > 0 and "agreement" in limits:
+        progress += f", {comparison.compared} compared, {comparison.agreed} of them with the class of before"
+        is_done = is_done and comparison.compared >= needed
+    if stable.times.total() < _FEWEST_REQUESTS:
+        progress += f", {stable.times.total()} of {_FEWEST_REQUESTS} requests of the version before"
+        is_done = False
+    return Verdict(action=PROMOTE if is_done else WAIT, reason=f"{progress}; no limit is exceeded")
+
+
+def _figures(comparison: Comparison, limits: Mapping[str, float]) -> Iterator[_Figure]:
     stable, canary = comparison.stable, comparison.canary
-    figures: list[tuple[str, int, int, float]] = []  # what is bad, how many of how many are, and the share allowed
-    if "errors" in limits:
-        allowed = limits["errors"] + (bound(stable.failed, stable.images, upper=True) if stable.images else 1.0)
-        figures.append(("have no answer", canary.failed, canary.images, min(allowed, 1.0)))
-    if "latency" in limits and stable.times.total() >= _FEWEST_TIMES:
-        usual = _percentile(stable.times, 1 - _SLOW)
-        longest = usual + round(math.log(limits["latency"]) / _BUCKET)
-        slow = sum(count for place, count in canary.times.items() if place > longest)
-        sentence = f"take longer than {1000 * math.exp((longest + 1) * _BUCKET):.3g} ms"
-        figures.append((sentence, slow, canary.times.total(), _SLOW))
-    if "agreement" in limits and comparison.compared:
+    if "errors" in limits and stable.requests:
+        usual, highest = stable.failed / stable.requests, bound(stable.failed, stable.requests, _ALPHA, upper=True)
+        limit = limits["errors"]
+        yield _Figure(canary.failed, canary.requests, "requests have no answer", usual + limit, highest + limit)
+    if "latency" in limits and stable.times.total() >= _FEWEST_REQUESTS:
+        longest = _percentile(stable.times, 1 - _SLOW) + round(math.log(limits["latency"]) / _BUCKET)
+        slow = sum(count for number, count in canary.times.items() if number > longest)
+        milliseconds = 1000 * math.exp((longest + 1) * _BUCKET)
+        problem = f"requests take longer than {milliseconds:.3g} ms"
+        yield _Figure(slow, canary.times.total(), problem, _SLOW, _SLOW)
+    if "agreement" in limits:
+        limit = 1 - limits["agreement"]
         differ = comparison.compared - comparison.agreed
-        figures.append(("have another class than before", differ, comparison.compared, 1 - limits["agreement"]))
-    above = [figure for figure in figures if figure[2] and figure[1] / figure[2] > figure[3]]
-    for what, bad, total, allowed in above:
-        if bound(bad, total, upper=False) > allowed:
-            return Verdict(action=ROLL_BACK, reason=f"{bad} of {total} images {what}; allowed are {allowed:.2%}")
-    if above:
-        what, bad, total, allowed = above[0]
-        return Verdict(reason=f"{bad} of {total} images {what}, and {allowed:.2%} are allowed: not certain yet")
-    compares = settings.shadow_share > 0 and "agreement" in limits
-    if canary.images < needed or (compares and comparison.compared < needed):
-        seen = f"{canary.images} images" + (f", {comparison.compared} compared" if compares else "")
-        return Verdict(reason=f"{seen}, of {needed}, and no limit is exceeded")
-    agreement = f", {comparison.agreed} of {comparison.compared} with the class of before" if compares else ""
-    return Verdict(action=PROMOTE, reason=f"{canary.images} images{agreement}, and no limit is exceeded")
+        yield _Figure(differ, comparison.compared, "compared images have another class than before", limit, limit)
 
 
-def bound(bad: int, total: int, *, upper: bool) -> float:
-    """A bound of the probability of a bad image, of which `bad` of `total` were: Clopper and Pearson (1934)."""
+def _describe(figure: _Figure) -> str:
+    return f"{figure.bad} of {figure.total} {figure.problem}, and {figure.limit:.2%} may"
+
+
+def bound(bad: int, total: int, alpha: float, *, upper: bool) -> float:
+    """A bound of a probability, of which `bad` of `total` were seen, by Clopper and Pearson (1934).
+
+    Args:
+        bad: times that it has happened.
+        total: times that it could have happened.
+        alpha: probability that the bound does not hold.
+        upper: the upper bound; else the lower one.
+    """
     from scipy.stats import beta  # slow to import
 
     if upper:
-        return 1.0 if bad == total else float(beta.ppf(1 - _ALPHA, bad + 1, total - bad))
-    return 0.0 if bad == 0 else float(beta.ppf(_ALPHA, bad, total - bad + 1))
+        return 1.0 if bad == total else float(beta.ppf(1 - alpha, bad + 1, total - bad))
+    return 0.0 if bad == 0 else float(beta.ppf(alpha, bad, total - bad + 1))
 
 
 def _percentile(times: Counter[int], share: float) -> int:
-    """The bucket below or in which this share of the images is."""
+    """The bucket below or in which this share of the requests is."""
     left = share * times.total()
-    for place in sorted(times):
-        left -= times[place]
+    for number in sorted(times):
+        left -= times[number]
         if left <= 0:
-            return place
+            return number
     raise ValueError("There are no times.")
 
 
 # -- changes of what is served ------------------------------------------------------------------------------------
+
+
+def with_versions_of(settings: Settings, loaded: Settings) -> Settings:
+    """The settings, where an entry without a version has that of the bundle that a replica has loaded for it."""
+    versions = {(model.name, model.uri): model.version for model in loaded.models}
+    return replace(
+        settings,
+        models=tuple(
+            replace(model, version=model.version or versions.get((model.name, model.uri)))
+            for model in settings.models
+        ),
+    )
 
 
 def find_release(settings: Settings, name: str) -> Release | None:
@@ -186,13 +245,15 @@ def find_release(settings: Settings, name: str) -> Release | None:
     if stable.version is None or canary.version in (None, stable.version):
         return None
     assert canary.version is not None
-    return Release(name=name, stable=stable.version, canary=canary.version, share=canary.share)
+    return Release(
+        name=name, stable=stable.version, canary=canary.version, share=canary.share, revision=canary.revision
+    )
 
 
 def acts(verdict: Verdict, settings: Settings) -> bool:
     """Whether the settings say that this verdict is carried out."""
-    told = {PROMOTE: settings.promote_after, ROLL_BACK: settings.rollback_on}
-    return told.get(verdict.action) is not None
+    wanted = {PROMOTE: settings.promote_after, ROLL_BACK: settings.rollback_on}
+    return wanted.get(verdict.action) is not None
 
 
 def carry_out(settings: Settings, release: Release, verdict: Verdict) -> Settings:
@@ -202,7 +263,7 @@ def carry_out(settings: Settings, release: Release, verdict: Verdict) -> Setting
         ChangeError: they are of another release.
     """
     if find_release(settings, release.name) != release:
-        raise ChangeError(f"{release.name} is served otherwise by now.")
+        raise ChangeError(f"The versions of {release.name} have been changed meanwhile.")
     share = 1.0 if verdict.action == PROMOTE else 0.0
     shares = {release.stable: 1 - share, release.canary: share}
     return replace(
@@ -220,9 +281,10 @@ def carry_out(settings: Settings, release: Release, verdict: Verdict) -> Setting
     )
 
 
-def is_decision(verdict: str | None) -> bool:
-    """Whether a verdict, as `/metadata` shows it, was carried out."""
-    return verdict is not None and verdict.startswith(tuple(_DONE.values()))
+def is_decision(verdict: str | None, action: str | None = None) -> bool:
+    """Whether a verdict, as `/metadata` shows it, was carried out, or this action was."""
+    done = tuple(_DONE.values()) if action is None else _DONE[action]
+    return verdict is not None and verdict.startswith(done)
 
 
 def load(settings: Settings, new: ModelSettings) -> Settings:

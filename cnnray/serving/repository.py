@@ -4,14 +4,15 @@ A change is one of all replicas, and of those that start later, until `jobs/serv
 """
 
 import asyncio
+import logging
 import time
 from typing import Annotated, Any
 
 import pydantic
 from starlette.requests import Request
 
-from cnnray.errors import BadInputError
 from cnnray.images import storage
+from cnnray.models.bundle import BundleError
 from cnnray.serving.bodies import RequestError, parse_model
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.models import find_engine
@@ -19,6 +20,8 @@ from cnnray.serving.operations import Bodies, Operation
 from cnnray.serving.releases import ChangeError
 from cnnray.serving.service import Service
 from cnnray.serving.settings import NAME, ModelSettings, Settings
+
+log = logging.getLogger(__name__)
 
 _TAG = "Model repository"
 _CHANGE_SECONDS = 300.0
@@ -65,34 +68,41 @@ async def _index(service: Service, request: Request) -> list[dict[str, str]]:
 async def _load(service: Service, request: Request) -> dict[str, Any]:
     """Load a bundle as a model, or as a new version of it."""
     name = request.path_params["model"]
-    asked = await service.read(request, lambda body, _: _parse(body))
-    settings = service.settings
-    assert settings is not None
-    uri = asked.uri
-    if uri is None:
-        uris = [model.uri for model in settings.models if model.name == name]
-        if not uris:
-            raise RequestError(400, f"{name} is not served yet: give the uri of its bundle.")
-        uri = uris[-1]
     if not NAME.fullmatch(name):
         raise RequestError(400, f"{name!r} cannot be a name: expected letters, digits, _, . and -.")
+    asked = await service.read(request, lambda body, _: _parse(body))
+    service.ready_models()
+    settings = service.settings
+    assert settings is not None
+    places = {model.uri: model.version for model in settings.models if model.name == name}
+    if asked.uri is None and not places:
+        raise RequestError(400, f"{name} is not served yet: give the uri of its bundle.")
+    uri = list(places)[-1] if asked.uri is None else storage.absolute(asked.uri)
     try:
         bundle, _, _ = await asyncio.to_thread(
-            find_engine, storage.absolute(uri), settings.engine, gpus=service.gpus, batch_size=settings.batch_size
+            find_engine, uri, settings.engine, gpus=service.gpus, batch_size=settings.batch_size
         )
+        if asked.share < 1 and places.get(bundle.uri) not in (None, bundle.version):
+            raise ChangeError(
+                f"{bundle.uri} held {places[bundle.uri]}, which no new replica could load: put the canary's bundle "
+                "into another place."
+            )
         new = ModelSettings(name=name, uri=bundle.uri, share=asked.share, version=bundle.version)
-        await _wait_for(service, await _coordination(service).load(new))
-    except (BadInputError, OSError) as error:
+        change = await _coordination(service).load(new, settings)
+    except (BundleError, ChangeError, OSError) as error:
         raise RequestError(400, str(error)) from None
+    await asyncio.shield(_finish(service, *change, name))  # also where the client leaves
     return {}
 
 
 async def _unload(service: Service, request: Request) -> dict[str, Any]:
     """Serve a model no more."""
+    name = request.path_params["model"]
     try:
-        await _wait_for(service, await _coordination(service).unload(request.path_params["model"]))
+        change = await _coordination(service).unload(name)
     except ChangeError as error:
         raise RequestError(400, str(error)) from None
+    await asyncio.shield(_finish(service, *change, name))
     return {}
 
 
@@ -107,25 +117,44 @@ def _coordination(service: Service) -> Coordination:
         RequestError: 503, there is none.
     """
     if service.coordination is None:
-        raise RequestError(503, "Nobody changes the models of this service.")
+        raise RequestError(503, "The models of this service cannot be changed by requests.")
     return service.coordination
 
 
-async def _wait_for(service: Service, change: tuple[Settings, Settings]) -> None:
-    """Wait until this replica serves changed settings. If it cannot, undo the change.
+async def _finish(service: Service, before: Settings, after: Settings, name: str) -> None:
+    """Wait until this replica serves a model as settings say. If it cannot, go back to the settings before.
 
     Raises:
         RequestError: 400, it cannot; 503, it takes too long.
     """
-    before, after = change
     end = time.monotonic() + _CHANGE_SECONDS
-    while service.tried != after:
+    while not _has(service.tried, after, name):
         if time.monotonic() > end:
+            await _undo(service, before, after)
             raise RequestError(503, f"The models are not loaded after {_CHANGE_SECONDS:g} seconds.")
         await asyncio.sleep(0.1)
     if service.problem is not None:
-        await _coordination(service).undo(before, after)
+        await _undo(service, before, after)
         raise RequestError(400, service.problem)
+
+
+def _has(tried: Settings | None, after: Settings, name: str) -> bool:
+    """Whether settings that were tried have a model as a change has it, or a later one."""
+
+    def revision(settings: Settings) -> int | None:
+        return max((model.revision for model in settings.models if model.name == name), default=None)
+
+    if tried is None:
+        return False
+    at, wanted = revision(tried), revision(after)
+    return at == wanted if at is None or wanted is None else at >= wanted
+
+
+async def _undo(service: Service, before: Settings, after: Settings) -> None:
+    try:
+        await _coordination(service).undo(before, after)
+    except ChangeError as error:
+        log.warning("a change of the models that failed stays: %s", error)
 
 
 _BODIES: Bodies = {"application/json": LoadRequest}

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import urllib.request
+from collections.abc import Collection
 from typing import Any
 
 from cnnray import cluster, waiting
@@ -28,7 +29,12 @@ class ServingError(PermanentError, RuntimeError):
 
 
 def wait_until_served(
-    client: Any, address: str, config: ServeConfig, versions: Versions, stop: threading.Event
+    client: Any,
+    address: str,
+    config: ServeConfig,
+    versions: Versions,
+    stop: threading.Event,
+    replaced: Collection[str] = (),
 ) -> int:
     """Wait until the service runs and its replicas report these versions, or until `stop` is set.
 
@@ -38,6 +44,7 @@ def wait_until_served(
         config: says how many replicas are needed, their resources, and how long to wait for room.
         versions: what the replicas must report.
         stop: ends the wait.
+        replaced: ids of the replicas whose successors are waited for.
 
     Returns:
         The number of replicas.
@@ -46,7 +53,9 @@ def wait_until_served(
         ServingError: the service cannot start, cannot load the models or does not report them.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
-    agreed, needed, keys = 0, max(1, config.min_replicas), read_keys()
+    agreed, needed = 0, max(1, config.min_replicas)
+    # This asks often.
+    key = min(read_keys(), key=lambda key: key.requests_per_second is not None, default=None)
     placed: list[dict[str, Any]] = []
     shortage = waiting.Shortage(config.wait_minutes)
     placed_at = progressed_at = time.monotonic()
@@ -55,7 +64,11 @@ def wait_until_served(
         status, now = application.get("status"), time.monotonic()
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServingError(f"The service does not start: {_failure_reason(application)}")
-        replicas = application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+        replicas = [
+            replica
+            for replica in application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+            if replica.get("replica_id") not in replaced
+        ]
         placed = [replica for replica in replicas if replica.get("node_id")]
         states = {replica["state"] for replica in placed}
         # A replica that is being stopped still holds the room for its successor.
@@ -75,7 +88,7 @@ def wait_until_served(
                 "changes the service."
             )
         if started or status == "RUNNING":
-            served, problem = _fetch_versions(address, keys[0].key if keys else None, versions)
+            served, problem = _fetch_versions(address, key.key if key else None, versions)
             if problem:
                 raise ServingError(f"The models cannot be served: {problem}")
             # Each request may reach another replica.
@@ -117,12 +130,14 @@ def _fetch_versions(address: str, key: str | None, wanted: Versions) -> tuple[Ve
     served = {}
     for name, versions in metadata["models"].items():
         served[name] = [(version["version"], version["share"]) for version in versions]
-        expected = wanted.get(name, [])
-        if any(is_decision(version["verdict"]) for version in versions) and [version for version, _ in expected] == [
-            version["version"] for version in versions
-        ]:
-            served[name] = expected
+        is_decided = any(is_decision(version.get("verdict")) for version in versions)
+        if is_decided and _names(served[name]) == _names(wanted.get(name, [])):
+            served[name] = wanted[name]
     return served, metadata["problem"]
+
+
+def _names(versions: list[tuple[str, float]]) -> list[str]:
+    return [version for version, _ in versions]
 
 
 def _failure_reason(application: dict[str, Any]) -> str:

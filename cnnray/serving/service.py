@@ -255,21 +255,21 @@ class Service:
         """The answers to images, and the record of how long they took."""
         futures = [served.batcher.submit(value) for value in values if not isinstance(value, BadImage)]
         self.admission.images += len(futures)
-        start, failed = time.perf_counter(), len(futures)
-        usable = failed
+        start, usable, failed = time.perf_counter(), len(futures), True
         try:
             async with self._answer_timeout():
                 computed = await asyncio.gather(*futures)
-            failed = sum(isinstance(row, BadImage) and row.reason == NO_PROBABILITIES for row in computed)
-            usable = failed + sum(not isinstance(row, BadImage) for row in computed)
-        except asyncio.CancelledError:  # the client has left, or the replica ends
-            usable = failed = 0
+            usable = sum(not isinstance(row, BadImage) or row.reason == NO_PROBABILITIES for row in computed)
+            failed = any(isinstance(row, BadImage) and row.reason == NO_PROBABILITIES for row in computed)
+        except asyncio.CancelledError:  # the client has left: so long it took at least
+            failed = False
             raise
         finally:
             self.admission.images -= len(futures)
             for future in futures:
                 future.cancel()  # where another one failed, these still wait
-            self.canaries.record(served, usable, failed, time.perf_counter() - start)
+            if usable:
+                self.canaries.record(served, usable, time.perf_counter() - start, failed=failed)
         answers = iter(computed)
         return [value if isinstance(value, BadImage) else next(answers) for value in values]
 

@@ -22,6 +22,8 @@ class ModelSettings:
     of a model's versions sum to 1."""
     version: str | None = None
     """`Bundle.version` that the bundle had when the service was deployed; None: any."""
+    revision: int = 0
+    """When this version was last deployed or loaded, in milliseconds since 1970; 0: not known."""
     verdict: str | None = None
     """What was decided about this canary, and why; None: nothing."""
 

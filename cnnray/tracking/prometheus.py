@@ -182,15 +182,15 @@ class ServingMetrics:
             description="Images by whether their answer was known (hit), with --cache-mebibytes.",
             tag_keys=("hit",),
         )
-        self._image_seconds = metrics.Histogram(
-            "cnnray_image_seconds",
-            description="Time from an image's arrival at the queue of a version to its answer.",
+        self._version_seconds = metrics.Histogram(
+            "cnnray_version_seconds",
+            description="Time from a request's arrival at the queue of a version to its answer.",
             boundaries=_SECONDS,
             tag_keys=("model", "version"),
         )
-        self._failed_images = metrics.Counter(
-            "cnnray_failed_images",
-            description="Usable images without an answer: an engine failed, or took too long.",
+        self._failed_requests = metrics.Counter(
+            "cnnray_failed_requests",
+            description="Requests of a version without an answer: its engine failed, or took too long.",
             tag_keys=("model", "version"),
         )
         self._compared_images = metrics.Counter(
@@ -236,11 +236,12 @@ class ServingMetrics:
         self._count(self._predictions, model=model, version=version, prediction=label)
         self._observe(self._confidences, [confidence], model=model, version=version)
 
-    def record_answers(self, model: str, version: str, images: int, failed: int, seconds: float) -> None:
-        """Record images that came together: answered ones with their time, and those that failed."""
-        self._observe(self._image_seconds, [seconds] * images, model=model, version=version)
+    def record_request_of_version(self, model: str, version: str, seconds: float, *, failed: bool) -> None:
+        """Record a request of a version: the time of its answer, or that it failed."""
         if failed:
-            self._count(self._failed_images, failed, model=model, version=version)
+            self._count(self._failed_requests, model=model, version=version)
+        else:
+            self._observe(self._version_seconds, [seconds], model=model, version=version)
 
     def record_comparison(self, model: str, version: str, *, agree: bool) -> None:
         """Record an image that this canary and the version before it have answered."""

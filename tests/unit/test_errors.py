@@ -15,10 +15,12 @@ from cnnray.evaluation.comparison import UndecidedError
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
-from cnnray.serving.bodies import RequestError
+from cnnray.serving.bodies import InvalidError, RequestError
 
 KINDS = (errors.TransientError, errors.PermanentError, errors.BadInputError)
-ARGUMENTS = {BadImage: ("corrupt", "it ends early"), RequestError: (413, "It is too long.")}
+ARGUMENTS = dict.fromkeys((RequestError, InvalidError), (413, "It is too long.")) | {
+    BadImage: ("corrupt", "it ends early")
+}
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+from starlette.testclient import TestClient
 
 from cnnray.images import storage
 from cnnray.serving import deploy
@@ -85,7 +86,10 @@ def test_a_file_may_hold_several(tmp_path, monkeypatch):
         ("- {name: a, key: secret}\n- {name: a, key: other}", "has a name twice"),
         ("- {name: a, key: secret, admins: true}", "at place 1 something else than a mapping"),
         ("- secret", "at place 1 something else than a mapping"),
-        ("- {name: a, key: 12345}", "a value of key that cannot be"),
+        ("- {name: a, key: 12345}", "a key of the wrong type, or an empty one"),
+        ("- {name: a, key: 2026-13-45}", "neither a key, on one line, nor a YAML list"),
+        ("- {name: a, key: secret", "neither a key, on one line, nor a YAML list"),
+        ("name: a\nkey: secret", "neither a key, on one line, nor a YAML list"),
         ("- {name: a, key: secret, requests_per_second: -1}", "no requests per second"),
         ("[]", "is empty"),
     ],
@@ -97,6 +101,7 @@ def test_a_damaged_file_gets_a_sentence_that_tells_no_key(text, sentence, tmp_pa
         read_keys()
     assert "secret" not in str(raised.value)
     assert "12345" not in str(raised.value)
+    assert "2026" not in str(raised.value)
 
 
 def test_a_key_has_its_requests_of_a_second(monkeypatch):
@@ -120,9 +125,11 @@ def test_the_file_is_read_again(tmp_path, monkeypatch, caplog):
     async def change():
         keys = Keys(read_keys())
         reading = asyncio.create_task(keys.read_again())
-        (tmp_path / "keys").write_text("")
-        while not caplog.messages:
-            await asyncio.sleep(0.01)
+        for damaged in ("", KEYS[:-5], "- {name: a, key: 2026-13-45}"):
+            (tmp_path / "keys").write_text(damaged)
+            caplog.clear()
+            while not caplog.messages:
+                await asyncio.sleep(0.01)
         assert keys.find("one") is not None  # what it was stays
         (tmp_path / "keys").write_text("- {name: web, key: new}")
         while keys.find("new") is None:
@@ -150,6 +157,17 @@ def test_the_gate_checks_them(start_client):
     time.sleep(1)
     refused = ask("one", "POST", "/v2/repository/models/colours/unload")
     assert (refused.status_code, "key of an admin" in refused.json()["error"]) == (403, True)
+
+
+@pytest.mark.parametrize("prefix", ["", "/pics"])
+def test_paths_under_a_prefix_need_the_same_keys(prefix, start_client):
+    gate = start_client(keys=[Key(key="one", name="web"), Key(key="two", name="operator", admin=True)]).app
+    client = TestClient(gate, root_path=prefix)
+    key = {"X-API-Key": "one"}
+    assert client.get(f"{prefix}/health/ready").status_code == 200
+    assert client.get(f"{prefix}/metadata").status_code == 401
+    assert client.get(f"{prefix}/metadata", headers=key).status_code == 200
+    assert client.post(f"{prefix}/v2/repository/models/colours/unload", headers=key).status_code == 403
 
 
 def test_without_keys_nobody_is_an_admin(start_client):

@@ -21,6 +21,7 @@ from cnnray.serving import service as service_module
 from cnnray.serving.application import create_application
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.config import ModelVersion, ServeConfig
+from cnnray.serving.models import Loader
 from cnnray.serving.service import Service
 from cnnray.serving.settings import ModelSettings, Settings
 from tests.networks import GEOMETRY
@@ -120,8 +121,14 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     assert service.problem is None
     bundles.replace(place, newer)  # another training into the same place
     client.portal.call(service.change_settings, dataclasses.replace(deployed, max_images=7))
-    assert f"{place} holds {Bundle.load(newer).version} now, and {version} was deployed" in service.problem
+    assert (service.problem, service.settings.max_images) == (None, 7)  # what is loaded is what was deployed
     assert [served.version for served in service.models.all] == [version, version]
+    shutil.rmtree(place)
+    client.portal.call(service.change_settings, dataclasses.replace(deployed, max_images=8))
+    assert (service.problem, service.settings.max_images) == (None, 8)
+    shutil.copytree(newer, place)
+    with pytest.raises(BundleError, match=f"holds {Bundle.load(newer).version} now, and {version} was deployed"):
+        Loader(threads=1, gpus=False, metrics=service.metrics)(deployed)  # a new replica
 
 
 def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_path, monkeypatch):

@@ -3,18 +3,25 @@
 import asyncio
 import dataclasses
 import json
+import shutil
+import threading
 import time
+import types
 from collections import Counter
 
 import numpy as np
 import pytest
+import ray
+from scipy.stats import binomtest
 
+from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
-from cnnray.serving import canaries, releases
+from cnnray.serving import canaries, releases, repository
 from cnnray.serving.config import ServeConfig
+from cnnray.serving.controller import ServedSettings
 from cnnray.serving.coordinator import Coordinator
 from cnnray.serving.keys import Key
-from cnnray.serving.releases import PROMOTE, ROLL_BACK, WAIT, Answers, ChangeError, Comparison, Release, Verdict
+from cnnray.serving.releases import PROMOTE, ROLL_BACK, WAIT, ChangeError, Comparison, Record, Release, Verdict
 from cnnray.serving.settings import ModelSettings, Settings
 from tests.unit.serving.conftest import GOOD, settings
 
@@ -22,9 +29,11 @@ LIMITS = {"errors": 0.01, "latency": 2.0, "agreement": 0.9}
 ADMIN = {"X-API-Key": "admin"}
 
 
-def answers(images, failed=0, seconds=0.01):
-    result = Answers()
-    result.add(images, failed, seconds)
+def record(requests, failed=0, seconds=0.01, images=1):
+    """How a version has answered requests with so many images each."""
+    result = Record()
+    for number in range(requests):
+        result.add_request(images, seconds, failed=number < failed)
     return result
 
 
@@ -33,32 +42,39 @@ def served(*models, **changes):
     versions = tuple(
         ModelSettings(name=name, uri=f"/{version}", version=version, share=share) for name, version, share in models
     )
-    told = {"promote_after": 1000, "rollback_on": LIMITS, "shadow_share": 0.1}
-    return dataclasses.replace(settings(**told | changes), models=versions)
+    flags = {"promote_after": 1000, "rollback_on": LIMITS, "shadow_share": 0.1}
+    return dataclasses.replace(settings(**flags | changes), models=versions)
 
 
 CANARY = served(("cats", "old", 0.9), ("cats", "new", 0.1))
-RELEASE = Release(name="cats", stable="old", canary="new", share=0.1)
+RELEASE = Release(name="cats", stable="old", canary="new", share=0.1, revision=0)
 
 
 @pytest.mark.parametrize(
     ("comparison", "action", "reason"),
     [
-        (Comparison(), WAIT, "0 images"),
-        (Comparison(stable=answers(9000), canary=answers(999), compared=1000, agreed=1000), WAIT, "999 images"),
-        (Comparison(stable=answers(9000), canary=answers(1000), compared=999, agreed=999), WAIT, "999 compared"),
-        (Comparison(stable=answers(9000), canary=answers(1000), compared=1000, agreed=950), PROMOTE, "950 of 1000"),
-        # 12 and 13 % have another class, and 10 % are allowed: it may be chance among 100, and is not among 2000.
-        (Comparison(stable=answers(900), canary=answers(100), compared=100, agreed=88), WAIT, "not certain"),
-        (Comparison(stable=answers(9000), canary=answers(999), compared=2000, agreed=1740), ROLL_BACK, "260 of 2000"),
-        (Comparison(stable=answers(20), canary=answers(5), compared=5, agreed=0), ROLL_BACK, "another class"),
-        (Comparison(stable=answers(900), canary=answers(100, 20), compared=80, agreed=80), ROLL_BACK, "no answer"),
+        (Comparison(), WAIT, "0 of 1000 images"),
+        (Comparison(stable=record(900), canary=record(999), compared=1000, agreed=1000), WAIT, "999 of 1000 images"),
+        (Comparison(stable=record(900), canary=record(1000), compared=999, agreed=999), WAIT, "999 compared"),
+        (Comparison(stable=record(900), canary=record(1000), compared=1000, agreed=950), PROMOTE, "950 of them"),
+        (Comparison(stable=record(900), canary=record(100, images=10), compared=1000, agreed=950), PROMOTE, "1000"),
+        # Nothing is known of the version before.
+        (Comparison(stable=record(99), canary=record(1000), compared=1000, agreed=1000), WAIT, "99 of 100 requests"),
+        (Comparison(stable=record(1), canary=record(1000, 900), compared=1000, agreed=1000), WAIT, "not certain"),
+        (Comparison(stable=record(110), canary=record(1000, 80), compared=1000, agreed=1000), WAIT, "not certain"),
+        (Comparison(stable=record(99), canary=record(100, seconds=1)), WAIT, "100 of 1000 images"),
+        # 12 and 13 % have another class, and 10 % may: it may be chance among 100, and is not among 2000.
+        (Comparison(stable=record(900), canary=record(100), compared=100, agreed=88), WAIT, "not certain"),
+        (Comparison(stable=record(900), canary=record(99), compared=2000, agreed=1740), ROLL_BACK, "260 of 2000"),
+        (Comparison(stable=record(20), canary=record(5), compared=5, agreed=0), ROLL_BACK, "another class"),
+        (Comparison(stable=record(900), canary=record(100, 20), compared=80, agreed=80), ROLL_BACK, "no answer"),
+        # One request of many images that fails or is slow says little.
+        (Comparison(stable=record(900), canary=record(100) + record(1, 1, images=32)), WAIT, ""),
+        (Comparison(stable=record(900), canary=record(100) + record(1, seconds=9, images=32)), WAIT, ""),
         # Errors that both have are not the canary's.
-        (Comparison(stable=answers(9000, 1800), canary=answers(1000, 200), compared=1000, agreed=1000), PROMOTE, ""),
-        (Comparison(stable=answers(900), canary=answers(100, seconds=0.025)), ROLL_BACK, "take longer than"),
-        (Comparison(stable=answers(900), canary=answers(100, seconds=0.015)), WAIT, "100 images"),
-        # The other version's times are not known yet.
-        (Comparison(stable=answers(99), canary=answers(100, seconds=1)), WAIT, "100 images"),
+        (Comparison(stable=record(900, 180), canary=record(1000, 200), compared=1000, agreed=1000), PROMOTE, ""),
+        (Comparison(stable=record(900), canary=record(100, seconds=0.025)), ROLL_BACK, "take longer than"),
+        (Comparison(stable=record(900), canary=record(100, seconds=0.015)), WAIT, "100 of 1000 images"),
     ],
 )  # fmt: skip
 def test_the_verdict(comparison, action, reason):
@@ -67,7 +83,7 @@ def test_the_verdict(comparison, action, reason):
 
 
 def test_a_good_canary_is_hardly_ever_called_bad():
-    """Canaries whose true rate is at the limit, looked at as often as a release does: 1 in 100 may go back."""
+    """Canaries whose true rate is at the limit, looked at as often as a release is: 1 in 100 may go back."""
     rng = np.random.default_rng(0)
     bad = 0
     for _ in range(200):
@@ -77,7 +93,7 @@ def test_a_good_canary_is_hardly_ever_called_bad():
             if not releases.is_due(images, last):
                 continue
             last = images
-            comparison = Comparison(canary=answers(1), compared=images, agreed=images - int(differ[images - 1]))
+            comparison = Comparison(compared=images, agreed=images - int(differ[images - 1]))
             if releases.judge(comparison, CANARY).action == ROLL_BACK:
                 bad += 1
                 break
@@ -85,12 +101,10 @@ def test_a_good_canary_is_hardly_ever_called_bad():
 
 
 def test_a_bound_is_that_of_scipy():
-    from scipy.stats import binomtest
-
     for bad, total in ((1, 10), (3, 1000), (0, 5), (5, 5)):
         interval = binomtest(bad, total).proportion_ci(1 - 2e-4, "exact")
-        assert releases.bound(bad, total, upper=False) == pytest.approx(interval.low, abs=1e-9)
-        assert releases.bound(bad, total, upper=True) == pytest.approx(interval.high, abs=1e-9)
+        assert releases.bound(bad, total, 1e-4, upper=False) == pytest.approx(interval.low, abs=1e-9)
+        assert releases.bound(bad, total, 1e-4, upper=True) == pytest.approx(interval.high, abs=1e-9)
 
 
 def test_which_canaries_are_compared():
@@ -112,7 +126,7 @@ def test_what_a_verdict_changes():
         assert [model.share for model in changed.models] == [1.0, 0.0, *shares]
         assert [model.verdict for model in changed.models] == [None, None, None, f"{words}: so"]
         assert Settings.from_dict(changed.as_dict()) == changed
-    with pytest.raises(ChangeError, match="served otherwise"):
+    with pytest.raises(ChangeError, match="have been changed meanwhile"):
         releases.carry_out(served(("cats", "new", 1.0)), RELEASE, Verdict(action=PROMOTE))
 
 
@@ -147,24 +161,26 @@ class Store:
     def read(self):
         return self.settings
 
-    def write(self, settings):
-        self.settings = settings
+    def write(self, before, after):
+        if self.settings != before:
+            raise ChangeError("changed")
+        self.settings = after
         self.writes += 1
 
 
 def test_the_coordinator_adds_up_what_replicas_have_seen():
     store = Store(CANARY)
     coordinator = Coordinator(store)
-    half = Comparison(stable=answers(4500), canary=answers(500), compared=500, agreed=490)
+    half = Comparison(stable=record(4500), canary=record(500), compared=500, agreed=490)
     assert coordinator.report("a", {RELEASE: half}, CANARY)[RELEASE].action == WAIT
     assert coordinator.report("a", {RELEASE: half}, CANARY)[RELEASE].action == WAIT  # the same once more
     assert store.writes == 0
     verdict = coordinator.report("b", {RELEASE: half}, CANARY)[RELEASE]
     assert verdict.action == PROMOTE
-    assert "980 of 1000" in verdict.reason
+    assert "1000 compared, 980 of them" in verdict.reason
     assert [model.share for model in store.settings.models] == [0, 1]
     # A replica that has not heard of it yet changes nothing.
-    more = Comparison(stable=answers(9000), canary=answers(2000), compared=2000, agreed=0)
+    more = Comparison(stable=record(9000), canary=record(2000), compared=2000, agreed=0)
     coordinator.report("b", {RELEASE: more}, CANARY)
     assert store.writes == 1
     assert store.settings.models[-1].verdict.startswith("promoted")
@@ -173,19 +189,43 @@ def test_the_coordinator_adds_up_what_replicas_have_seen():
 def test_a_canary_that_is_deployed_once_more_begins_anew():
     store = Store(CANARY)
     coordinator = Coordinator(store)
-    good = Comparison(stable=answers(9000), canary=answers(1000), compared=1000, agreed=1000)
-    assert coordinator.report("a", {RELEASE: good}, CANARY)[RELEASE].action == PROMOTE
-    store.write(CANARY)
-    few = Comparison(stable=answers(90), canary=answers(10), compared=10, agreed=10)
-    assert coordinator.report("a", {RELEASE: few}, CANARY)[RELEASE].action == WAIT
-    assert store.settings == CANARY
+    wrong = Comparison(stable=record(900), canary=record(900), compared=900, agreed=0)
+    assert coordinator.report("a", {RELEASE: wrong}, CANARY)[RELEASE].action == ROLL_BACK
+    models = tuple(dataclasses.replace(model, revision=7) for model in CANARY.models)
+    store.settings = again = dataclasses.replace(CANARY, models=models)
+    release = releases.find_release(again, "cats")
+    good = Comparison(stable=record(900), canary=record(400), compared=400, agreed=400)
+    assert coordinator.report("b", {release: good}, again)[release].action == WAIT
+    assert store.settings == again
+    assert coordinator._reports.keys() == {release}  # what has ended is forgotten
+
+
+def test_settings_without_versions_are_decided_about_too():
+    """As those of a file for `serve deploy` from an earlier version."""
+    models = tuple(dataclasses.replace(model, version=None) for model in CANARY.models)
+    store = Store(dataclasses.replace(CANARY, models=models))
+    wrong = Comparison(stable=record(900), canary=record(100), compared=100, agreed=0)
+    assert Coordinator(store).report("a", {RELEASE: wrong}, CANARY)[RELEASE].action == ROLL_BACK
+    assert [model.share for model in store.settings.models] == [1, 0]
+
+
+def test_a_change_by_somebody_else_is_not_undone():
+    store = Store(served(("cats", "old", 1.0)))
+    coordinator = Coordinator(store)
+    new = ModelSettings(name="cats", uri="/new", version="new")
+    before, after = coordinator.load(new, store.settings)
+    assert after.models[0].revision > 0
+    store.settings = other = served(("cats", "other", 1.0))
+    with pytest.raises(ChangeError):
+        coordinator.undo(before, after)
+    assert store.settings == other
 
 
 def test_nothing_is_done_that_was_not_asked_for():
-    told = served(("cats", "old", 0.9), ("cats", "new", 0.1), promote_after=None, rollback_on=None)
-    store = Store(told)
-    wrong = Comparison(stable=answers(900), canary=answers(100), compared=100, agreed=0)
-    assert Coordinator(store).report("a", {RELEASE: wrong}, told)[RELEASE].action == ROLL_BACK
+    watched = served(("cats", "old", 0.9), ("cats", "new", 0.1), promote_after=None, rollback_on=None)
+    store = Store(watched)
+    wrong = Comparison(stable=record(900), canary=record(100), compared=100, agreed=0)
+    assert Coordinator(store).report("a", {RELEASE: wrong}, watched)[RELEASE].action == ROLL_BACK
     assert store.writes == 0
 
 
@@ -208,8 +248,8 @@ class InProcess:
     async def report(self, seen, settings):
         return self._call("report", "a", seen, settings)
 
-    async def load(self, model):
-        return self._call("load", model)
+    async def load(self, model, settings):
+        return self._call("load", model, settings)
 
     async def unload(self, name):
         return self._call("unload", name)
@@ -297,8 +337,11 @@ def test_images_are_not_compared_while_many_wait(start, bundle, newer, monkeypat
     monkeypatch.setattr(service.admission, "check_images", lambda *_: None)
     for _ in range(5):
         assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 200
-    assert not service.canaries._tasks
     service.admission.images = 0
+    assert [comparison.compared for comparison in service.canaries._comparisons.values()] == [0]
+    for _ in range(5):
+        assert client.post("/predict", files={"image": ("a", GOOD)}).status_code == 200
+    answer_until(client, lambda: all(item.compared for item in service.canaries._comparisons.values()))
 
 
 def test_models_are_loaded_and_unloaded(start, bundle, newer, tmp_path):
@@ -367,3 +410,78 @@ def test_images_are_compared_where_a_verdict_is_acted_on():
     assert ServeConfig(bundle="/b", promote_after=1000).settings.shadow_share == 0.1
     assert ServeConfig(bundle="/b", rollback_on={"errors": 0.1}).settings.shadow_share == 0.1
     assert ServeConfig(bundle="/b", promote_after=1000, shadow_share=0).settings.shadow_share == 0
+
+
+def test_a_load_that_its_client_does_not_wait_for_is_undone_too(start, bundle, newer, monkeypatch):
+    client = start(("c", bundle, 1.0))
+    service = client.app.service
+    monkeypatch.setattr(repository, "_CHANGE_SECONDS", 0.3)
+    loading = threading.Event()
+
+    def wait(*_):
+        loading.set()
+        time.sleep(1.0)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(service._load, "_load", wait)
+    response = client.post("/v2/repository/models/c/load", json={"parameters": {"uri": newer}})
+    assert (response.status_code, "not loaded after" in response.json()["error"]) == (503, True)
+    assert loading.is_set()
+    monkeypatch.undo()
+    answer_until(client, lambda: client.get("/metadata").json()["problem"] is None)
+    assert shares(client) == {"c": [1]}
+
+
+def test_a_canary_in_the_place_of_the_version_before_it_is_refused(start, bundle, newer, tmp_path):
+    place = str(shutil.copytree(bundle, tmp_path / "place"))
+    client = start(("c", place, 1.0))
+    bundles.replace(place, newer)  # another training into the same place
+    response = client.post("/v2/repository/models/c/load", json={"parameters": {"share": 0.1}})
+    assert (response.status_code, "into another place" in response.json()["error"]) == (400, True)
+    assert client.post("/v2/repository/models/c/load").status_code == 200
+    assert client.get("/metadata").json()["models"]["c"][0]["version"] == Bundle.load(newer).version
+
+
+class Controller:
+    """Stands for Serve's controller, with two applications."""
+
+    def __init__(self, settings):
+        self._settings, self.schema = settings, None
+
+    def _details(self):
+        ours = {
+            "name": "pets", "route_prefix": "/pets", "import_path": "cnnray.serving.deployment:app",
+            "deployments": [{"name": "Classifier", "user_config": self._settings.as_dict()}],
+        }  # fmt: skip
+        other = {"name": "other", "route_prefix": "/", "import_path": "other:app"}
+        return {
+            "applications": {
+                "pets": {"deployed_app_config": ours}, "other": {"deployed_app_config": other},
+                "by hand": {"deployed_app_config": None},
+            },
+            "target_capacity": 50.0,
+        }  # fmt: skip
+
+    def __getattr__(self, name):
+        def keep(schema):
+            self.schema = schema
+
+        method = self._details if name == "get_serve_instance_details" else keep
+        return types.SimpleNamespace(remote=method)
+
+
+def test_serve_gets_the_settings_of_this_application_and_keeps_the_others(monkeypatch):
+    controller = Controller(CANARY)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ServedSettings, "_controller", staticmethod(lambda: controller))
+    store = ServedSettings("pets", "Classifier")
+    assert store.read() == CANARY
+    decided = releases.carry_out(CANARY, RELEASE, Verdict(action=PROMOTE, reason="so"))
+    store.write(CANARY, decided)
+    ours, other = controller.schema.applications
+    assert (ours.name, other.name, controller.schema.target_capacity) == ("pets", "other", 50.0)
+    assert Settings.from_dict(ours.deployments[0].user_config) == decided
+    controller.schema = None
+    with pytest.raises(ChangeError, match="at the same time"):
+        store.write(decided, CANARY)
+    assert controller.schema is None

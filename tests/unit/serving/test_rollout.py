@@ -25,7 +25,12 @@ class Serve:
         self._details = {
             "status": status,
             "deployments": {
-                "Classifier": {"replicas": [{"state": state, "node_id": node} for state, node in replicas]}
+                "Classifier": {
+                    "replicas": [
+                        {"state": state, "node_id": node, "replica_id": str(number)}
+                        for number, (state, node) in enumerate(replicas)
+                    ]
+                }
             },
         }
 
@@ -34,7 +39,7 @@ class Serve:
         assert self.now < 1000, "the wait has no end"
         return {"applications": {"cnnray": self._details} if self._details["status"] else {}}
 
-    def wait(self, monkeypatch, **flags):
+    def wait(self, monkeypatch, replaced=(), **flags):
         clock = types.SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(rollout, "time", clock)
         monkeypatch.setattr(waiting, "Shortage", functools.partial(waiting.Shortage, clock=clock.monotonic))
@@ -43,7 +48,9 @@ class Serve:
         monkeypatch.setattr(cluster, "resources", lambda: total)
         monkeypatch.setattr(cluster, "free_resources", lambda: Resources((Node(cpus=self._free),)))
         never = types.SimpleNamespace(wait=lambda seconds: False)
-        return wait_until_served(self, "http://127.0.0.1:8000", ServeConfig(bundle="/b", **flags), VERSIONS, never)
+        return wait_until_served(
+            self, "http://127.0.0.1:8000", ServeConfig(bundle="/b", **flags), VERSIONS, never, replaced
+        )
 
 
 RUNNING, UNPLACED = ("RUNNING", "node"), ("STARTING", None)
@@ -53,6 +60,15 @@ def test_it_ends_when_all_replicas_report_the_versions(monkeypatch):
     serve = Serve("RUNNING", RUNNING, RUNNING)
     assert serve.wait(monkeypatch, min_replicas=2) == 2
     assert serve.now < 10
+
+
+def test_replicas_that_are_replaced_are_not_the_service(monkeypatch):
+    serve = Serve("DEPLOYING", RUNNING, UNPLACED, free=1.0)
+    with pytest.raises(AssertionError, match="no end"):  # the new one's environment may take minutes to be built
+        serve.wait(monkeypatch, replaced=["0"])
+    with pytest.raises(ClusterError, match="1 of 1 replicas have no room"):
+        Serve("DEPLOYING", RUNNING, UNPLACED).wait(monkeypatch, replaced=["0"])
+    assert Serve("RUNNING", RUNNING, RUNNING).wait(monkeypatch, replaced=["0"]) == 1
 
 
 def test_the_shares_of_a_canary_that_was_decided_about_are_not_waited_for(monkeypatch):

@@ -43,18 +43,14 @@ class Cache:
         """Keep an answer, and at most `limit` bytes in all. An engine's failure is not kept."""
         if key in self._answers or (isinstance(answer, BadImage) and answer.reason == NO_PROBABILITIES):
             return
-        # A row of a micro-batch would hold the whole micro-batch.
-        self._answers[key] = answer if isinstance(answer, BadImage) else answer.copy()
-        self.bytes += _size(answer)
+        # A row would hold its whole micro-batch, and an error, by its traceback, the image.
+        kept = BadImage(answer.reason, answer.detail) if isinstance(answer, BadImage) else answer.copy()
+        self._answers[key] = kept
+        self.bytes += _size(kept)
         while self.bytes > limit:
             _, oldest = self._answers.popitem(last=False)
             self.bytes -= _size(oldest)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._answers.clear()
-        self.bytes = 0
-
 
 def _size(answer: Answer) -> int:
-    return _OVERHEAD + (0 if isinstance(answer, BadImage) else answer.nbytes)
+    return _OVERHEAD + (len(answer.detail or "") if isinstance(answer, BadImage) else answer.nbytes)

@@ -1,5 +1,6 @@
 """The config of a service: every field is a flag of jobs/serve.py and a key of its YAML."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from cnnray.serving.settings import NAME, ModelSettings, Settings
 
 DEFAULT_NAME = "model"
 """Name of the model that --bundle serves."""
+
+_ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,11 @@ class ServeConfig:
     port: int = 8000
     """Port to listen on."""
     grpc_port: int | None = None
-    """Port for the Open Inference Protocol over gRPC, on all addresses; null: no gRPC. Where Serve runs already, it
-    must have been started with it."""
+    """Port for the Open Inference Protocol over gRPC, on --host; null: no gRPC. A Serve that runs already must have
+    been started with it."""
+    cors_origins: list[str] | None = None
+    """Origins of web pages whose scripts may send requests and read the answers, such as '[https://example.com]';
+    '["*"]': all. null: only the service's own page."""
     min_replicas: int = 1
     """Smallest number of replicas; may be 0."""
     max_replicas: int | None = None
@@ -129,6 +135,9 @@ class ServeConfig:
             raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
         flags.check_share(self, "gpus_per_replica")
         self._check_releases()
+        for origin in self.cors_origins or []:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"--cors-origins: {origin!r} is no origin, such as https://example.com.")
         flags.check_not_negative(self, "wait_minutes", "cache_mebibytes")
         if self.min_replicas < 0 or (self.max_replicas and self.min_replicas > self.max_replicas):
             raise ValueError(f"--min-replicas {self.min_replicas} is not from 0 to --max-replicas.")
@@ -221,6 +230,7 @@ class ServeConfig:
             access_log=self.access_log,
             max_queued_images=self.max_queued_images,
             max_bytes_in_flight=int(self.max_mebibytes_in_flight * 2**20),
+            cors_origins=tuple(self.cors_origins or ()),
             max_cache_bytes=int(self.cache_mebibytes * 2**20),
             shadow_share=self._shadow_share,
             promote_after=self.promote_after,

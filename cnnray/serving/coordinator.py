@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from cnnray.serving import releases
+from cnnray.serving.bodies import RequestError
 from cnnray.serving.controller import ServedSettings
 from cnnray.serving.releases import ChangeError, Comparison, Release, Verdict
 from cnnray.serving.settings import ModelSettings, Settings
@@ -58,7 +59,12 @@ class Coordinator:
                 if other.revision < release.revision:  # that release has ended
                     self._reports.pop(other)
                     self._looks.pop(other, None)
-            self._reports.setdefault(release, {})[replica] = comparison
+            reports = self._reports.setdefault(release, {})
+            if replica in reports and comparison.canary.images < reports[replica].canary.images:
+                # The same file was deployed once more, by `serve deploy`.
+                reports.clear()
+                self._looks.pop(release, None)
+            reports[replica] = comparison
         return {release: self._judge(release, settings) for release in seen}
 
     def _judge(self, release: Release, settings: Settings) -> Verdict:
@@ -94,9 +100,9 @@ class Coordinator:
             ChangeError: others have changed the settings at the same time.
         """
         before = self._store.read()
-        after = releases.load(
-            releases.with_versions_of(before, settings), replace(model, revision=time.time_ns() // 10**6)
-        )
+        last = max(served.revision for served in before.models)
+        new = replace(model, revision=max(time.time_ns() // 10**6, last + 1))  # clocks may differ
+        after = releases.load(releases.with_versions_of(before, settings), new)
         self._store.write(before, after)
         return before, after
 
@@ -161,6 +167,10 @@ class Coordination:
             try:
                 async with asyncio.timeout(_CALL_SECONDS):
                     return await getattr(self._handle, method).remote(*arguments)
+            except TimeoutError:
+                raise RequestError(
+                    503, "The coordinator of the replicas does not answer; the change may still be made."
+                ) from None
             except RayActorError:  # its replica has ended
                 self._handle = None
                 if is_last:

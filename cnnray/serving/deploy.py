@@ -43,6 +43,7 @@ _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
 
 
+_GRPC = "cnnray.serving.open_inference_grpc:add_to_server"
 _MOST_REPLICAS = 1000
 """Where the config has no bound. Those that the cluster has no room for wait, and make an autoscaling one grow."""
 _LONGEST_FOLDER = 97 - len("/cnnray-xxxxxxxx/metrics.sock") - 57
@@ -117,7 +118,7 @@ def build_configuration(
     if config.grpc_port is not None:
         grpc_options = {
             "port": config.grpc_port,
-            "grpc_servicer_functions": ["cnnray.serving.open_inference_grpc:add_to_server"],
+            "grpc_servicer_functions": [_GRPC],
             "request_timeout_s": 2 * config.timeout_seconds,  # the service's own comes first
             "enable_reflection": False,
         }
@@ -149,7 +150,7 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     """
     versions = check_bundles(config)
     assert config.write_config is not None
-    configuration = build_configuration(config, versions, _MOST_REPLICAS)
+    configuration = build_configuration(config, versions, _MOST_REPLICAS, revision=_now())
     text = yaml.safe_dump(configuration, sort_keys=False)
     storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _uris_by_name(config)}
@@ -180,7 +181,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     if own_ray:
         _check_port(config.host, config.port, "--port")
         if config.grpc_port is not None:
-            _check_port("0.0.0.0", config.grpc_port, "--grpc-port")
+            _check_port(config.host, config.grpc_port, "--grpc-port")
     with tempfile.TemporaryDirectory(prefix="cnnray-", dir=folder_for_sockets(_LONGEST_FOLDER)) as folder:
         if own_ray:
             _prepare_environment(Path(folder), int(config.max_mebibytes * 2**20))
@@ -209,6 +210,11 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 _log_changes(ray.get_runtime_context().gcs_address, cluster.start_dashboard())
                 stop.wait()
             return line
+
+
+def _now() -> int:
+    """The present time, for `ModelSettings.revision`."""
+    return time.time_ns() // 10**6
 
 
 def _count_replicas(config: ServeConfig, resources: cluster.Resources) -> int:
@@ -298,16 +304,14 @@ def _deploy(
             the new one is removed.
     """
     details = client.get_serve_details()
-    if details.get("applications") and config.grpc_port not in (None, details.get("grpc_options", {}).get("port")):
+    if details.get("controller_info") and config.grpc_port is not None and not _has_grpc(details, config.grpc_port):
         raise ServingError(
             f"Serve runs on this cluster without --grpc-port {config.grpc_port}, and has to be ended first, by "
             "`serve shutdown`."
         )
     deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
     surges = cluster.free_resources().room_for(*config.resources) > 0
-    configuration = build_configuration(
-        config, versions, max_replicas, surges=surges, revision=time.time_ns() // 10**6
-    )
+    configuration = build_configuration(config, versions, max_replicas, surges=surges, revision=_now())
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment
     replaced: list[str] = []
@@ -333,6 +337,12 @@ def _deploy(
             client.deploy_applications(configuration | {"applications": [deployed, *others] if deployed else others})
         raise
     return {"address": address, "models": _uris_by_name(config), "replicas": count}
+
+
+def _has_grpc(details: dict[str, Any], port: int) -> bool:
+    """Whether a Serve that runs has our gRPC methods at this port. It takes its ports when it starts."""
+    options = details.get("grpc_options") or {}
+    return options.get("port") == port and _GRPC in options.get("grpc_servicer_functions", [])
 
 
 def _models(application: dict[str, Any]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -83,12 +84,33 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, keys: Keys, adds_request_ids: bool) -> None:
         self._app, self.service, self._keys = app, service, keys
         self._adds_request_ids = adds_request_ids
+        self._cors: tuple[tuple[str, ...], ASGIApp] | None = None
+        """The last origins, and the gate for them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
+        settings = self.service.settings
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif settings is not None and settings.cors_origins:
+            await self._for_browsers(settings.cors_origins)(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    def _for_browsers(self, origins: tuple[str, ...]) -> ASGIApp:
+        """The gate for pages of other hosts. Browsers ask first, without a key, what a page may send."""
+        if self._cors is None or self._cors[0] != origins:
+            app = CORSMiddleware(
+                self._answer,
+                allow_origins=origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=(REQUEST_ID, "retry-after"),
+            )
+            self._cors = origins, app
+        return self._cors[1]
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, start = Headers(scope=scope), time.perf_counter()
         status, started = 499, False  # 499: the client left before an answer
         request_id = request_id_from(headers)

@@ -60,7 +60,7 @@ def read_keys() -> list[Key]:
     where = f"{file}, which {API_KEY_FILE} names,"
     if not text:
         raise ApiKeyError(f"{where} is empty.")
-    if not text.startswith(("-", "[", "{", "#")) and len(text.splitlines()) == 1:
+    if not text.startswith(("- ", "[", "{", "#")) and len(text.splitlines()) == 1:
         return [Key(key=text)]
     try:
         entries = yaml.safe_load(text)

@@ -192,7 +192,8 @@ class Loader:
             return (place, *self._loaded[place])
         place = replace(place, version=bundle.version)
         digest_before, served = self._loaded.get(place, (None, None))
-        if served is None or digest_before != digest:  # another export of the same model has another digest
+        # Another export of the same model has another digest, or has made another engine the fastest.
+        if served is None or (digest_before, served.engine) != (digest, engine):
             served = self._load(model.name, bundle, engine, settings.batch_size)
         return place, digest, served
 

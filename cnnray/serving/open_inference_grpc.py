@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 METHODS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
 _PUBLIC = ("ServerLive", "ServerReady")
 """Methods that need no API key."""
+_MOST_OUTPUTS = 16
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED, 404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED, 413: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -70,14 +71,16 @@ class GrpcGate:
             request: its message.
             context: has the client's metadata, and takes the status.
         """
-        start, status, key = time.perf_counter(), 200, None
+        start, status, key = time.perf_counter(), 499, None  # 499: the client left before an answer
         metadata = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
         request_id, held = request_id_from(metadata), Held(self._service.admission)
         response = message_class(f"{method}Response")
         try:
             if method not in _PUBLIC:
                 key = self._keys.check(metadata)
-            return response(**await self._methods[method](request, metadata, held))
+            answer = response(**await self._methods[method](request, metadata, held))
+            status = 200
+            return answer
         except RequestError as error:
             status, sentence = error.status, str(error)
         except Exception:
@@ -150,6 +153,9 @@ def _parse_infer(body: bytes, settings: Settings) -> tuple[Any, InferRequest, li
     if len(asked.inputs) != 1 or len(asked.raw_input_contents) > 1:
         raise RequestError(400, f"There are {len(asked.inputs)} inputs; expected one, image or image_bytes.")
     (tensor,) = asked.inputs
+    # What a few bytes of a message stand for takes much more memory as objects.
+    if len(asked.outputs) > _MOST_OUTPUTS or len(tensor.contents.bytes_contents) > settings.max_images:
+        raise RequestError(413, f"A request may have {_MOST_OUTPUTS} outputs and {settings.max_images} images.")
     if asked.raw_input_contents:
         (binary,) = asked.raw_input_contents
     elif tensor.contents.bytes_contents:

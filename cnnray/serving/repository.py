@@ -153,7 +153,7 @@ def _has(tried: Settings | None, after: Settings, name: str) -> bool:
 async def _undo(service: Service, before: Settings, after: Settings) -> None:
     try:
         await _coordination(service).undo(before, after)
-    except ChangeError as error:
+    except Exception as error:  # the client is to hear why the change failed
         log.warning("a change of the models that failed stays: %s", error)
 
 

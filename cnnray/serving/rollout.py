@@ -64,15 +64,12 @@ def wait_until_served(
         status, now = application.get("status"), time.monotonic()
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServingError(f"The service does not start: {_failure_reason(application)}")
-        replicas = [
-            replica
-            for replica in application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
-            if replica.get("replica_id") not in replaced
-        ]
+        everything = application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+        replicas = [replica for replica in everything if replica.get("replica_id") not in replaced]
         placed = [replica for replica in replicas if replica.get("node_id")]
         states = {replica["state"] for replica in placed}
         # A replica that is being stopped still holds the room for its successor.
-        if len(placed) == len(replicas) or "STOPPING" in states:
+        if len(placed) == len(replicas) or any(replica["state"] == "STOPPING" for replica in everything):
             placed_at = now
         lacks_room = now - placed_at > _PLACING_SECONDS
         if lacks_room and len(placed) < needed:

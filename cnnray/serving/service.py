@@ -120,7 +120,7 @@ class Service:
                 log.warning("%s %s is %s", model.name, model.version, model.verdict)
         self.settings, self.models, self.problem = settings, models, None
         self.canaries.follow(models, settings)
-        self._cache.clear()  # the answers may be others, with other bounds for images
+        self._cache = Cache()  # with other bounds for images, answers may be others
 
     async def _try_again(self, settings: Settings) -> None:
         pause = _FIRST_PAUSE
@@ -239,8 +239,9 @@ class Service:
         """The answers to images: those that are known, and the others computed."""
         if not settings.max_cache_bytes:
             return await self._compute(served, values)
-        keys = [self._cache.key(served, value.data) if isinstance(value, Encoded) else None for value in values]
-        known = [None if key is None else self._cache.get(key) for key in keys]
+        cache = self._cache  # there may be another one when the answers come
+        keys = [cache.key(served, value.data) if isinstance(value, Encoded) else None for value in values]
+        known = [None if key is None else cache.get(key) for key in keys]
         missing = [value for value, answer in zip(values, known, strict=True) if answer is None]
         self.metrics.record_cache(hits=len(values) - len(missing), misses=len(missing))
         computed = iter(await self._compute(served, missing) if missing else [])
@@ -248,7 +249,7 @@ class Service:
         for key, answer in zip(keys, known, strict=True):
             rows.append(next(computed) if answer is None else answer)
             if answer is None and key is not None:
-                self._cache.put(key, rows[-1], settings.max_cache_bytes)
+                cache.put(key, rows[-1], settings.max_cache_bytes)
         return rows
 
     async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Probabilities | BadImage]:

@@ -52,6 +52,8 @@ class Settings:
     """Largest number of images that wait or are computed."""
     max_bytes_in_flight: int = 2**27
     """Largest number of bytes of bodies that are held."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of the pages whose scripts may read answers, such as https://example.com; `*`: all."""
     max_cache_bytes: int = 0
     """Largest size of the answers that are kept for images that are sent again; 0: none."""
     shadow_share: float = 0.0
@@ -63,7 +65,9 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON and YAML."""
-        return dataclasses.asdict(self) | {"models": [dataclasses.asdict(model) for model in self.models]}
+        return dataclasses.asdict(self) | {
+            "models": [dataclasses.asdict(model) for model in self.models], "cors_origins": [*self.cors_origins],
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
@@ -72,4 +76,5 @@ class Settings:
         access_log = values["access_log"]
         if isinstance(access_log, bool):  # of an earlier version
             access_log = "all" if access_log else "none"
-        return cls(**values | {"models": models, "access_log": access_log})
+        origins = tuple(values.get("cors_origins", ()))
+        return cls(**values | {"models": models, "access_log": access_log, "cors_origins": origins})

@@ -273,6 +273,8 @@ class ServingMetrics:
                 histogram.observe(value, tags=of_series)
 
     def _count(self, counter: Any, number: int = 1, **tags: str) -> None:
+        if not number:  # Ray's counters refuse 0
+            return
         with self._lock:
             self._counts[counter, tuple(tags.items())] += number
         self._flush_later()

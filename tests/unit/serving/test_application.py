@@ -1,6 +1,7 @@
 """The application of a replica: requests and responses of its own API."""
 
 import base64
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -10,12 +11,15 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import cnnray
 from cnnray.images.decode import BadImage
+from cnnray.serving.config import ServeConfig
 from cnnray.serving.keys import Key
 from cnnray.serving.service import STATUS_BY_REASON
+from cnnray.serving.settings import Settings
 from tests.awkward import awkward_images
 from tests.networks import GEOMETRY
 from tests.unit.serving.conftest import GOOD, check_answer
@@ -294,3 +298,36 @@ def test_nodes_need_the_code_of_cnnray_and_no_installation(start_client, monkeyp
     client = start_client()
     assert client.get("/openapi.json").json()["info"]["version"] == cnnray.__version__
     assert client.get("/v2").json()["version"] == cnnray.__version__
+
+
+def test_pages_of_other_hosts_may_ask_where_they_are_named(start_client, bundle):
+    page, other = {"Origin": "https://example.com"}, {"Origin": "https://example.org"}
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    client = start_client(keys=[Key(key="geheim")], cors_origins=("https://example.com",))
+    first = client.options("/predict", headers=page | asking)  # a browser sends no key with it
+    assert first.status_code == 200
+    assert first.headers["access-control-allow-origin"] == "https://example.com"
+    assert "x-api-key" in first.headers["access-control-allow-headers"]
+    assert client.options("/predict", headers=other | asking).status_code == 400
+    for sender, allowed in ((page, "https://example.com"), (other, None)):
+        for key, status in (({}, 401), ({"X-API-Key": "geheim"}, 200)):
+            answer = client.post("/predict", files={"image": ("a", GOOD)}, headers=sender | key)
+            assert answer.status_code == status
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert "x-request-id" in answer.headers
+    everybody = dataclasses.replace(client.app.service.settings, cors_origins=("*",))
+    client.portal.call(client.app.service.change_settings, everybody)
+    answer = client.get("/health/live", headers=other)
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-origin" not in start_client().get("/health/live", headers=page).headers
+
+
+@pytest.mark.parametrize("origin", ["example.com", "https://example.com/", "https://a b", "ftp://example.com"])
+def test_an_origin_that_is_none_gets_a_sentence(origin):
+    with pytest.raises(ValueError, match="is no origin, such as"):
+        ServeConfig(bundle="/b", cors_origins=[origin])
+
+
+def test_settings_stay_the_same_in_yaml(bundle):
+    chosen = ServeConfig(bundle=bundle, cors_origins=["https://example.com"], rollback_on={"errors": 0.1}).settings
+    assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(chosen.as_dict()))) == chosen

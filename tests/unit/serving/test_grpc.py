@@ -1,5 +1,7 @@
 """The Open Inference Protocol over gRPC: its messages, and that answers and refusals are those of HTTP."""
 
+import asyncio
+import contextlib
 import logging
 
 import grpc
@@ -163,6 +165,12 @@ def refused():
         (changed(lambda request: request.inputs[0].shape.__setitem__(0, 2)), invalid, "has 1 elements"),
         (changed(lambda request: request.outputs.add(name="logits")), invalid, "There is no output 'logits'"),
         (changed(lambda request: request.raw_input_contents.append(b"")), invalid, "expected one"),
+        (changed(lambda request: [request.outputs.add() for _ in range(17)]), large, "16 outputs"),
+        (
+            changed(lambda request: request.inputs[0].contents.bytes_contents.extend([b""] * 33)),
+            large,
+            "32 images",
+        ),
         (changed(lambda request: request.raw_input_contents.__setitem__(0, b"\x09\0\0\0x")), invalid, "fill"),
         (infer_request("image", np.zeros((1, 2, 2, 3), np.uint8)), invalid, "image is [1, 2, 2, 3]; expected"),
         (infer_request("image_bytes", np.asarray([b"x" * 2**25], object)), large, "larger than the 33554432 bytes"),
@@ -241,3 +249,21 @@ def test_serve_registers_every_method():
     (handler,) = registered
     assert handler.service_name() == grpc_messages.SERVICE
     assert handler._method_handlers.keys() == {f"/{grpc_messages.SERVICE}/{name}" for name in METHODS}
+
+
+def test_a_client_that_leaves_is_recorded_as_such(client, monkeypatch):
+    recorded = []
+    service = client.app.service
+    monkeypatch.setattr(service.metrics, "record_request", lambda *values: recorded.append(values[:2]))
+    request = infer_request("image_bytes", np.asarray([GOOD], object)).SerializeToString()
+
+    async def leave():
+        answering = asyncio.create_task(GrpcGate(service, Keys([])).answer("ModelInfer", request, Context()))
+        await asyncio.sleep(0)
+        answering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await answering
+
+    client.portal.call(leave)
+    assert recorded == [("/inference.GRPCInferenceService/ModelInfer", 499)]
+    assert service.admission.bytes == 0

@@ -25,9 +25,10 @@ def test_it_is_a_variable_or_a_files_content(tmp_path, monkeypatch):
     assert read_keys() == [Key(key="from a variable")]
     monkeypatch.setenv("CNNRAY_API_KEY", "")
     assert read_keys() == []
-    (tmp_path / "key").write_text("from a file\n")
     monkeypatch.setenv("CNNRAY_API_KEY_FILE", str(tmp_path / "key"))
-    assert read_keys() == [Key(key="from a file")]
+    for key in ("from a file", "-x4f"):
+        (tmp_path / "key").write_text(f"{key}\n")
+        assert read_keys() == [Key(key=key)]
 
 
 def test_a_service_never_starts_without_the_key_that_was_meant(tmp_path, monkeypatch):

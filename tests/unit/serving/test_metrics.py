@@ -15,9 +15,13 @@ class Recorded:
         self.values = []
 
     def inc(self, value, tags=None):
+        assert value > 0  # as Ray's
         self.values.append((value, tags))
 
-    observe = set = inc
+    def observe(self, value, tags=None):
+        self.values.append((value, tags))
+
+    set = observe
 
 
 @pytest.fixture
@@ -32,6 +36,7 @@ def metrics(monkeypatch):
         "_confidences",
         "_images_held",
         "_bytes_held",
+        "_cached_images",
     ):
         monkeypatch.setattr(metrics, name, Recorded())
     return metrics
@@ -45,6 +50,7 @@ def test_counts_are_summed_and_values_are_kept_until_they_are_given_to_ray(metri
     metrics.record_batch([0.1, 0.2])
     metrics.record_stage("decode", [0.3])
     metrics.record_prediction("cats", "v1", "tabby", 0.75)
+    metrics.record_cache(hits=0, misses=3)
     assert not metrics._requests.values
     ((seconds, flush),) = timers
     assert seconds == 1
@@ -56,6 +62,7 @@ def test_counts_are_summed_and_values_are_kept_until_they_are_given_to_ray(metri
     assert metrics._stages.values == [
         (0.1, {"stage": "wait"}), (0.2, {"stage": "wait"}), (0.3, {"stage": "decode"}),
     ]  # fmt: skip
+    assert metrics._cached_images.values == [(3, {"hit": "false"})]
     tags = {"model": "cats", "version": "v1"}
     assert metrics._predictions.values == [(1, tags | {"prediction": "tabby"})]
     assert metrics._confidences.values == [(0.75, tags)]

@@ -198,6 +198,10 @@ def test_a_canary_that_is_deployed_once_more_begins_anew():
     assert coordinator.report("b", {release: good}, again)[release].action == WAIT
     assert store.settings == again
     assert coordinator._reports.keys() == {release}  # what has ended is forgotten
+    # A file for `serve deploy` has the same revision each time.
+    coordinator.report("b", {release: Comparison(canary=record(1))}, again)
+    assert coordinator._reports[release]["b"].canary.images == 1
+    assert coordinator._looks[release][0] == 1
 
 
 def test_settings_without_versions_are_decided_about_too():

@@ -68,6 +68,8 @@ def test_replicas_that_are_replaced_are_not_the_service(monkeypatch):
         serve.wait(monkeypatch, replaced=["0"])
     with pytest.raises(ClusterError, match="1 of 1 replicas have no room"):
         Serve("DEPLOYING", RUNNING, UNPLACED).wait(monkeypatch, replaced=["0"])
+    with pytest.raises(AssertionError, match="no end"):  # the old one still holds the room
+        Serve("DEPLOYING", ("STOPPING", "node"), UNPLACED).wait(monkeypatch, replaced=["0"])
     assert Serve("RUNNING", RUNNING, RUNNING).wait(monkeypatch, replaced=["0"]) == 1
 
 

@@ -57,10 +57,6 @@ class RequestError(BadInputError):
         return type(self), (self.status, str(self), self.headers)
 
 
-class InvalidError(RequestError):
-    """Values that a request may not have."""
-
-
 def declared_length(request: Request, settings: Settings) -> int:
     """The length of the body in bytes, by the header Content-Length; 0 if there is none.
 
@@ -249,22 +245,24 @@ def parse_model(model: type[Model], body: bytes) -> Model:
     Raises:
         RequestError: 400, see `parse_json`, or the model does not allow the values.
     """
-    try:
-        return validate(model, parse_json(body))
-    except InvalidError as error:
-        raise RequestError(400, f"The JSON cannot be read: {error}") from None
+    return validate(model, parse_json(body), "The JSON")
 
 
-def validate(model: type[Model], content: Any) -> Model:
+def validate(model: type[Model], content: Any, name: str) -> Model:
     """Make a model of values.
 
+    Args:
+        model: the model.
+        content: the values.
+        name: what they come from, for the error.
+
     Raises:
-        InvalidError: 400, the model does not allow them.
+        RequestError: 400, the model does not allow them.
     """
     try:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
-        raise InvalidError(400, f"{_describe_error(error)}.") from None
+        raise RequestError(400, f"{name} cannot be read: {_describe_error(error)}.") from None
 
 
 def _describe_error(error: pydantic.ValidationError) -> str:

@@ -43,16 +43,16 @@ class ServeConfig:
     """NAME=SHARE,NAME=SHARE: earlier form of the shares in --models, for the earlier form of --bundle,
     NAME=URI,NAME=URI."""
     shadow_share: float | None = None
-    """Share, 0 to 1, of the requests of a model with a canary that both versions answer, so that their classes can be
-    compared; null: 0.1 with --promote-after or --rollback-on, otherwise 0."""
+    """Share, 0 to 1, of the requests of a model with a canary of which both versions answer one image, so that their
+    classes can be compared; null: 0.1 with --promote-after or --rollback-on, otherwise 0."""
     promote_after: int | None = None
     """Images after which a canary that keeps its limits gets all requests by itself; null: never. As many must have
-    been compared, unless --shadow-share is 0."""
+    been compared, where agreement has a limit and --shadow-share is not 0."""
     rollback_on: dict[str, float] | None = None
     """Limits of a canary, which gets no requests any more once it exceeds one with certainty: '{errors: 0.01,
-    latency: 2, agreement: 0.9}', any of them. errors: share of images without an answer, beyond that of the version
-    before; latency: times the latency of the version before (95th percentile); agreement: share of images with the
-    class of the version before. null: it never goes back by itself."""
+    latency: 2, agreement: 0.9}', any of them. errors: share of requests without an answer, beyond that of the version
+    before; latency: how many times the 95th percentile of the version before 5 % of the requests may exceed;
+    agreement: share of compared images with the class of the version before. null: it never goes back by itself."""
     engine: str = "auto"
     """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
     openvino-bfloat16 or openvino-int8; auto: keras or keras-bfloat16 on a GPU, otherwise the fastest that export has

@@ -51,27 +51,27 @@ class Classifier:
         """Called by Serve before the first request, and whenever `user_config` has changed."""
         await self._service.change_settings(Settings.from_dict(user_config))
 
-    async def ServerLive(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ServerLive(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """Called by Serve for gRPC requests, like the methods that follow; see `open_inference_grpc`."""
         return await self._grpc.answer("ServerLive", request, grpc_context)
 
-    async def ServerReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ServerReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """See `ServerLive`."""
         return await self._grpc.answer("ServerReady", request, grpc_context)
 
-    async def ServerMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ServerMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """See `ServerLive`."""
         return await self._grpc.answer("ServerMetadata", request, grpc_context)
 
-    async def ModelReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ModelReady(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """See `ServerLive`."""
         return await self._grpc.answer("ModelReady", request, grpc_context)
 
-    async def ModelMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ModelMetadata(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """See `ServerLive`."""
         return await self._grpc.answer("ModelMetadata", request, grpc_context)
 
-    async def ModelInfer(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+    async def ModelInfer(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802 - the protocol's name
         """See `ServerLive`."""
         return await self._grpc.answer("ModelInfer", request, grpc_context)
 

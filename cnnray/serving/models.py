@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import random
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -70,7 +71,7 @@ class Models:
             NoSuchModelError: it is not served.
         """
         if name not in self._by_name:
-            raise NoSuchModelError(f"There is no model {name!r}; there are {', '.join(self.names)}.")
+            raise NoSuchModelError(f"There is no model {reprlib.repr(name)}; there are {', '.join(self.names)}.")
         return self._by_name[name]
 
     def choose(self, name: str | None = None, version: str | None = None, key: str | None = None) -> ServedModel:
@@ -102,7 +103,7 @@ class Models:
             if model.version == version:
                 return model
         known = ", ".join(model.version for model, _ in versions)
-        raise NoSuchModelError(f"The model {name} has no version {version!r}; it has {known}.")
+        raise NoSuchModelError(f"The model {name} has no version {reprlib.repr(version)}; it has {known}.")
 
 
 def _place(text: str) -> float:

@@ -177,6 +177,7 @@ def _parse_infer(body: bytes, settings: Settings) -> tuple[Any, InferRequest, li
             ],
             "outputs": outputs or None,
         },
+        "The message",
     )  # fmt: skip
     return asked, infer_request, open_inference.read_images(infer_request, binary, settings)
 

@@ -15,12 +15,10 @@ from cnnray.evaluation.comparison import UndecidedError
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
 from cnnray.images.manifest import ManifestError
-from cnnray.serving.bodies import InvalidError, RequestError
+from cnnray.serving.bodies import RequestError
 
 KINDS = (errors.TransientError, errors.PermanentError, errors.BadInputError)
-ARGUMENTS = dict.fromkeys((RequestError, InvalidError), (413, "It is too long.")) | {
-    BadImage: ("corrupt", "it ends early")
-}
+ARGUMENTS = {BadImage: ("corrupt", "it ends early"), RequestError: (413, "It is too long.")}
 
 
 @pytest.fixture(autouse=True)

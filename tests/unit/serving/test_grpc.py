@@ -155,6 +155,7 @@ def refused():
     large = grpc.StatusCode.RESOURCE_EXHAUSTED
     return [
         (changed(lambda request: setattr(request, "model_name", "mice")), missing, "There is no model 'mice'"),
+        (changed(lambda request: setattr(request, "model_name", "m" * 10**6)), missing, "mmm...mmm"),
         (changed(lambda request: setattr(request, "model_version", "9")), missing, "has no version '9'"),
         (changed(lambda request: request.ClearField("inputs")), invalid, "There are 0 inputs"),
         (changed(lambda request: request.inputs.append(request.inputs[0])), invalid, "There are 2 inputs"),

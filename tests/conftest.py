@@ -1,6 +1,7 @@
 import io
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,14 @@ def onnx_bundle(tmp_path_factory, digits):
     from tests.networks import write_onnx_bundle
 
     return write_onnx_bundle(tmp_path_factory.mktemp("bundle"), "small_cnn", 32, f"{digits}/*/*.png")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Say how a test process died, and what Ray's driver in it wrote last: its stderr is lost with it."""
+    if error:
+        process = node.gateway._io.popen
+        print(f"\n{node.gateway.id} (process {process.pid}) ended with {process.wait(10)}")
+        for log in Path(tempfile.gettempdir(), "ray").glob(f"session_*/logs/python-core-driver-*_{process.pid}.log"):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[")]
+            print(log, *lines[-20:], sep="\n")

@@ -35,12 +35,14 @@ log = logging.getLogger(__name__)
 
 SIZE, BATCH, CLASSES = 64, 64, 10
 _FLOAT32, _AUTO = "onnx", "auto"
-_REPETITIONS = 3
-"""How often the fastest engine goes through the images, because a single pass is too short to measure."""
+LIGHT_SIZE, LIGHT_ENGINE = 32, "litert-int8"
+"""Of `small_cnn`, a network that costs little: what the framework adds shows."""
+_REPETITIONS, _LIGHT_REPETITIONS = 3, 20
+"""How often the fastest engine, and a light network, go through the images: a single pass is too short to measure."""
 
 
 def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds: int = 3) -> list[Comparison]:
-    """Measure `vgg_bn` at 64x64 in the steady state.
+    """Measure `vgg_bn` at 64x64, and `small_cnn` at 32x32, in the steady state.
 
     Args:
         photos: the images; the bundle and lists are written into their folder.
@@ -54,16 +56,18 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
     paths = photos.manifest(images)["uri"].to_pylist()
     count = len(paths)
     bundle = Bundle.load(write_random_bundle(photos.folder))
+    light = Bundle.load(
+        write_random_bundle(photos.folder, architecture="small_cnn", size=LIGHT_SIZE, formats=(LIGHT_ENGINE,))
+    )
     bare_loops = plan_bare_loops(resources)
     if count < (least := 4 * BATCH * bare_loops.processes):
         raise BenchmarkError(f"{count} images are too few to measure prediction: at least {least} are needed.")
 
-    def ours(engine: str, repetitions: int = 1) -> Callable[[], float]:
+    def ours(bundle: Bundle, engine: str, repetitions: int = 1, rows: int = 128) -> Callable[[], float]:
         planned = plan_on_cluster(bundle, PredictOptions(engine=engine), resources)
-        uris = paths * repetitions
-        return lambda: ranges_rate(planned, uris, photos.folder)
+        return lambda: ranges_rate(planned, paths * repetitions, photos.folder, rows)
 
-    def bare(engine: str, repetitions: int = 1) -> Callable[[], float]:
+    def bare(bundle: Bundle, engine: str, repetitions: int = 1) -> Callable[[], float]:
         def run() -> float:
             repeated, processes = paths * repetitions, bare_loops.processes
             shares = [(bundle.uri, engine, repeated[first::processes]) for first in range(processes)]
@@ -91,8 +95,11 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
 
     fastest = engines.choose(bundle, gpus=False, batch_size=BATCH)
     methods = {
-        "auto": ours(_AUTO, _REPETITIONS), "float32": ours(_FLOAT32), "bare auto": bare(fastest, _REPETITIONS),
-        "bare float32": bare(_FLOAT32), "documented": documented, "tf.data": tf_data,
+        "light": ours(light, LIGHT_ENGINE, _LIGHT_REPETITIONS, rows=1024),
+        "bare light": bare(light, LIGHT_ENGINE, _LIGHT_REPETITIONS),
+        "auto": ours(bundle, _AUTO, _REPETITIONS), "bare auto": bare(bundle, fastest, _REPETITIONS),
+        "float32": ours(bundle, _FLOAT32), "bare float32": bare(bundle, _FLOAT32),
+        "documented": documented, "tf.data": tf_data,
     }  # fmt: skip
     if not storage.is_local(paths[0]):
         methods.pop("tf.data")  # cannot read buckets without another package
@@ -101,8 +108,11 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
         for name, method in methods.items():
             rates[name].append(method())
         log.info("%s", ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items()))
-    files, loops = f"vgg_bn 64x64 on {photos.name}", f"a bare loop in {bare_loops.processes} processes"
-    return [
+    loops = f"a bare loop in {bare_loops.processes} processes"
+    lighter = f"`small_cnn` {LIGHT_SIZE}x{LIGHT_SIZE} on {photos.name}, {LIGHT_ENGINE}, steady"
+    theirs = bare_loops.label(f"{loops}, {LIGHT_ENGINE}")
+    files = f"vgg_bn 64x64 on {photos.name}"
+    return [Comparison(lighter, rates["light"], theirs, rates["bare light"], 0.95)] + [
         Comparison(f"{files}, {ours}", rates[ours.split()[0]], theirs, rates[key], aim)
         for ours, theirs, key, aim in (
             (f"auto ({fastest})", bare_loops.label(f"{loops}, {fastest}"), "bare auto", 0.9),

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.photos import write as write_photos
-from benchmarks.predict import bare_loop, write_random_bundle
+from benchmarks.predict import LIGHT_ENGINE, LIGHT_SIZE, bare_loop, write_random_bundle
 from benchmarks.report import BenchmarkError, Comparison
 from cnnray.cpus import usable_cpus
 
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 _JOB = Path(__file__).parents[1] / "jobs" / "predict.py"
 IMAGES = 150_000
-_ENGINE, _SIZE = "litert-int8", 32
 _DIFFERENT = 10_000
 """How many photos are written; each has hard links beside it, so that the folder holds as many files as asked for."""
 
@@ -36,17 +35,17 @@ def measure(folder: Path, *, images: int = IMAGES, rounds: int = 3) -> Compariso
     """
     photos = write_photos(folder / "photos", min(images, _DIFFERENT))
     source = _write_links(photos, folder / f"linked-{images}", images)
-    bundle = write_random_bundle(folder, architecture="small_cnn", size=_SIZE, formats=(_ENGINE,))
+    bundle = write_random_bundle(folder, architecture="small_cnn", size=LIGHT_SIZE, formats=(LIGHT_ENGINE,))
     paths = sorted(str(path) for path in source.iterdir())[: images * 2 // 5]
     processes = usable_cpus()
-    shares = [(bundle, _ENGINE, paths[first::processes]) for first in range(processes)]
+    shares = [(bundle, LIGHT_ENGINE, paths[first::processes]) for first in range(processes)]
     ours, theirs = [], []
     for number in range(rounds):
         before = _run_bare_loops(shares)
         ours.append(_run_command(bundle, source, folder / f"predicted-{number}", images))
         theirs.append((before + _run_bare_loops(shares)) / 2)
         log.info("the whole command %.0f images/s, the bare loop %.0f", ours[-1], theirs[-1])
-    name = f"`small_cnn` 32x32 on {images:,} JPEG 500x375, {_ENGINE}, the whole command"
+    name = f"`small_cnn` 32x32 on {images:,} JPEG 500x375, {LIGHT_ENGINE}, the whole command"
     return Comparison(name, ours, f"a bare loop in {processes} processes, the same engine", theirs, 0.85)
 
 
@@ -71,7 +70,7 @@ def _run_command(bundle: str, source: Path, output: Path, images: int) -> float:
     """The images/s of the whole command."""
     command = [
         sys.executable, str(_JOB), "--bundle", bundle, "--input", str(source), "--output", str(output),
-        "--engine", _ENGINE, "--overwrite",
+        "--engine", LIGHT_ENGINE, "--overwrite",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     start = time.perf_counter()

@@ -11,6 +11,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         from cnnray.evaluation.data_checks import check_data
 
         return check_data(config)
+    if config.drift is not None:
+        from cnnray.evaluation.drift import measure_drift
+
+        return measure_drift(config)
     from cnnray.evaluation.job import evaluate
 
     return evaluate(config)

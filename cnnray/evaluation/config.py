@@ -16,11 +16,13 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(InferenceOptions):
-    """Measure a bundle on labelled images and write a report; with --check-data, only check the images."""
+    """Measure a bundle on labelled images and write a report; with --check-data, only check the images; with --drift,
+    compare what a service has answered with what it answered to its validation images."""
 
-    data: str
+    data: str | None = None
     """Labelled images: a folder or s3:// prefix of class folders (or of train, validation and test with class folders
-    in each), a CSV, JSONL or Parquet table with the columns uri and label, or the manifest.parquet of a training."""
+    in each), a CSV, JSONL or Parquet table with the columns uri and label, or the manifest.parquet of a training.
+    With --drift: the images to compare with, in place of the bundle's validation images; they need no labels."""
     bundle: str | None = None
     """Folder or s3:// prefix of the bundle; not needed with --check-data."""
     output: str | None = None
@@ -47,6 +49,16 @@ class EvaluateConfig(InferenceOptions):
     interval of the loss is at most this, 1 if it is more than this, and 3 (undecided) if this lies inside it."""
     max_error_fraction: float = 0.01
     """With --compare: refuse to compare if a larger share of the images has no prediction, in either evaluation."""
+    drift: str | None = None
+    """Request log, as `jobs/serve.py --log-requests` writes it: report how the answers of each window of time differ
+    from those to the validation images, by classes and confidences; by embeddings, too, where the log keeps images
+    and --data is given."""
+    labels: str | None = None
+    """With --drift: labels that came later, a CSV, JSONL or Parquet table with the columns request_id, label, and
+    index (an image's place in its request, from 0) where requests have several images. They give the accuracy of each
+    window."""
+    window_hours: float = 24.0
+    """With --drift: length of a window. Windows begin at 1970-01-01 UTC."""
     check_data: bool = False
     """Only look for images in two splits or under two labels, unreadable images, odd sizes and small classes."""
     overwrite: bool = False
@@ -60,12 +72,14 @@ class EvaluateConfig(InferenceOptions):
         if not 1 <= self.samples <= 100:
             raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
         flags.check_share(self, "wanted_accuracy", "max_drop", "max_error_fraction")
-        flags.make_absolute(self, "data", "bundle", "output", "compare")
+        flags.check_more_than_zero(self, "window_hours")
+        flags.make_absolute(self, "data", "bundle", "output", "compare", "drift", "labels")
+        self._check_drift()
         if not self.check_data:
             for flag in ("bundle", "output"):
                 if getattr(self, flag) is None:
                     raise ValueError(f"--{flag} is needed, unless with --check-data.")
-            if f"{self.output}/".startswith(f"{self.data}/"):
+            if self.data and f"{self.output}/".startswith(f"{self.data}/"):
                 raise ValueError(f"--output {self.output} lies in --data {self.data}: it would be read as data.")
             if self.output == self.bundle:
                 raise ValueError("--output is the bundle itself: give another folder.")
@@ -73,6 +87,23 @@ class EvaluateConfig(InferenceOptions):
             rounded = [name for name, runner in engines.RUNNERS.items() if runner.tolerance is None]
             if self.calibrate and self.engine in rounded:
                 raise ValueError(f"--calibrate needs finer probabilities than those of --engine {self.engine}.")
+
+    def _check_drift(self) -> None:
+        """
+        Raises:
+            ValueError: flags of --drift without it, or others beside it, in one sentence.
+        """
+        if self.drift is None:
+            if self.data is None:
+                raise ValueError("--data is needed, unless with --drift.")
+            if self.labels is not None or self.window_hours != 24:
+                raise ValueError("--labels and --window-hours need --drift.")
+        else:
+            others = ("calibrate", "compare", "check_data", "retry_errors")
+            if given := [name for name in others if getattr(self, name)]:
+                raise ValueError(f"{flags.flag_name(given[0])} does not go with --drift.")
+            if f"{self.output}/".startswith(f"{self.drift}/"):
+                raise ValueError(f"--output {self.output} lies in --drift {self.drift}: it would be read as its log.")
 
     def predict_config(self, manifest: str) -> PredictConfig:
         """The config of the prediction run that classifies the images of this evaluation.
@@ -88,7 +119,7 @@ class EvaluateConfig(InferenceOptions):
         return PredictConfig(
             **shared,
             bundle=self.bundle,
-            input=manifest or self.data,
+            input=manifest or self.data or self.drift or "",
             output=storage.join(self.output, PREDICTIONS),
             probabilities=True,
             max_error_fraction=1.0,

@@ -25,6 +25,7 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ClusterError: with a sentence for the user.
     """
+    assert config.data is not None
     try:
         manifest = manifests.build_manifest(config.data, labelled=True)
     except manifests.ManifestError as error:

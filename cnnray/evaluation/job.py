@@ -19,7 +19,6 @@ from cnnray import cluster, configs
 from cnnray.evaluation import comparison, data_checks, metrics, report
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
-from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
 from cnnray.images import manifest as manifests
@@ -29,6 +28,8 @@ from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
+from cnnray.models.drift import Distribution
+from cnnray.models.heat_maps import HeatMapProcess
 from cnnray.models.predictor import find_unusable
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import parts as prediction_parts
@@ -60,6 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UndecidedError: with `config.compare`, there are too few images to say whether accuracy fell too far.
     """
     started = time.monotonic()
+    assert config.data is not None
     assert config.bundle is not None
     assert config.output is not None
     with lease(config.output):
@@ -342,8 +344,17 @@ def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float) -> 
         if Bundle.load(bundle.uri).version != bundle.version:
             raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)
-        bundles.write_info(bundle.uri, dataclasses.replace(info, temperature=temperature))
+        changed = dataclasses.replace(info, temperature=temperature)
+        if info.reference:  # the confidences of all later answers are others
+            changed = dataclasses.replace(changed, reference=_answers(metrics.apply_temperature(predictions, factor)))
+        bundles.write_info(bundle.uri, changed)
     log.info("changed the temperature of %s from %.4f to %.4f", bundle.uri, bundle.info.temperature, temperature)
+
+
+def _answers(predictions: Predictions) -> dict[str, list[int]]:
+    """For `BundleInfo.reference`."""
+    classes = len(predictions.class_names)
+    return Distribution.of(predictions.classes, predictions.confidences, classes).as_dict()
 
 
 def _log_results(results: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from cnnray.images import containers
 from cnnray.images.decode import decode
 from cnnray.images.reading import load_bytes
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.heat_maps import overlay
 
 log = logging.getLogger(__name__)
 
@@ -102,5 +103,5 @@ def _grids(name: str, bundle: Bundle, rows: pa.Table, heat_maps: HeatMaps) -> di
     except BundleError as error:
         log.info("no heat maps: %s", error)
         return {name: grid(tiles)}
-    heated = {index: plots.with_heat(tiles[index], heat) for index, heat in zip(indices, maps, strict=True)}
+    heated = {index: overlay(tiles[index], heat) for index, heat in zip(indices, maps, strict=True)}
     return {name: grid(tiles), f"{name}_grad_cam": grid(heated)}

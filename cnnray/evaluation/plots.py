@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from cnnray.evaluation.metrics import Curve, Integers
 
@@ -162,6 +160,54 @@ def history(columns: dict[str, list[float]]) -> bytes:
     return _png(figure)
 
 
+def drift(windows: Sequence[tuple[str, dict[str, Any] | None]], figure_name: str, threshold: float) -> bytes:
+    """A figure of drift by window, beside the threshold of a warning.
+
+    Args:
+        windows: by start, the figures; None where there are too few images.
+        figure_name: the one that is shown.
+        threshold: values below it give no warning.
+    """
+    figure = Figure((9, 2.8))
+    axes = figure.add_subplot()
+    values = [found[figure_name] if found else np.nan for _, found in windows]
+    axes.plot(range(len(windows)), values, color=_BLUE, marker="o", markersize=4)
+    axes.axhline(threshold, color=_GREY, linestyle="--", label="threshold of a warning")
+    axes.set_ylim(0.4 if figure_name == "auc" else -0.02, None)
+    axes.set_ylabel({"auc": "area under the ROC curve", "effect_size": "effect size"}[figure_name])
+    _window_ticks(axes, [start for start, _ in windows])
+    _legend(axes)
+    return _png(figure)
+
+
+def accuracies(windows: Sequence[tuple[str, dict[str, float] | None]]) -> bytes:
+    """Accuracy by window, `accuracy` with its interval from `low` to `high`; None where there are no labels."""
+    figure = Figure((9, 2.8))
+    axes = figure.add_subplot()
+    known = [(place, found) for place, (_, found) in enumerate(windows) if found]
+    values = np.array([[found[name] for name in ("accuracy", "low", "high")] for _, found in known]).T
+    axes.errorbar(
+        [place for place, _ in known],
+        values[0],
+        yerr=[values[0] - values[1], values[2] - values[0]],
+        color=_BLUE,
+        marker=".",
+        capsize=3,
+    )
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("accuracy")
+    _window_ticks(axes, [start for start, _ in windows])
+    return _png(figure)
+
+
+def _window_ticks(axes: Axes, starts: Sequence[str]) -> None:
+    step = max(1, -(-len(starts) // 12))
+    places = range(0, len(starts), step)
+    labels = [starts[place].removesuffix("Z").removesuffix(":00").removesuffix("T00:00") for place in places]
+    axes.set_xticks(places, labels, rotation=30, ha="right", fontsize=7)
+    axes.grid(alpha=0.3)
+
+
 def grid(tiles: Sequence[Tile], columns: int = 4) -> bytes:
     """Images titled with prediction and confidence: green if correct, else red with the true class."""
     rows = -(-len(tiles) // columns)
@@ -176,13 +222,6 @@ def grid(tiles: Sequence[Tile], columns: int = 4) -> bytes:
             text += "" if correct else f"\ntrue: {_shorten(tile.label, 20)}"
             axes.set_title(text, fontsize=9, color=_GREEN if correct else _RED, parse_math=False)
     return _png(figure)
-
-
-def with_heat(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Overlay an image, uint8 (height, width, 3), with a heat map, float32 (h, w) in [0, 1], resized to the image."""
-    large = Image.fromarray(heat).resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BILINEAR)
-    colours = colormaps["jet"](np.asarray(large))[..., :3] * 255
-    return np.asarray(0.55 * pixels + 0.45 * colours, np.uint8)
 
 
 def _ticks(axes: Axes, positions: range, names: Sequence[str]) -> None:

@@ -21,15 +21,15 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         pictures: PNG files by name (see `pictures.make_pictures`).
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"decimal": _decimal, "percent": _percent, "small": "{:.2g}".format}
+    environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
         results=results,
         top_k=TOP_K,
-        percent=_percent,
-        decimal=_decimal,
+        percent=percent,
+        decimal=decimal,
         errors=errors,
-        pictures={name: _data_url(png) for name, png in pictures.items()},
+        pictures={name: data_url(png) for name, png in pictures.items()},
         confused=_most_confused(results),
         checks=results["data_checks"],
         calibration=results["calibration"],
@@ -37,15 +37,18 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
     )
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG file as an address that HTML can hold."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _decimal(value: float | None) -> str:
+def decimal(value: float | None) -> str:
+    """Four places; a dash for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent; a dash for None."""
     return "-" if value is None else f"{100 * value:.2f} %"
 
 

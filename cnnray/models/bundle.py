@@ -70,6 +70,8 @@ class BundleInfo:
     """Hash of the manifest that the model was trained on."""
     class_counts: dict[str, int] = field(default_factory=dict)
     """Number of training images per class."""
+    reference: dict[str, list[int]] = field(default_factory=dict)
+    """Answers to the validation images, from which drift is measured (see `drift.Distribution`); empty: unknown."""
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Measurements of `keras` and of each exported file, by engine (see `verification.Report`)."""
     library_versions: dict[str, str] = field(default_factory=library_versions)

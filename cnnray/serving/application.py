@@ -1,8 +1,11 @@
 """The ASGI application of a replica: health, metadata, the pages, `POST /predict`, and other protocols."""
 
+import base64
 import functools
+import reprlib
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import pydantic
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -18,22 +21,26 @@ import cnnray
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import rank_classes
 from cnnray.models.runtimes import Probabilities
-from cnnray.serving import open_inference, repository, tensorflow_serving
+from cnnray.serving import jobs, open_inference, repository, tensorflow_serving
 from cnnray.serving.bodies import RequestError, parse_images
 from cnnray.serving.gate import Gate
 from cnnray.serving.keys import Keys
 from cnnray.serving.models import ServedModel
-from cnnray.serving.operations import BINARY, Operation, describe
+from cnnray.serving.operations import BINARY, USUAL_FAILURES, Bodies, Operation, describe
 from cnnray.serving.schema import (
     Answer,
+    ExplainQuery,
     ImageFailure,
     JsonImages,
     Metadata,
+    ModelQuery,
     PredictQuery,
     Ready,
     VersionInfo,
 )
 from cnnray.serving.service import STATUS_BY_REASON, Service, canary_key
+
+Query = TypeVar("Query", bound=ModelQuery)
 
 _ONLY_THIS_HOST = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"}
 """Header of pages: browsers load nothing from other hosts, which a cluster without internet could not reach."""
@@ -135,16 +142,23 @@ def _version_info(served: ServedModel, share: float, verdict: str | None) -> Ver
 
 async def _predict(service: Service, request: Request) -> Response | dict[str, Any] | list[Any]:
     """Classify one image (the response is an object) or several (a list, in order, of answers and errors)."""
-    query = _NO_QUERY if not request.url.query else _parse_query(request)
+    query = _NO_QUERY if not request.url.query else _parse_query(PredictQuery, request)
     served = service.choose_model(query.model, query.version, canary_key(request))
-    content_type = request.headers.get("content-type", "")
-    images, several = await service.read(request, lambda body, settings: parse_images(body, content_type, settings))
+    images, several = await _read_images(service, request)
     rows = await service.classify(served, images)
     request_id = request.state.request_id
     answers = [
         _failure(row, request_id) if isinstance(row, BadImage) else _answer(served, row, query, request_id)
         for row in rows
     ]
+    if query.explain:
+        good = [(image, row, answer) for image, row, answer in zip(images, rows, answers, strict=True)
+                if isinstance(image, bytes) and not isinstance(row, BadImage)]  # fmt: skip
+        if good:
+            explained, best, with_heat_maps = zip(*good, strict=True)
+            pictures = await service.explain(served, explained, [int(row.argmax()) for row in best])
+            for answer, picture in zip(with_heat_maps, pictures, strict=True):
+                answer["heat_map"] = base64.b64encode(picture).decode()
     if several:
         return answers
     ((row, answer),) = zip(rows, answers, strict=True)
@@ -153,12 +167,37 @@ async def _predict(service: Service, request: Request) -> Response | dict[str, A
     return answer
 
 
+async def _explain(service: Service, request: Request) -> Response:
+    """Show which regions of an image support its class, or another one, as a PNG file."""
+    query = _parse_query(ExplainQuery, request)
+    served = service.choose_model(query.model, query.version, canary_key(request))
+    images, several = await _read_images(service, request)
+    if several:
+        raise RequestError(400, "Several images: expected one.")
+    names = served.bundle.info.class_names
+    if query.label is not None and query.label not in names:
+        raise RequestError(404, f"There is no class {reprlib.repr(query.label)}.")
+    (image,) = images
+    (row,) = await service.classify_all(served, images)
+    index = int(row.argmax()) if query.label is None else names.index(query.label)
+    assert isinstance(image, bytes)
+    (picture,) = await service.explain(served, [image], [index])
+    headers = {"x-class": quote(names[index]), "x-confidence": f"{float(row[index]):.6f}", "x-model": served.version}
+    return Response(picture, media_type="image/png", headers=headers)
+
+
+async def _read_images(service: Service, request: Request) -> tuple[list[bytes | BadImage], bool]:
+    """See `parse_images`."""
+    content_type = request.headers.get("content-type", "")
+    return await service.read(request, lambda body, settings: parse_images(body, content_type, settings))
+
+
 _NO_QUERY = PredictQuery.model_validate({})
 
 
-def _parse_query(request: Request) -> PredictQuery:
+def _parse_query(model: type[Query], request: Request) -> Query:
     try:
-        return PredictQuery.model_validate(dict(request.query_params))
+        return model.model_validate(dict(request.query_params))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise RequestError(422, f"{first['loc'][0]}: {first['msg']}.") from None
@@ -188,14 +227,20 @@ def _answer(served: ServedModel, row: Probabilities, query: PredictQuery, reques
     }
 
 
+_IMAGES: Bodies = {
+    "multipart/form-data": _FORM, "image/*": BINARY, "application/octet-stream": BINARY,
+    "application/json": JsonImages,
+}  # fmt: skip
 _OPERATIONS = [
     Operation(
-        "POST", "/predict", _predict, query=PredictQuery, answer=Answer | list[Answer | ImageFailure],
-        bodies={
-            "multipart/form-data": _FORM, "image/*": BINARY, "application/octet-stream": BINARY,
-            "application/json": JsonImages,
-        },
+        "POST", "/predict", _predict, query=PredictQuery, answer=Answer | list[Answer | ImageFailure], bodies=_IMAGES,
+        failures=(*USUAL_FAILURES, 403),
     ),
+    Operation(
+        "POST", "/explain", _explain, query=ExplainQuery, answer={"image/png": BINARY}, bodies=_IMAGES,
+        failures=(*USUAL_FAILURES, 403),
+    ),
+    *jobs.OPERATIONS,
     *open_inference.OPERATIONS,
     *repository.OPERATIONS,
     *tensorflow_serving.OPERATIONS,

@@ -11,7 +11,7 @@ from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.models import Models, NoSuchModelError, ServedModel
-from cnnray.serving.pipeline import Encoded
+from cnnray.serving.pipeline import Encoded, Image, size_of
 from cnnray.serving.releases import (
     PROMOTE,
     ROLL_BACK,
@@ -27,8 +27,6 @@ from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
 
-Image = Encoded | Images | BadImage
-"""An image of a request: encoded, pixels, or why it could not be read from the request."""
 Answers = list[Probabilities | BadImage]
 
 _REPORT_SECONDS = 2.0
@@ -131,13 +129,13 @@ class Canaries:
         answer: Probabilities,
         settings: Settings,
     ) -> None:
-        held, size = Held(self._admission), len(image.data) if isinstance(image, Encoded) else image.nbytes
+        held = Held(self._admission)
         try:
             assert self._models is not None
             shadow = self._models.choose(
                 release.name, release.stable if served.version == release.canary else release.canary
             )
-            held.add_bytes(size, settings)
+            held.add_bytes(size_of(image), settings)
             (shadowed,) = await self._compute(shadow, [image])
         except (RequestError, NoSuchModelError):  # no room, too slow, or unloaded meanwhile
             return

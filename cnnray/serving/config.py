@@ -8,7 +8,7 @@ from pathlib import Path
 from cnnray import flags
 from cnnray.models import engines
 from cnnray.serving.releases import DEFAULT_LIMITS
-from cnnray.serving.settings import NAME, ModelSettings, Settings
+from cnnray.serving.settings import NAME, JobSettings, LogSettings, ModelSettings, Settings
 
 DEFAULT_NAME = "model"
 """Name of the model that --bundle serves."""
@@ -96,6 +96,9 @@ class ServeConfig:
     cache_mebibytes: float = 0.0
     """Size, in MiB, of the answers that a replica keeps, by the bytes of the image, to give them again without
     computing; 0: none. A thousand classes take 4 KB for each image."""
+    explain: bool = True
+    """Show on request, by Grad-CAM, which regions of an image support its answer. The first such request starts a
+    process with TensorFlow, of up to 1 GiB, beside the replica; it ends after 10 minutes without another."""
     max_mebibytes: float = 32.0
     """Largest request body in MiB."""
     max_megapixels: float = 50.0
@@ -107,6 +110,21 @@ class ServeConfig:
     access_log: str = "all"
     """Requests that are logged, each as a line of JSON, in the replica's log: all, errors (a status from 400 on) or
     none."""
+    jobs_output: str | None = None
+    """Let requests to /jobs run predictions on the cluster, whose rows go into this folder or s3:// prefix; null: no
+    jobs. They use the CPUs that replicas leave free, and wait for them."""
+    jobs_from: list[str] | None = None
+    """With --jobs-output: folders and s3:// prefixes below which the images of jobs must lie, such as
+    '[s3://bucket/photos]'."""
+    log_requests: str | None = None
+    """Write what was answered into this folder or s3:// prefix, as Parquet files that `jobs/evaluate.py --drift`
+    reads: the time, the request's id, the answer, and a hash of each image. null: nothing is written."""
+    log_share: float = 1.0
+    """With --log-requests: share, 0 to 1, of the requests."""
+    log_images: bool = False
+    """With --log-requests: keep the images, too."""
+    log_days: float = 30.0
+    """With --log-requests: days after which files are deleted."""
     write_config: str | None = None
     """Write the configuration for `serve deploy` to this file and exit."""
 
@@ -133,7 +151,10 @@ class ServeConfig:
         object.__setattr__(self, "access_log", spelled)
         if self.access_log not in ("all", "errors", "none"):
             raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
-        flags.check_share(self, "gpus_per_replica")
+        flags.check_share(self, "gpus_per_replica", "log_share")
+        flags.check_more_than_zero(self, "log_days")
+        if self.log_requests is None and (self.log_images or self.log_share != 1 or self.log_days != 30):
+            raise ValueError("--log-images, --log-share and --log-days need --log-requests.")
         self._check_releases()
         for origin in self.cors_origins or []:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -145,7 +166,9 @@ class ServeConfig:
             raise ValueError(f"--port {self.port} is no port.")
         if self.grpc_port is not None and (not 0 < self.grpc_port < 2**16 or self.grpc_port == self.port):
             raise ValueError(f"--grpc-port {self.grpc_port} is no port, or that of --port.")
-        flags.make_absolute(self, "write_config")
+        if bool(self.jobs_output) != bool(self.jobs_from):
+            raise ValueError("--jobs-output and --jobs-from need each other.")
+        flags.make_absolute(self, "write_config", "log_requests", "jobs_output")
 
     def _check_releases(self) -> None:
         """
@@ -217,6 +240,19 @@ class ServeConfig:
         return 0.1 if self.promote_after is not None or self.rollback_on is not None else 0.0
 
     @property
+    def _jobs(self) -> JobSettings | None:
+        if self.jobs_output is None:
+            return None
+        prefixes = tuple(flags.absolute("jobs_from", prefix) for prefix in self.jobs_from or [])
+        return JobSettings(place=self.jobs_output, prefixes=prefixes)
+
+    @property
+    def _log(self) -> LogSettings | None:
+        if self.log_requests is None:
+            return None
+        return LogSettings(place=self.log_requests, share=self.log_share, images=self.log_images, days=self.log_days)
+
+    @property
     def settings(self) -> Settings:
         """The settings of the replicas."""
         return Settings(
@@ -231,10 +267,13 @@ class ServeConfig:
             max_queued_images=self.max_queued_images,
             max_bytes_in_flight=int(self.max_mebibytes_in_flight * 2**20),
             cors_origins=tuple(self.cors_origins or ()),
+            explain=self.explain,
             max_cache_bytes=int(self.cache_mebibytes * 2**20),
             shadow_share=self._shadow_share,
             promote_after=self.promote_after,
             rollback_on=self.rollback_on,
+            jobs=self._jobs,
+            log=self._log,
         )
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from cnnray.serving import direct
 from cnnray.serving.application import create_application
 from cnnray.serving.coordinator import Coordination
+from cnnray.serving.job_queue import JobQueue
 from cnnray.serving.keys import Keys, read_keys
 from cnnray.serving.open_inference_grpc import GrpcGate
 from cnnray.serving.service import Service
@@ -35,6 +36,7 @@ class Classifier:
             threads=max(1, math.ceil(cpus)),
             gpus=bool(ray.get_gpu_ids()),
             coordination=Coordination(context.app_name, context.deployment, context.replica_id.unique_id),
+            queue=JobQueue(),
         )
         self._keys = Keys(read_keys())
         self._grpc = GrpcGate(self._service, self._keys)
@@ -77,7 +79,7 @@ class Classifier:
 
     def __del__(self) -> None:
         """Called by Serve at the end of the replica."""
-        self._service.metrics.flush()
+        self._service.close()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, whose autoscaler follows this number instead of its own count of requests."""

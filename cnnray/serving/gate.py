@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.keys import Key, Keys
+from cnnray.serving.request_log import request_id as logged_id
 from cnnray.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Gate:
         status, started = 499, False  # 499: the client left before an answer
         request_id = request_id_from(headers)
         scope.setdefault("state", {})["request_id"] = request_id
+        logged_id.set(request_id)
         scope["service"] = self.service
         scope["held"] = held = Held(self.service.admission)
         client = _Client(receive)

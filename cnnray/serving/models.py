@@ -13,6 +13,7 @@ from cnnray.errors import BadInputError
 from cnnray.images.decode import BadImage
 from cnnray.models import engines, startup
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.drift import Distribution, SlidingWindow
 from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.batching import Batcher
@@ -40,6 +41,8 @@ class ServedModel:
     """Decodes and classifies a micro-batch."""
     batcher: Batcher[Encoded | Images, Probabilities | BadImage]
     """Collects the images of all requests into micro-batches for it."""
+    recent: SlidingWindow | None = None
+    """The answers of the last hour; None: the bundle does not say what they are to be compared with."""
 
 
 class Models:
@@ -211,6 +214,7 @@ class Loader:
         compute = Pipeline(
             predictor.probabilities, bundle.info.geometry, self._metrics.record_stage, threads=self._threads
         )
+        reference = Distribution.from_dict(bundle.info.reference, len(bundle.info.class_names))
         # While the network runs on one micro-batch, other threads decode the next.
         at_once = 2 if self._threads > 1 else 1
         return ServedModel(
@@ -220,6 +224,7 @@ class Loader:
             engine=engine,
             compute=compute,
             batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),
+            recent=SlidingWindow(reference) if reference and reference.images else None,
         )
 
 

@@ -21,6 +21,7 @@ from cnnray.serving.gate import REQUEST_ID, request_id_from, write_access_log
 from cnnray.serving.grpc_messages import SERVICE, message_class
 from cnnray.serving.keys import Keys
 from cnnray.serving.open_inference import InferRequest
+from cnnray.serving.request_log import request_id as logged_id
 from cnnray.serving.schema import CANARY_KEY
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
@@ -74,6 +75,7 @@ class GrpcGate:
         start, status, key = time.perf_counter(), 499, None  # 499: the client left before an answer
         metadata = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
         request_id, held = request_id_from(metadata), Held(self._service.admission)
+        logged_id.set(request_id)
         response = message_class(f"{method}Response")
         try:
             if method not in _PUBLIC:

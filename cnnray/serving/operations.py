@@ -27,7 +27,7 @@ Bodies = dict[str, type[BaseModel] | dict[str, Any]]
 FAILURES = {
     400: "There is no image, or the body cannot be read.",
     401: "The API key is missing or wrong.",
-    403: "The API key is no admin's.",
+    403: "The API key is no admin's, or the service explains no answers.",
     404: "There is no such model or version.",
     408: "The body did not arrive in time.",
     413: "The body, the image or the number of images is too large.",
@@ -38,7 +38,7 @@ FAILURES = {
     503: "The service is overloaded, too slow or starting: try again.",
 }
 """By status of a response that is a `Failure`, what it means."""
-_USUAL_FAILURES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
+USUAL_FAILURES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -48,10 +48,12 @@ class Operation(Route):
     Attributes:
         query: model of the parameters in the address; None: there are none.
         bodies: what a request may have as its body; empty: it has none.
-        answer: type of the response's JSON; None: the response is no JSON, and the operation is not described.
+        answer: type of the response's JSON, or schemas of a file by content type; None: the response is neither, and
+            the operation is not described.
         failures: statuses of `FAILURES` that it may have.
         tag: heading under which it is described.
         for_admins: whether it needs the key of an admin.
+        status: of its answer, unless the handler makes the whole response.
     """
 
     def __init__(
@@ -63,15 +65,16 @@ class Operation(Route):
         query: type[BaseModel] | None = None,
         bodies: Bodies | None = None,
         answer: Any = dict[str, Any],
-        failures: Sequence[int] = _USUAL_FAILURES,
+        failures: Sequence[int] = USUAL_FAILURES,
         tag: str | None = None,
         for_admins: bool = False,
+        status: int = 200,
     ) -> None:
         super().__init__(path, handler, methods=[method])
         self.methods = {method}  # of GET, Route makes GET and HEAD
         self._handler = handler
         self.method, self.query, self.bodies, self.answer = method, query, bodies or {}, answer
-        self.failures, self.tag, self.for_admins = failures, tag, for_admins
+        self.failures, self.tag, self.for_admins, self.status = failures, tag, for_admins, status
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See Starlette. The application has put its service into the scope."""
@@ -82,8 +85,8 @@ class Operation(Route):
             raise RequestError(403, f"This needs the key of an admin, from the file that {API_KEY_FILE} names.")
         content = await self._handler(scope["service"], Request(scope, receive))
         if isinstance(content, BaseModel):  # by pydantic, whose JSON has null for a number that is not finite
-            content = Response(content.model_dump_json(by_alias=True), media_type="application/json")
-        response = content if isinstance(content, Response) else JSONResponse(content)
+            content = Response(content.model_dump_json(by_alias=True), self.status, media_type="application/json")
+        response = content if isinstance(content, Response) else JSONResponse(content, self.status)
         await response(scope, receive, send)
 
 
@@ -94,7 +97,9 @@ def describe(operations: Sequence[Operation], *, title: str, version: str, descr
     _, of_bodies = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
     answers, of_answers = TypeAdapter.json_schemas(
         [
-            (number, "serialization", TypeAdapter(operation.answer)) for number, operation in enumerate(described)
+            (number, "serialization", TypeAdapter(operation.answer))
+            for number, operation in enumerate(described)
+            if not isinstance(operation.answer, dict)
         ] + [("failure", "serialization", TypeAdapter(Failure))],
         ref_template=_REFERENCE,
     )  # fmt: skip
@@ -102,7 +107,13 @@ def describe(operations: Sequence[Operation], *, title: str, version: str, descr
     for number, operation in enumerate(described):
         method = operation.method.lower()
         failure = answers["failure", "serialization"]
-        responses = {"200": _response("The answer.", answers[number, "serialization"])} | {
+        answer = operation.answer
+        success = (
+            {"description": "The answer.", "content": {kind: {"schema": schema} for kind, schema in answer.items()}}
+            if isinstance(answer, dict)
+            else _response("The answer.", answers[number, "serialization"])
+        )
+        responses = {str(operation.status): success} | {
             str(status): _response(FAILURES[status], failure) for status in operation.failures
         }
         summary = (operation.endpoint.__doc__ or "").strip().splitlines()[0]

@@ -23,6 +23,17 @@ class Encoded:
     """Largest image that is decoded."""
 
 
+Image = Encoded | Images | BadImage
+"""An image of a request: encoded, pixels, or why it could not be read from the request."""
+
+
+def size_of(image: Image) -> int:
+    """The bytes that an image holds."""
+    if isinstance(image, Encoded):
+        return len(image.data)
+    return 0 if isinstance(image, BadImage) else image.nbytes
+
+
 class Pipeline:
     """Decodes images and runs the network, in the thread that calls it.
 

@@ -35,17 +35,32 @@ class Answer(BaseModel):
     all_predictions: list[ClassScore] = Field(description="The `top_k` classes, highest first.")
     model: str = Field(description="Version of the model that answered.")
     request_id: str
+    heat_map: str | None = Field(
+        None, description="With `explain`: a PNG file in base64, the image with the regions that support the class."
+    )
 
 
-class PredictQuery(BaseModel):
+class ModelQuery(BaseModel):
+    """The model that a request is for."""
+
+    model: str | None = Field(None, description="Name of the model; by default the first one.")
+    version: str | None = Field(None, description="Version of the model; by default one according to the shares.")
+
+
+class ExplainQuery(ModelQuery):
+    """Parameters of `POST /explain`."""
+
+    label: str | None = Field(None, description="Class whose support is shown; by default the most probable one.")
+
+
+class PredictQuery(ModelQuery):
     """Parameters of `POST /predict`."""
 
+    explain: bool = Field(False, description="Whether the answers have a `heat_map`.")
     top_k: int = Field(5, ge=1, le=1000, description="Largest number of classes in `all_predictions`.")
     threshold: float = Field(
         0.0, ge=0, le=1, description="Smallest probability of a class in `prediction` and `all_predictions`."
     )
-    model: str | None = Field(None, description="Name of the model; by default the first one.")
-    version: str | None = Field(None, description="Version of the model; by default one according to the shares.")
 
 
 class Failure(BaseModel):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TypeVar
@@ -16,10 +17,13 @@ from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import NOT_BASE64, RequestError, declared_length, parse_body, too_large
 from cnnray.serving.cache import Cache
-from cnnray.serving.canaries import Canaries, Image
+from cnnray.serving.canaries import Canaries
 from cnnray.serving.coordinator import Coordination
+from cnnray.serving.explanations import Explanations
+from cnnray.serving.job_queue import JobQueue
 from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
-from cnnray.serving.pipeline import Encoded
+from cnnray.serving.pipeline import Encoded, Image
+from cnnray.serving.request_log import RequestLog
 from cnnray.serving.schema import CANARY_KEY
 from cnnray.serving.settings import Settings
 from cnnray.tracking.prometheus import ServingMetrics
@@ -54,14 +58,23 @@ class Service:
         admission: what the requests hold at present.
         canaries: compares canaries with the versions before them.
         coordination: changes what all replicas serve; None: there is no such way.
+        queue: runs predictions as jobs; None: there is none.
     """
 
-    def __init__(self, *, threads: int, gpus: bool = False, coordination: Coordination | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        gpus: bool = False,
+        coordination: Coordination | None = None,
+        queue: JobQueue | None = None,
+    ) -> None:
         """
         Args:
             threads: CPU threads of the engine, and number of images decoded at once.
             gpus: whether this process has a GPU.
             coordination: the way to the coordinator of all replicas.
+            queue: runs predictions as jobs.
         """
         self.gpus = gpus
         self.settings: Settings | None = None
@@ -69,9 +82,11 @@ class Service:
         self.models: Models | None = None
         self.problem: str | None = None
         self.admission = Admission()
-        self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes))
-        self.coordination = coordination
+        self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes), self._drift)
+        self.coordination, self.queue = coordination, queue
         self._cache = Cache()
+        self._log: RequestLog | None = None
+        self._explanations = Explanations()
         self.canaries = Canaries(self._compute, self.admission, self.metrics, coordination)
         self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
         self._changing = asyncio.Lock()
@@ -121,6 +136,22 @@ class Service:
         self.settings, self.models, self.problem = settings, models, None
         self.canaries.follow(models, settings)
         self._cache = Cache()  # with other bounds for images, answers may be others
+        if (self._log.settings if self._log else None) != settings.log:
+            if self._log:
+                threading.Thread(target=self._log.close, daemon=True).start()
+            self._log = RequestLog(settings.log, self.metrics.record_log) if settings.log else None
+
+    def close(self) -> None:
+        """Write what is left of the request log and of the metrics, and end the process that explains."""
+        self._explanations.end()
+        if self._log:
+            self._log.close()
+        self.metrics.flush()
+
+    def _drift(self) -> dict[tuple[str, str], dict[str, float]]:
+        """By name and version of a model, how far the answers of the last hour have drifted."""
+        served = self.models.all if self.models else []
+        return {(model.name, model.version): model.recent.effect_sizes() for model in served if model.recent}
 
     async def _try_again(self, settings: Settings) -> None:
         pause = _FIRST_PAUSE
@@ -222,6 +253,7 @@ class Service:
         """
         settings = self.settings
         assert settings is not None
+        start = time.perf_counter()
         values = [Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image for image in images]
         self.admission.check_images(settings, len(values))
         rows = await self._answer(served, values, settings)
@@ -230,8 +262,26 @@ class Service:
             if not isinstance(row, BadImage):
                 best = int(row.argmax())
                 self.metrics.record_prediction(served.name, served.version, names[best], float(row[best]))
+                if served.recent:
+                    served.recent.add(best, float(row[best]))
+        if self._log:
+            self._log.add(served, values, rows, time.perf_counter() - start)
         self.canaries.compare_later(served, values, rows)
         return rows
+
+    async def explain(self, served: ServedModel, images: Sequence[bytes], classes: Sequence[int]) -> list[bytes]:
+        """Show which regions of images support classes; see `Explanations.explain`.
+
+        Raises:
+            RequestError: 403, the settings do not allow it; 422, the network has no heat maps; 503, too many requests
+                wait, or it takes longer than the settings allow.
+        """
+        settings = self.settings
+        assert settings is not None
+        if not settings.explain:
+            raise RequestError(403, "This service explains no answers: it was started with --explain false.")
+        encoded = [Encoded(image, settings.max_pixels) for image in images]
+        return await self._explanations.explain(served, encoded, classes, settings.timeout_seconds)
 
     async def _answer(
         self, served: ServedModel, values: Sequence[Image], settings: Settings

@@ -29,6 +29,30 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is logged of requests, and where; see `request_log`."""
+
+    place: str
+    """Folder or s3:// prefix."""
+    share: float = 1.0
+    """Share of the requests."""
+    images: bool = False
+    """Keep the images, too."""
+    days: float = 30.0
+    """Older files are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Predictions that requests may ask for; see `jobs`."""
+
+    place: str
+    """Folder or s3:// prefix for their rows."""
+    prefixes: tuple[str, ...]
+    """Folders and prefixes below which their images must lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a replica serves, and the limits of a request."""
 
@@ -54,12 +78,18 @@ class Settings:
     """Largest number of bytes of bodies that are held."""
     cors_origins: tuple[str, ...] = ()
     """Origins of the pages whose scripts may read answers, such as https://example.com; `*`: all."""
+    explain: bool = True
+    """Whether answers are explained where a request asks for it."""
     max_cache_bytes: int = 0
     """Largest size of the answers that are kept for images that are sent again; 0: none."""
     shadow_share: float = 0.0
     """Share of a model's requests that its canary and the version before it both answer, to be compared."""
     promote_after: int | None = None
     """Images after which a canary that keeps the limits gets all requests; None: it never does by itself."""
+    jobs: JobSettings | None = None
+    """The predictions that requests may ask for; None: none."""
+    log: LogSettings | None = None
+    """What is logged of requests; None: nothing."""
     rollback_on: dict[str, float] | None = None
     """Limits of a canary, see `releases.judge`: if it exceeds one, it gets no requests any more; None: it goes on."""
 
@@ -67,6 +97,7 @@ class Settings:
         """As plain values, for JSON and YAML."""
         return dataclasses.asdict(self) | {
             "models": [dataclasses.asdict(model) for model in self.models], "cors_origins": [*self.cors_origins],
+            "jobs": dataclasses.asdict(self.jobs) | {"prefixes": [*self.jobs.prefixes]} if self.jobs else None,
         }  # fmt: skip
 
     @classmethod
@@ -77,4 +108,9 @@ class Settings:
         if isinstance(access_log, bool):  # of an earlier version
             access_log = "all" if access_log else "none"
         origins = tuple(values.get("cors_origins", ()))
-        return cls(**values | {"models": models, "access_log": access_log, "cors_origins": origins})
+        changed: dict[str, Any] = {"models": models, "access_log": access_log, "cors_origins": origins}
+        if values.get("log"):
+            changed["log"] = LogSettings(**values["log"])
+        if jobs := values.get("jobs"):
+            changed["jobs"] = JobSettings(place=jobs["place"], prefixes=tuple(jobs["prefixes"]))
+        return cls(**values | changed)

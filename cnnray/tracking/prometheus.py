@@ -1,6 +1,7 @@
 """What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -118,6 +119,8 @@ class PredictionMetrics:
             self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
 
 
+_DRIFT_SECONDS = 10.0
+"""Between two looks at the drift."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
 
@@ -127,14 +130,18 @@ class ServingMetrics:
     They are collected here, and given to Ray once a second by a thread: Ray takes some microseconds for each value.
     """
 
-    def __init__(self, held: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self, held: Callable[[], tuple[int, int]], drift: Callable[[], dict[tuple[str, str], dict[str, float]]]
+    ) -> None:
         """
         Args:
             held: what the replica holds at the time: images, and bytes of bodies.
+            drift: by name and version of a model, how far its answers have drifted; see `SlidingWindow.effect_sizes`.
         """
         from ray.serve import metrics  # slow to import; adds the tags of the replica
 
-        self._held = held
+        self._held, self._find_drift = held, drift
+        self._next_drift = 0.0
         self._images_held = metrics.Gauge(
             "cnnray_images_held", description="Images that wait or are computed, and requests whose body is read."
         )
@@ -203,6 +210,17 @@ class ServingMetrics:
             description="What was decided about a canary: 1 promote, -1 roll back, 0 wait.",
             tag_keys=("model", "version"),
         )
+        self._drift = metrics.Gauge(
+            "cnnray_drift",
+            description="Effect size (0.5: large) of the difference between the answers of the last hour and those "
+            "to the validation images, of their classes or confidences.",
+            tag_keys=("model", "version", "of"),
+        )
+        self._logged_images = metrics.Counter(
+            "cnnray_logged_images",
+            description="Images of the request log, with --log-requests: written, or lost.",
+            tag_keys=("outcome",),
+        )
         self._change_failed = metrics.Gauge(
             "cnnray_change_failed", description="1 while the last change of the models has failed, else 0."
         )
@@ -252,6 +270,11 @@ class ServingMetrics:
         self._count(self._cached_images, hits, hit="true")
         self._count(self._cached_images, misses, hit="false")
 
+    def record_log(self, written: int = 0, lost: int = 0) -> None:
+        """Record images that the request log has written, or left out."""
+        self._count(self._logged_images, written, outcome="written")
+        self._count(self._logged_images, lost, outcome="lost")
+
     def record_verdict(self, model: str, version: str, verdict: int) -> None:
         """Record what was decided about a canary: 1 promote, -1 roll back, 0 wait."""
         self._verdict.set(verdict, tags={"model": model, "version": version})
@@ -265,6 +288,11 @@ class ServingMetrics:
         images, held_bytes = self._held()
         self._images_held.set(images)
         self._bytes_held.set(held_bytes)
+        if (now := time.monotonic()) >= self._next_drift:
+            self._next_drift = now + _DRIFT_SECONDS
+            for (model, version), effects in self._find_drift().items():
+                for of, effect in effects.items():
+                    self._drift.set(effect, tags={"model": model, "version": version, "of": of})
         for (counter, tags), count in counts.items():
             counter.inc(count, tags=dict(tags))
         for (histogram, tags), observed in values.items():

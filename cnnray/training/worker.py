@@ -20,6 +20,7 @@ from cnnray.errors import CnnrayError
 from cnnray.images import storage
 from cnnray.images.lease import LeaseLostError, check_holder
 from cnnray.images.reading import Batch
+from cnnray.models import drift
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.own_network import NetworkError
 from cnnray.models.transfer import WeightsError
@@ -111,6 +112,7 @@ class _Worker:
         self.classes = len(names)
         self.counts = [counts.get(name, 0) for name in names]
         self.has_learned = False
+        self.answers = drift.Distribution.empty(self.classes)  # to the validation images, at the last epoch's end
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
         source = assignment.weights
         with storage.local_copy(source) if source else contextlib.nullcontext() as weights:
@@ -355,13 +357,19 @@ class _Worker:
     def _validate(self, batches: Iterator[Batch]) -> tuple[Sums, dict[str, float]]:
         """The sums over the validation images of all workers, and the metrics that are made of more than sums."""
         sums, classes = Sums(), ClassCounts(self.config.select, self.classes)
+        answers = drift.Distribution.empty(self.classes)
         for batch in batches:
             images, targets, bad = self._good(batch)
             batch_sums, logits = self.steps.evaluate(images, targets, self.feed.validation_batch)
             sums += batch_sums + Sums(bad=bad)
             classes.add(logits, targets)
-        total = Sums(*self.steps.reduce(np.asarray(sums.values, np.float64)).tolist())
-        return total, classes.metrics(self.steps.reduce(classes.counts) if classes.counts.size else classes.counts)
+            answers += drift.Distribution.of_logits(logits)
+        # Together, as each reduction waits for all workers.
+        mine = np.concatenate([sums.values, answers.classes, answers.confidences], dtype=np.float64)
+        totals, *counts = np.split(self.steps.reduce(mine), np.cumsum([len(sums.values), self.classes]))
+        self.answers = drift.Distribution(*(values.astype(np.int64) for values in counts))
+        of_all = self.steps.reduce(classes.counts) if classes.counts.size else classes.counts
+        return Sums(*totals.tolist()), classes.metrics(of_all)
 
     # -- bad images and checkpoints --------------------------------------------------------------------
 
@@ -404,7 +412,8 @@ class _Worker:
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder)
             if self.rank == 0:
-                info = replace(self.assignment.info, metrics=metrics)
+                reference = self.answers.as_dict() if logs else {}
+                info = replace(self.assignment.info, metrics=metrics, reference=reference)
                 checkpoint.write(written, self.steps, info, replace(progress, seen=seen))
             if self.bad_images:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)

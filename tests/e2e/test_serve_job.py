@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import requests
 import tritonclient.grpc
@@ -29,8 +31,10 @@ from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
+from tests.conftest import REPOSITORY
 from tests.e2e.conftest import free_port, requested_addresses, started_jobs, survivors, until
 from tests.e2e.service import Service, ask, copy_as_new_version
+from tests.runs import read_rows
 
 GOOD = awkward_images()["rgb.png"]
 FLAGS = ("--engine", "onnx", "--cpus-per-replica", "0.5")
@@ -169,8 +173,9 @@ def test_the_page(service, browser, tmp_path):
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
     files = browser.switch_to.active_element  # the first element that the keyboard reaches
     assert files.get_attribute("id") == "files"
+    browser.find_element(By.ID, "why").click()
     files.send_keys("\n".join(str(tmp_path / name) for name in names))
-    until(lambda: browser.find_element(By.ID, "status").text == "4 images done", 30, "the answers")
+    until(lambda: browser.find_element(By.ID, "status").text == "4 images done", 60, "the answers")
     articles = {
         article.find_element(By.TAG_NAME, "h2").text: article
         for article in browser.find_elements(By.TAG_NAME, "article")
@@ -181,6 +186,11 @@ def test_the_page(service, browser, tmp_path):
         rows = [row.text.split("\n") for row in articles[name].find_elements(By.TAG_NAME, "tr")]
         assert {row[0].split()[0] for row in rows} == {"red", "green", "blue"}
         assert len(articles[name].find_elements(By.TAG_NAME, "meter")) == 3
+        assert articles[name].find_element(By.TAG_NAME, "figcaption").text == f"red: supports {rows[0][0].split()[0]}"
+        widths = [browser.execute_script("return arguments[0].naturalWidth", picture)
+                  for picture in articles[name].find_elements(By.TAG_NAME, "img")]  # fmt: skip
+        assert len(widths) == 2
+        assert min(widths) > 0
     assert "not an image" in articles["bad.png"].find_element(By.CLASS_NAME, "error").text
     overflow = browser.execute_script(
         "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -312,12 +322,23 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def guarded(start, onnx_bundle, keys):
-    """A service that asks for keys, over HTTP and gRPC. Its second port is `grpc`."""
-    port = free_port()
+def guarded(start, onnx_bundle, keys, tmp_path_factory):
+    """A service that asks for keys, over HTTP and gRPC, with a request log, and jobs on the images in `photos`.
+
+    Its second port is `grpc`, and its folder is `folder`.
+    """
+    port, folder = free_port(), tmp_path_factory.mktemp("guarded")
+    options = [
+        "--log-requests",
+        folder / "log",
+        "--jobs-output",
+        folder / "rows",
+        "--jobs-from",
+        f"[{folder}/photos]",
+    ]
     start_there = functools.partial(start, environment={"CNNRAY_API_KEY_FILE": str(keys)})
-    service = Service(start_there, *_models(onnx_bundle), *FLAGS, "--grpc-port", str(port))
-    service.grpc = f"127.0.0.1:{port}"
+    service = Service(start_there, *_models(onnx_bundle), *FLAGS, "--grpc-port", str(port), *options)
+    service.grpc, service.folder = f"127.0.0.1:{port}", folder
     return service
 
 
@@ -347,6 +368,71 @@ def test_an_unmodified_client_of_the_open_inference_protocol_over_grpc(guarded, 
         with pytest.raises(tritonclient.utils.InferenceServerException) as raised:
             client.infer("colours", [large], headers=key)
         assert raised.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+def test_a_list_of_images_is_classified_by_a_job_on_the_cluster(guarded, onnx_bundle):
+    photos, headers = guarded.folder / "photos", {"X-API-Key": "one"}
+    photos.mkdir()
+    for name, data in awkward_images().items():
+        (photos / name).write_bytes(data)
+    uris = [str(photos / name) for name in (*awkward_images(), "missing.png")]
+    submitted = requests.post(f"{guarded.address}/jobs", json={"uris": uris}, headers=headers, timeout=60)
+    assert submitted.status_code == 202, submitted.text
+    job = submitted.json()
+
+    def find():
+        return requests.get(f"{guarded.address}/jobs/{job['id']}", headers=headers, timeout=60).json()
+
+    until(lambda: find()["state"] not in ("PENDING", "RUNNING"), 120, "the rows")
+    assert find() == {
+        "id": job["id"],
+        "state": "SUCCEEDED",
+        "message": "",
+        "rows": str(guarded.folder / "rows" / job["id"]),
+    }
+    answers = Predictor(Bundle.load(onnx_bundle), engine="onnx")([*awkward_images().values()])
+    rows = read_rows(guarded.folder / "rows" / job["id"])
+    assert [row["uri"] for row in rows] == uris
+    assert [row["prediction"] for row in rows[:-1]] == [answer.label for answer in answers]
+    assert rows[-1]["error"].startswith("missing")
+    unknown = requests.get(f"{guarded.address}/jobs/cnnray-predict-0", headers=headers, timeout=60)
+    assert unknown.status_code == 404, unknown.text
+
+
+def test_what_was_answered_is_logged_and_labels_that_come_later_give_accuracy(guarded, onnx_bundle, tmp_path):
+    log = guarded.folder / "log"
+    before = sum(1 for _ in _logged(log))
+    for number in range(120):
+        headers = {"X-API-Key": "one", "X-Request-ID": f"mine-{number}", "Content-Type": "image/png"}
+        assert requests.post(f"{guarded.address}/predict", data=GOOD, headers=headers, timeout=60).status_code == 200
+    until(lambda: sum(1 for _ in _logged(log)) >= before + 120, 90, "the request log")
+    rows = [row for row in _logged(log) if row["request_id"].startswith("mine-")]
+    assert {row["request_id"] for row in rows} == {f"mine-{number}" for number in range(120)}
+    assert {row["sha256"] for row in rows} == {hashlib.sha256(GOOD).hexdigest()}
+    assert all(row["image"] is None for row in rows)
+    labels = tmp_path / "labels.csv"
+    answer = rows[0]["prediction"]
+    other = next(name for name in ("red", "green", "blue") if name != answer)
+    lines = [f"mine-{number},{other if number < 12 else answer}" for number in range(120)]
+    labels.write_text("\n".join(["request_id,label", *lines]))
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        shutil.copy(guarded.folder / "photos" / "rgb.png", data / f"{number}.png")
+    done = subprocess.run(
+        [sys.executable, "jobs/evaluate.py", "--bundle", onnx_bundle, "--drift", str(log), "--labels", str(labels),
+         "--data", str(data), "--engine", "onnx", "--output", str(tmp_path / "out")],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["accuracy"] == pytest.approx(0.9)
+    assert line["images"] >= 120
+
+
+def _logged(folder):
+    for file in sorted(folder.rglob("*.parquet")):
+        yield from pyarrow.parquet.read_table(file, partitioning=None).to_pylist()
 
 
 def test_models_are_loaded_and_unloaded_by_an_unmodified_client(guarded, onnx_bundle, newer, keys):

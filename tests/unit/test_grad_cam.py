@@ -5,11 +5,10 @@ import functools
 import numpy as np
 import pytest
 
-from cnnray.evaluation import plots
-from cnnray.evaluation.heat_maps import HeatMapProcess
 from cnnray.models import bundle as bundles
 from cnnray.models import grad_cam
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
+from cnnray.models.heat_maps import HeatMapProcess, overlay
 from tests.networks import GEOMETRY, coloured_noise, fitted, save_cut
 
 SIZE = 32
@@ -74,4 +73,4 @@ def test_images_that_are_cut_to_a_rectangle_have_heat_maps_of_its_shape(tmp_path
     images, targets = coloured_noise(6, GEOMETRY.image_size, seed=1)
     heat = grad_cam.heat_maps(Bundle.load(str(tmp_path)), images, targets)
     assert heat.shape == (6, height, width)
-    assert plots.with_heat(np.zeros((80, 120, 3), np.uint8), heat[0]).shape == (80, 120, 3)
+    assert overlay(np.zeros((80, 120, 3), np.uint8), heat[0]).shape == (80, 120, 3)

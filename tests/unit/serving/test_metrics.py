@@ -26,7 +26,7 @@ class Recorded:
 
 @pytest.fixture
 def metrics(monkeypatch):
-    metrics = ServingMetrics(lambda: (3, 4000))
+    metrics = ServingMetrics(lambda: (3, 4000), dict)
     for name in (
         "_requests",
         "_latency",

@@ -1,0 +1,132 @@
+"""Predictions that take longer than a request: jobs of Ray, on the cluster that serves."""
+
+import asyncio
+import io
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet
+
+import cnnray
+from cnnray.images import storage
+from cnnray.serving.bodies import RequestError
+from cnnray.serving.settings import JobSettings
+
+Result = TypeVar("Result")
+
+_PREFIX = "cnnray-predict-"
+_MOST_UNFINISHED = 16
+_WAIT_MINUTES = 1440
+"""That a job waits for free CPUs."""
+_CALL_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that was submitted."""
+
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    """Why it failed, in one sentence; otherwise empty."""
+
+
+class JobQueue:
+    """Submits predictions to Ray's job API, and asks it for their state. Ray keeps both."""
+
+    async def submit(self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str) -> str:
+        """Submit a prediction.
+
+        Args:
+            settings: where its rows go.
+            uris: of the images.
+            bundle: uri of the bundle.
+            engine: name of the engine.
+
+        Returns:
+            Its id.
+
+        Raises:
+            RequestError: 503, there are too many jobs, or Ray's job API cannot be reached.
+        """
+        return await self._call(self._submit, settings, uris, bundle, engine)
+
+    async def find(self, job: str) -> QueuedJob:
+        """The state of a job.
+
+        Raises:
+            RequestError: 404, there is no such job; 503, Ray's job API cannot be reached.
+        """
+        return await self._call(self._find, job)
+
+    @staticmethod
+    async def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+        try:
+            async with asyncio.timeout(_CALL_SECONDS):
+                return await asyncio.to_thread(function, *arguments)
+        except (TimeoutError, ConnectionError):
+            raise RequestError(503, "Ray's job API does not answer: try again.") from None
+
+    def _submit(self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str) -> str:
+        import ray
+
+        client = _client()
+        unfinished = [job for job in client.list_jobs()
+                      if str(job.submission_id).startswith(_PREFIX) and not job.status.is_terminal()]  # fmt: skip
+        if len(unfinished) >= _MOST_UNFINISHED:
+            raise RequestError(503, f"{len(unfinished)} jobs are not done yet: try again later.")
+        job = f"{_PREFIX}{uuid.uuid4().hex}"
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pa.table({"uri": pa.array(uris, pa.string())}), buffer)
+        table = storage.join(settings.place, f"{job}.parquet")
+        storage.write_bytes(table, buffer.getvalue())
+        environment = dict(ray.get_runtime_context().runtime_env)
+        script, python = "jobs/predict.py", "python"
+        if "working_dir" not in environment:  # Ray was started by `jobs/serve.py`, on this machine
+            script, python = str(Path(cnnray.__file__).parents[1] / script), sys.executable
+        flags = {
+            "--bundle": bundle, "--input": table, "--output": rows_of(settings, job), "--engine": engine,
+            "--wait-minutes": str(_WAIT_MINUTES),
+        }  # fmt: skip
+        command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
+        client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+        return job
+
+    def _find(self, job: str) -> QueuedJob:
+        try:
+            info = _client().get_job_info(job)
+        except RuntimeError as error:  # of Ray's client, for each answer that is none
+            if "404" in str(error) or "does not exist" in str(error):
+                raise no_such_job(job) from None
+            raise
+        errors = [line for line in (info.message or "").splitlines() if line.startswith("Error: ")]
+        sentence = errors[-1].removeprefix("Error: ") if errors else "See the logs of the job in Ray."
+        return QueuedJob(str(info.status), sentence if str(info.status) == "FAILED" else "")
+
+
+def is_job(job: str) -> bool:
+    """Whether a job with this id may be one of the queue."""
+    return job.startswith(_PREFIX) and job.removeprefix(_PREFIX).isalnum()
+
+
+def no_such_job(job: str) -> RequestError:
+    """The error for a job that is not known."""
+    return RequestError(404, f"There is no job {job[:100]!r}.")
+
+
+def rows_of(settings: JobSettings, job: str) -> str:
+    """Folder or s3:// prefix of a job's rows."""
+    return storage.join(settings.place, job)
+
+
+def _client() -> Any:
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(ray.get_runtime_context().gcs_address)

@@ -30,7 +30,7 @@ class EvaluateConfig(InferenceOptions):
     is started again with the same output."""
     split: Split = "auto"
     """Split to evaluate, where the data have splits: train, validation, test or all; auto: test, else
-    validation, else all (with --calibrate validation comes before test)."""
+    validation, else all (with --calibrate or --drift validation comes before test)."""
     calibrate: bool = False
     """Fit a temperature to these images and write it into the bundle, so that confidences match accuracy. Use images
     that the network was not trained on. Needs an engine with float32 probabilities; auto: keras."""

@@ -21,8 +21,10 @@ from cnnray import configs
 from cnnray.evaluation import drift_report, request_logs
 from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
+from cnnray.evaluation.job import select_split
 from cnnray.evaluation.metrics import wilson_interval
 from cnnray.evaluation.request_logs import Window
+from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.lease import lease
 from cnnray.models.bundle import Bundle
@@ -33,7 +35,9 @@ from cnnray.prediction.job import run as predict
 log = logging.getLogger(__name__)
 
 RESULTS, REPORT = "drift.json", "drift.html"
-_SAMPLE = "sample.parquet"
+_REFERENCE, _SAMPLE = "reference.parquet", "sample.parquet"
+_MOST_REFERENCES = 10_000
+"""Images of `--data` that are predicted."""
 _MOST_IMAGES = 500
 """Images of a window whose embeddings are computed, and four times as many of the reference."""
 _FOLDS = 5
@@ -101,24 +105,34 @@ def _predict_reference(
         see `_tell_apart`; empty where the log keeps no images.
     """
     assert config.output is not None
-    sample = request_logs.sample_images(bundle, windows, config.window_hours * 3600, _MOST_IMAGES)
-    options: dict[str, Any] = {"engine": "keras", "embeddings": True} if len(sample) else {}
-    answers, embeddings = _predict(config, config.data or "", "reference", options)
+    seconds = config.window_hours * 3600
+    keeps = any(window.files for window in windows)
+    options: dict[str, Any] = {"engine": "keras", "embeddings": True} if keeps else {}
+    answers, of_reference = _predict(config, _write_reference(config), "reference", options)
     reference = Distribution.of(answers.argmax(1), answers.max(1), answers.shape[1])
-    if not len(sample):
+    if not keeps:
         return reference, {}
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(sample, buffer)
-    storage.write_bytes(uri := storage.join(config.output, _SAMPLE), buffer.getvalue())
-    _, of_log = _predict(config, uri, "sample", options)
-    starts = sample["window"].to_numpy()
-    random = np.random.default_rng(0)
-    chosen = random.permutation(len(embeddings))[: 4 * _MOST_IMAGES]
-    return reference, {
-        float(start): _tell_apart(embeddings[chosen], of_log[starts == start])
-        for start in np.unique(starts)
-        if np.count_nonzero(starts == start) >= LEAST_IMAGES
-    }
+    chosen = np.random.default_rng(0).permutation(len(of_reference))[: 4 * _MOST_IMAGES]
+    embeddings = {}
+    for window in windows:
+        sample = request_logs.sample_images(window, bundle, seconds, _MOST_IMAGES)
+        if sample is not None and len(sample) >= LEAST_IMAGES:
+            buffer = io.BytesIO()
+            pyarrow.parquet.write_table(sample, buffer)
+            storage.write_bytes(uri := storage.join(config.output, _SAMPLE), buffer.getvalue())
+            _, of_window = _predict(config, uri, "sample", options)
+            embeddings[window.start] = _tell_apart(of_reference[chosen], of_window)
+    return reference, embeddings
+
+
+def _write_reference(config: EvaluateConfig) -> str:
+    """Write a manifest of the images of `config.data`, or of a part of them, to the output; give its uri."""
+    assert config.data is not None
+    assert config.output is not None
+    _, manifest = select_split(manifests.build_manifest(config.data, labelled=False), config)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(manifest))[:_MOST_REFERENCES])
+    manifests.write(manifest.select(["uri"]).take(chosen), uri := storage.join(config.output, _REFERENCE))
+    return uri
 
 
 def _predict(

@@ -28,7 +28,7 @@ from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
-from cnnray.models.drift import Distribution
+from cnnray.models.drift import BINS, Distribution
 from cnnray.models.heat_maps import HeatMapProcess
 from cnnray.models.predictor import find_unusable
 from cnnray.prediction import earlier as earlier_versions
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             engines.check_exported(bundle, config.engine)
         other = comparison.read_evaluation(config.compare) if config.compare else None
         everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
-        split, manifest = _select_split(everything, config)
+        split, manifest = select_split(everything, config)
         _check_classes(manifest, bundle, config)
         if other is not None:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if other is not None:
             comparison.check(results["comparison"])
         if config.calibrate:
-            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"])
+            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"], split)
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
@@ -113,7 +113,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 # -- images and output ----------------------------------------------------------------------------------------
 
 
-def _select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.Table]:
+def select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.Table]:
     """The split to evaluate, and its rows; `all` where the data have no splits.
 
     Raises:
@@ -121,7 +121,7 @@ def _select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.T
     """
     splits = set(pc.unique(manifest["split"]).to_pylist())
     if config.split == "auto":
-        order = ("validation", "test") if config.calibrate else ("test", "validation")
+        order = ("validation", "test") if config.calibrate or config.drift else ("test", "validation")
         selected = next((split for split in order if split in splits), "all")
     else:
         selected = config.split
@@ -321,13 +321,14 @@ def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures
     storage.write_bytes(storage.join(output, REPORT), html.encode())
 
 
-def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float) -> None:
+def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, split: str) -> None:
     """Write a fitted temperature into the bundle.
 
     Args:
         bundle: the bundle that made the predictions.
         predictions: what the temperature was fitted to.
         temperature: the temperature that the bundle gets, which includes its present one.
+        split: of the images.
 
     Raises:
         EvaluationError: the predictions do not determine a temperature, or the bundle has changed since.
@@ -344,9 +345,13 @@ def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float) -> 
         if Bundle.load(bundle.uri).version != bundle.version:
             raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
         info = bundles.read_info(bundle.uri)
-        changed = dataclasses.replace(info, temperature=temperature)
-        if info.reference:  # the confidences of all later answers are others
-            changed = dataclasses.replace(changed, reference=_answers(metrics.apply_temperature(predictions, factor)))
+        # Their classes stay, but the confidences of all answers become others.
+        reference = info.reference
+        if reference:
+            calibrated = metrics.apply_temperature(predictions, factor)
+            known = _answers(calibrated) if split == "validation" else {"confidences": [0] * BINS}
+            reference = reference | {"confidences": known["confidences"]}
+        changed = dataclasses.replace(info, temperature=temperature, reference=reference)
         bundles.write_info(bundle.uri, changed)
     log.info("changed the temperature of %s from %.4f to %.4f", bundle.uri, bundle.info.temperature, temperature)
 

@@ -1,6 +1,8 @@
 """The request log of a service, as `jobs/serve.py --log-requests` writes it, added up by windows of time."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +17,8 @@ from cnnray.images import storage
 from cnnray.models.bundle import Bundle
 from cnnray.models.drift import Distribution
 
+_MOST_FILES = 50
+"""Files of a window from which images are sampled."""
 _COLUMNS = ["time", "request_id", "index", "version", "prediction", "confidence", "error"]
 
 
@@ -31,13 +35,19 @@ class Window:
     unknown: int = 0
     """Images whose label is no class of the network; they count as wrong."""
     files: list[str] = field(default_factory=list)
-    """Files of the log that hold some of its rows."""
+    """Files of the log that keep images, and hold some of its rows."""
 
 
 def read_log(
-    place: str, bundle: Bundle, seconds: float, labels: pa.Table | None
+    place: str, bundle: Bundle, seconds: float, labels: dict[str, str] | None
 ) -> tuple[list[Window], dict[str, int]]:
     """Add up the answers of this bundle's version by window.
+
+    Args:
+        place: folder or s3:// prefix of the log.
+        bundle: of the answers.
+        seconds: length of a window.
+        labels: see `read_labels`; None: there are none.
 
     Returns:
         The windows that have answers or errors, in order, and the number of images of each other version.
@@ -49,37 +59,54 @@ def read_log(
     windows: dict[int, Window] = {}
     others: dict[str, int] = {}
     for uri in [file.uri for file in storage.files(place) if file.uri.endswith(".parquet")]:
-        rows = _read_file(uri, _COLUMNS)
+        with _opened(uri) as file:
+            if file is None:
+                continue
+            rows, keeps_images = file.read(_COLUMNS), _keeps_images(file)
         for row in pc.value_counts(rows["version"]).to_pylist():
             if row["values"] != bundle.version:
                 others[row["values"]] = others.get(row["values"], 0) + row["counts"]
         rows = rows.filter(pc.equal(rows["version"], bundle.version))
         numbers = (rows["time"].cast(pa.int64()).to_numpy() / 1000 // seconds).astype(np.int64)
-        labelled = _labels_of(rows, labels) if labels is not None else pa.nulls(len(rows), pa.string())
+        given = pa.nulls(len(rows), pa.string()) if labels is None else _labels_of(rows, labels)
         for number in np.unique(numbers):
             window = windows.setdefault(int(number), Window(float(number * seconds), Distribution.empty(len(names))))
-            window.files.append(uri)
+            if keeps_images:
+                window.files.append(uri)
             mask = pa.array(numbers == number)
-            _add(window, rows.filter(mask), labelled.filter(mask), names)
+            _add(window, rows.filter(mask), given.filter(mask), names)
     if not windows:
         known = ", ".join(sorted(others)) or "none"
         raise EvaluationError(f"{place} holds no answers of {bundle.version} (versions with answers: {known}).")
     return [windows[number] for number in sorted(windows)], others
 
 
-def _read_file(uri: str, columns: list[str]) -> pa.Table:
-    """Columns of a file of the log.
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[pyarrow.parquet.ParquetFile | None]:
+    """A file of the log; None where the service has deleted it meanwhile.
 
     Raises:
         EvaluationError: it is none.
     """
-    with storage.translated_errors(uri):
+    with contextlib.suppress(FileNotFoundError), storage.translated_errors(uri):
         filesystem, path = storage.arrow_filesystem(uri)
         try:
-            return pyarrow.parquet.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
-        except (pa.ArrowInvalid, KeyError) as error:
+            with pyarrow.parquet.ParquetFile(path, filesystem=filesystem) as file:
+                if missing := {*_COLUMNS, "image"} - {*file.schema_arrow.names}:
+                    raise EvaluationError(f"{uri} is no file of a request log: it has no column {min(missing)}.")
+                yield file
+                return
+        except pa.ArrowInvalid as error:
             reason = str(error).partition("\n")[0]
             raise EvaluationError(f"{uri} is no file of a request log: {reason}.") from None
+    yield None
+
+
+def _keeps_images(file: pyarrow.parquet.ParquetFile) -> bool:
+    column = file.schema_arrow.names.index("image") - len(file.schema_arrow.names)  # the last ones are flat
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    chunks = [(group, group.column(group.num_columns + column)) for group in groups]
+    return any(chunk.statistics is None or chunk.statistics.null_count < group.num_rows for group, chunk in chunks)
 
 
 def _add(window: Window, rows: pa.Table, labels: pa.Array, names: pa.Array) -> None:
@@ -99,8 +126,8 @@ def _add(window: Window, rows: pa.Table, labels: pa.Array, names: pa.Array) -> N
 # -- labels that came later -----------------------------------------------------------------------------------
 
 
-def read_labels(uri: str) -> pa.Table:
-    """The labels by `key`: of the request, and of the image's place in it.
+def read_labels(uri: str) -> dict[str, str]:
+    """Labels by `_keys`: of a request and the place of an image in it. Of several for an image, the last one counts.
 
     Raises:
         EvaluationError: the table cannot be read, or lacks a column.
@@ -117,7 +144,7 @@ def read_labels(uri: str) -> pa.Table:
             table = pyarrow.csv.read_csv(
                 io.BytesIO(data), convert_options=pyarrow.csv.ConvertOptions(column_types=texts)
             )
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise EvaluationError(f"{uri} is no CSV, JSONL or Parquet table: {reason}.") from None
     if missing := {"request_id", "label"} - set(table.column_names):
@@ -126,46 +153,50 @@ def read_labels(uri: str) -> pa.Table:
             "requests have several images."
         )
     if "index" not in table.column_names:
-        table = table.append_column("index", pa.array(np.zeros(len(table), np.int32)))
-    keyed = pa.table({"key": _keys(table), "label": table["label"].cast(pa.string())})
-    return keyed.take(pa.array(np.arange(len(keyed))[::-1]))  # of several labels, the last one is found first
+        table = table.append_column("index", pa.nulls(len(table), pa.int32()))
+    try:
+        keys, labels = _keys(table).to_pylist(), table["label"].cast(pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise EvaluationError(f"{uri}: index must be whole numbers: {error}.") from None
+    return {key: label for key, label in zip(keys, labels, strict=True) if key is not None and label}
 
 
-def _labels_of(rows: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
+def _labels_of(rows: pa.Table, labels: dict[str, str]) -> pa.Array:
     """The label of each row; null where there is none."""
-    return labels["label"].take(pc.index_in(_keys(rows), labels["key"].combine_chunks()))
+    return pa.array([labels.get(key) for key in _keys(rows).to_pylist()], pa.string())
 
 
 def _keys(table: pa.Table) -> pa.ChunkedArray:
-    index = pc.fill_null(table["index"], 0).cast(pa.int32()).cast(pa.string())
+    index = pc.fill_null(table["index"].cast(pa.int32()), 0).cast(pa.string())
     return pc.binary_join_element_wise(table["request_id"].cast(pa.string()), index, " ")
 
 
-def sample_images(bundle: Bundle, windows: list[Window], seconds: float, most: int) -> pa.Table:
-    """Some images of each window, of those that the log keeps.
+def sample_images(window: Window, bundle: Bundle, seconds: float, most: int) -> pa.Table | None:
+    """Some images of a window, of those that the log keeps, from many of its files.
 
     Args:
+        window: of so many seconds.
         bundle: whose version has answered.
-        windows: of so many seconds each.
-        most: number of images of a window.
+        most: number of images.
 
     Returns:
-        `image`, the file, and `window`, its start.
+        A column `image`, the files as they were sent; None where there are none.
     """
     random, tables = np.random.default_rng(0), []
-    for window in windows:
-        rows: list[pa.Table] = []
-        for uri in random.permutation(window.files).tolist():
-            table = _read_file(uri, ["time", "version", "error", "image"])
-            end = window.start + seconds
-            moments = table["time"].cast(pa.int64()).to_numpy() / 1000
-            mask = (moments >= window.start) & (moments < end)
-            table = table.filter(pa.array(mask)).filter(
-                (pc.field("version") == bundle.version) & pc.field("error").is_null() & pc.field("image").is_valid()
-            )
-            rows.append(table.select(["image"]))
-            if sum(map(len, rows)) >= most:
-                break
-        images = pa.concat_tables(rows).slice(0, most)
-        tables.append(images.append_column("window", pa.array(np.full(len(images), window.start))))
-    return pa.concat_tables(tables)
+    uris = random.permutation(window.files)[:_MOST_FILES].tolist()
+    for uri in uris:
+        with _opened(uri) as file:
+            if file is None:
+                continue
+            table = file.read(["time", "version", "error", "image"])
+        moments = table["time"].cast(pa.int64()).to_numpy() / 1000
+        table = table.filter(pa.array((moments >= window.start) & (moments < window.start + seconds))).filter(
+            (pc.field("version") == bundle.version) & pc.field("error").is_null() & pc.field("image").is_valid()
+        )
+        # Twice as many as each would give if all had as many: some have less.
+        some = random.permutation(len(table))[: -(-2 * most // len(uris))]
+        tables.append(table.select(["image"]).take(some))
+    if not sum(map(len, tables)):
+        return None
+    together = pa.concat_tables(tables)
+    return together.take(random.permutation(len(together))[:most])

@@ -19,6 +19,8 @@ LARGE_EFFECT = 0.5
 """Effect size below which there is no warning, however many images show it: "large" in Cohen's table."""
 FALSE_ALARMS = 0.001
 """Largest share of comparisons without drift that give a warning."""
+_SELDOM = 3.0
+"""Standard deviations of what chance adds to a square that a gauge leaves out: nobody tests what it shows."""
 _LEAST_EXPECTED = 5
 """Expected images of each bin from which chi-square's distribution holds (Cochran, The chi-square test of goodness of
 fit, 1952)."""
@@ -57,9 +59,10 @@ class Distribution:
 
     @classmethod
     def of_logits(cls, logits: npt.NDArray[np.float32]) -> Self:
-        """The distribution of the answers that these logits, (n, classes), stand for."""
-        shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-        return cls.of(logits.argmax(1), 1 / np.exp(shifted).sum(1), logits.shape[1])
+        """The distribution of the answers that these logits, (n, classes), stand for; without those that are none."""
+        finite = logits[np.isfinite(logits).all(1)].astype(np.float64)
+        confidences = 1 / np.exp(finite - finite.max(1, keepdims=True)).sum(1)
+        return cls.of(finite.argmax(1), confidences, logits.shape[1])
 
     @classmethod
     def from_dict(cls, values: dict[str, list[int]], classes: int) -> Self | None:
@@ -90,13 +93,19 @@ class Distribution:
         }
 
 
-def effect_size(counts: Ints, others: Ints) -> float | None:
+def effect_size(counts: Ints, others: Ints, deviations: float = 0.0) -> float | None:
     """How far two histograms of the same bins are apart: Cohen's w, less what chance adds to its square on average.
 
     Its square is the sum over the bins of (p - q)^2 / r, where p and q are the shares in `counts` and `others`, and r
     those of both together. Cohen (Statistical Power Analysis for the Behavioral Sciences, 1988) calls 0.1 small, 0.3
     medium and 0.5 large. The squares are close to the population stability index: its thresholds, 0.1 and 0.25, are
     0.32 and 0.5 here.
+
+    Args:
+        counts: of the answers.
+        others: of the reference.
+        deviations: standard deviations of what chance adds that are taken off, too, so that it is seldom more than 0
+            without a difference.
 
     Returns:
         None for less than `LEAST_IMAGES` in `counts`, and where there are no others, or only one bin.
@@ -107,7 +116,9 @@ def effect_size(counts: Ints, others: Ints) -> float | None:
         return None
     shares = together[used] / (n + m)
     square = float(((counts[used] / n - others[used] / m) ** 2 / shares).sum())
-    return float(np.sqrt(max(square - (np.count_nonzero(used) - 1) * (1 / n + 1 / m), 0.0)))
+    freedom = np.count_nonzero(used) - 1  # of a chi-square distribution, which has twice as much variance
+    chance = (freedom + deviations * np.sqrt(2 * freedom)) * (1 / n + 1 / m)
+    return float(np.sqrt(max(square - chance, 0.0)))
 
 
 def compare(counts: Ints, others: Ints) -> dict[str, Any] | None:
@@ -184,14 +195,19 @@ class SlidingWindow:
         counts.confidences[min(int(confidence * BINS), BINS - 1)] += 1
 
     def effect_sizes(self) -> dict[str, float]:
-        """The effect sizes of `classes` and `confidences`, of those that have one."""
+        """The effect sizes of `classes` and `confidences`, less what chance seldom exceeds.
+
+        Empty for less than `LEAST_IMAGES` answers, or less than there are classes.
+        """
         window, oldest = Distribution.empty(len(self._reference.classes)), self._part() - self._parts
         for part, counts in list(self._counts):
             if part > oldest:
                 window += counts
+        if window.images < len(window.classes):  # chance would be anything
+            return {}
         effects = {
-            "classes": effect_size(window.classes, self._reference.classes),
-            "confidences": effect_size(window.confidences, self._reference.confidences),
+            "classes": effect_size(window.classes, self._reference.classes, _SELDOM),
+            "confidences": effect_size(window.confidences, self._reference.confidences, _SELDOM),
         }
         return {name: effect for name, effect in effects.items() if effect is not None}
 

@@ -26,13 +26,14 @@ class HeatMapsLostError(BundleError):
 class HeatMapProcess:
     """Computes heat maps; a context manager, which ends the process. The process also ends when this one does."""
 
-    def __init__(self, bundle: Bundle, niceness: int = 0) -> None:
+    def __init__(self, bundle: Bundle, version: str | None = None, *, niceness: int = 0) -> None:
         """
         Args:
             bundle: holds the network.
+            version: that it must have when the process loads it; None: any.
             niceness: added to that of this process, so that it gives way to others.
         """
-        self._uri, self._niceness = bundle.uri, niceness
+        self._uri, self._version, self._niceness = bundle.uri, version, niceness
         self._process: SpawnProcess | None = None
         self._connection: Connection[Any, Any] | None = None
 
@@ -42,7 +43,9 @@ class HeatMapProcess:
             return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._uri, self._niceness), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._uri, self._version, self._niceness), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -74,7 +77,7 @@ class HeatMapProcess:
 
     def end(self) -> None:
         """End the process; a call that waits for it raises `HeatMapsLostError`."""
-        if self._process is not None and self._connection is not None:
+        if self._process is not None and self._process.pid is not None and self._connection is not None:
             self._process.kill()
             self._process.join()
             self._connection.close()
@@ -90,16 +93,33 @@ def overlay(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> npt
     return np.asarray((1 - _OPACITY) * pixels + _OPACITY * 255 * colours, np.uint8)
 
 
-def _serve(connection: "Connection[Any, Any]", uri: str, niceness: int) -> None:
+def _serve(connection: "Connection[Any, Any]", uri: str, version: str | None, niceness: int) -> None:
     """Answer requests for heat maps until the other end of the connection is closed."""
     os.nice(niceness)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job
     startup.load_tensorflow(gpus=False)
-    bundle = Bundle.load(uri)
+    bundle: Bundle | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:
             images, classes = connection.recv()
             try:
-                connection.send(grad_cam.heat_maps(bundle, images, classes))
+                bundle = bundle or _load(uri, version)
+                answer: Any = grad_cam.heat_maps(bundle, images, classes)
             except BundleError as error:
-                connection.send(error)
+                answer = error
+            connection.send(answer)
+
+
+def _load(uri: str, version: str | None) -> Bundle:
+    """
+    Raises:
+        BundleError: the bundle cannot be loaded, or is another one.
+    """
+    try:
+        bundle = Bundle.load(uri)
+        if version not in (None, bundle.version):
+            raise BundleError(f"{uri} holds {bundle.version} now, which cannot explain the answers of {version}.")
+        _ = bundle.model
+    except OSError as error:
+        raise BundleError(f"{uri} cannot be read: {error}") from None
+    return bundle

@@ -152,13 +152,7 @@ async def _predict(service: Service, request: Request) -> Response | dict[str, A
         for row in rows
     ]
     if query.explain:
-        good = [(image, row, answer) for image, row, answer in zip(images, rows, answers, strict=True)
-                if isinstance(image, bytes) and not isinstance(row, BadImage)]  # fmt: skip
-        if good:
-            explained, best, with_heat_maps = zip(*good, strict=True)
-            pictures = await service.explain(served, explained, [int(row.argmax()) for row in best])
-            for answer, picture in zip(with_heat_maps, pictures, strict=True):
-                answer["heat_map"] = base64.b64encode(picture).decode()
+        await _add_heat_maps(service, served, images, rows, answers)
     if several:
         return answers
     ((row, answer),) = zip(rows, answers, strict=True)
@@ -167,9 +161,32 @@ async def _predict(service: Service, request: Request) -> Response | dict[str, A
     return answer
 
 
+async def _add_heat_maps(
+    service: Service,
+    served: ServedModel,
+    images: list[bytes | BadImage],
+    rows: list[Probabilities | BadImage],
+    answers: list[dict[str, Any]],
+) -> None:
+    """Add the heat maps to the answers, or why there are none: the answers are there, and are not thrown away."""
+    good = [(image, int(row.argmax()), answer) for image, row, answer in zip(images, rows, answers, strict=True)
+            if isinstance(image, bytes) and not isinstance(row, BadImage)]  # fmt: skip
+    if not good:
+        return
+    problem, pictures = None, [b""] * len(good)
+    try:
+        pictures = await service.explain(served, [image for image, _, _ in good], [index for _, index, _ in good])
+    except RequestError as error:
+        problem = str(error)
+    for (_, _, answer), picture in zip(good, pictures, strict=True):
+        answer["heat_map"] = base64.b64encode(picture).decode() or None
+        answer["heat_map_problem"] = problem
+
+
 async def _explain(service: Service, request: Request) -> Response:
     """Show which regions of an image support its class, or another one, as a PNG file."""
     query = _parse_query(ExplainQuery, request)
+    service.check_explains()
     served = service.choose_model(query.model, query.version, canary_key(request))
     images, several = await _read_images(service, request)
     if several:
@@ -234,7 +251,6 @@ _IMAGES: Bodies = {
 _OPERATIONS = [
     Operation(
         "POST", "/predict", _predict, query=PredictQuery, answer=Answer | list[Answer | ImageFailure], bodies=_IMAGES,
-        failures=(*USUAL_FAILURES, 403),
     ),
     Operation(
         "POST", "/explain", _explain, query=ExplainQuery, answer={"image/png": BINARY}, bodies=_IMAGES,

@@ -13,6 +13,7 @@ from cnnray.serving.settings import NAME, JobSettings, LogSettings, ModelSetting
 DEFAULT_NAME = "model"
 """Name of the model that --bundle serves."""
 
+_MOST_DAYS = 36_500
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 
@@ -152,7 +153,8 @@ class ServeConfig:
         if self.access_log not in ("all", "errors", "none"):
             raise ValueError(f"--access-log {self.access_log!r}: expected all, errors or none.")
         flags.check_share(self, "gpus_per_replica", "log_share")
-        flags.check_more_than_zero(self, "log_days")
+        if not 0 < self.log_days <= _MOST_DAYS:
+            raise ValueError(f"--log-days {self.log_days:g} is not more than 0 and at most {_MOST_DAYS:,}.")
         if self.log_requests is None and (self.log_images or self.log_share != 1 or self.log_days != 30):
             raise ValueError("--log-images, --log-share and --log-days need --log-requests.")
         self._check_releases()
@@ -168,6 +170,8 @@ class ServeConfig:
             raise ValueError(f"--grpc-port {self.grpc_port} is no port, or that of --port.")
         if bool(self.jobs_output) != bool(self.jobs_from):
             raise ValueError("--jobs-output and --jobs-from need each other.")
+        if self.jobs_from:
+            object.__setattr__(self, "jobs_from", [_absolute_prefix(prefix) for prefix in self.jobs_from])
         flags.make_absolute(self, "write_config", "log_requests", "jobs_output")
 
     def _check_releases(self) -> None:
@@ -243,8 +247,7 @@ class ServeConfig:
     def _jobs(self) -> JobSettings | None:
         if self.jobs_output is None:
             return None
-        prefixes = tuple(flags.absolute("jobs_from", prefix) for prefix in self.jobs_from or [])
-        return JobSettings(place=self.jobs_output, prefixes=prefixes)
+        return JobSettings(place=self.jobs_output, prefixes=tuple(self.jobs_from or ()))
 
     @property
     def _log(self) -> LogSettings | None:
@@ -344,6 +347,17 @@ def _read_earlier_form(bundle: str, canary: str | None) -> list[ModelVersion]:
         newest = versions[-1]
         models[newest] = replace(models[newest], share=share)
     return models
+
+
+def _absolute_prefix(prefix: str) -> str:
+    """
+    Raises:
+        ValueError, OSError: it is empty, of an unknown scheme, or names a folder above another one.
+    """
+    absolute = flags.absolute("jobs_from", prefix)
+    if ".." in absolute.split("/"):
+        raise ValueError(f"--jobs-from: {prefix!r} has .. in it.")
+    return absolute
 
 
 def _is_path(text: str) -> bool:

@@ -17,8 +17,10 @@ from cnnray.serving.pipeline import Encoded
 _IDLE_SECONDS = 600.0
 """After which the process, with its TensorFlow, is ended."""
 _MOST_WAITING = 4
-"""Requests that wait for it; more are refused."""
+"""Requests that it works for, or that wait for it; more are refused."""
 _NICENESS = 10
+_LONGEST_SECONDS = 120.0
+"""After which a process that does not answer is ended."""
 _LONGER_SIDE = 320
 """Of a picture, in pixels, where the network takes smaller ones."""
 
@@ -31,10 +33,20 @@ class Explanations:
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._waiting = 0
+        self._tasks: set[asyncio.Task[list[bytes]]] = set()
+        """What is computed, or waits."""
         self._served: ServedModel | None = None
         self._process: HeatMapProcess | None = None
         self._ending: asyncio.TimerHandle | None = None
+
+    def check(self) -> None:
+        """Check that there is room for a request.
+
+        Raises:
+            RequestError: 503, too many wait.
+        """
+        if len(self._tasks) >= _MOST_WAITING:
+            raise RequestError(503, "Too many requests wait for an explanation.")
 
     async def explain(
         self, served: ServedModel, images: Sequence[Encoded], classes: Sequence[int], seconds: float
@@ -53,42 +65,56 @@ class Explanations:
         Raises:
             RequestError: 422, the network has no heat maps; 503, too many requests wait, or it takes too long.
         """
-        if self._waiting >= _MOST_WAITING:
-            raise RequestError(503, "Too many requests wait for an explanation.")
-        self._waiting += 1
+        self.check()
+        task = asyncio.create_task(self._compute(served, images, classes))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
         try:
-            async with asyncio.timeout(seconds), self._lock:
-                return await self._compute(served, images, classes)
+            async with asyncio.timeout(seconds):
+                # The process goes on when a client leaves: the next one would wait for its start again.
+                return await asyncio.shield(task)
         except TimeoutError:
             raise RequestError(503, f"The explanation takes longer than {seconds:g} seconds.") from None
         except HeatMapsLostError:
-            self.end()
             raise RequestError(503, "The process that explains answers has ended; try again.") from None
         except BundleError as error:
             raise RequestError(422, str(error)) from None
-        finally:
-            self._waiting -= 1
+
+    def _forget(self, task: asyncio.Task[list[bytes]]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # else the event loop would log it where nobody waits any more
 
     async def _compute(self, served: ServedModel, images: Sequence[Encoded], classes: Sequence[int]) -> list[bytes]:
-        if self._ending:
-            self._ending.cancel()
-        if self._served is not served:
-            self.end()
-        if self._process is None:
-            self._served, self._process = served, HeatMapProcess(served.bundle, _NICENESS)
-        try:
-            pictures = await asyncio.to_thread(_draw, self._process, served, images, classes)
-        except asyncio.CancelledError:  # the thread still waits for the process: without it, it ends
-            self.end()
-            raise
-        self._ending = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self.end)
-        return pictures
+        async with self._lock:
+            if self._ending:
+                self._ending.cancel()
+            if self._served is not served:
+                self.end()
+            if self._process is None:
+                version = served.bundle.version
+                self._served, self._process = served, HeatMapProcess(served.bundle, version, niceness=_NICENESS)
+            try:
+                async with asyncio.timeout(_LONGEST_SECONDS):
+                    return await asyncio.to_thread(_draw, self._process, served, images, classes)
+            except (TimeoutError, HeatMapsLostError):
+                self.end()
+                raise
+            finally:
+                self._ending = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._end_idle)
 
     def end(self) -> None:
         """End the process."""
-        process, self._process, self._served = self._process, None, None
-        if process is not None:
+        if process := self._let_go():
             process.end()
+
+    def _end_idle(self) -> None:
+        if process := self._let_go():
+            asyncio.get_running_loop().run_in_executor(None, process.end)
+
+    def _let_go(self) -> HeatMapProcess | None:
+        process, self._process, self._served = self._process, None, None
+        return process
 
 
 def _draw(

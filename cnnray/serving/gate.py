@@ -106,7 +106,7 @@ class Gate:
                 allow_origins=origins,
                 allow_methods=("GET", "POST"),
                 allow_headers=("*",),
-                expose_headers=(REQUEST_ID, "retry-after"),
+                expose_headers=(REQUEST_ID, "retry-after", "x-class", "x-confidence", "x-model"),
             )
             self._cors = origins, app
         return self._cors[1]

@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import logging
 import shlex
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ import pyarrow.parquet
 import cnnray
 from cnnray.images import storage
 from cnnray.serving.bodies import RequestError
+from cnnray.serving.keys import API_KEY, API_KEY_FILE
 from cnnray.serving.settings import JobSettings
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -67,13 +72,20 @@ class JobQueue:
 
     @staticmethod
     async def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+        given_up = threading.Event()
         try:
             async with asyncio.timeout(_CALL_SECONDS):
-                return await asyncio.to_thread(function, *arguments)
-        except (TimeoutError, ConnectionError):
+                return await asyncio.to_thread(function, *arguments, given_up)
+        except TimeoutError:
+            given_up.set()
             raise RequestError(503, "Ray's job API does not answer: try again.") from None
+        except (OSError, RuntimeError) as error:  # of the storage, and of Ray's client
+            log.exception("the job API cannot be used")
+            raise RequestError(503, f"The job API cannot be used: {type(error).__name__}.") from None
 
-    def _submit(self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str) -> str:
+    def _submit(
+        self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str, given_up: threading.Event
+    ) -> str:
         import ray
 
         client = _client()
@@ -86,7 +98,7 @@ class JobQueue:
         pyarrow.parquet.write_table(pa.table({"uri": pa.array(uris, pa.string())}), buffer)
         table = storage.join(settings.place, f"{job}.parquet")
         storage.write_bytes(table, buffer.getvalue())
-        environment = dict(ray.get_runtime_context().runtime_env)
+        environment = _without_keys(dict(ray.get_runtime_context().runtime_env))
         script, python = "jobs/predict.py", "python"
         if "working_dir" not in environment:  # Ray was started by `jobs/serve.py`, on this machine
             script, python = str(Path(cnnray.__file__).parents[1] / script), sys.executable
@@ -95,19 +107,28 @@ class JobQueue:
             "--wait-minutes": str(_WAIT_MINUTES),
         }  # fmt: skip
         command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
-        client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+        if not given_up.is_set():  # else the client has been told to try again
+            client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
         return job
 
-    def _find(self, job: str) -> QueuedJob:
+    def _find(self, job: str, given_up: threading.Event) -> QueuedJob:
         try:
             info = _client().get_job_info(job)
         except RuntimeError as error:  # of Ray's client, for each answer that is none
-            if "404" in str(error) or "does not exist" in str(error):
+            if "status code 404" in str(error):
                 raise no_such_job(job) from None
             raise
         errors = [line for line in (info.message or "").splitlines() if line.startswith("Error: ")]
         sentence = errors[-1].removeprefix("Error: ") if errors else "See the logs of the job in Ray."
         return QueuedJob(str(info.status), sentence if str(info.status) == "FAILED" else "")
+
+
+def _without_keys(environment: dict[str, Any]) -> dict[str, Any]:
+    """A runtime environment without the API keys, which all who may list jobs can read."""
+    variables = {
+        name: value for name, value in environment.get("env_vars", {}).items() if name not in (API_KEY, API_KEY_FILE)
+    }
+    return environment | ({"env_vars": variables} if "env_vars" in environment else {})
 
 
 def is_job(job: str) -> bool:

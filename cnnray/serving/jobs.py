@@ -43,14 +43,14 @@ class JobAnswer(pydantic.BaseModel):
 async def _submit(service: Service, request: Request) -> JobAnswer:
     """Classify a list of images in a job, whose rows are files."""
     queue, settings = _queue(service)
-    asked = await service.read(request, lambda body, _: parse_model(JobRequest, body))
+    # Where there are many uris, in a thread.
+    asked, uris = await service.read(request, lambda body, _: _parse(body, settings))
     if asked.version is None:
         models = service.ready_models()
         versions = models.versions(service.choose_model(asked.model).name)
         served = max(versions, key=lambda version: version[1])[0]
     else:
         served = service.choose_model(asked.model, asked.version)
-    uris = [_allowed(uri, settings) for uri in asked.uris]
     job = await queue.submit(settings, uris, served.bundle.uri, served.engine)
     return JobAnswer(id=job, state="PENDING", message="", rows=job_queue.rows_of(settings, job))
 
@@ -65,6 +65,16 @@ async def _find(service: Service, request: Request) -> JobAnswer:
     return JobAnswer.model_validate(
         {"id": job, "state": found.state, "message": found.message, "rows": job_queue.rows_of(settings, job)}
     )
+
+
+def _parse(body: bytes, settings: JobSettings) -> tuple[JobRequest, list[str]]:
+    """What is asked for, and the absolute uris of its images.
+
+    Raises:
+        RequestError: 400, the body cannot be read; 403, the operator does not allow an image.
+    """
+    asked = parse_model(JobRequest, body)
+    return asked, [_allowed(uri, settings) for uri in asked.uris]
 
 
 def _queue(service: Service) -> tuple[JobQueue, JobSettings]:

@@ -27,7 +27,7 @@ Bodies = dict[str, type[BaseModel] | dict[str, Any]]
 FAILURES = {
     400: "There is no image, or the body cannot be read.",
     401: "The API key is missing or wrong.",
-    403: "The API key is no admin's, or the service explains no answers.",
+    403: "The API key is no admin's, or the service was started without what this needs, or for other images.",
     404: "There is no such model or version.",
     408: "The body did not arrive in time.",
     413: "The body, the image or the number of images is too large.",
@@ -157,5 +157,5 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
             for name, values in schema["properties"].items()
         ]
     named = operation.param_convertors
-    chooses = "version" not in named and ("model" in named or operation.bodies)
+    chooses = "version" not in named and ("model" in named or operation.query)
     return parameters + ([CANARY_KEY_PARAMETER] if chooses else [])

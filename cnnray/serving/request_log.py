@@ -5,6 +5,7 @@ There is a row for each image of the requests that are logged; see `SCHEMA`. The
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -60,13 +61,18 @@ _MOST_ROWS, _MOST_SECONDS, _MOST_BYTES = 20_000, 60.0, 16 * 2**20
 """A file is written when it has so many rows or bytes, or its first row is so old."""
 _MOST_HELD = 64 * 2**20
 """Largest number of bytes that wait to be written; what is more is left out, and counted."""
-_BYTES_OF_A_ROW = 500
-"""Estimate of what a row holds besides its image."""
+_BYTES_OF_A_ROW = 1200
+"""What a row holds besides its image, about."""
+_ROWS_AT_ONCE = 256
+"""Rows that become columns at once: more would hold the interpreter for too long."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before a file is tried again that could not be written."""
 _CLEANING_SECONDS = 3600.0
+_LOOK_SECONDS = 0.5
+"""Between two looks whether a file was written, while another one is due."""
 _NEVER = float("inf")
 _FOLDER, _DAY = "date=", re.compile(r"date=(\d{4}-\d\d-\d\d)")
+_FILE = re.compile(r"\d{6}-[0-9a-f]{12}-\d{6}\.parquet")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that the running task answers."""
@@ -88,12 +94,54 @@ class _Answered:
 
     @property
     def size(self) -> int:
-        """Bytes that it holds, at least."""
-        return sum(_BYTES_OF_A_ROW + size_of(image) for image in self.images)
+        """Bytes that it holds, about."""
+        answers = sum(answer.nbytes for answer in self.answers if not isinstance(answer, BadImage))
+        return answers + sum(_BYTES_OF_A_ROW + size_of(image) for image in self.images)
+
+
+class _File:
+    """Rows that become a file."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.size, self.due = name, 0, _NEVER
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+
+    def __len__(self) -> int:
+        return len(self._rows) + sum(map(len, self._tables))
+
+    def add(self, rows: list[dict[str, Any]], size: int) -> None:
+        """Add rows that hold so many bytes."""
+        if self.due == _NEVER:
+            self.due = time.monotonic() + _MOST_SECONDS
+        self._rows += rows
+        self.size += size
+        if len(self._rows) >= _ROWS_AT_ONCE:
+            self._make_columns()
+
+    def encoded(self) -> bytes:
+        """As Parquet."""
+        self._make_columns()
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pa.concat_tables(self._tables), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be written."""
+        return len(self) >= _MOST_ROWS or self.size >= _MOST_BYTES or time.monotonic() >= self.due
+
+    def _make_columns(self) -> None:
+        if self._rows:
+            self._tables.append(pa.Table.from_pylist(self._rows, SCHEMA))
+            self._rows = []
 
 
 class RequestLog:
-    """Writes the request log in a thread of its own. No request waits for it: what cannot be written is left out."""
+    """Writes the request log in threads of its own. No request waits for it: what cannot be written is left out.
+
+    One thread makes rows, and another one writes them, so that images are not held while storage is slow.
+    """
 
     def __init__(self, settings: LogSettings, count: Callable[..., None]) -> None:
         """
@@ -109,8 +157,16 @@ class RequestLog:
         self._lock = threading.Lock()
         self._held = 0
         """Bytes in the queue, and in rows that are not written."""
-        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
-        self._thread.start()
+        self._closed = threading.Event()
+        self._to_do: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """For the thread that writes and cleans up."""
+        self._writing = False
+        self._threads = [
+            threading.Thread(target=target, name=f"request-log{name}", daemon=True)
+            for target, name in ((self._run, ""), (self._run_writer, "-writer"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def add(
         self,
@@ -144,40 +200,55 @@ class RequestLog:
 
     def close(self, seconds: float = 10.0) -> None:
         """Write what is left, as far as that takes no longer than so many seconds."""
+        end = time.monotonic() + seconds
+        self._closed.set()
         self._answered.put(None)
-        self._thread.join(seconds)
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
-    # -- the thread -----------------------------------------------------------------------------------------------
+    # -- the threads ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        rows, size = _no_rows(), 0
-        pause, write_at, clean_at = _FIRST_PAUSE, _NEVER, time.monotonic()
-        is_open = True
+        file, clean_at, is_open = self._next_file(), time.monotonic(), True
         while is_open:
             if time.monotonic() >= clean_at:
-                self._clean()
+                self._to_do.put(self._clean)
                 clean_at = time.monotonic() + _CLEANING_SECONDS
+            due = min(file.due, clean_at) - time.monotonic()
             with contextlib.suppress(queue.Empty):
-                answered = self._answered.get(timeout=max(0.0, min(write_at, clean_at) - time.monotonic()))
+                answered = self._answered.get(timeout=max(due, _LOOK_SECONDS if self._writing else 0.0))
                 is_open = answered is not None
                 if answered is not None:
-                    size += self._take_in(answered, rows)
-                    if write_at == _NEVER:
-                        write_at = time.monotonic() + _MOST_SECONDS
-            is_full = pause == _FIRST_PAUSE and (len(rows) >= _MOST_ROWS or size >= _MOST_BYTES)
-            if not rows or (is_open and not is_full and time.monotonic() < write_at):
-                continue
-            if self._write(rows):
-                self._release(size)
-                rows, size, pause, write_at = _no_rows(), 0, _FIRST_PAUSE, _NEVER
-            else:  # and is tried again, with what comes meanwhile
-                write_at = time.monotonic() + pause
-                pause = min(2 * pause, _LONGEST_PAUSE)
-        if rows:
-            self._count(lost=len(rows))
+                    self._take_in(answered, file)
+            if len(file) and (not is_open or (file.is_due and not self._writing)):
+                self._writing = True
+                self._to_do.put(functools.partial(self._write, file))
+                file = self._next_file()
+        self._to_do.put(None)
 
-    def _take_in(self, answered: _Answered, rows: list[dict[str, Any]]) -> int:
-        """Add the rows of a request, and return how many bytes they hold."""
+    def _run_writer(self) -> None:
+        for do in iter(self._to_do.get, None):
+            do()
+
+    def _next_file(self) -> _File:
+        self._files += 1
+        return _File(f"{datetime.now(UTC):%H%M%S}-{self._name}-{self._files:06d}.parquet")
+
+    def _take_in(self, answered: _Answered, file: _File) -> None:
+        """Add the rows of a request to a file."""
+        try:
+            rows = self._rows_of(answered)
+        except Exception:  # whatever it is, the thread must go on
+            log.exception("a request cannot be logged")
+            self._release(answered.size)
+            self._count(lost=len(answered.images))
+            return
+        kept = sum(_BYTES_OF_A_ROW + len(row["image"] or b"") for row in rows)
+        self._release(answered.size - kept)
+        file.add(rows, kept)
+
+    def _rows_of(self, answered: _Answered) -> list[dict[str, Any]]:
+        rows = []
         for index, (image, answer) in enumerate(zip(answered.images, answered.answers, strict=True)):
             data = _bytes_of(image)
             row = {
@@ -194,37 +265,44 @@ class RequestLog:
                 row |= {"top_k_labels": labels, "top_k_scores": scores}
                 row |= {"prediction": labels[0], "confidence": scores[0]}
             rows.append(row)
-        if self.settings.images:
-            return answered.size
-        kept = _BYTES_OF_A_ROW * len(answered.images)
-        self._release(answered.size - kept)
-        return kept
+        return rows
 
-    def _write(self, rows: list[dict[str, Any]]) -> bool:
-        """Write a file, and return whether that succeeded."""
-        now = datetime.now(UTC)
-        name = f"{now:%H%M%S}-{self._name}-{self._files:06d}.parquet"
-        uri = storage.join(self.settings.place, f"{_FOLDER}{now:%Y-%m-%d}", name)
-        buffer = io.BytesIO()
-        try:
-            pyarrow.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
-            storage.write_bytes(uri, buffer.getvalue())
-        except Exception as error:  # whatever it is, the thread must go on
-            log.warning("the request log cannot be written, and is tried again: %s", error)
-            return False
-        self._files += 1
-        self._count(written=len(rows))
-        return True
+    def _write(self, file: _File) -> None:
+        """Write a file, again and again until that succeeds or the log is closed."""
+        uri = storage.join(self.settings.place, f"{_FOLDER}{datetime.now(UTC):%Y-%m-%d}", file.name)
+        pause, count = _FIRST_PAUSE, {"lost": len(file)}
+        while True:
+            try:
+                storage.write_bytes(uri, file.encoded())
+                count = {"written": len(file)}
+                break
+            except Exception as error:  # whatever it is, the thread must go on
+                log.warning("%s of the request log cannot be written: %s", uri, error)
+                if self._closed.is_set():
+                    break
+            self._closed.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._count(**count)
+        self._release(file.size)
+        self._writing = False
 
     def _clean(self) -> None:
-        """Delete the folders of days that are too old."""
-        first = (datetime.now(UTC) - timedelta(days=self.settings.days)).date()
+        """Delete the files of days that are too old, and of this kind alone."""
         try:
+            first = (datetime.now(UTC) - timedelta(days=self.settings.days)).date()
             for folder in storage.folders(self.settings.place):
-                day = _DAY.fullmatch(storage.name(folder))
-                if day and date.fromisoformat(day[1]) < first:
+                day = _day_of(storage.name(folder))
+                if day is None or day >= first:
+                    continue
+                files = storage.files(folder)
+                ours = [file.uri for file in files if _FILE.fullmatch(storage.name(file.uri))]
+                if len(ours) == len(files):
                     storage.delete_folder(folder)
-                    log.info("deleted %s of the request log", folder)
+                else:
+                    for uri in ours:
+                        storage.delete_file(uri)
+                if ours:
+                    log.info("deleted the request log of %s", day)
         except FileNotFoundError:  # nothing was written yet
             pass
         except Exception as error:
@@ -235,8 +313,13 @@ class RequestLog:
             self._held -= size
 
 
-def _no_rows() -> list[dict[str, Any]]:
-    return []
+def _day_of(folder: str) -> date | None:
+    """The day that a folder is for; None for another folder."""
+    match = _DAY.fullmatch(folder)
+    try:
+        return date.fromisoformat(match[1]) if match else None
+    except ValueError:  # such as 2020-02-30
+        return None
 
 
 def _bytes_of(image: Image) -> bytes:

@@ -38,6 +38,7 @@ class Answer(BaseModel):
     heat_map: str | None = Field(
         None, description="With `explain`: a PNG file in base64, the image with the regions that support the class."
     )
+    heat_map_problem: str | None = Field(None, description="With `explain`: why there is no heat map.")
 
 
 class ModelQuery(BaseModel):

@@ -143,10 +143,10 @@ class Service:
 
     def close(self) -> None:
         """Write what is left of the request log and of the metrics, and end the process that explains."""
-        self._explanations.end()
         if self._log:
             self._log.close()
         self.metrics.flush()
+        self._explanations.end()
 
     def _drift(self) -> dict[tuple[str, str], dict[str, float]]:
         """By name and version of a model, how far the answers of the last hour have drifted."""
@@ -269,6 +269,16 @@ class Service:
         self.canaries.compare_later(served, values, rows)
         return rows
 
+    def check_explains(self) -> None:
+        """Check that answers can be explained, before they are computed.
+
+        Raises:
+            RequestError: 403, the settings do not allow it; 503, too many requests wait.
+        """
+        if self.settings is not None and not self.settings.explain:
+            raise RequestError(403, "This service explains no answers: it was started with --explain false.")
+        self._explanations.check()
+
     async def explain(self, served: ServedModel, images: Sequence[bytes], classes: Sequence[int]) -> list[bytes]:
         """Show which regions of images support classes; see `Explanations.explain`.
 
@@ -276,10 +286,9 @@ class Service:
             RequestError: 403, the settings do not allow it; 422, the network has no heat maps; 503, too many requests
                 wait, or it takes longer than the settings allow.
         """
+        self.check_explains()
         settings = self.settings
         assert settings is not None
-        if not settings.explain:
-            raise RequestError(403, "This service explains no answers: it was started with --explain false.")
         encoded = [Encoded(image, settings.max_pixels) for image in images]
         return await self._explanations.explain(served, encoded, classes, settings.timeout_seconds)
 

@@ -1,9 +1,10 @@
 """What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
 
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from cnnray.images import storage
@@ -119,6 +120,7 @@ class PredictionMetrics:
             self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
 
 
+_DRIFT_TAGS = ("model", "version", "of")
 _DRIFT_SECONDS = 10.0
 """Between two looks at the drift."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -142,6 +144,8 @@ class ServingMetrics:
 
         self._held, self._find_drift = held, drift
         self._next_drift = 0.0
+        self._drifts: Set[tuple[str, str, str]] = set()
+        """The series of drift that have a value."""
         self._images_held = metrics.Gauge(
             "cnnray_images_held", description="Images that wait or are computed, and requests whose body is read."
         )
@@ -213,8 +217,8 @@ class ServingMetrics:
         self._drift = metrics.Gauge(
             "cnnray_drift",
             description="Effect size (0.5: large) of the difference between the answers of the last hour and those "
-            "to the validation images, of their classes or confidences.",
-            tag_keys=("model", "version", "of"),
+            "to the validation images, of their classes or confidences, less what chance seldom exceeds.",
+            tag_keys=_DRIFT_TAGS,
         )
         self._logged_images = metrics.Counter(
             "cnnray_logged_images",
@@ -290,9 +294,15 @@ class ServingMetrics:
         self._bytes_held.set(held_bytes)
         if (now := time.monotonic()) >= self._next_drift:
             self._next_drift = now + _DRIFT_SECONDS
-            for (model, version), effects in self._find_drift().items():
-                for of, effect in effects.items():
-                    self._drift.set(effect, tags={"model": model, "version": version, "of": of})
+            found = {
+                (model, version, of): effect
+                for (model, version), effects in self._find_drift().items()
+                for of, effect in effects.items()
+            }
+            # Ray goes on to export the last value of a series.
+            for series in found.keys() | self._drifts:
+                self._drift.set(found.get(series, math.nan), tags=dict(zip(_DRIFT_TAGS, series, strict=True)))
+            self._drifts = found.keys()
         for (counter, tags), count in counts.items():
             counter.inc(count, tags=dict(tags))
         for (histogram, tags), observed in values.items():

@@ -399,6 +399,14 @@ def test_a_list_of_images_is_classified_by_a_job_on_the_cluster(guarded, onnx_bu
     assert unknown.status_code == 404, unknown.text
 
 
+def test_an_answer_is_explained_by_a_process_beside_the_replica(guarded):
+    headers = {"X-API-Key": "one", "Content-Type": "image/png"}
+    found = requests.post(f"{guarded.address}/explain", data=GOOD, headers=headers, timeout=60)
+    assert (found.status_code, found.headers["content-type"]) == (200, "image/png"), found.text
+    assert found.content.startswith(b"\x89PNG")
+    assert found.headers["x-class"] in ("red", "green", "blue")
+
+
 def test_what_was_answered_is_logged_and_labels_that_come_later_give_accuracy(guarded, onnx_bundle, tmp_path):
     log = guarded.folder / "log"
     before = sum(1 for _ in _logged(log))

@@ -19,7 +19,8 @@ from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.data_checks import check_data
 from cnnray.evaluation.job import evaluate
 from cnnray.images.manifest import ManifestError, build_manifest
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, write_info
+from cnnray.models.drift import BINS
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.dispatch import PredictionError
@@ -129,10 +130,14 @@ def test_predictions_of_an_earlier_version_that_are_none_are_refused(values, eva
 
 def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, tmp_path):
     bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
+    reference = {"classes": [1, 2, 3], "confidences": [6, *[0] * (BINS - 1)]}
+    write_info(str(bundle), dataclasses.replace(Bundle.load(onnx_bundle).info, reference=reference))
     line = evaluate(
         EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
     )
     info = Bundle.load(str(bundle)).info
+    # The images are not those of the training's validation, whose confidences are not known now.
+    assert info.reference == {"classes": [1, 2, 3], "confidences": [0] * BINS}
     before_it = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert line["temperature"] == info.temperature == before_it["calibration"]["fitted_temperature"] != 1
     images = [path.read_bytes() for path in sorted(labelled.rglob("0*.png"))]
@@ -257,7 +262,7 @@ def test_splits_class_names_too_few_predictions_and_retried_images(onnx_bundle, 
     assert not (tmp_path / "out" / "config.yaml").exists()
     manifest = build_manifest(str(table), labelled=True)
     for split, count in (("auto", 10), ("all", 13), ("train", 3)):
-        selected, rows = job._select_split(manifest, dataclasses.replace(config, split=split))
+        selected, rows = job.select_split(manifest, dataclasses.replace(config, split=split))
         assert (selected, len(rows)) == ("validation" if split == "auto" else split, count)
     with pytest.raises(EvaluationError, match="9 predictions, 0 of them wrong, do not determine a temperature"):
         evaluate(dataclasses.replace(config, calibrate=True))

@@ -107,6 +107,7 @@ def test_labels_that_come_later_give_accuracy(bundle, tmp_path, kind):
     labels += [
         {"request_id": "unknown", "label": "red", "index": 0},
         {"request_id": "0-0", "label": "green", "index": 1},
+        {"request_id": "0-100", "label": "", "index": 0},  # not known yet
     ]
     table, path = pa.Table.from_pylist(labels), tmp_path / f"labels.{kind}"
     if kind == "csv":
@@ -169,6 +170,9 @@ def test_mistakes_get_a_sentence(bundle, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("id,label\n1,red\n")
     with pytest.raises(EvaluationError, match="lacks the column request_id"):
+        _measure(bundle, tmp_path, labels=str(labels))
+    labels.write_text("request_id,label,index\n1,red,first\n")
+    with pytest.raises(EvaluationError, match="index must be whole numbers"):
         _measure(bundle, tmp_path, labels=str(labels))
     labels.write_text("request_id,label\n1\n")
     with pytest.raises(EvaluationError, match="is no CSV, JSONL or Parquet table"):

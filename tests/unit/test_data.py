@@ -71,7 +71,7 @@ def test_test_images_stay_in_the_manifest_and_are_evaluated(tmp_path):
     manifests.write(manifest, str(tmp_path / "manifest.parquet"))
     config = EvaluateConfig(data=str(tmp_path / "manifest.parquet"), bundle="/b", output="/r")
     rebuilt = manifests.build_manifest(config.data, labelled=True)
-    split, rows = evaluation._select_split(rebuilt, config)
+    split, rows = evaluation.select_split(rebuilt, config)
     assert split == "test"
     assert rows["split"].to_pylist() == ["test"] * 6
 

@@ -115,6 +115,13 @@ def test_a_distribution_that_cannot_be_read_is_none(values):
     assert Distribution.from_dict(values, 2) is None
 
 
+def test_logits_that_are_no_numbers_do_not_count():
+    """A training whose loss is not finite ends with a sentence of its own."""
+    logits = np.asarray([[np.nan, 0], [np.inf, 0], [-np.inf, 0], [0, 1]], np.float32)
+    assert Distribution.of_logits(logits).classes.tolist() == [0, 1]
+    assert Distribution.of_logits(logits[:1]).images == 0
+
+
 def test_effect_sizes_do_not_depend_on_the_number_of_images_without_drift():
     generator = np.random.default_rng(0)
     for classes, n in ((10, 200), (1000, 1000)):
@@ -126,6 +133,25 @@ def test_effect_sizes_do_not_depend_on_the_number_of_images_without_drift():
         assert np.mean(squares) < 0.06
     assert drift.effect_size(np.asarray([100, 0]), np.asarray([0, 100])) == pytest.approx(2, abs=0.01)
     assert drift.effect_size(np.asarray([50, 49]), np.asarray([50, 50])) is None
+
+
+def test_a_gauge_of_many_classes_shows_no_drift_by_chance():
+    generator = np.random.default_rng(0)
+    for classes in (10, 300):
+        shares = generator.dirichlet(np.ones(classes))
+        largest = 0.0
+        for _ in range(300):
+            reference = Distribution(generator.multinomial(10 * classes, shares), np.full(BINS, 5))
+            window = SlidingWindow(reference)
+            answers = generator.choice(classes, max(100, classes), p=shares)
+            for answer in answers:
+                window.add(answer, generator.random())
+            largest = max(largest, window.effect_sizes()["classes"])
+        assert largest < 0.5
+    few = SlidingWindow(reference)
+    for answer in answers[1:]:
+        few.add(answer, 0.5)
+    assert few.effect_sizes() == {}
 
 
 def test_a_window_slides():

@@ -1,9 +1,17 @@
 """Predictions that requests ask for: which images they may name, and what they are answered."""
 
+import asyncio
+import re
+import shlex
+import time
+from types import SimpleNamespace
+
+import pyarrow.parquet
 import pytest
 
 from cnnray.serving import job_queue
 from cnnray.serving.bodies import RequestError
+from cnnray.serving.config import ServeConfig
 from cnnray.serving.job_queue import JobQueue, QueuedJob
 from cnnray.serving.settings import JobSettings
 
@@ -97,7 +105,9 @@ def test_a_service_without_jobs_says_so(start_client):
         assert "--jobs-output" in found.json()["error"]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("No dashboard."), TimeoutError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("No dashboard."), RuntimeError("Request failed with status code 500.")]
+)
 def test_a_job_api_that_does_not_answer_gives_503(start_client, monkeypatch, error):
     def fail():
         raise error
@@ -105,6 +115,82 @@ def test_a_job_api_that_does_not_answer_gives_503(start_client, monkeypatch, err
     monkeypatch.setattr(job_queue, "_client", fail)
     client = start_client(jobs=SETTINGS)
     client.app.service.queue = JobQueue()
-    assert client.get("/jobs/cnnray-predict-1").status_code == 503
-    with pytest.raises(RequestError):
-        raise job_queue.no_such_job("x")
+    assert client.get("/jobs/cnnray-predict-404").status_code == 503
+
+
+class Client:
+    """Stands for Ray's client of its job API."""
+
+    def __init__(self, delay=0.0, unfinished=0):
+        self.delay, self.submitted = delay, []
+        status = SimpleNamespace(is_terminal=lambda: False)
+        self._jobs = [SimpleNamespace(submission_id=f"cnnray-predict-{n}", status=status) for n in range(unfinished)]
+
+    def list_jobs(self):
+        time.sleep(self.delay)
+        return self._jobs
+
+    def submit_job(self, **job):
+        self.submitted.append(job)
+
+
+@pytest.fixture
+def in_ray(monkeypatch):
+    """The runtime environment of a replica, in which somebody has put a key."""
+    variables = {"CNNRAY_API_KEY": "secret", "CNNRAY_API_KEY_FILE": "/keys", "AWS_ENDPOINT_URL": "http://s3"}
+    context = SimpleNamespace(runtime_env={"working_dir": "gcs://code.zip", "env_vars": variables})
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+
+
+def _submit(tmp_path):
+    settings = JobSettings(place=str(tmp_path), prefixes=("/photos",))
+    return asyncio.run(JobQueue().submit(settings, ["/photos/it's one.png"], "/bundles/a b", "onnx"))
+
+
+def test_a_job_has_the_code_of_the_replica_and_no_keys(monkeypatch, in_ray, tmp_path):
+    monkeypatch.setattr(job_queue, "_client", lambda: client)
+    client = Client()
+    job = _submit(tmp_path)
+    (submitted,) = client.submitted
+    assert submitted["runtime_env"] == {
+        "working_dir": "gcs://code.zip", "env_vars": {"AWS_ENDPOINT_URL": "http://s3"}
+    }  # fmt: skip
+    words = shlex.split(submitted["entrypoint"])
+    assert words[:2] == ["python", "jobs/predict.py"]
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    assert (flags["--bundle"], flags["--output"]) == ("/bundles/a b", str(tmp_path / job))
+    assert pyarrow.parquet.read_table(flags["--input"])["uri"].to_pylist() == ["/photos/it's one.png"]
+
+
+def test_a_client_that_was_told_to_try_again_has_no_job_later(monkeypatch, in_ray, tmp_path):
+    client = Client(delay=0.5)
+    monkeypatch.setattr(job_queue, "_client", lambda: client)
+    monkeypatch.setattr(job_queue, "_CALL_SECONDS", 0.1)
+    with pytest.raises(RequestError) as raised:
+        _submit(tmp_path)  # returns when the thread has ended
+    assert raised.value.status == 503
+    assert not client.submitted
+
+
+def test_jobs_that_are_not_done_are_bounded(monkeypatch, in_ray, tmp_path):
+    client = Client(unfinished=16)
+    monkeypatch.setattr(job_queue, "_client", lambda: client)
+    with pytest.raises(RequestError, match="16 jobs are not done yet"):
+        _submit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"jobs_output": "/rows"}, "--jobs-output and --jobs-from need each other"),
+        ({"jobs_from": ["/photos"]}, "--jobs-output and --jobs-from need each other"),
+        ({"jobs_output": "/rows", "jobs_from": ["/photos/../x"]}, "has .. in it"),
+        ({"jobs_output": "/rows", "jobs_from": ["ftp://x"]}, "ftp://"),
+        ({"log_images": True}, "need --log-requests"),
+        ({"log_requests": "/log", "log_days": 1e6}, "--log-days"),
+        ({"log_requests": "/log", "log_share": 2}, "--log-share"),
+    ],
+)
+def test_flags_that_cannot_work_get_a_sentence(flags, sentence):
+    with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
+        ServeConfig(bundle="/nowhere", **flags)

@@ -1,10 +1,12 @@
 """What replicas count, and when Ray gets it."""
 
+import math
 import threading
 from collections import Counter
 
 import pytest
 
+from cnnray.tracking import prometheus
 from cnnray.tracking.prometheus import ServingMetrics
 
 
@@ -37,6 +39,7 @@ def metrics(monkeypatch):
         "_images_held",
         "_bytes_held",
         "_cached_images",
+        "_drift",
     ):
         monkeypatch.setattr(metrics, name, Recorded())
     return metrics
@@ -71,6 +74,23 @@ def test_counts_are_summed_and_values_are_kept_until_they_are_given_to_ray(metri
     assert len(metrics._latency.values) == 3  # nothing is given twice
     metrics.record_stage("read", [1.0])
     assert len(timers) == 2
+
+
+def test_a_series_of_drift_ends_with_what_it_is_about(metrics, monkeypatch):
+    monkeypatch.setattr(prometheus, "_DRIFT_SECONDS", 0.0)
+    found = [{("cats", "v1"): {"classes": 0.2, "confidences": 0.1}}, {("cats", "v1"): {"classes": 0.3}}, {}, {}]
+    monkeypatch.setattr(metrics, "_find_drift", lambda: found.pop(0))
+    classes, confidences = ({"model": "cats", "version": "v1", "of": of} for of in ("classes", "confidences"))
+    for values in (
+        [(0.2, classes), (0.1, confidences)],
+        [(0.3, classes), (None, confidences)],
+        [(None, classes)],
+        [],
+    ):
+        metrics._drift.values.clear()
+        metrics.flush()
+        given = [(None if math.isnan(value) else value, tags) for value, tags in metrics._drift.values]
+        assert sorted(given, key=str) == sorted(values, key=str)
 
 
 def test_nothing_is_lost_between_threads(metrics):

@@ -128,18 +128,17 @@ def test_what_cannot_be_written_is_tried_again_and_no_request_waits(tmp_path, mo
 def test_what_waits_is_bounded(tmp_path, monkeypatch):
     counted, blocked = Counted(), threading.Event()
     monkeypatch.setattr(storage, "write_bytes", lambda uri, data: blocked.wait(30))
-    monkeypatch.setattr(request_log, "_MOST_HELD", 20_000)
+    monkeypatch.setattr(request_log, "_MOST_HELD", 10 * (len(GOOD) + ROW.nbytes + request_log._BYTES_OF_A_ROW))
     monkeypatch.setattr(request_log, "_MOST_SECONDS", 0.0)
     log = RequestLog(LogSettings(place=str(tmp_path), images=True), counted)
-    size = len(GOOD) + 500
     start = time.monotonic()
     for number in range(100):
         add(log, number)
     assert time.monotonic() - start < 5
-    assert counted.lost == 100 - 20_000 // size
+    assert counted.lost == 90
     blocked.set()
     log.close()
-    assert counted.written == 20_000 // size
+    assert counted.written == 10
     assert log._held == 0
 
 
@@ -155,15 +154,50 @@ def test_rows_that_the_end_cuts_off_are_counted(tmp_path, monkeypatch):
     assert (counted.written, counted.lost) == (0, 1)
 
 
-def test_old_days_are_deleted_and_nothing_else(tmp_path):
+def test_old_files_of_the_log_are_deleted_and_nothing_else(tmp_path):
     today = datetime.now(UTC)
-    names = [f"date={today - timedelta(days=days):%Y-%m-%d}" for days in (0, 2, 3, 4, 400)]
-    for name in [*names, "date=2020-01-01-mine", "2020-01-01", "other"]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file.parquet").touch()
+    name = "120000-0123456789ab-000001.parquet"
+    days = [f"date={today - timedelta(days=days):%Y-%m-%d}" for days in (0, 2, 3, 4, 400)]
+    others = ["date=2020-01-01-mine", "2020-01-01", "other"]
+    for folder in [*days, *others]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    (tmp_path / days[-1] / "sales.parquet").touch()
+    (tmp_path / "date=2020-02-30").mkdir()  # no day
     log = RequestLog(LogSettings(place=str(tmp_path), days=3), Counted())
     log.close()
-    assert {path.name for path in tmp_path.iterdir()} == {*names[:3], "date=2020-01-01-mine", "2020-01-01", "other"}
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")}
+    assert left == {f"{folder}/{name}" for folder in [*days[:3], *others]} | {f"{days[-1]}/sales.parquet"}
+    assert not (tmp_path / days[3]).exists()
+
+
+def test_a_file_that_is_tried_again_keeps_its_name(tmp_path, monkeypatch, quick):
+    """Its first attempt may have succeeded, and only the answer of the storage been lost."""
+    uris, write = [], storage.write_bytes
+
+    def write_and_fail_once(uri, data):
+        uris.append(uri)
+        write(uri, data)
+        if len(uris) == 1:
+            raise storage.UnavailableError("There was no answer.")
+
+    monkeypatch.setattr(storage, "write_bytes", write_and_fail_once)
+    log = RequestLog(LogSettings(place=str(tmp_path)), Counted())
+    add(log, 1)
+    until(lambda: len(uris) == 2)
+    log.close()
+    assert uris[0] == uris[1]
+    assert len(read(tmp_path)) == 1
+
+
+def test_a_request_that_cannot_be_logged_does_not_end_the_log(tmp_path):
+    counted = Counted()
+    log = RequestLog(LogSettings(place=str(tmp_path)), counted)
+    add(log, 1, answers=(ROW, ROW))
+    add(log, 2)
+    log.close()
+    assert [row["request_id"] for row in read(tmp_path)] == ["request-2"]
+    assert (counted.written, counted.lost, log._held) == (1, 1, 0)
 
 
 def test_the_answers_of_all_protocols_are_logged_with_the_ids_of_their_requests(start_client, tmp_path):

@@ -30,6 +30,8 @@ _MOST_UNFINISHED = 16
 _WAIT_MINUTES = 1440
 """That a job waits for free CPUs."""
 _CALL_SECONDS = 60.0
+_NOT_YET = "No available agent"
+"""In the answer of Ray's job API while the agents of a cluster that has just started are not known."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,14 @@ class JobQueue:
             "--wait-minutes": str(_WAIT_MINUTES),
         }  # fmt: skip
         command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
-        if not given_up.is_set():  # else the client has been told to try again
-            client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+        while not given_up.is_set():  # else the client has been told to try again
+            try:
+                client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+                break
+            except RuntimeError as error:
+                if _NOT_YET not in str(error):
+                    raise
+                given_up.wait(1.0)
         return job
 
     def _find(self, job: str, given_up: threading.Event) -> QueuedJob:

@@ -121,8 +121,8 @@ def test_a_job_api_that_does_not_answer_gives_503(start_client, monkeypatch, err
 class Client:
     """Stands for Ray's client of its job API."""
 
-    def __init__(self, delay=0.0, unfinished=0):
-        self.delay, self.submitted = delay, []
+    def __init__(self, delay=0.0, unfinished=0, refusals=()):
+        self.delay, self.submitted, self._refusals = delay, [], [*refusals]
         status = SimpleNamespace(is_terminal=lambda: False)
         self._jobs = [SimpleNamespace(submission_id=f"cnnray-predict-{n}", status=status) for n in range(unfinished)]
 
@@ -131,6 +131,8 @@ class Client:
         return self._jobs
 
     def submit_job(self, **job):
+        if self._refusals:
+            raise RuntimeError(self._refusals.pop())
         self.submitted.append(job)
 
 
@@ -170,6 +172,16 @@ def test_a_client_that_was_told_to_try_again_has_no_job_later(monkeypatch, in_ra
         _submit(tmp_path)  # returns when the thread has ended
     assert raised.value.status == 503
     assert not client.submitted
+
+
+def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch, in_ray, tmp_path):
+    client = Client(refusals=["Request failed with status code 500: No available agent to submit job."])
+    monkeypatch.setattr(job_queue, "_client", lambda: client)
+    _submit(tmp_path)
+    assert len(client.submitted) == 1
+    client = Client(refusals=["Request failed with status code 500: Something else."])
+    with pytest.raises(RequestError, match="RuntimeError"):
+        _submit(tmp_path)
 
 
 def test_jobs_that_are_not_done_are_bounded(monkeypatch, in_ray, tmp_path):

@@ -116,7 +116,7 @@ def _predict_reference(
     embeddings = {}
     for window in windows:
         sample = request_logs.sample_images(window, bundle, seconds, _MOST_IMAGES)
-        if sample is not None and len(sample) >= LEAST_IMAGES:
+        if sample is not None and min(len(sample), len(chosen)) >= LEAST_IMAGES:
             buffer = io.BytesIO()
             pyarrow.parquet.write_table(sample, buffer)
             storage.write_bytes(uri := storage.join(config.output, _SAMPLE), buffer.getvalue())
@@ -129,7 +129,11 @@ def _write_reference(config: EvaluateConfig) -> str:
     """Write a manifest of the images of `config.data`, or of a part of them, to the output; give its uri."""
     assert config.data is not None
     assert config.output is not None
-    _, manifest = select_split(manifests.build_manifest(config.data, labelled=False), config)
+    try:
+        everything = manifests.build_manifest(config.data, labelled=True)  # folders are classes, and splits
+    except manifests.ManifestError:
+        everything = manifests.build_manifest(config.data, labelled=False)
+    _, manifest = select_split(everything, config)
     chosen = np.sort(np.random.default_rng(0).permutation(len(manifest))[:_MOST_REFERENCES])
     manifests.write(manifest.select(["uri"]).take(chosen), uri := storage.join(config.output, _REFERENCE))
     return uri

@@ -100,7 +100,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if other is not None:
             comparison.check(results["comparison"])
         if config.calibrate:
-            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"], split)
+            of_training = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
+            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"], of_training)
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
@@ -321,14 +322,14 @@ def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures
     storage.write_bytes(storage.join(output, REPORT), html.encode())
 
 
-def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, split: str) -> None:
+def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, of_training: bool) -> None:
     """Write a fitted temperature into the bundle.
 
     Args:
         bundle: the bundle that made the predictions.
         predictions: what the temperature was fitted to.
         temperature: the temperature that the bundle gets, which includes its present one.
-        split: of the images.
+        of_training: whether they are of the training's validation images.
 
     Raises:
         EvaluationError: the predictions do not determine a temperature, or the bundle has changed since.
@@ -349,7 +350,7 @@ def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, spl
         reference = info.reference
         if reference:
             calibrated = metrics.apply_temperature(predictions, factor)
-            known = _answers(calibrated) if split == "validation" else {"confidences": [0] * BINS}
+            known = _answers(calibrated) if of_training else {"confidences": [0] * BINS}
             reference = reference | {"confidences": known["confidences"]}
         changed = dataclasses.replace(info, temperature=temperature, reference=reference)
         bundles.write_info(bundle.uri, changed)

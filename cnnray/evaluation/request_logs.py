@@ -1,8 +1,6 @@
 """The request log of a service, as `jobs/serve.py --log-requests` writes it, added up by windows of time."""
 
-import contextlib
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +17,8 @@ from cnnray.models.drift import Distribution
 
 _MOST_FILES = 50
 """Files of a window from which images are sampled."""
+_MOST_BYTES = 2**28
+"""Size of the images of a window from which on no more are sampled."""
 _COLUMNS = ["time", "request_id", "index", "version", "prediction", "confidence", "error"]
 
 
@@ -59,10 +59,10 @@ def read_log(
     windows: dict[int, Window] = {}
     others: dict[str, int] = {}
     for uri in [file.uri for file in storage.files(place) if file.uri.endswith(".parquet")]:
-        with _opened(uri) as file:
-            if file is None:
-                continue
-            rows, keeps_images = file.read(_COLUMNS), _keeps_images(file)
+        found = _read(uri, _COLUMNS)
+        if found is None:
+            continue
+        rows, keeps_images = found
         for row in pc.value_counts(rows["version"]).to_pylist():
             if row["values"] != bundle.version:
                 others[row["values"]] = others.get(row["values"], 0) + row["counts"]
@@ -81,32 +81,33 @@ def read_log(
     return [windows[number] for number in sorted(windows)], others
 
 
-@contextlib.contextmanager
-def _opened(uri: str) -> Iterator[pyarrow.parquet.ParquetFile | None]:
-    """A file of the log; None where the service has deleted it meanwhile.
+def _read(uri: str, columns: list[str]) -> tuple[pa.Table, bool] | None:
+    """Columns of a file of the log, and whether it keeps images; None where the service has deleted it meanwhile.
 
     Raises:
         EvaluationError: it is none.
     """
-    with contextlib.suppress(FileNotFoundError), storage.translated_errors(uri):
-        filesystem, path = storage.arrow_filesystem(uri)
-        try:
+    try:
+        with storage.translated_errors(uri):
+            filesystem, path = storage.arrow_filesystem(uri)
             with pyarrow.parquet.ParquetFile(path, filesystem=filesystem) as file:
                 if missing := {*_COLUMNS, "image"} - {*file.schema_arrow.names}:
                     raise EvaluationError(f"{uri} is no file of a request log: it has no column {min(missing)}.")
-                yield file
-                return
-        except pa.ArrowInvalid as error:
-            reason = str(error).partition("\n")[0]
-            raise EvaluationError(f"{uri} is no file of a request log: {reason}.") from None
-    yield None
+                return file.read(columns, use_threads=False), _keeps_images(file.metadata)
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise EvaluationError(f"{uri} is no file of a request log: {reason}.") from None
 
 
-def _keeps_images(file: pyarrow.parquet.ParquetFile) -> bool:
-    column = file.schema_arrow.names.index("image") - len(file.schema_arrow.names)  # the last ones are flat
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    chunks = [(group, group.column(group.num_columns + column)) for group in groups]
-    return any(chunk.statistics is None or chunk.statistics.null_count < group.num_rows for group, chunk in chunks)
+def _keeps_images(metadata: pyarrow.parquet.FileMetaData) -> bool:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        statistics = group.column(group.num_columns - 1).statistics  # of the column image
+        if statistics is None or statistics.null_count < group.num_rows:
+            return True
+    return False
 
 
 def _add(window: Window, rows: pa.Table, labels: pa.Array, names: pa.Array) -> None:
@@ -154,8 +155,9 @@ def read_labels(uri: str) -> dict[str, str]:
         )
     if "index" not in table.column_names:
         table = table.append_column("index", pa.nulls(len(table), pa.int32()))
+    labels = table["label"].cast(pa.string()).to_pylist()
     try:
-        keys, labels = _keys(table).to_pylist(), table["label"].cast(pa.string()).to_pylist()
+        keys = _keys(table).to_pylist()
     except pa.ArrowException as error:
         raise EvaluationError(f"{uri}: index must be whole numbers: {error}.") from None
     return {key: label for key, label in zip(keys, labels, strict=True) if key is not None and label}
@@ -185,10 +187,10 @@ def sample_images(window: Window, bundle: Bundle, seconds: float, most: int) -> 
     random, tables = np.random.default_rng(0), []
     uris = random.permutation(window.files)[:_MOST_FILES].tolist()
     for uri in uris:
-        with _opened(uri) as file:
-            if file is None:
-                continue
-            table = file.read(["time", "version", "error", "image"])
+        found = _read(uri, ["time", "version", "error", "image"])
+        if found is None:
+            continue
+        table, _ = found
         moments = table["time"].cast(pa.int64()).to_numpy() / 1000
         table = table.filter(pa.array((moments >= window.start) & (moments < window.start + seconds))).filter(
             (pc.field("version") == bundle.version) & pc.field("error").is_null() & pc.field("image").is_valid()
@@ -196,6 +198,8 @@ def sample_images(window: Window, bundle: Bundle, seconds: float, most: int) -> 
         # Twice as many as each would give if all had as many: some have less.
         some = random.permutation(len(table))[: -(-2 * most // len(uris))]
         tables.append(table.select(["image"]).take(some))
+        if sum(table.nbytes for table in tables) > _MOST_BYTES:
+            break
     if not sum(map(len, tables)):
         return None
     together = pa.concat_tables(tables)

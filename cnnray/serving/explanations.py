@@ -35,7 +35,8 @@ class Explanations:
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[list[bytes]]] = set()
         """What is computed, or waits."""
-        self._served: ServedModel | None = None
+        self._explained: tuple[str, str] | None = None
+        """Uri and version of the bundle that the process explains."""
         self._process: HeatMapProcess | None = None
         self._ending: asyncio.TimerHandle | None = None
 
@@ -89,11 +90,12 @@ class Explanations:
         async with self._lock:
             if self._ending:
                 self._ending.cancel()
-            if self._served is not served:
+            explained = served.bundle.uri, served.version
+            if self._explained != explained:
                 self.end()
             if self._process is None:
-                version = served.bundle.version
-                self._served, self._process = served, HeatMapProcess(served.bundle, version, niceness=_NICENESS)
+                self._explained = explained
+                self._process = HeatMapProcess(served.bundle, served.version, niceness=_NICENESS)
             try:
                 async with asyncio.timeout(_LONGEST_SECONDS):
                     return await asyncio.to_thread(_draw, self._process, served, images, classes)
@@ -113,7 +115,7 @@ class Explanations:
             asyncio.get_running_loop().run_in_executor(None, process.end)
 
     def _let_go(self) -> HeatMapProcess | None:
-        process, self._process, self._served = self._process, None, None
+        process, self._process, self._explained = self._process, None, None
         return process
 
 

@@ -79,11 +79,12 @@ class JobQueue:
             async with asyncio.timeout(_CALL_SECONDS):
                 return await asyncio.to_thread(function, *arguments, given_up)
         except TimeoutError:
-            given_up.set()
             raise RequestError(503, "Ray's job API does not answer: try again.") from None
         except (OSError, RuntimeError) as error:  # of the storage, and of Ray's client
             log.exception("the job API cannot be used")
             raise RequestError(503, f"The job API cannot be used: {type(error).__name__}.") from None
+        finally:
+            given_up.set()  # also where the client has left
 
     def _submit(
         self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str, given_up: threading.Event
@@ -109,7 +110,7 @@ class JobQueue:
             "--wait-minutes": str(_WAIT_MINUTES),
         }  # fmt: skip
         command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
-        while not given_up.is_set():  # else the client has been told to try again
+        while not given_up.is_set():  # else the client has left, or been told to try again
             try:
                 client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
                 break

@@ -72,7 +72,7 @@ _LOOK_SECONDS = 0.5
 """Between two looks whether a file was written, while another one is due."""
 _NEVER = float("inf")
 _FOLDER, _DAY = "date=", re.compile(r"date=(\d{4}-\d\d-\d\d)")
-_FILE = re.compile(r"\d{6}-[0-9a-f]{12}-\d{6}\.parquet")
+_FILE = re.compile(r"\d{6}-[0-9a-f]{12}-\d{6,}\.parquet")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that the running task answers."""
@@ -100,10 +100,17 @@ class _Answered:
 
 
 class _File:
-    """Rows that become a file."""
+    """Rows that become a file.
+
+    Attributes:
+        name: of the file.
+        size: bytes that the rows hold, about.
+        due: when the file is to be written, by the monotonic clock.
+        dropped: rows that could not become columns.
+    """
 
     def __init__(self, name: str) -> None:
-        self.name, self.size, self.due = name, 0, _NEVER
+        self.name, self.size, self.due, self.dropped = name, 0, _NEVER, 0
         self._rows: list[dict[str, Any]] = []
         self._tables: list[pa.Table] = []
 
@@ -132,9 +139,12 @@ class _File:
         return len(self) >= _MOST_ROWS or self.size >= _MOST_BYTES or time.monotonic() >= self.due
 
     def _make_columns(self) -> None:
-        if self._rows:
-            self._tables.append(pa.Table.from_pylist(self._rows, SCHEMA))
-            self._rows = []
+        rows, self._rows = self._rows, []
+        try:
+            self._tables.append(pa.Table.from_pylist(rows, SCHEMA))
+        except Exception:  # whatever it is, the threads must go on
+            log.exception("%d images cannot be logged", len(rows))
+            self.dropped += len(rows)
 
 
 class RequestLog:
@@ -258,7 +268,7 @@ class RequestLog:
                 "image": _file_of(image) if self.settings.images else None,
             }  # fmt: skip
             if isinstance(answer, BadImage):
-                row["error"] = f"{answer.reason}: {answer}"
+                row["error"] = str(answer)
             else:
                 (order,) = rank_classes(answer[None], _TOP_K)
                 labels, scores = [answered.class_names[place] for place in order], answer[order]
@@ -268,23 +278,30 @@ class RequestLog:
         return rows
 
     def _write(self, file: _File) -> None:
-        """Write a file, again and again until that succeeds or the log is closed."""
         uri = storage.join(self.settings.place, f"{_FOLDER}{datetime.now(UTC):%Y-%m-%d}", file.name)
-        pause, count = _FIRST_PAUSE, {"lost": len(file)}
+        try:
+            written = self._put(uri, file.encoded())
+        except Exception:  # such as of memory
+            log.exception("%s of the request log cannot be made", uri)
+            written = False
+        self._count(**{"written" if written else "lost": len(file)})
+        self._count(lost=file.dropped)
+        self._release(file.size)
+        self._writing = False
+
+    def _put(self, uri: str, data: bytes) -> bool:
+        """Write a file, again and again until that succeeds or the log is closed; return whether it succeeded."""
+        pause = _FIRST_PAUSE
         while True:
             try:
-                storage.write_bytes(uri, file.encoded())
-                count = {"written": len(file)}
-                break
+                storage.write_bytes(uri, data)
+                return True
             except Exception as error:  # whatever it is, the thread must go on
                 log.warning("%s of the request log cannot be written: %s", uri, error)
                 if self._closed.is_set():
-                    break
+                    return False
             self._closed.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        self._count(**count)
-        self._release(file.size)
-        self._writing = False
 
     def _clean(self) -> None:
         """Delete the files of days that are too old, and of this kind alone."""
@@ -292,17 +309,10 @@ class RequestLog:
             first = (datetime.now(UTC) - timedelta(days=self.settings.days)).date()
             for folder in storage.folders(self.settings.place):
                 day = _day_of(storage.name(folder))
-                if day is None or day >= first:
-                    continue
-                files = storage.files(folder)
-                ours = [file.uri for file in files if _FILE.fullmatch(storage.name(file.uri))]
-                if len(ours) == len(files):
-                    storage.delete_folder(folder)
-                else:
-                    for uri in ours:
-                        storage.delete_file(uri)
-                if ours:
-                    log.info("deleted the request log of %s", day)
+                if day is not None and day < first:
+                    # Other replicas clean up, too.
+                    with contextlib.suppress(FileNotFoundError):
+                        _delete_files(folder)
         except FileNotFoundError:  # nothing was written yet
             pass
         except Exception as error:
@@ -311,6 +321,19 @@ class RequestLog:
     def _release(self, size: int) -> None:
         with self._lock:
             self._held -= size
+
+
+def _delete_files(folder: str) -> None:
+    """Delete the files of the log in a folder, and the folder where they are all that it holds."""
+    files = storage.files(folder)
+    ours = [file.uri for file in files if _FILE.fullmatch(storage.name(file.uri))]
+    if len(ours) == len(files):
+        storage.delete_folder(folder)
+    else:
+        for uri in ours:
+            storage.delete_file(uri)
+    if ours:
+        log.info("deleted %d files of the request log, %s", len(ours), folder)
 
 
 def _day_of(folder: str) -> date | None:

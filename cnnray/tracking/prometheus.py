@@ -120,7 +120,6 @@ class PredictionMetrics:
             self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
 
 
-_DRIFT_TAGS = ("model", "version", "of")
 _DRIFT_SECONDS = 10.0
 """Between two looks at the drift."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -218,7 +217,7 @@ class ServingMetrics:
             "cnnray_drift",
             description="Effect size (0.5: large) of the difference between the answers of the last hour and those "
             "to the validation images, of their classes or confidences, less what chance seldom exceeds.",
-            tag_keys=_DRIFT_TAGS,
+            tag_keys=("model", "version", "of"),
         )
         self._logged_images = metrics.Counter(
             "cnnray_logged_images",
@@ -300,8 +299,9 @@ class ServingMetrics:
                 for of, effect in effects.items()
             }
             # Ray goes on to export the last value of a series.
-            for series in found.keys() | self._drifts:
-                self._drift.set(found.get(series, math.nan), tags=dict(zip(_DRIFT_TAGS, series, strict=True)))
+            for model, version, of in found.keys() | self._drifts:
+                effect = found.get((model, version, of), math.nan)
+                self._drift.set(effect, tags={"model": model, "version": version, "of": of})
             self._drifts = found.keys()
         for (counter, tags), count in counts.items():
             counter.inc(count, tags=dict(tags))

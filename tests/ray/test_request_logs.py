@@ -70,7 +70,7 @@ def test_a_day_of_other_answers_is_found(bundle, tmp_path):
         rows = _rows(version, day, 400, shares, seed=day)
         _write(tmp_path / "log", rows[:100], "a.parquet")
         _write(tmp_path / "log", rows[100:], "b.parquet")
-    errors = [_rows(version, 0, 1, (1, 0, 0))[0] | {"prediction": None, "confidence": None, "error": "empty: empty"}]
+    errors = [_rows(version, 0, 1, (1, 0, 0))[0] | {"prediction": None, "confidence": None, "error": "empty"}]
     _write(tmp_path / "log", errors + _rows("other-1", 0, 7, (1, 0, 0)), "c.parquet")
     line, results = _measure(bundle, tmp_path)
     assert (line["images"], line["windows"], line["drifted"], line["accuracy"]) == (1200, 3, 1, None)
@@ -153,6 +153,21 @@ def test_embeddings_of_other_images_are_found(onnx_bundle, tmp_path):
     assert "embeddings" not in results["windows"][0]["drifted"]
     assert sum(results["reference_answers"]["classes"]) == 240
     assert "Embeddings" in (tmp_path / "out" / "drift.html").read_text()
+
+
+def test_the_reference_is_of_the_validation_images_where_there_are_some(onnx_bundle, tmp_path):
+    images, _ = coloured_noise(30, 32, seed=1)
+    for number, image in enumerate(images):
+        split = "validation" if number < 12 else "train"
+        path = tmp_path / "data" / split / NAMES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    bundle = Bundle.load(onnx_bundle)
+    _write(tmp_path / "log", _rows(bundle.version, 0, 120, (0.3, 0.3, 0.4)))
+    _, results = _measure(bundle, tmp_path, data=str(tmp_path / "data"), engine="onnx")
+    assert sum(results["reference_answers"]["classes"]) == 12
+    _, results = _measure(bundle, tmp_path, data=str(tmp_path / "data"), engine="onnx", split="all")
+    assert sum(results["reference_answers"]["classes"]) == 30
 
 
 def test_mistakes_get_a_sentence(bundle, tmp_path):

@@ -76,7 +76,7 @@ def test_each_image_has_a_row_and_by_default_no_image_is_kept(tmp_path):
         "sha256": hashlib.sha256(GOOD).hexdigest(), "image": None,
     }  # fmt: skip
     assert (second["index"], second["prediction"], second["sha256"]) == (1, None, None)
-    assert second["error"].startswith("empty")
+    assert second["error"] == "empty"
     assert third["sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
     assert (counted.written, counted.lost) == (3, 0)
     (file,) = tmp_path.rglob("*.parquet")
@@ -122,6 +122,17 @@ def test_what_cannot_be_written_is_tried_again_and_no_request_waits(tmp_path, mo
     broken.clear()
     until(lambda: counted.written == 101)
     assert [row["request_id"] for row in read(tmp_path)] == [f"request-{number}" for number in range(101)]
+    log.close()
+
+
+def test_rows_that_are_no_text_do_not_end_the_log(tmp_path, quick):
+    counted = Counted()
+    log = RequestLog(LogSettings(place=str(tmp_path)), counted)
+    add(log, 1, [BadImage("corrupt", "\ud800")], [BadImage("corrupt", "\ud800")])
+    until(lambda: counted.lost == 1)
+    add(log, 2)
+    until(lambda: counted.written == 1)
+    assert log._held == 0
     log.close()
 
 

@@ -250,6 +250,11 @@ def _start(dashboard: bool, worker_logs: bool) -> Any:
     class OwnNode(node.Node):
         """Ray's, without processes that take up to two seconds of a CPU each, and the wait for the last of them."""
 
+        def __init__(self, ray_params: Any, **options: Any) -> None:
+            # A free port: where another Ray on this machine has the usual one, no job could be submitted to this one.
+            ray_params.dashboard_agent_listen_port = 0
+            super().__init__(ray_params, **options)
+
         def start_monitor(self) -> None:
             """There are no nodes to add."""
 

@@ -1,5 +1,6 @@
 """jobs/serve.py as users run it: a real Serve behind HAProxy, with clients over real HTTP."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -328,18 +329,17 @@ def guarded(start, onnx_bundle, keys, tmp_path_factory):
     Its second port is `grpc`, and its folder is `folder`.
     """
     port, folder = free_port(), tmp_path_factory.mktemp("guarded")
-    options = [
-        "--log-requests",
-        folder / "log",
-        "--jobs-output",
-        folder / "rows",
-        "--jobs-from",
-        f"[{folder}/photos]",
-    ]
+    options = ["--log-requests", folder / "log", "--jobs-output", folder / "rows"]
+    options += ["--jobs-from", f"[{folder}/photos]"]
+    taken = socket.socket()
+    with contextlib.suppress(OSError):  # by the agent of another Ray on this machine, if there is one
+        taken.bind(("", 52365))
+        taken.listen()
     start_there = functools.partial(start, environment={"CNNRAY_API_KEY_FILE": str(keys)})
     service = Service(start_there, *_models(onnx_bundle), *FLAGS, "--grpc-port", str(port), *options)
     service.grpc, service.folder = f"127.0.0.1:{port}", folder
-    return service
+    yield service
+    taken.close()
 
 
 def test_an_unmodified_client_of_the_open_inference_protocol_over_grpc(guarded, onnx_bundle):

@@ -59,7 +59,9 @@ class Job:
 
     def lose(self, name):
         """Kill one of Ray's own processes, and check that the job then ends with one sentence."""
-        assert kill(child for child in self.children() if child.name() == name) == 1
+        # Parts may appear before this job's Ray has started: workers of an earlier one may still write.
+        found = until(lambda: [child for child in self.children() if child.name() == name], 60, name)
+        assert kill(found) == 1
         assert self.wait(60) == 1, self.err.read_text()
         last = self.err.read_text().splitlines()[-1]
         assert last.startswith(("Error: Ray has died", "Error: The job's process died")), last

@@ -97,7 +97,7 @@ def measure(photos: Photos, resources: Resources, *, images: int = 1500, rounds:
     methods = {
         "light": ours(light, LIGHT_ENGINE, _LIGHT_REPETITIONS, rows=1024),
         "bare light": bare(light, LIGHT_ENGINE, _LIGHT_REPETITIONS),
-        # A commit of a range takes some 20 ms: short ranges, which few images have, would hide the steady state.
+        # Runs of many images have longer ranges still: each has its commit, which is no part of the steady state.
         "auto": ours(bundle, _AUTO, _REPETITIONS, rows=512), "bare auto": bare(bundle, fastest, _REPETITIONS),
         "float32": ours(bundle, _FLOAT32), "bare float32": bare(bundle, _FLOAT32),
         "documented": documented, "tf.data": tf_data,

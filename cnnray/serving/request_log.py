@@ -230,7 +230,7 @@ class RequestLog:
                 is_open = answered is not None
                 if answered is not None:
                     self._take_in(answered, file)
-            if len(file) and (not is_open or (file.is_due and not self._writing)):
+            if (len(file) or file.dropped) and (not is_open or (file.is_due and not self._writing)):
                 self._writing = True
                 self._to_do.put(functools.partial(self._write, file))
                 file = self._next_file()

@@ -136,6 +136,16 @@ def test_rows_that_are_no_text_do_not_end_the_log(tmp_path, quick):
     log.close()
 
 
+def test_rows_that_are_all_dropped_are_counted_and_the_log_goes_on(tmp_path, monkeypatch, quick):
+    monkeypatch.setattr(request_log, "_ROWS_AT_ONCE", 1)
+    counted = Counted()
+    log = RequestLog(LogSettings(place=str(tmp_path)), counted)
+    add(log, 1, [BadImage("corrupt", "\ud800")], [BadImage("corrupt", "\ud800")])
+    until(lambda: counted.lost == 1)
+    until(lambda: log._held == 0)
+    log.close()
+
+
 def test_what_waits_is_bounded(tmp_path, monkeypatch):
     counted, blocked = Counted(), threading.Event()
     monkeypatch.setattr(storage, "write_bytes", lambda uri, data: blocked.wait(30))

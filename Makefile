@@ -44,7 +44,8 @@ demo: .venv/installed  ## Train on 1,797 handwritten digits with two workers, an
 	@$(BIN)/python jobs/demo.py
 
 test: lint types  ## Lint, types and all tests, in two processes.
-	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder \
+	  --durations 20 --override-ini faulthandler_timeout=1200 --override-ini faulthandler_exit_on_timeout=true
 
 lint: .venv/developed  ## Style and import rules.
 	$(BIN)/ruff check .

@@ -141,11 +141,13 @@ async def send_steady(address: str, file: Path, rate: float, seconds: float) -> 
             if status != "200":
                 load.failed_at.append(round(due, 2))
 
-        tasks = []
+        tasks = set()
         for number in range(int(rate * seconds)):
             due = number / rate
             await asyncio.sleep(max(0.0, due - (time.perf_counter() - start)))
-            tasks.append(asyncio.create_task(post(due)))
+            task = asyncio.create_task(post(due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         await asyncio.gather(*tasks)
     return load
 

@@ -3,6 +3,9 @@
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.settings import Settings
 
+_SMALL_BYTES, _SMALL_SHARE = 2**20, 8
+"""A body of at most so many bytes is small; an eighth of the room is for small ones, whatever large ones arrive."""
+
 
 class Admission:
     """What the requests of a replica hold at present.
@@ -41,7 +44,10 @@ class Admission:
         Raises:
             RequestError: 503, there is none.
         """
-        if self.bytes > held and self.bytes + count > settings.max_bytes_in_flight:
+        room = settings.max_bytes_in_flight
+        if held + count > _SMALL_BYTES:
+            room -= room // _SMALL_SHARE
+        if self.bytes > held and self.bytes + count > room:
             raise RequestError(503, f"The service is overloaded: it holds {self.bytes} bytes of requests. Try again.")
 
 

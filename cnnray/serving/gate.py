@@ -38,11 +38,12 @@ class _Client:
 
     Attributes:
         has_left: whether it was cancelled for that.
+        has_sent_all: whether the end of its body has been received.
     """
 
     def __init__(self, receive: Receive) -> None:
-        self.has_left = False
-        self._receive, self._has_sent_all = receive, False
+        self.has_left = self.has_sent_all = False
+        self._receive = receive
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self._watching: asyncio.Task[None] | None = None
@@ -52,7 +53,7 @@ class _Client:
         """See ASGI."""
         message = await self._receive()
         if not message.get("more_body"):
-            self._has_sent_all = True
+            self.has_sent_all = True
         return message
 
     def forget(self) -> None:
@@ -62,7 +63,7 @@ class _Client:
             self._watching.cancel()
 
     def _watch(self) -> None:
-        if self._has_sent_all:
+        if self.has_sent_all:
             self._watching = self._loop.create_task(self._wait_until_it_leaves())
         else:
             self._timer = self._loop.call_later(_PATIENCE, self._watch)
@@ -125,8 +126,13 @@ class Gate:
             nonlocal status, started
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
+                answer_headers = MutableHeaders(scope=message)
                 if self._adds_request_ids:
-                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                    answer_headers[REQUEST_ID] = request_id
+                if _has_body(headers) and not client.has_sent_all:
+                    # What is still to come is not wanted. Uvicorn would keep what has come until the connection ends,
+                    # and up to 90 s longer where it is reset.
+                    answer_headers["connection"] = "close"
             await send(message)
 
         def error_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -164,6 +170,10 @@ class Gate:
         # Not the requested path: the set of label values would be unbounded.
         self.service.metrics.record_request(getattr(route, "path", "unknown"), status, seconds)
         write_access_log(self.service, request_id, scope.get("key"), scope["method"], scope["path"], status, seconds)
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def request_id_from(headers: Mapping[str, str]) -> str:

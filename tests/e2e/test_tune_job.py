@@ -17,7 +17,6 @@ FAST = (
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_a_killed_search_is_resumed_and_its_best_config_trains(start_job, digits, tmp_path):
     output = tmp_path / "out"
     job = start_job("tune", "--data", digits, "--output", output, *FAST)

@@ -10,9 +10,6 @@ from tests.configs import decided
 from tests.ray.workers import run_on_workers
 from tests.runs import largest_difference
 
-# The first test trains all cases, twice: two minutes, and several where both cores have other work.
-pytestmark = pytest.mark.timeout(900)
-
 STEPS, BATCH, SIZE, CLASSES = 10, 32, 32, 4
 PARTS = 3
 WEIGHTS = (0.5, 1.0, 2.0, 1.0)

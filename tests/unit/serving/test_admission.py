@@ -56,14 +56,40 @@ def test_what_is_too_much_is_refused_before_it_is_read(start_client):
         assert (status, second.asked) == (503, 0)
         assert "overloaded: it holds 700 bytes" in body
         assert dict(second.sent[0]["headers"])[b"retry-after"] == b"1"
+        # The server need not keep what the client still sends.
+        assert dict(second.sent[0]["headers"])[b"connection"] == b"close"
         first.part(b"x" * 200, more=False)
         assert (await first.answer())[0] == 415  # no image
+        assert b"connection" not in dict(first.sent[0]["headers"])
         third = Connection(client, length=900)
         third.part(b"x" * 900, more=False)
         assert (await third.answer())[0] == 415
 
     _ask(client, ask)
     assert client.app.service.admission.bytes == client.app.service.admission.requests == 0
+
+
+def test_large_bodies_leave_room_for_small_ones(start_client):
+    client = start_client(max_bytes=2**23, max_bytes_in_flight=2**24)
+
+    async def ask():
+        large = [Connection(client) for _ in range(2)]
+        for connection in large:
+            connection.part(b"x" * (2**23 - 2**20))
+        await asyncio.sleep(0.05)
+        assert client.app.service.admission.bytes == 2**24 * 7 / 8
+        small = Connection(client)
+        small.part(GOOD)
+        await asyncio.sleep(0.05)
+        large[0].part(b"x")
+        assert (await large[0].answer())[0] == 503
+        small.part(b"", more=False)
+        assert (await small.answer())[0] == 200
+        large[1].leave()
+        await asyncio.wait_for(large[1].task, 20)
+
+    _ask(client, ask)
+    assert client.app.service.admission.bytes == 0
 
 
 def test_a_body_whose_length_is_not_known_is_refused_when_there_is_no_more_room(start_client):

@@ -33,29 +33,21 @@ class Admission:
         if self.images and self.images + count > settings.max_queued_images:
             raise RequestError(503, f"The service is overloaded: {self.images} images wait. Try again.")
 
-    def check_bytes(self, settings: Settings, count: int, *, held: int = 0) -> None:
-        """Check that there is room for further bytes. A request that is alone has room.
-
-        Args:
-            settings: the bounds.
-            count: further bytes.
-            held: bytes that the request holds already.
-
-        Raises:
-            RequestError: 503, there is none.
-        """
-        room = settings.max_bytes_in_flight
-        if held + count > _SMALL_BYTES:
-            room -= room // _SMALL_SHARE
-        if self.bytes > held and self.bytes + count > room:
-            raise RequestError(503, f"The service is overloaded: it holds {self.bytes} bytes of requests. Try again.")
-
 
 class Held:
     """What one request holds of an `Admission`, until it is released."""
 
     def __init__(self, admission: Admission) -> None:
-        self._admission, self._bytes = admission, 0
+        self._admission, self._bytes, self._expected = admission, 0, 0
+
+    def expect_bytes(self, count: int, settings: Settings) -> None:
+        """Check that there is room for a body of so many bytes, before it arrives.
+
+        Raises:
+            RequestError: 503, there is none.
+        """
+        self._check(count, settings)
+        self._expected = count
 
     def add_bytes(self, count: int, settings: Settings) -> None:
         """Hold bytes that have arrived.
@@ -63,9 +55,17 @@ class Held:
         Raises:
             RequestError: 503, there is no room for them.
         """
-        self._admission.check_bytes(settings, count, held=self._bytes)
+        self._check(count, settings)
         self._admission.bytes += count
         self._bytes += count
+
+    def _check(self, further: int, settings: Settings) -> None:
+        """Check that there is room for further bytes. A request that is alone has room."""
+        held, room = self._admission.bytes, settings.max_bytes_in_flight
+        if max(self._expected, self._bytes + further) > _SMALL_BYTES:
+            room -= room // _SMALL_SHARE
+        if held > self._bytes and held + further > room:
+            raise RequestError(503, f"The service is overloaded: it holds {held} bytes of requests. Try again.")
 
     def release(self) -> None:
         """Hold nothing any more."""

@@ -227,7 +227,7 @@ class Service:
         settings = self.settings
         assert settings is not None
         self.admission.check_images(settings, 1)
-        self.admission.check_bytes(settings, declared_length(request, settings))
+        request.scope["held"].expect_bytes(declared_length(request, settings), settings)
         start = time.perf_counter()
         self.admission.requests += 1
         try:

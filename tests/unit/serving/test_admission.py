@@ -73,11 +73,13 @@ def test_large_bodies_leave_room_for_small_ones(start_client):
     client = start_client(max_bytes=2**23, max_bytes_in_flight=2**24)
 
     async def ask():
-        large = [Connection(client) for _ in range(2)]
+        # Two that do not say how long they are, and many that do, and begin at once.
+        large = [Connection(client) for _ in range(2)] + [Connection(client, length=2**21) for _ in range(40)]
         for connection in large:
-            connection.part(b"x" * (2**23 - 2**20))
+            connection.part(b"x" * (2**23 - 2**20 if connection in large[:2] else 2**19))
         await asyncio.sleep(0.05)
         assert client.app.service.admission.bytes == 2**24 * 7 / 8
+        assert [connection.task.done() for connection in large] == [False] * 2 + [True] * 40
         small = Connection(client)
         small.part(GOOD)
         await asyncio.sleep(0.05)

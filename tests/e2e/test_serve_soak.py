@@ -78,6 +78,8 @@ class Memory:
 
     def __init__(self, service):
         self._service, self._start = service, time.monotonic()
+        self._names = {}
+        """By process, the one that it had first: Ray's processes change theirs with what they do."""
         self.sizes = collections.defaultdict(list)
         """By process and name: (seconds, MiB)."""
         self._thread = Repeated(self._read, 10)
@@ -89,7 +91,8 @@ class Memory:
                 size = process.memory_full_info().uss / 2**20
             except psutil.NoSuchProcess:
                 continue
-            self.sizes[process.pid, " ".join(name.split()[:2])[-60:]].append((time.monotonic() - self._start, size))
+            name = self._names.setdefault(process.pid, " ".join(name.split()[:2])[-60:])
+            self.sizes[process.pid, name].append((time.monotonic() - self._start, size))
 
     def by_minute(self):
         """By process that has lived for ten minutes: the means of its minutes."""

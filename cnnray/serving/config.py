@@ -93,7 +93,7 @@ class ServeConfig:
     their body is read."""
     max_mebibytes_in_flight: float = 128.0
     """Largest size, in MiB, of all request bodies that a replica holds, if it holds several; further requests are
-    answered with 503."""
+    answered with 503. Bodies above 1 MiB leave an eighth of it to smaller ones."""
     cache_mebibytes: float = 0.0
     """Size, in MiB, of the answers that a replica keeps, by the bytes of the image, to give them again without
     computing; 0: none. A thousand classes take 4 KB for each image."""

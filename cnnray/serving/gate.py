@@ -129,7 +129,7 @@ class Gate:
                 answer_headers = MutableHeaders(scope=message)
                 if self._adds_request_ids:
                     answer_headers[REQUEST_ID] = request_id
-                if _has_body(headers) and not client.has_sent_all:
+                if not client.has_sent_all and _has_body(headers):
                     # What is still to come is not wanted. Uvicorn would keep what has come until the connection ends,
                     # and up to 90 s longer where it is reset.
                     answer_headers["connection"] = "close"

@@ -303,3 +303,13 @@ def test_malformed_json(small, capsys):
             is_listed = status == 200 and "images" in valid and [entry["status"] for entry in answer] == [400]
             assert is_listed or status in (400, 413), (path, name, answer)
     _print(capsys, f"malformed JSON: {dict(statuses)}")
+
+
+def test_memory_stays_flat(small, photo, capsys):
+    (replica,), sizes, requests_each = small.replicas(), [], 2000
+    for _ in range(11):
+        process = load.start_steady(f"{small.address}/predict", photo, 100, requests_each / 100)
+        assert load.read_steady(process).statuses == {"200": requests_each}
+        sizes.append(replica.memory_full_info().uss / 2**20)
+    _print(capsys, f"MiB of the replica after each {requests_each} requests: {[round(size) for size in sizes]}")
+    assert sizes[-1] < 1.05 * sizes[0]

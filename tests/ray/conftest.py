@@ -1,9 +1,12 @@
+import functools
 import os
+import threading
 import uuid
 
 import boto3
 import pytest
 import ray
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from cnnray import cluster
@@ -11,6 +14,17 @@ from cnnray.images import object_stores, reading
 from tests.s3_proxy import Proxy
 
 _MOTO = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def _one_at_a_time(function):
+    lock = threading.Lock()
+
+    @functools.wraps(function)
+    def locked(*arguments, **options):
+        with lock:
+            return function(*arguments, **options)
+
+    return locked
 
 
 @pytest.fixture(scope="package")
@@ -21,6 +35,8 @@ def s3_proxy():
     """
     server, before = None, {name: os.environ.get(name) for name in (*_MOTO, "AWS_ENDPOINT_URL")}
     if not before["AWS_ENDPOINT_URL"]:
+        # Moto looks whether an object exists, and then writes it: of two threads that create one, both may succeed.
+        S3Response.put_object = _one_at_a_time(S3Response.put_object)
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         os.environ.update(_MOTO)

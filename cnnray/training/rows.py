@@ -1,7 +1,8 @@
 """The rows of a run's manifest on a worker: files that are mapped into memory, of which a machine has one copy.
 
-They are Arrow's, in a temporary folder. A process holds a lock of the folder as long as it uses it. A folder that
-nobody uses is deleted by who used it last, or, if that process was killed, by the next one that comes.
+They are Arrow's, in a temporary folder. A process holds a shared lock of the folder as long as it uses it, and, as
+long as it writes the files, an exclusive lock of another file. A folder that nobody uses is deleted by who used it
+last, or, if that process was killed, by the next one that comes.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from cnnray.training.epoch import Ints
 
 SPLITS = ("train", "validation")
 _ROOT = f"cnnray-rows-{os.getuid()}"
-_LOCK, _FACTS = "lock", "facts.json"
+_LOCK, _WRITING, _FACTS = "lock", "writing", "facts.json"
 _COLUMNS = pa.schema([("id", pa.int64()), ("target", pa.int64()), ("uri", pa.string())])
 _BATCH = 2**11
 """Rows of a record batch: to take one of them reads the batch."""
@@ -104,27 +105,25 @@ def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[d
     root.mkdir(mode=0o700, exist_ok=True)
     for other in set(root.iterdir()) - {folder}:
         _delete_unused(other)
-    while True:
-        with _locked(folder, shared=True):
-            if (folder / _FACTS).exists():
-                facts = json.loads((folder / _FACTS).read_bytes())
-                yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
-                break
-        with _locked(folder), storage.translated_errors(str(folder)):
+    with _used(folder):
+        with storage.translated_errors(str(folder)), (folder / _WRITING).open("w") as writing:
+            fcntl.flock(writing, fcntl.LOCK_EX)
             if not (folder / _FACTS).exists():
                 _write(manifest, class_names, folder)
+        facts = json.loads((folder / _FACTS).read_bytes())
+        yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
     _delete_unused(folder)
 
 
-def _locked(folder: Path, *, shared: bool = False) -> IO[str]:
-    """The lock of a folder, held until it is closed. A folder whose lock nobody has may be deleted meanwhile."""
+def _used(folder: Path) -> IO[str]:
+    """Make a folder, and keep it from being deleted until what is returned is closed."""
     while True:
         folder.mkdir(exist_ok=True)
         try:
             lock = (folder / _LOCK).open("w")
         except FileNotFoundError:  # deleted meanwhile
             continue
-        fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         if os.fstat(lock.fileno()).st_nlink:
             return lock
         lock.close()

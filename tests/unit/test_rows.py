@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -106,6 +107,39 @@ def test_processes_that_begin_at_once_share_one_copy(manifest, root):
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
     assert not any(root.iterdir())
+
+
+def test_a_process_that_finds_no_rows_does_not_wait_for_the_use_of_those_that_another_writes(manifest, monkeypatch):
+    """The workers of a run use them together: one that waited for another's use would be waited for itself."""
+    _, uri = manifest
+    asks_to_write, is_used, is_over = threading.Event(), threading.Event(), threading.Event()
+    locks, met, flock = [], [], rows.fcntl.flock
+
+    def slow_flock(file, operation):
+        if threading.current_thread() is slow:
+            locks.append(operation)
+            if len(locks) == 2:
+                asks_to_write.set()
+                assert is_used.wait(30)
+        flock(file, operation)
+
+    def use_slowly():
+        with rows.open_rows(uri, NAMES, ""):
+            is_over.set()
+
+    def use():
+        assert asks_to_write.wait(30)
+        with rows.open_rows(uri, NAMES, ""):
+            is_used.set()
+            met.append(is_over.wait(10))
+
+    slow, other = threading.Thread(target=use_slowly), threading.Thread(target=use)
+    monkeypatch.setattr(rows.fcntl, "flock", slow_flock)
+    for thread in (slow, other):
+        thread.start()
+    for thread in (slow, other):
+        thread.join()
+    assert met == [True]
 
 
 def test_a_manifest_that_is_gone_is_told(tmp_path, root):

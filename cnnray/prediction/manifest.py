@@ -225,12 +225,11 @@ def _write(
         rows: number of rows, or one from `_MANY` on.
         first_id, after: see `shards.write`.
     """
-    enough_for_many = max(_FEWEST_ROWS, math.ceil(rows / _RANGES))
     last = first_id - 1
     for range_ in shards.write(
         folder,
         tables,
-        rows_per_range=config.rows_per_part if rows > _MANY else min(config.rows_per_part, enough_for_many),
+        rows_per_range=rows_per_range(rows, config.rows_per_part),
         generation=generation,
         first_id=first_id,
         after=after,
@@ -238,6 +237,16 @@ def _write(
         last = range_.last
         yield range_
     shards.finish(folder, **{_NEXT_ID: last + 1})
+
+
+def rows_per_range(rows: int, rows_per_part: int) -> int:
+    """The number of rows of a range, but for the last.
+
+    Args:
+        rows: of the input, or one number from `_MANY` on.
+        rows_per_part: of the run.
+    """
+    return rows_per_part if rows > _MANY else min(rows_per_part, max(_FEWEST_ROWS, math.ceil(rows / _RANGES)))
 
 
 def _open(config: PredictConfig, before: pa.Schema | None = None) -> Input:

@@ -118,6 +118,8 @@ class PredictConfig(PredictOptions):
 
     bundle: str = field(metadata=rules(resumable=True))
     """Folder or s3:// prefix of the bundle."""
+    bundle_version: str | None = field(default=None, metadata=rules(resumable=True))
+    """Version that the bundle must have, as a service names it; null: any."""
     input: str
     """Images: a folder or s3:// prefix, a glob, a CSV, JSONL or Parquet table with the column uri, Parquet files or
     WebDataset tar shards that hold the images."""

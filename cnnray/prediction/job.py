@@ -13,7 +13,7 @@ from cnnray.images import containers, storage
 from cnnray.images.lease import Lease, lease
 from cnnray.images.shards import Range
 from cnnray.models import engines
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 from cnnray.prediction import delta, resume, summary, verify
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import manifest as manifests
@@ -56,7 +56,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     with lease(config.output) as held:
-        bundle = Bundle.load(config.bundle)
+        bundle = _load_bundle(config)
         earlier = resume.earlier_run(config, bundle)
         result = resume.read_result(config, earlier) if earlier else None
         if result is not None and not (config.retry_errors or config.update):
@@ -116,7 +116,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ClusterError, PredictionError: as `run`.
     """
-    bundle = Bundle.load(config.bundle)
+    bundle = _load_bundle(config)
     earlier = resume.earlier_run(config, bundle)
     count, sample = manifests.sample(config)
     resumed = resume.row_count(config, earlier) if earlier else 0
@@ -144,6 +144,17 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
         "images_per_second": round(rate, 2),
         "seconds": round(seconds, 2),
     }
+
+
+def _load_bundle(config: PredictConfig) -> Bundle:
+    """
+    Raises:
+        BundleError, OSError: the bundle cannot be read, or has another version than is asked for.
+    """
+    bundle = Bundle.load(config.bundle)
+    if config.bundle_version not in (None, bundle.version):
+        raise BundleError(f"{config.bundle} holds {bundle.version}, and --bundle-version is {config.bundle_version}.")
+    return bundle
 
 
 def list_images(config: PredictConfig, earlier: dict[str, Any] | None) -> Manifest:

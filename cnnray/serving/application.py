@@ -260,7 +260,7 @@ _OPERATIONS = [
     *open_inference.OPERATIONS,
     *repository.OPERATIONS,
     *tensorflow_serving.OPERATIONS,
-    Operation("GET", "/metadata", _metadata, answer=Metadata, failures=(401, 503)),
+    Operation("GET", "/metadata", _metadata, answer=Metadata, failures=(401, 429, 503)),
     Operation("GET", "/health/live", _live, answer=Ready, failures=(), tag="health"),
     Operation("GET", "/health/ready", _ready, answer=Ready, failures=(503,), tag="health"),
     Operation("GET", "/openapi.json", _openapi, answer=None),

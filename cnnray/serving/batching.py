@@ -50,6 +50,10 @@ class Batcher(Generic[Input, Output]):
             loop.call_soon(self._start)  # so that what is submitted in this turn of the loop comes along
         return future
 
+    def forget_cancelled(self) -> None:
+        """Let go of the inputs whose futures were cancelled: in a long queue, they would be held for long."""
+        self._waiting = deque(waiting for waiting in self._waiting if not waiting[1].done())
+
     @property
     def is_busy(self) -> bool:
         """Whether all threads are at work, so that an input would wait."""

@@ -52,7 +52,7 @@ class ServeConfig:
     rollback_on: dict[str, float] | None = None
     """Limits of a canary, which gets no requests any more once it exceeds one with certainty: '{errors: 0.01,
     latency: 2, agreement: 0.9}', any of them. errors: share of requests without an answer, beyond that of the version
-    before; latency: how many times the 95th percentile of the version before 5 % of the requests may exceed;
+    before; latency: factor of the 95th percentile of the version before, above which 5 % of the requests may be;
     agreement: share of compared images with the class of the version before. null: it never goes back by itself."""
     engine: str = "auto"
     """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
@@ -113,7 +113,8 @@ class ServeConfig:
     none."""
     jobs_output: str | None = None
     """Let requests to /jobs run predictions on the cluster, whose rows go into this folder or s3:// prefix; null: no
-    jobs. They use the CPUs that replicas leave free, and wait for them."""
+    jobs. They use the CPUs that replicas leave free, and wait for them; one whose bundle has changed meanwhile
+    fails."""
     jobs_from: list[str] | None = None
     """With --jobs-output: folders and s3:// prefixes below which the images of jobs must lie, such as
     '[s3://bucket/photos]'."""

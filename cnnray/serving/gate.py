@@ -29,8 +29,9 @@ REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
-_PUBLIC = ("/health/", "/v2/health/")
-"""Path prefixes that need no API key. Neither does the page, which asks for the key."""
+_PUBLIC = ("/health/", "/v2/health/", "/docs/")
+_PUBLIC_PAGES = ("/", "/docs", "/openapi.json")
+"""Path prefixes, and paths, that need no API key: pages, on which it is entered, are asked for without it."""
 
 
 class _Client:
@@ -162,7 +163,7 @@ class Gate:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path != "/" and not path.startswith(_PUBLIC):
+        if path not in _PUBLIC_PAGES and not path.startswith(_PUBLIC):
             scope["key"] = self._keys.check(headers)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,11 @@ Result = TypeVar("Result")
 
 _PREFIX = "cnnray-predict-"
 _MOST_UNFINISHED = 16
+_THREADS, _MOST_CALLS = 4, 64
+"""Calls of Ray's job API at once, and those that wait for their turn, too. Its client may wait for an answer without
+an end, and a thread cannot be stopped."""
+_ROWS = "rows"
+"""In the metadata that Ray keeps of a job."""
 _WAIT_MINUTES = 1440
 """That a job waits for free CPUs."""
 _CALL_SECONDS = 60.0
@@ -34,50 +40,61 @@ _NOT_YET = "No available agent"
 """In the answer of Ray's job API while the agents of a cluster that has just started are not known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QueuedJob:
     """A job that was submitted."""
 
+    id: str
     state: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
     """Why it failed, in one sentence; otherwise empty."""
+    rows: str
+    """Folder or s3:// prefix of its rows."""
 
 
 class JobQueue:
     """Submits predictions to Ray's job API, and asks it for their state. Ray keeps both."""
 
-    async def submit(self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str) -> str:
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, "jobs")
+        self._calls: set[Future[Any]] = set()
+
+    async def submit(
+        self, settings: JobSettings, uris: Sequence[str], *, bundle: str, version: str, engine: str
+    ) -> QueuedJob:
         """Submit a prediction.
 
         Args:
             settings: where its rows go.
             uris: of the images.
             bundle: uri of the bundle.
+            version: `Bundle.version` that the bundle must have when the job begins.
             engine: name of the engine.
-
-        Returns:
-            Its id.
 
         Raises:
             RequestError: 503, there are too many jobs, or Ray's job API cannot be reached.
         """
-        return await self._call(self._submit, settings, uris, bundle, engine)
+        return await self._call(self._submit, settings, uris, bundle, version, engine)
 
-    async def find(self, job: str) -> QueuedJob:
+    async def find(self, settings: JobSettings, job: str) -> QueuedJob:
         """The state of a job.
 
         Raises:
             RequestError: 404, there is no such job; 503, Ray's job API cannot be reached.
         """
-        return await self._call(self._find, job)
+        return await self._call(self._find, settings, job)
 
-    @staticmethod
-    async def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        self._calls = {call for call in self._calls if not call.done()}
+        if len(self._calls) >= _MOST_CALLS:
+            raise RequestError(503, "Too many requests wait for Ray's job API: try again.")
         given_up = threading.Event()
         try:
+            call = self._threads.submit(function, *arguments, given_up)
+            self._calls.add(call)
             async with asyncio.timeout(_CALL_SECONDS):
-                return await asyncio.to_thread(function, *arguments, given_up)
+                return await asyncio.wrap_future(call)
         except TimeoutError:
             raise RequestError(503, "Ray's job API does not answer: try again.") from None
         except (OSError, RuntimeError) as error:  # of the storage, and of Ray's client
@@ -87,8 +104,14 @@ class JobQueue:
             given_up.set()  # also where the client has left
 
     def _submit(
-        self, settings: JobSettings, uris: Sequence[str], bundle: str, engine: str, given_up: threading.Event
-    ) -> str:
+        self,
+        settings: JobSettings,
+        uris: Sequence[str],
+        bundle: str,
+        version: str,
+        engine: str,
+        given_up: threading.Event,
+    ) -> QueuedJob:
         import ray
 
         client = _client()
@@ -97,6 +120,7 @@ class JobQueue:
         if len(unfinished) >= _MOST_UNFINISHED:
             raise RequestError(503, f"{len(unfinished)} jobs are not done yet: try again later.")
         job = f"{_PREFIX}{uuid.uuid4().hex}"
+        rows = storage.join(settings.place, job)
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pa.table({"uri": pa.array(uris, pa.string())}), buffer)
         table = storage.join(settings.place, f"{job}.parquet")
@@ -106,21 +130,23 @@ class JobQueue:
         if "working_dir" not in environment:  # Ray was started by `jobs/serve.py`, on this machine
             script, python = str(Path(cnnray.__file__).parents[1] / script), sys.executable
         flags = {
-            "--bundle": bundle, "--input": table, "--output": rows_of(settings, job), "--engine": engine,
+            "--bundle": bundle, "--bundle-version": version, "--input": table, "--output": rows, "--engine": engine,
             "--wait-minutes": str(_WAIT_MINUTES),
         }  # fmt: skip
         command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
         while not given_up.is_set():  # else the client has left, or been told to try again
             try:
-                client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+                client.submit_job(
+                    entrypoint=command, submission_id=job, runtime_env=environment, metadata={_ROWS: rows}
+                )
                 break
             except RuntimeError as error:
                 if _NOT_YET not in str(error):
                     raise
                 given_up.wait(1.0)
-        return job
+        return QueuedJob(id=job, state="PENDING", message="", rows=rows)
 
-    def _find(self, job: str, given_up: threading.Event) -> QueuedJob:
+    def _find(self, settings: JobSettings, job: str, given_up: threading.Event) -> QueuedJob:
         try:
             info = _client().get_job_info(job)
         except RuntimeError as error:  # of Ray's client, for each answer that is none
@@ -129,7 +155,13 @@ class JobQueue:
             raise
         errors = [line for line in (info.message or "").splitlines() if line.startswith("Error: ")]
         sentence = errors[-1].removeprefix("Error: ") if errors else "See the logs of the job in Ray."
-        return QueuedJob(str(info.status), sentence if str(info.status) == "FAILED" else "")
+        return QueuedJob(
+            id=job,
+            state=str(info.status),
+            message=sentence if str(info.status) == "FAILED" else "",
+            # The service may have another --jobs-output by now. Earlier versions submitted no metadata.
+            rows=(info.metadata or {}).get(_ROWS) or storage.join(settings.place, job),
+        )
 
 
 def _without_keys(environment: dict[str, Any]) -> dict[str, Any]:
@@ -148,11 +180,6 @@ def is_job(job: str) -> bool:
 def no_such_job(job: str) -> RequestError:
     """The error for a job that is not known."""
     return RequestError(404, f"There is no job {job[:100]!r}.")
-
-
-def rows_of(settings: JobSettings, job: str) -> str:
-    """Folder or s3:// prefix of a job's rows."""
-    return storage.join(settings.place, job)
 
 
 def _client() -> Any:

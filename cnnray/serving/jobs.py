@@ -27,7 +27,11 @@ class JobRequest(pydantic.BaseModel):
     ]
     model: Annotated[str | None, pydantic.Field(description="Name of the model; by default the first one.")] = None
     version: Annotated[
-        str | None, pydantic.Field(description="Version of the model; by default the one with the largest share.")
+        str | None,
+        pydantic.Field(
+            description="Version of the model; by default the one with the largest share. The job fails if the "
+            "bundle's place holds another one when it begins."
+        ),
     ] = None
 
 
@@ -46,13 +50,11 @@ async def _submit(service: Service, request: Request) -> JobAnswer:
     # Where there are many uris, in a thread.
     asked, uris = await service.read(request, lambda body, _: _parse(body, settings))
     if asked.version is None:
-        models = service.ready_models()
-        versions = models.versions(service.choose_model(asked.model).name)
-        served = max(versions, key=lambda version: version[1])[0]
+        served = service.ready_models().main(service.choose_model(asked.model).name)
     else:
         served = service.choose_model(asked.model, asked.version)
-    job = await queue.submit(settings, uris, served.bundle.uri, served.engine)
-    return JobAnswer(id=job, state="PENDING", message="", rows=job_queue.rows_of(settings, job))
+    job = await queue.submit(settings, uris, bundle=served.bundle.uri, version=served.version, engine=served.engine)
+    return JobAnswer.model_validate(job, from_attributes=True)
 
 
 async def _find(service: Service, request: Request) -> JobAnswer:
@@ -61,10 +63,7 @@ async def _find(service: Service, request: Request) -> JobAnswer:
     job = request.path_params["job"]
     if not job_queue.is_job(job):
         raise job_queue.no_such_job(job)
-    found = await queue.find(job)
-    return JobAnswer.model_validate(
-        {"id": job, "state": found.state, "message": found.message, "rows": job_queue.rows_of(settings, job)}
-    )
+    return JobAnswer.model_validate(await queue.find(settings, job), from_attributes=True)
 
 
 def _parse(body: bytes, settings: JobSettings) -> tuple[JobRequest, list[str]]:

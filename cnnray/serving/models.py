@@ -4,6 +4,7 @@ import hashlib
 import logging
 import random
 import reprlib
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.batching import Batcher
 from cnnray.serving.pipeline import Encoded, Pipeline
+from cnnray.serving.releases import find_release
 from cnnray.serving.settings import ModelSettings, Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
@@ -66,6 +68,14 @@ class Models:
     def all(self) -> list[ServedModel]:
         """All versions of all models."""
         return [model for versions in self._by_name.values() for model, _ in versions]
+
+    def main(self, name: str) -> ServedModel:
+        """The version of a model that answers most of its requests.
+
+        Raises:
+            NoSuchModelError: it is not served.
+        """
+        return max(self.versions(name), key=lambda version: version[1])[0]
 
     def versions(self, name: str) -> list[tuple[ServedModel, float]]:
         """The versions of a model with their shares, older ones first.
@@ -143,6 +153,17 @@ class _Place:
     version: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What was loaded for settings."""
+
+    models: Models
+    settings: Settings
+    """With the version of each model."""
+    problem: str | None
+    """Why a version that is to answer requests is left out; None: none is."""
+
+
 class Loader:
     """Loads the models of new settings while the present ones answer requests."""
 
@@ -157,25 +178,50 @@ class Loader:
         self._loaded: dict[_Place, tuple[str, ServedModel]] = {}
         """By place, the digest of the engine's file, and what was loaded."""
 
-    def __call__(self, settings: Settings) -> tuple[Models, Settings]:
+    def __call__(self, settings: Settings, *, starts: bool) -> Loaded:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
 
-        Returns:
-            The models, and the settings with the version of each.
+        A version without requests, such as a canary that was rolled back, is left out where it cannot be loaded. So
+        is, in a replica that starts, each version but the one with most requests, which gets those of the others: a
+        canary must not keep the service from growing.
+
+        Args:
+            settings: the settings.
+            starts: whether the replica has no models yet.
 
         Raises:
             BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed, unless the last call
                 has loaded it. The models of the last call are not affected.
         """
         loaded: dict[_Place, tuple[str, ServedModel]] = {}
-        models, pinned = [], []
+        models: list[tuple[ModelSettings, ServedModel]] = []
+        pinned, problem = [], None
+        left_over: defaultdict[str, float] = defaultdict(float)
+        main = {
+            name: max((model for model in settings.models if model.name == name), key=lambda model: model.share)
+            for name in {model.name for model in settings.models}
+        }
         for model in settings.models:
-            place, digest, served = self._load_or_keep(model, settings)
+            has_requests = model.share > 0 or _is_compared(model, settings)
+            try:
+                place, digest, served = self._load_or_keep(model, settings)
+            except Exception as error:  # an engine's library may raise anything
+                if model is main[model.name] or (has_requests and not starts):
+                    raise
+                log.warning("%s %s is left out: %s", model.name, model.version, error)
+                problem = str(error) if has_requests else problem
+                pinned.append(model)
+                left_over[model.name] += model.share
+                continue
             loaded[place] = digest, served
-            models.append((served, model.share))
+            models.append((model, served))
             pinned.append(replace(model, version=served.version))
         self._loaded = loaded
-        return Models(models), replace(settings, models=tuple(pinned))
+        shares = [
+            (served, model.share + (left_over[model.name] if model is main[model.name] else 0))
+            for model, served in models
+        ]
+        return Loaded(models=Models(shares), settings=replace(settings, models=tuple(pinned)), problem=problem)
 
     def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Place, str, ServedModel]:
         """Load a model, or keep what the last call has loaded if it is the same, or if its bundle is gone."""
@@ -226,6 +272,12 @@ class Loader:
             batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),
             recent=SlidingWindow(reference) if reference and reference.images else None,
         )
+
+
+def _is_compared(model: ModelSettings, settings: Settings) -> bool:
+    """Whether a version is a canary that is compared with the one before, perhaps without requests of its own."""
+    release = find_release(settings, model.name)
+    return release is not None and release.canary == model.version
 
 
 def _warm_up_sizes(largest: int) -> list[int]:

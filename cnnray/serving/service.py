@@ -21,7 +21,7 @@ from cnnray.serving.canaries import Canaries
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.explanations import Explanations
 from cnnray.serving.job_queue import JobQueue
-from cnnray.serving.models import Loader, Models, NoSuchModelError, ServedModel
+from cnnray.serving.models import Loaded, Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.pipeline import Encoded, Image
 from cnnray.serving.request_log import RequestLog
 from cnnray.serving.schema import CANARY_KEY
@@ -102,7 +102,7 @@ class Service:
         Serve stop the replica.
 
         Raises:
-            BundleError, OSError: loading failed, and there are no present models.
+            BundleError, OSError: a model's main version cannot be loaded, and there are no present models.
         """
         self._wanted = settings
         if not await self._change(settings):
@@ -114,26 +114,26 @@ class Service:
             if self._wanted is not settings:  # others came meanwhile
                 return True
             try:
-                models, pinned = await asyncio.to_thread(self._load, settings)
+                loaded = await asyncio.to_thread(self._load, settings, starts=self.models is None)
             except Exception as error:  # an engine's library may raise anything
                 if self.models is None:
                     raise
                 self.problem = str(error)
                 log.exception("the new settings cannot be loaded; the present models stay")
             else:
-                self._switch(models, pinned)
+                self._switch(loaded)
             self.tried = settings
             self.metrics.record_change(failed=self.problem is not None)
             return self.problem is None
 
-    def _switch(self, models: Models, settings: Settings) -> None:
-        decided = set()
+    def _switch(self, loaded: Loaded) -> None:
+        models, settings, decided = loaded.models, loaded.settings, set()
         if self.settings is not None:
             decided = {(model.name, model.version, model.verdict) for model in self.settings.models}
         for model in settings.models:
             if model.verdict is not None and (model.name, model.version, model.verdict) not in decided:
                 log.warning("%s %s is %s", model.name, model.version, model.verdict)
-        self.settings, self.models, self.problem = settings, models, None
+        self.settings, self.models, self.problem = settings, models, loaded.problem
         self.canaries.follow(models, settings)
         self._cache = Cache()  # with other bounds for images, answers may be others
         if (self._log.settings if self._log else None) != settings.log:
@@ -161,10 +161,11 @@ class Service:
             await asyncio.sleep(pause)
 
     async def check_health(self) -> None:
-        """Check that each engine computes, without waiting behind the images of requests.
+        """Check that the engine of each model's main version computes, without waiting behind the images of requests.
 
         One that is at work must have made progress, by an image decoded or a micro-batch computed, within the time
-        that an answer may take. One that waits for images is given a black one.
+        that an answer may take. One that waits for images is given a black one. The engine of a canary is a matter of
+        its verdict: a new replica would have the same one.
 
         Raises:
             RequestError: 503, an engine takes too long, or no model is loaded.
@@ -172,7 +173,7 @@ class Service:
         """
         models = self.ready_models()
         assert self.settings is not None
-        for served in models.all:
+        for served in map(models.main, models.names):
             seconds = served.compute.seconds_without_progress
             if seconds > self.settings.timeout_seconds:
                 raise RequestError(
@@ -328,6 +329,8 @@ class Service:
             self.admission.images -= len(futures)
             for future in futures:
                 future.cancel()  # where another one failed, these still wait
+            if any(future.cancelled() for future in futures):
+                served.batcher.forget_cancelled()
             if usable:
                 self.canaries.record(served, usable, time.perf_counter() - start, failed=failed)
         answers = iter(computed)

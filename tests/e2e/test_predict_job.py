@@ -168,7 +168,7 @@ def test_a_few_images_need_no_ray_until_a_run_is_killed(start_job, command):
 
 
 def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, bundle, photos, tmp_path):
-    images, output = 30_000, tmp_path / "out"  # workers go on for a while before they are lost
+    images, output = 12_000, tmp_path / "out"  # workers go on for a while before they are lost
     (tmp_path / "photos").mkdir()
     for number in range(images):
         (tmp_path / "photos" / f"{number:05d}.jpg").hardlink_to(photos / f"{number % 8:05d}.jpg")
@@ -212,6 +212,10 @@ def test_ten_kills_of_each_kind(kind, start_job, command, capsys):
 MISTAKES = {
     "mistyped flag": (["--bundle", "{bundle}", "--input", "{photos}", "--outptu", "x"], "--outptu"),
     "no bundle": (["--bundle", "{empty}", "--input", "{photos}", "--output", "{out}"], "is not a bundle"),
+    "another version": (
+        ["--bundle", "{bundle}", "--bundle-version", "a1", "--input", "{photos}", "--output", "{out}"],
+        ", and --bundle-version is a1.",
+    ),
     "no input": (["--bundle", "{bundle}", "--input", "/nowhere", "--output", "{out}"], "/nowhere does not exist"),
     "empty input": (["--bundle", "{bundle}", "--input", "{empty}", "--output", "{out}"], "holds no images"),
     "engine": (

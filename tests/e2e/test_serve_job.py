@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -107,6 +108,9 @@ def test_requests_go_past_rays_wrapper_of_the_application(service):
     ids = [answer.headers["x-request-id"] for answer in answers]
     assert "a b" not in ids[1:]
     assert len(set(ids)) == 3
+    (replica,) = service.replicas()
+    loaded = {folder for entry in replica.memory_maps() for folder in Path(entry.path).parts}
+    assert {"uvloop", "httptools"} <= loaded
 
 
 def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):

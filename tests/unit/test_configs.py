@@ -168,7 +168,8 @@ def test_the_rules_are_those_of_version_0_1_0():
         "find_learning_rate", "dashboard",
     }  # fmt: skip
     assert configs.names(PredictConfig, resumable=True) == {
-        "bundle", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "decoding",
+        "bundle", "bundle_version", "output", "min_workers", "max_workers", "cpus_per_worker", "gpus_per_worker",
+        "decoding",
         "batch_size", "threshold", "max_error_fraction", "retry_errors", "overwrite", "dry_run", "engine",
         "wait_minutes", "skip_unreadable", "dashboard", "update", "verify",
     }  # fmt: skip

@@ -1,19 +1,24 @@
 """What requests may hold, and what becomes of clients that are slow or leave."""
 
 import asyncio
+import base64
+import json
 import threading
+from types import SimpleNamespace
 
 import pytest
+from ray.serve._private.common import RUNNING_REQUESTS_KEY
 
 from cnnray.serving import gate, service
+from cnnray.serving.deployment import Classifier
 from tests.unit.serving.conftest import GOOD
 
 
 class Connection:
     """A client of an ASGI application, in its event loop: sends its body part by part."""
 
-    def __init__(self, client, *, path="/predict", length=None):
-        headers = [(b"content-type", b"image/png")]
+    def __init__(self, client, *, path="/predict", length=None, kind=b"image/png"):
+        headers = [(b"content-type", kind)]
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
         scope = {
@@ -214,6 +219,52 @@ def test_nothing_is_computed_for_a_client_that_has_left(start_client, monkeypatc
     _ask(client, ask)
     assert sizes == [1, 1, 1]
     assert client.app.service.admission.load == 0
+
+
+def test_images_of_clients_that_have_left_are_not_held(start_client, monkeypatch):
+    """In a long queue, they would wait for their turn, and would be counted no more."""
+    monkeypatch.setattr(gate, "_PATIENCE", 0.05)
+    client, free = start_client(), threading.Event()
+    (served,) = client.app.service.models.all
+    compute = served.compute.predict
+    monkeypatch.setattr(served.compute, "predict", lambda images: (free.wait(20), compute(images))[1])
+
+    async def ask():
+        connections = []
+        for _ in range(5):
+            connections.append(Connection(client))
+            connections[-1].part(GOOD, more=False)
+            await asyncio.sleep(0.05)
+        assert len(served.batcher._waiting) == 3
+        connections[2].leave()
+        connections[4].leave()
+        await asyncio.sleep(0.2)
+        assert len(served.batcher._waiting) == 1
+        free.set()
+        assert [(await connections[number].answer())[0] for number in (0, 1, 3)] == [200] * 3
+
+    _ask(client, ask)
+
+
+def test_the_autoscaler_follows_images_and_not_requests(start_client, monkeypatch):
+    client, free = start_client(), threading.Event()
+    service = client.app.service
+    (served,) = service.models.all
+    compute = served.compute.predict
+    monkeypatch.setattr(served.compute, "predict", lambda images: (free.wait(20), compute(images))[1])
+
+    async def ask():
+        tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [5], "data": [encoded] * 5}
+        connection = Connection(client, path="/v2/models/colours/infer", kind=b"application/json")
+        connection.part(json.dumps({"inputs": [tensor]}).encode(), more=False)
+        await asyncio.sleep(0.2)
+        replica = SimpleNamespace(_service=service)
+        assert Classifier.func_or_class.record_autoscaling_stats(replica) == {RUNNING_REQUESTS_KEY: 5.0}
+        free.set()
+        assert (await connection.answer())[0] == 200
+
+    encoded = base64.b64encode(GOOD).decode()
+    _ask(client, ask)
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(start_client, caplog):

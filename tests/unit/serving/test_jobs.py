@@ -3,12 +3,14 @@
 import asyncio
 import re
 import shlex
+import threading
 import time
 from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 
+from cnnray.models.bundle import Bundle
 from cnnray.serving import job_queue
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.config import ServeConfig
@@ -24,11 +26,13 @@ class Queue:
     def __init__(self):
         self.submitted, self.jobs = [], {}
 
-    async def submit(self, settings, uris, bundle, engine):
-        self.submitted.append((settings, [*uris], bundle, engine))
-        return "cnnray-predict-1"
+    async def submit(self, settings, uris, *, bundle, version, engine):
+        self.submitted.append((settings, [*uris], bundle, version, engine))
+        return QueuedJob(
+            id="cnnray-predict-1", state="PENDING", message="", rows=f"{settings.place}/cnnray-predict-1"
+        )
 
-    async def find(self, job):
+    async def find(self, settings, job):
         if job not in self.jobs:
             raise job_queue.no_such_job(job)
         return self.jobs[job]
@@ -54,10 +58,10 @@ def test_a_list_of_images_becomes_a_job(client, queue, bundle, newer):
         "id": "cnnray-predict-1", "state": "PENDING", "message": "", "rows": "/rows/cnnray-predict-1"
     }  # fmt: skip
     uris[-1] = "/photos/x/4 ü.png"
-    assert queue.submitted == [(SETTINGS, uris, bundle, "keras")]
+    assert queue.submitted == [(SETTINGS, uris, bundle, Bundle.load(bundle).version, "keras")]
     newest = client.app.service.models.versions("colours")[-1][0].version
     client.post("/jobs", json={"uris": uris[:1], "model": "colours", "version": newest})
-    assert queue.submitted[-1][2] == newer
+    assert queue.submitted[-1][2:4] == (newer, newest)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,9 @@ def test_requests_that_cannot_be_read_are_refused(client, queue, body, status):
 
 
 def test_the_state_of_a_job(client, queue):
-    queue.jobs["cnnray-predict-1"] = QueuedJob("FAILED", "There are no images.")
+    queue.jobs["cnnray-predict-1"] = QueuedJob(
+        id="cnnray-predict-1", state="FAILED", message="There are no images.", rows="/rows/cnnray-predict-1"
+    )
     found = client.get("/jobs/cnnray-predict-1").json()
     assert (found["state"], found["message"]) == ("FAILED", "There are no images.")
     assert found["rows"] == "/rows/cnnray-predict-1"
@@ -135,6 +141,10 @@ class Client:
             raise RuntimeError(self._refusals.pop())
         self.submitted.append(job)
 
+    def get_job_info(self, job):
+        (submitted,) = (known for known in self.submitted if known["submission_id"] == job)
+        return SimpleNamespace(message=None, status="RUNNING", metadata=submitted["metadata"])
+
 
 @pytest.fixture
 def in_ray(monkeypatch):
@@ -145,14 +155,20 @@ def in_ray(monkeypatch):
 
 
 def _submit(tmp_path):
-    settings = JobSettings(place=str(tmp_path), prefixes=("/photos",))
-    return asyncio.run(JobQueue().submit(settings, ["/photos/it's one.png"], "/bundles/a b", "onnx"))
+    settings, queue = JobSettings(place=str(tmp_path), prefixes=("/photos",)), JobQueue()
+    submitting = queue.submit(
+        settings, ["/photos/it's one.png"], bundle="/bundles/a b", version="a1b2", engine="onnx"
+    )
+    try:
+        return asyncio.run(submitting)
+    finally:
+        queue._threads.shutdown()
 
 
 def test_a_job_has_the_code_of_the_replica_and_no_keys(monkeypatch, in_ray, tmp_path):
     monkeypatch.setattr(job_queue, "_client", lambda: client)
     client = Client()
-    job = _submit(tmp_path)
+    job = _submit(tmp_path).id
     (submitted,) = client.submitted
     assert submitted["runtime_env"] == {
         "working_dir": "gcs://code.zip", "env_vars": {"AWS_ENDPOINT_URL": "http://s3"}
@@ -161,6 +177,7 @@ def test_a_job_has_the_code_of_the_replica_and_no_keys(monkeypatch, in_ray, tmp_
     assert words[:2] == ["python", "jobs/predict.py"]
     flags = dict(zip(words[2::2], words[3::2], strict=True))
     assert (flags["--bundle"], flags["--output"]) == ("/bundles/a b", str(tmp_path / job))
+    assert flags["--bundle-version"] == "a1b2"
     assert pyarrow.parquet.read_table(flags["--input"])["uri"].to_pylist() == ["/photos/it's one.png"]
 
 
@@ -169,9 +186,41 @@ def test_a_client_that_was_told_to_try_again_has_no_job_later(monkeypatch, in_ra
     monkeypatch.setattr(job_queue, "_client", lambda: client)
     monkeypatch.setattr(job_queue, "_CALL_SECONDS", 0.1)
     with pytest.raises(RequestError) as raised:
-        _submit(tmp_path)  # returns when the thread has ended
+        _submit(tmp_path)  # ends when the thread has ended
     assert raised.value.status == 503
     assert not client.submitted
+
+
+def test_the_rows_of_a_job_are_where_it_was_told_to_write_them(monkeypatch, in_ray, tmp_path):
+    client = Client()
+    monkeypatch.setattr(job_queue, "_client", lambda: client)
+    job = _submit(tmp_path)
+    assert job.rows == str(tmp_path / job.id)
+    later = JobSettings(place="/elsewhere", prefixes=("/photos",))  # of another deployment
+    found = asyncio.run(JobQueue().find(later, job.id))
+    assert (found.state, found.rows) == ("RUNNING", job.rows)
+    client.submitted[0]["metadata"] = None  # as of an earlier version
+    assert asyncio.run(JobQueue().find(later, job.id)).rows == f"/elsewhere/{job.id}"
+
+
+def test_a_job_api_that_hangs_holds_no_thread_of_others(start_client, monkeypatch):
+    monkeypatch.setattr(job_queue, "_CALL_SECONDS", 0.2)
+    answers = threading.Event()
+    monkeypatch.setattr(job_queue, "_client", answers.wait)
+    client = start_client(jobs=SETTINGS)
+    client.app.service.queue = queue = JobQueue()
+    try:
+        for _ in range(12):
+            assert client.get("/jobs/cnnray-predict-404").status_code == 503
+        # Bodies of this size are parsed in a thread.
+        image = {"image": "A" * 2**20}
+        assert client.post("/predict", json=image).status_code == 415
+        monkeypatch.setattr(job_queue, "_MOST_CALLS", 4)
+        refused = client.get("/jobs/cnnray-predict-404")
+        assert (refused.status_code, "Too many" in refused.json()["error"]) == (503, True)
+    finally:
+        answers.set()
+        queue._threads.shutdown()
 
 
 def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch, in_ray, tmp_path):

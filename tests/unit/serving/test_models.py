@@ -127,8 +127,78 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     client.portal.call(service.change_settings, dataclasses.replace(deployed, max_images=8))
     assert (service.problem, service.settings.max_images) == (None, 8)
     shutil.copytree(newer, place)
-    with pytest.raises(BundleError, match=f"holds {Bundle.load(newer).version} now, and {version} was deployed"):
-        Loader(threads=1, gpus=False, metrics=service.metrics)(deployed)  # a new replica
+    refused = f"holds {Bundle.load(newer).version} now, and {version} was deployed"
+    load = Loader(threads=1, gpus=False, metrics=service.metrics)  # of a new replica
+    with pytest.raises(BundleError, match=refused):
+        load(_with(deployed, share=(0.4, 0.6)), starts=True)
+
+
+def _with(settings, **values):
+    """The settings with other values of their models, such as share=(0.4, 0.6)."""
+    changes = [dict(zip(values, of_model, strict=True)) for of_model in zip(*values.values(), strict=True)]
+    pairs = zip(settings.models, changes, strict=True)
+    return dataclasses.replace(
+        settings, models=tuple(dataclasses.replace(model, **change) for model, change in pairs)
+    )
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_replica_starts_without_versions_that_have_no_requests(bundle, newer, tmp_path, gone):
+    """A canary that was rolled back, or the version before one that was promoted."""
+    places = [str(tmp_path / name) for name in "abc"]
+    for place, source in zip(places, (bundle, newer, bundle), strict=True):
+        shutil.copytree(source, place)
+    wanted = settings(*(("colours", place, share) for place, share in zip(places, (0.0, 1.0, 0.0), strict=True)))
+    wanted = _with(wanted, verdict=(None, None, "rolled back: it was wrong"))
+    shutil.rmtree(places[gone])
+    service = Service(threads=1)
+    with TestClient(create_application(service)) as client:
+        client.portal.call(service.change_settings, wanted)
+        assert client.get("/health/ready").status_code == 200
+        metadata = client.get("/metadata").json()
+        assert sorted(version["share"] for version in metadata["models"]["colours"]) == [0.0, 1.0]
+        assert metadata["problem"] is None
+        answer = client.post("/predict", files={"image": ("a", GOOD)}).json()
+        assert answer["model"] == Bundle.load(newer).version
+
+
+def test_a_replica_starts_without_a_canary_and_loads_it_when_it_can(bundle, newer, tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
+    late = str(tmp_path / "late")
+    service, old, new = Service(threads=1), Bundle.load(bundle).version, Bundle.load(newer).version
+    wanted = settings(("colours", bundle, 0.7), ("colours", late, 0.2), ("colours", bundle, 0.1))
+    wanted = dataclasses.replace(wanted, shadow_share=0.5)
+    with TestClient(create_application(service)) as client:
+        client.portal.call(service.change_settings, wanted)
+        metadata = client.get("/metadata").json()
+        assert "is not a bundle" in metadata["problem"]
+        shares = [version["share"] for version in metadata["models"]["colours"]]
+        assert shares == pytest.approx([0.9, 0.1])
+        assert {service.choose_model("colours").version for _ in range(100)} == {old}
+        shutil.copytree(newer, late)
+        deadline = time.monotonic() + 20
+        while client.get("/metadata").json()["problem"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        metadata = client.get("/metadata").json()
+        assert [version["share"] for version in metadata["models"]["colours"]] == [0.7, 0.2, 0.1]
+        assert service.choose_model("colours", new).version == new
+        # A change of what is served, of which a version cannot be loaded, is still none.
+        client.portal.call(
+            service.change_settings, settings(("colours", bundle, 0.9), ("colours", str(tmp_path / "none"), 0.1))
+        )
+        assert "is not a bundle" in client.get("/metadata").json()["problem"]
+        assert len(service.models.versions("colours")) == 3
+
+
+def test_a_canary_whose_engine_fails_does_not_end_the_replica(start_client, bundle, newer, monkeypatch):
+    client = start_client(("colours", bundle, 0.9), ("colours", newer, 0.1))
+    service = client.app.service
+    stable, canary = service.models.all
+    monkeypatch.setattr(canary.batcher, "_run", lambda images: 1 / 0)
+    client.portal.call(service.check_health)
+    monkeypatch.setattr(stable.batcher, "_run", lambda images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        client.portal.call(service.check_health)
 
 
 def test_a_change_that_failed_is_tried_again(start_client, bundle, newer, tmp_path, monkeypatch):
@@ -301,6 +371,27 @@ def test_mistakes_in_models_get_one_line(text, sentence, capsys):
     assert len(message.strip().splitlines()) == 1
 
 
+def test_a_service_may_grow_with_its_cluster(bundle, tmp_path):
+    """What the cluster has room for when the service is deployed is no bound for later."""
+    path = tmp_path / "serve.yaml"
+    for flags, most in (({}, 1000), ({"max_replicas": 3}, 3)):
+        deploy.write_configuration(ServeConfig(bundle=bundle, engine="keras", write_config=str(path), **flags))
+        (application,) = yaml.safe_load(path.read_text())["applications"]
+        assert application["deployments"][0]["autoscaling_config"]["max_replicas"] == most
+
+
+def test_other_code_or_resources_replace_replicas_and_other_models_do_not():
+    def application(bundle, environment=None, **flags):
+        config = ServeConfig(bundle=bundle, **flags)
+        (application,) = deploy.build_configuration(config, None, 1)["applications"]
+        return application | ({"runtime_env": environment} if environment else {})
+
+    deployed = application("/a", {"working_dir": "gcs://1.zip"})
+    assert not deploy._replaces_replicas(deployed, application("/b", {"working_dir": "gcs://1.zip"}))
+    assert deploy._replaces_replicas(deployed, application("/a", {"working_dir": "gcs://2.zip"}))
+    assert deploy._replaces_replicas(deployed, application("/a", {"working_dir": "gcs://1.zip"}, cpus_per_replica=2))
+
+
 def test_settings_of_an_earlier_version_are_read(bundle):
     values = settings(("colours", bundle, 1.0)).as_dict()
     for name in ("max_queued_images", "max_bytes_in_flight"):
@@ -329,10 +420,3 @@ def test_a_replica_beside_a_gpu_has_cpus_to_decode_with():
     assert ServeConfig(bundle="/b").resources == (1, 0)
     assert ServeConfig(bundle="/b", gpus_per_replica=1).resources == (4, 1)  # where no cluster is known
     assert ServeConfig(bundle="/b", gpus_per_replica=1, cpus_per_replica=2).resources == (2, 1)
-
-
-def test_a_service_without_a_bound_grows_with_its_cluster(bundle):
-    for flags, most in (({}, 1000), ({"max_replicas": 3}, 3)):
-        config = ServeConfig(bundle=bundle, **flags)
-        (application,) = deploy.build_configuration(config, None, deploy._MOST_REPLICAS)["applications"]
-        assert application["deployments"][0]["autoscaling_config"]["max_replicas"] == most

@@ -23,6 +23,7 @@ from cnnray.serving.coordinator import Coordinator
 from cnnray.serving.keys import Key
 from cnnray.serving.releases import PROMOTE, ROLL_BACK, WAIT, ChangeError, Comparison, Record, Release, Verdict
 from cnnray.serving.settings import ModelSettings, Settings
+from cnnray.tracking.prometheus import ServingMetrics
 from tests.unit.serving.conftest import GOOD, settings
 
 LIMITS = {"errors": 0.01, "latency": 2.0, "agreement": 0.9}
@@ -286,6 +287,31 @@ def shares(client):
     return {name: [version["share"] for version in versions] for name, versions in models.items()}
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """The metrics of canaries: verdicts, the times of each version, and comparisons."""
+    recorded = {"verdict": {}, "request_of_version": Counter(), "comparison": Counter()}
+    record_verdict = ServingMetrics.record_verdict
+    record_request, record_comparison = ServingMetrics.record_request_of_version, ServingMetrics.record_comparison
+
+    def verdict(metrics, model, version, number):
+        recorded["verdict"][model, version] = number
+        record_verdict(metrics, model, version, number)
+
+    def request(metrics, model, version, seconds, *, failed):
+        recorded["request_of_version"][model, version, failed] += 1
+        record_request(metrics, model, version, seconds, failed=failed)
+
+    def comparison(metrics, model, version, *, agree):
+        recorded["comparison"][model, version, agree] += 1
+        record_comparison(metrics, model, version, agree=agree)
+
+    monkeypatch.setattr(ServingMetrics, "record_verdict", verdict)
+    monkeypatch.setattr(ServingMetrics, "record_request_of_version", request)
+    monkeypatch.setattr(ServingMetrics, "record_comparison", comparison)
+    return recorded
+
+
 def answer_until(client, condition, seconds=60):
     """Send images until the service is as it should be."""
     end, statuses = time.monotonic() + seconds, Counter()
@@ -295,7 +321,7 @@ def answer_until(client, condition, seconds=60):
     return statuses
 
 
-def test_a_canary_with_other_labels_goes_back_by_itself(start, bundle, relabelled, caplog):
+def test_a_canary_with_other_labels_goes_back_by_itself(start, bundle, relabelled, caplog, recorded):
     client = start(("c", bundle, 0.5), ("c", relabelled, 0.5), shadow_share=0.5, rollback_on={"agreement": 0.9})
     statuses = answer_until(client, lambda: shares(client) == {"c": [1, 0]})
     assert statuses.keys() == {200}
@@ -303,12 +329,20 @@ def test_a_canary_with_other_labels_goes_back_by_itself(start, bundle, relabelle
     assert newest["verdict"].startswith("rolled back: ")
     assert "images have another class than before" in newest["verdict"]
     assert any(f"c {newest['version']} is rolled back" in message for message in caplog.messages)
+    old, new = Bundle.load(bundle).version, newest["version"]
+    assert recorded["verdict"] == {("c", old): 0, ("c", new): -1}
+    assert recorded["comparison"]["c", new, False] > recorded["comparison"]["c", new, True]
+    assert recorded["request_of_version"].keys() == {("c", old, False), ("c", new, False)}
 
 
-def test_a_good_canary_is_promoted_by_itself(start, bundle, newer):
+def test_a_good_canary_is_promoted_by_itself(start, bundle, newer, caplog, recorded):
     client = start(("c", bundle, 0.5), ("c", newer, 0.5), shadow_share=1.0, promote_after=30)
     assert answer_until(client, lambda: shares(client) == {"c": [0, 1]}).keys() == {200}
-    assert "promoted: " in client.get("/metadata").json()["models"]["c"][-1]["verdict"]
+    newest = client.get("/metadata").json()["models"]["c"][-1]
+    assert "promoted: " in newest["verdict"]
+    assert any(f"c {newest['version']} is promoted" in message for message in caplog.messages)
+    assert recorded["verdict"]["c", newest["version"]] == 1
+    assert recorded["comparison"].keys() == {("c", newest["version"], True)}
 
 
 def test_a_canary_is_only_watched_where_nothing_else_was_asked_for(start, bundle, relabelled):

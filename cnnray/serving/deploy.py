@@ -22,7 +22,7 @@ from cnnray import cluster, paths, waiting
 from cnnray.images import storage
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.controller import APPLICATION, DEPLOYMENT, MODULE, OwnServe, other_applications, rest_client
-from cnnray.serving.keys import API_KEY, API_KEY_FILE, read_keys
+from cnnray.serving.keys import API_KEY, API_KEY_FILE, ApiKeyError, read_keys
 from cnnray.serving.models import find_engine
 from cnnray.serving.rollout import ServingError, Versions, wait_until_served
 from cnnray.supervisor import folder_for_sockets
@@ -363,6 +363,9 @@ def _runtime_environment() -> dict[str, Any]:
 
     It has the code, packages and variables that the job was submitted with, and the variables that reach the same S3
     and name the file of the API key.
+
+    Raises:
+        ApiKeyError: the job's variables hold a key, which would be in the service's config, too.
     """
     from ray._private.runtime_env.packaging import pin_runtime_env_uri
 
@@ -371,7 +374,10 @@ def _runtime_environment() -> dict[str, Any]:
         # Otherwise Ray deletes the job's code after the last process that uses it, and no replica could start.
         pin_runtime_env_uri(environment["working_dir"], expiration_s=_PIN_SECONDS)
     if API_KEY in environment.get("env_vars", {}):
-        log.warning("`ray job list` shows %s to everybody who may list jobs: give %s instead", API_KEY, API_KEY_FILE)
+        raise ApiKeyError(
+            f"{API_KEY} is in the job's runtime environment, which `ray job list` shows to everybody who may list "
+            f"jobs: change that key, and give {API_KEY_FILE} instead."
+        )
     variables = storage.cluster_environment() | environment.get("env_vars", {})
     if file := os.environ.get(API_KEY_FILE):
         variables[API_KEY_FILE] = storage.absolute(file)

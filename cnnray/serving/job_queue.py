@@ -125,7 +125,8 @@ class JobQueue:
         pyarrow.parquet.write_table(pa.table({"uri": pa.array(uris, pa.string())}), buffer)
         table = storage.join(settings.place, f"{job}.parquet")
         storage.write_bytes(table, buffer.getvalue())
-        environment = _without_keys(dict(ray.get_runtime_context().runtime_env))
+        context = ray.get_runtime_context()
+        environment = _without_keys(dict(context.runtime_env))
         script, python = "jobs/predict.py", "python"
         if "working_dir" not in environment:  # Ray was started by `jobs/serve.py`, on this machine
             script, python = str(Path(cnnray.__file__).parents[1] / script), sys.executable
@@ -133,7 +134,9 @@ class JobQueue:
             "--bundle": bundle, "--bundle-version": version, "--input": table, "--output": rows, "--engine": engine,
             "--wait-minutes": str(_WAIT_MINUTES),
         }  # fmt: skip
-        command = shlex.join([python, script, *(word for pair in flags.items() for word in pair)])
+        # Ray looks for the cluster of a job's process, and may find another one that runs on this machine.
+        address = f"RAY_ADDRESS={context.gcs_address}"
+        command = shlex.join(["env", address, python, script, *(word for pair in flags.items() for word in pair)])
         while not given_up.is_set():  # else the client has left, or been told to try again
             try:
                 client.submit_job(

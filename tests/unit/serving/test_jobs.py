@@ -150,7 +150,8 @@ class Client:
 def in_ray(monkeypatch):
     """The runtime environment of a replica, in which somebody has put a key."""
     variables = {"CNNRAY_API_KEY": "secret", "CNNRAY_API_KEY_FILE": "/keys", "AWS_ENDPOINT_URL": "http://s3"}
-    context = SimpleNamespace(runtime_env={"working_dir": "gcs://code.zip", "env_vars": variables})
+    environment = {"working_dir": "gcs://code.zip", "env_vars": variables}
+    context = SimpleNamespace(runtime_env=environment, gcs_address="10.0.0.1:6379")
     monkeypatch.setattr("ray.get_runtime_context", lambda: context)
 
 
@@ -174,8 +175,8 @@ def test_a_job_has_the_code_of_the_replica_and_no_keys(monkeypatch, in_ray, tmp_
         "working_dir": "gcs://code.zip", "env_vars": {"AWS_ENDPOINT_URL": "http://s3"}
     }  # fmt: skip
     words = shlex.split(submitted["entrypoint"])
-    assert words[:2] == ["python", "jobs/predict.py"]
-    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    assert words[:4] == ["env", "RAY_ADDRESS=10.0.0.1:6379", "python", "jobs/predict.py"]
+    flags = dict(zip(words[4::2], words[5::2], strict=True))
     assert (flags["--bundle"], flags["--output"]) == ("/bundles/a b", str(tmp_path / job))
     assert flags["--bundle-version"] == "a1b2"
     assert pyarrow.parquet.read_table(flags["--input"])["uri"].to_pylist() == ["/photos/it's one.png"]

@@ -54,13 +54,12 @@ def test_replicas_get_the_name_of_the_file_and_not_the_key(tmp_path, monkeypatch
     assert not caplog.messages
 
 
-def test_a_key_in_the_jobs_variables_is_warned_of(monkeypatch, caplog):
+def test_a_key_in_the_jobs_variables_is_refused(monkeypatch):
     submitted = {"runtime_env": {"env_vars": {"CNNRAY_API_KEY": "secret"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
-    deploy._runtime_environment()
-    (message,) = caplog.messages
-    assert "give CNNRAY_API_KEY_FILE instead" in message
-    assert "secret" not in message
+    with pytest.raises(ApiKeyError, match=r"give CNNRAY_API_KEY_FILE instead\.$") as raised:
+        deploy._runtime_environment()
+    assert "secret" not in str(raised.value)
 
 
 KEYS = """

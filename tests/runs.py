@@ -2,6 +2,7 @@
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cnnray.images import storage
@@ -13,8 +14,13 @@ GOOD = awkward_images()["rgb.png"]
 def fill(root: str, count: int = 45) -> None:
     """Write images to three folders, on a disk or to a bucket."""
     images = list(awkward_images().values())
-    for number in range(count):
-        storage.write_bytes(storage.join(root, f"{number % 3}", f"{number:05d}.png"), images[number % len(images)])
+    write_all(root, {f"{number % 3}/{number:05d}.png": images[number % len(images)] for number in range(count)})
+
+
+def write_all(root: str, files: dict[str, bytes]) -> None:
+    """Write files below a folder, or to a bucket."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.write_bytes(storage.join(root, name), files[name]), files))
 
 
 def change(root: str) -> set[str]:

@@ -167,13 +167,13 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
     Raises:
         BundleError, OSError: a bundle cannot be read.
-        ApiKeyError, OSError: the API keys cannot be read.
+        ApiKeyError, OSError: see `_check_keys`.
         ClusterError: the cluster cannot be reached, or has no room for the replicas, or others hold it.
         ServingError: the service does not start.
     """
     import ray
 
-    read_keys()  # before Ray starts
+    _check_keys()
     versions = check_bundles(config)
     started = time.monotonic()
     stop = threading.Event()
@@ -210,6 +210,19 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 _log_changes(ray.get_runtime_context().gcs_address, cluster.start_dashboard())
                 stop.wait()
             return line
+
+
+def _check_keys() -> None:
+    """
+    Raises:
+        ApiKeyError, OSError: the API keys cannot be read, or everybody who may list jobs can read them.
+    """
+    if API_KEY in cluster.submitted_environment().get("env_vars", {}):
+        raise ApiKeyError(
+            f"{API_KEY} is in the job's runtime environment, which `ray job list` shows to everybody who may list "
+            f"jobs: change that key, and give {API_KEY_FILE} instead."
+        )
+    read_keys()
 
 
 def _now() -> int:
@@ -363,9 +376,6 @@ def _runtime_environment() -> dict[str, Any]:
 
     It has the code, packages and variables that the job was submitted with, and the variables that reach the same S3
     and name the file of the API key.
-
-    Raises:
-        ApiKeyError: the job's variables hold a key, which would be in the service's config, too.
     """
     from ray._private.runtime_env.packaging import pin_runtime_env_uri
 
@@ -373,11 +383,6 @@ def _runtime_environment() -> dict[str, Any]:
     if environment.get("working_dir", "").startswith("gcs://"):
         # Otherwise Ray deletes the job's code after the last process that uses it, and no replica could start.
         pin_runtime_env_uri(environment["working_dir"], expiration_s=_PIN_SECONDS)
-    if API_KEY in environment.get("env_vars", {}):
-        raise ApiKeyError(
-            f"{API_KEY} is in the job's runtime environment, which `ray job list` shows to everybody who may list "
-            f"jobs: change that key, and give {API_KEY_FILE} instead."
-        )
     variables = storage.cluster_environment() | environment.get("env_vars", {})
     if file := os.environ.get(API_KEY_FILE):
         variables[API_KEY_FILE] = storage.absolute(file)

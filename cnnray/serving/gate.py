@@ -31,7 +31,7 @@ _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
 _PUBLIC = ("/health/", "/v2/health/", "/docs/")
 _PUBLIC_PAGES = ("/", "/docs", "/openapi.json")
-"""Path prefixes, and paths, that need no API key: pages, on which it is entered, are asked for without it."""
+"""Path prefixes, and paths, that need no API key: a browser asks for pages without it."""
 
 
 class _Client:

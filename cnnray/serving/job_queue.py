@@ -29,13 +29,13 @@ Result = TypeVar("Result")
 _PREFIX = "cnnray-predict-"
 _MOST_UNFINISHED = 16
 _THREADS, _MOST_CALLS = 4, 64
-"""Calls of Ray's job API at once, and those that wait for their turn, too. Its client may wait for an answer without
-an end, and a thread cannot be stopped."""
+"""Calls of Ray's job API at once, and those that wait for their turn, too."""
 _ROWS = "rows"
 """In the metadata that Ray keeps of a job."""
 _WAIT_MINUTES = 1440
 """That a job waits for free CPUs."""
-_CALL_SECONDS = 60.0
+_CALL_SECONDS, _SILENCE_SECONDS = 60.0, 30.0
+"""In which a request is answered, and in which Ray's job API sends something."""
 _NOT_YET = "No available agent"
 """In the answer of Ray's job API while the agents of a cluster that has just started are not known."""
 
@@ -189,4 +189,10 @@ def _client() -> Any:
     import ray
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    class Client(JobSubmissionClient):
+        """Ray's, which would wait for an answer without an end, and hold a thread so long."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, timeout=_SILENCE_SECONDS, **options)
+
+    return Client(ray.get_runtime_context().gcs_address)

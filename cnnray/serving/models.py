@@ -4,7 +4,6 @@ import hashlib
 import logging
 import random
 import reprlib
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,6 @@ from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.batching import Batcher
 from cnnray.serving.pipeline import Encoded, Pipeline
-from cnnray.serving.releases import find_release
 from cnnray.serving.settings import ModelSettings, Settings
 from cnnray.tracking.prometheus import ServingMetrics
 
@@ -53,11 +51,17 @@ class Models:
     def __init__(self, models: Iterable[tuple[ServedModel, float]]) -> None:
         """
         Args:
-            models: each with its share, older versions of a name before newer ones.
+            models: each with its share, older versions of a name before newer ones. Where the shares of a name sum to
+                less than 1, its main version gets the rest.
         """
         self._by_name: dict[str, list[tuple[ServedModel, float]]] = {}
         for model, share in models:
             self._by_name.setdefault(model.name, []).append((model, share))
+        for versions in self._by_name.values():
+            rest = 1 - sum(share for _, share in versions)
+            if rest > 1e-6:
+                place, (model, share) = max(enumerate(versions), key=lambda version: version[1][1])
+                versions[place] = model, share + rest
 
     @property
     def names(self) -> list[str]:
@@ -177,13 +181,15 @@ class Loader:
         self._threads, self._gpus, self._metrics = threads, gpus, metrics
         self._loaded: dict[_Place, tuple[str, ServedModel]] = {}
         """By place, the digest of the engine's file, and what was loaded."""
+        self._left_out: set[_Place] = set()
+        """Places of the versions without which the models are served."""
 
     def __call__(self, settings: Settings, *, starts: bool) -> Loaded:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
 
-        A version without requests, such as a canary that was rolled back, is left out where it cannot be loaded. So
-        is, in a replica that starts, each version but the one with most requests, which gets those of the others: a
-        canary must not keep the service from growing.
+        A version that a decision about a canary has left without requests is left out where it cannot be loaded. So
+        is, in a replica that starts, a canary, whose requests the main version gets: it must not keep the service
+        from growing.
 
         Args:
             settings: the settings.
@@ -194,38 +200,30 @@ class Loader:
                 has loaded it. The models of the last call are not affected.
         """
         loaded: dict[_Place, tuple[str, ServedModel]] = {}
-        models: list[tuple[ModelSettings, ServedModel]] = []
-        pinned, problem = [], None
-        left_over: defaultdict[str, float] = defaultdict(float)
-        main = {
-            name: max((model for model in settings.models if model.name == name), key=lambda model: model.share)
-            for name in {model.name for model in settings.models}
-        }
+        models: list[tuple[ServedModel, float]] = []
+        pinned, problem, left_out = [], None, set()
         for model in settings.models:
-            has_requests = model.share > 0 or _is_compared(model, settings)
             try:
                 place, digest, served = self._load_or_keep(model, settings)
             except Exception as error:  # an engine's library may raise anything
-                if model is main[model.name] or (has_requests and not starts):
-                    raise
+                place = _place_of(model, settings)
+                if _is_missed(model, settings):
+                    if place not in self._left_out and not (starts and _may_come_later(model, settings)):
+                        raise
+                    problem = str(error)
                 log.warning("%s %s is left out: %s", model.name, model.version, error)
-                problem = str(error) if has_requests else problem
+                left_out.add(place)
                 pinned.append(model)
-                left_over[model.name] += model.share
                 continue
             loaded[place] = digest, served
-            models.append((model, served))
+            models.append((served, model.share))
             pinned.append(replace(model, version=served.version))
-        self._loaded = loaded
-        shares = [
-            (served, model.share + (left_over[model.name] if model is main[model.name] else 0))
-            for model, served in models
-        ]
-        return Loaded(models=Models(shares), settings=replace(settings, models=tuple(pinned)), problem=problem)
+        self._loaded, self._left_out = loaded, left_out
+        return Loaded(models=Models(models), settings=replace(settings, models=tuple(pinned)), problem=problem)
 
     def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Place, str, ServedModel]:
         """Load a model, or keep what the last call has loaded if it is the same, or if its bundle is gone."""
-        place = _Place(model.name, model.uri, settings.engine, settings.batch_size, model.version)
+        place = _place_of(model, settings)
         try:
             bundle, engine, digest = find_engine(
                 model.uri, settings.engine, gpus=self._gpus, batch_size=settings.batch_size
@@ -274,10 +272,19 @@ class Loader:
         )
 
 
-def _is_compared(model: ModelSettings, settings: Settings) -> bool:
-    """Whether a version is a canary that is compared with the one before, perhaps without requests of its own."""
-    release = find_release(settings, model.name)
-    return release is not None and release.canary == model.version
+def _place_of(model: ModelSettings, settings: Settings) -> _Place:
+    return _Place(model.name, model.uri, settings.engine, settings.batch_size, model.version)
+
+
+def _is_missed(model: ModelSettings, settings: Settings) -> bool:
+    """Whether a version has requests, or is to be there for other reasons than to be gone back to."""
+    return model.share > 0 or not any(other.verdict for other in settings.models if other.name == model.name)
+
+
+def _may_come_later(model: ModelSettings, settings: Settings) -> bool:
+    """Whether a replica may start before it has a version: a canary, or one without requests."""
+    newest = [other for other in settings.models if other.name == model.name][-1]
+    return model.share == 0 or (model is newest and model.share < 1)
 
 
 def _warm_up_sizes(largest: int) -> list[int]:

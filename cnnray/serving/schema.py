@@ -111,7 +111,8 @@ class Metadata(BaseModel):
     models: dict[str, list[VersionInfo]]
     default_model: str
     problem: str | None = Field(
-        description="Why the last change of the models failed, which is tried again; null if it did not."
+        description="Why the last change of the models failed, or a version is left out, which is tried again; null: "
+        "neither."
     )
 
 

@@ -53,7 +53,8 @@ class Service:
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
         tried: the last settings that were to be changed to, whether that failed or not.
-        problem: why the last change of the settings failed, which is tried again; None if it did not.
+        problem: why the last change of the settings failed, or a version is left out, which is tried again; None:
+            neither.
         metrics: counts requests, images and predictions.
         admission: what the requests hold at present.
         canaries: compares canaries with the versions before them.
@@ -161,11 +162,11 @@ class Service:
             await asyncio.sleep(pause)
 
     async def check_health(self) -> None:
-        """Check that the engine of each model's main version computes, without waiting behind the images of requests.
+        """Check that the engines of versions with requests compute, without waiting behind the images of requests.
 
         One that is at work must have made progress, by an image decoded or a micro-batch computed, within the time
-        that an answer may take. One that waits for images is given a black one. The engine of a canary is a matter of
-        its verdict: a new replica would have the same one.
+        that an answer may take. One that waits for images is given a black one, if it is that of a model's main
+        version: that a canary's engine fails is a matter of its verdict, as it would in a new replica, too.
 
         Raises:
             RequestError: 503, an engine takes too long, or no model is loaded.
@@ -173,13 +174,14 @@ class Service:
         """
         models = self.ready_models()
         assert self.settings is not None
-        for served in map(models.main, models.names):
+        versions = [(served, share) for name in models.names for served, share in models.versions(name)]
+        for served in (served for served, share in versions if share > 0):
             seconds = served.compute.seconds_without_progress
             if seconds > self.settings.timeout_seconds:
                 raise RequestError(
                     503, f"{served.name} {served.version} has made no progress for {seconds:.0f} seconds."
                 )
-            if not served.batcher.is_busy:
+            if not served.batcher.is_busy and served is models.main(served.name):
                 async with self._answer_timeout():
                     await served.batcher.submit(np.zeros(served.bundle.info.geometry.image_size.shape, np.uint8))
 

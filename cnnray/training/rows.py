@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -105,34 +106,35 @@ def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[d
     root.mkdir(mode=0o700, exist_ok=True)
     for other in set(root.iterdir()) - {folder}:
         _delete_unused(other)
-    with _used(folder):
-        with storage.translated_errors(str(folder)), (folder / _WRITING).open("w") as writing:
-            fcntl.flock(writing, fcntl.LOCK_EX)
-            if not (folder / _FACTS).exists():
-                _write(manifest, class_names, folder)
-        facts = json.loads((folder / _FACTS).read_bytes())
-        yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
-    _delete_unused(folder)
+    try:
+        with _used(folder):
+            with storage.translated_errors(str(folder)), (folder / _WRITING).open("w") as writing:
+                fcntl.flock(writing, fcntl.LOCK_EX)
+                if not (folder / _FACTS).exists():
+                    _write(manifest, class_names, folder)
+            facts = json.loads((folder / _FACTS).read_bytes())
+            yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
+    finally:
+        _delete_unused(folder)
 
 
 def _used(folder: Path) -> IO[str]:
     """Make a folder, and keep it from being deleted until what is returned is closed."""
     while True:
         folder.mkdir(exist_ok=True)
-        try:
-            lock = (folder / _LOCK).open("w")
-        except FileNotFoundError:  # deleted meanwhile
-            continue
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if os.fstat(lock.fileno()).st_nlink:
-            return lock
-        lock.close()
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:  # deleted meanwhile
+            lock = opened.enter_context((folder / _LOCK).open("w"))
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat()):
+                opened.pop_all()
+                return lock
 
 
 def _delete_unused(folder: Path) -> None:
     with contextlib.suppress(OSError), (folder / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
+        # Out of the way first: another process may make the folder anew, and finds nothing of this one.
+        shutil.rmtree(folder.rename(folder.with_name(f"unused-{uuid.uuid4().hex}")))
 
 
 @patient

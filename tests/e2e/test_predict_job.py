@@ -168,7 +168,7 @@ def test_a_few_images_need_no_ray_until_a_run_is_killed(start_job, command):
 
 
 def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, bundle, photos, tmp_path):
-    images, output = 12_000, tmp_path / "out"  # workers go on for a while before they are lost
+    images, output = 30_000, tmp_path / "out"  # workers go on for a while before they are lost
     (tmp_path / "photos").mkdir()
     for number in range(images):
         (tmp_path / "photos" / f"{number:05d}.jpg").hardlink_to(photos / f"{number % 8:05d}.jpg")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -9,16 +10,17 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
-from cnnray.images import shards
+from cnnray.images import shards, storage
 from cnnray.images.shards import Range
 from cnnray.models.bundle import Bundle
-from cnnray.prediction import job, manifest, parts, resume
+from cnnray.prediction import job, manifest, parts, plan, resume
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.plan import plan_in_process
 from cnnray.prediction.ranges import Output, RangeWorker, Task
 from tests.awkward import bad_images
-from tests.runs import GOOD, change, fill, read_rows, without_ids
+from tests.runs import GOOD, change, fill, read_rows, without_ids, write_all
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,45 @@ def test_an_update_equals_a_run_from_scratch(format_, bundle, in_process, tmp_pa
     assert job.run(dataclasses.replace(config, update=True))["classified"] == 0
     assert not in_process
     assert [path.name for path in (tmp_path / "out" / "manifest").iterdir()] == ["1"]
+
+
+def _read_parts(output):
+    """The rows of an output on a disk or in a bucket."""
+    parts = [file.uri for file in storage.files(output) if file.uri.startswith(storage.join(output, "part-"))]
+    tables = [storage.parse_parquet(storage.read_bytes(uri)) for uri in sorted(parts)]
+    return pa.concat_tables(tables).to_pylist()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def test_an_update_of_ten_thousand_images(place, bundle, in_process, tmp_path, request, monkeypatch):
+    """A hundred of them change, a hundred are new, and a hundred go: the result is that of a run from scratch."""
+    for module in (manifest, plan):
+        monkeypatch.setattr(module, "FEW_IMAGES", 20_000)  # so that reads can be counted in this process
+    root = str(tmp_path) if place == "disk" else request.getfixturevalue("bucket")
+    images, count = storage.join(root, "images"), 10_000
+    fill(images, count)
+    config = _config(bundle, images, storage.join(root, "out"), rows_per_part=500, verify=True)
+    job.run(config)
+    assert len(in_process) == count
+    before = {row["uri"]: row["id"] for row in _read_parts(config.output)}
+    buffer = io.BytesIO()
+    Image.new("RGB", (61, 43), (1, 200, 90)).save(buffer, "PNG")
+    names = [f"{number % 3}/{number:05d}.png" for number in range(count)]
+    changed, gone, new = names[7::100], names[50::100], [f"{number % 3}/new{number}.png" for number in range(100)]
+    write_all(images, dict.fromkeys([*changed, *new], buffer.getvalue()))
+    for name in gone:
+        storage.delete_file(storage.join(images, name))
+    in_process.clear()
+    line = job.run(dataclasses.replace(config, update=True))
+    assert sorted(in_process) == sorted(storage.join(images, name) for name in [*changed, *new])  # each read once
+    assert (line["rows"], line["classified"]) == (count, 200)
+    rows = _read_parts(config.output)
+    anew = dataclasses.replace(config, output=storage.join(root, "anew"))
+    job.run(anew)
+    assert without_ids(rows) == without_ids(_read_parts(anew.output))
+    assert all(row["id"] == before.get(row["uri"], row["id"]) for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows) == count
 
 
 def test_an_update_of_a_table_sees_changed_rows(bundle, in_process, tmp_path):

@@ -1,5 +1,6 @@
 """The rows of a manifest that processes of a machine share: one copy, written once, and deleted at the end."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -140,6 +141,39 @@ def test_a_process_that_finds_no_rows_does_not_wait_for_the_use_of_those_that_an
     for thread in (slow, other):
         thread.join()
     assert met == [True]
+
+
+def test_a_process_that_comes_while_the_rows_are_deleted_writes_them_anew(manifest, monkeypatch):
+    _, uri = manifest
+    lengths, rmtree = [], rows.shutil.rmtree
+
+    def use():
+        with rows.open_rows(uri, NAMES, "") as splits:
+            lengths.append(len(splits["train"]))
+
+    def slow_rmtree(folder):
+        monkeypatch.setattr(rows.shutil, "rmtree", rmtree)
+        other = threading.Thread(target=use)
+        other.start()
+        other.join(20)
+        rmtree(folder)
+
+    monkeypatch.setattr(rows.shutil, "rmtree", slow_rmtree)
+    with rows.open_rows(uri, NAMES, "") as splits:
+        length = len(splits["train"])
+    assert lengths == [length]
+
+
+def test_rows_that_cannot_be_written_leave_nothing(manifest, root, monkeypatch):
+    _, uri = manifest
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rows.pa.ipc, "new_file", fail)
+    with pytest.raises(OSError, match="No space left"), rows.open_rows(uri, NAMES, ""):
+        pass
+    assert not any(root.iterdir())
 
 
 def test_a_manifest_that_is_gone_is_told(tmp_path, root):

@@ -45,6 +45,12 @@ class Connection:
         return self.sent[0]["status"], self.sent[1]["body"].decode()
 
 
+async def _until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
 def _ask(client, function):
     return client.portal.call(function)
 
@@ -235,11 +241,10 @@ def test_images_of_clients_that_have_left_are_not_held(start_client, monkeypatch
             connections.append(Connection(client))
             connections[-1].part(GOOD, more=False)
             await asyncio.sleep(0.05)
-        assert len(served.batcher._waiting) == 3
+        await _until(lambda: len(served.batcher._waiting) == 3)
         connections[2].leave()
         connections[4].leave()
-        await asyncio.sleep(0.2)
-        assert len(served.batcher._waiting) == 1
+        await _until(lambda: len(served.batcher._waiting) == 1)
         free.set()
         assert [(await connections[number].answer())[0] for number in (0, 1, 3)] == [200] * 3
 
@@ -257,7 +262,7 @@ def test_the_autoscaler_follows_images_and_not_requests(start_client, monkeypatc
         tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [5], "data": [encoded] * 5}
         connection = Connection(client, path="/v2/models/colours/infer", kind=b"application/json")
         connection.part(json.dumps({"inputs": [tensor]}).encode(), more=False)
-        await asyncio.sleep(0.2)
+        await _until(lambda: service.admission.images)
         replica = SimpleNamespace(_service=service)
         assert Classifier.func_or_class.record_autoscaling_stats(replica) == {RUNNING_REQUESTS_KEY: 5.0}
         free.set()

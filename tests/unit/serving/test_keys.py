@@ -58,7 +58,7 @@ def test_a_key_in_the_jobs_variables_is_refused(monkeypatch):
     submitted = {"runtime_env": {"env_vars": {"CNNRAY_API_KEY": "secret"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
     with pytest.raises(ApiKeyError, match=r"give CNNRAY_API_KEY_FILE instead\.$") as raised:
-        deploy._runtime_environment()
+        deploy._check_keys()
     assert "secret" not in str(raised.value)
 
 

@@ -130,7 +130,7 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     refused = f"holds {Bundle.load(newer).version} now, and {version} was deployed"
     load = Loader(threads=1, gpus=False, metrics=service.metrics)  # of a new replica
     with pytest.raises(BundleError, match=refused):
-        load(_with(deployed, share=(0.4, 0.6)), starts=True)
+        load(_with(deployed, share=(0.0, 1.0)), starts=True)
 
 
 def _with(settings, **values):
@@ -166,28 +166,32 @@ def test_a_replica_starts_without_a_canary_and_loads_it_when_it_can(bundle, newe
     monkeypatch.setattr(service_module, "_FIRST_PAUSE", 0.1)
     late = str(tmp_path / "late")
     service, old, new = Service(threads=1), Bundle.load(bundle).version, Bundle.load(newer).version
-    wanted = settings(("colours", bundle, 0.7), ("colours", late, 0.2), ("colours", bundle, 0.1))
-    wanted = dataclasses.replace(wanted, shadow_share=0.5)
+    wanted = settings(("colours", bundle, 0.8), ("colours", late, 0.2), ("others", bundle, 1.0))
     with TestClient(create_application(service)) as client:
+
+        def shares():
+            return [version["share"] for version in client.get("/metadata").json()["models"]["colours"]]
+
         client.portal.call(service.change_settings, wanted)
-        metadata = client.get("/metadata").json()
-        assert "is not a bundle" in metadata["problem"]
-        shares = [version["share"] for version in metadata["models"]["colours"]]
-        assert shares == pytest.approx([0.9, 0.1])
+        assert "is not a bundle" in client.get("/metadata").json()["problem"]
+        assert shares() == pytest.approx([1.0])
         assert {service.choose_model("colours").version for _ in range(100)} == {old}
+        # What else is changed meanwhile does not wait for it.
+        client.portal.call(service.change_settings, dataclasses.replace(wanted, max_images=7))
+        assert service.settings.max_images == 7
+        assert "is not a bundle" in client.get("/metadata").json()["problem"]
         shutil.copytree(newer, late)
         deadline = time.monotonic() + 20
         while client.get("/metadata").json()["problem"] and time.monotonic() < deadline:
             time.sleep(0.05)
-        metadata = client.get("/metadata").json()
-        assert [version["share"] for version in metadata["models"]["colours"]] == [0.7, 0.2, 0.1]
+        assert shares() == [0.8, 0.2]
         assert service.choose_model("colours", new).version == new
         # A change of what is served, of which a version cannot be loaded, is still none.
-        client.portal.call(
-            service.change_settings, settings(("colours", bundle, 0.9), ("colours", str(tmp_path / "none"), 0.1))
-        )
-        assert "is not a bundle" in client.get("/metadata").json()["problem"]
-        assert len(service.models.versions("colours")) == 3
+        for share in (0.1, 0.0):
+            other = ("colours", bundle, 1 - share), ("colours", str(tmp_path / "none"), share)
+            client.portal.call(service.change_settings, settings(*other))
+            assert "is not a bundle" in client.get("/metadata").json()["problem"]
+            assert shares() == [0.8, 0.2]
 
 
 def test_a_canary_whose_engine_fails_does_not_end_the_replica(start_client, bundle, newer, monkeypatch):
@@ -196,6 +200,11 @@ def test_a_canary_whose_engine_fails_does_not_end_the_replica(start_client, bund
     stable, canary = service.models.all
     monkeypatch.setattr(canary.batcher, "_run", lambda images: 1 / 0)
     client.portal.call(service.check_health)
+    # One that hangs may do so in this process alone.
+    canary.compute._calls["hangs"] = time.monotonic() - 100
+    with pytest.raises(RequestError, match="has made no progress for 100 seconds"):
+        client.portal.call(service.check_health)
+    del canary.compute._calls["hangs"]
     monkeypatch.setattr(stable.batcher, "_run", lambda images: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         client.portal.call(service.check_health)

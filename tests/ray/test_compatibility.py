@@ -199,6 +199,8 @@ def test_the_interrupted_search_is_refused_or_replaced(earlier, monkeypatch):
     def interrupt(fit):
         raise KeyboardInterrupt
 
+    # Else its trials would go on, and take CPUs from the tests that follow.
+    monkeypatch.setattr("cnnray.waiting.in_background", lambda fit: fit)
     monkeypatch.setattr("cnnray.waiting.interruptible", interrupt)
     with pytest.raises(KeyboardInterrupt):
         search(replace(config, overwrite=True))

@@ -51,7 +51,7 @@ class Batcher(Generic[Input, Output]):
         return future
 
     def forget_cancelled(self) -> None:
-        """Let go of the inputs whose futures were cancelled: in a long queue, they would be held for long."""
+        """Drop the inputs whose futures were cancelled, which would be kept until their turn comes."""
         self._waiting = deque(waiting for waiting in self._waiting if not waiting[1].done())
 
     @property

@@ -52,8 +52,9 @@ class ServeConfig:
     rollback_on: dict[str, float] | None = None
     """Limits of a canary, which gets no requests any more once it exceeds one with certainty: '{errors: 0.01,
     latency: 2, agreement: 0.9}', any of them. errors: share of requests without an answer, beyond that of the version
-    before; latency: factor of the 95th percentile of the version before, above which 5 % of the requests may be;
-    agreement: share of compared images with the class of the version before. null: it never goes back by itself."""
+    before; latency: 5 % of the requests may take longer than this many times the 95th percentile of the version
+    before; agreement: share of compared images with the class of the version before. null: it never goes back by
+    itself."""
     engine: str = "auto"
     """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
     openvino-bfloat16 or openvino-int8; auto: keras or keras-bfloat16 on a GPU, otherwise the fastest that export has

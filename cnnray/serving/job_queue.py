@@ -35,7 +35,7 @@ _ROWS = "rows"
 _WAIT_MINUTES = 1440
 """That a job waits for free CPUs."""
 _CALL_SECONDS, _SILENCE_SECONDS = 60.0, 30.0
-"""In which a request is answered, and in which Ray's job API sends something."""
+"""Seconds after which a request is given up, and after which a job API that sends nothing is."""
 _NOT_YET = "No available agent"
 """In the answer of Ray's job API while the agents of a cluster that has just started are not known."""
 
@@ -190,7 +190,7 @@ def _client() -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        """Ray's, which would wait for an answer without an end, and hold a thread so long."""
+        """Ray's client, which by itself waits for an answer without a limit, and holds a thread as long."""
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
             return super()._do_request(*arguments, timeout=_SILENCE_SECONDS, **options)

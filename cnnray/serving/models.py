@@ -182,14 +182,14 @@ class Loader:
         self._loaded: dict[_Place, tuple[str, ServedModel]] = {}
         """By place, the digest of the engine's file, and what was loaded."""
         self._left_out: set[_Place] = set()
-        """Places of the versions without which the models are served."""
+        """Places of the versions that were left out."""
 
     def __call__(self, settings: Settings, *, starts: bool) -> Loaded:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.
 
-        A version that a decision about a canary has left without requests is left out where it cannot be loaded. So
-        is, in a replica that starts, a canary, whose requests the main version gets: it must not keep the service
-        from growing.
+        A version that cannot be loaded is left out where a decision about a canary has left it without requests. In a
+        replica that starts, so is a canary, whose requests the main version gets: it must not keep the service from
+        growing.
 
         Args:
             settings: the settings.
@@ -197,7 +197,7 @@ class Loader:
 
         Raises:
             BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed, unless the last call
-                has loaded it. The models of the last call are not affected.
+                has loaded it, or has left it out. The models of the last call are not affected.
         """
         loaded: dict[_Place, tuple[str, ServedModel]] = {}
         models: list[tuple[ServedModel, float]] = []
@@ -277,7 +277,7 @@ def _place_of(model: ModelSettings, settings: Settings) -> _Place:
 
 
 def _is_missed(model: ModelSettings, settings: Settings) -> bool:
-    """Whether a version has requests, or is to be there for other reasons than to be gone back to."""
+    """Whether a version is needed: all are, but those that a decision about a canary has left without requests."""
     return model.share > 0 or not any(other.verdict for other in settings.models if other.name == model.name)
 
 

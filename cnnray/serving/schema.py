@@ -111,8 +111,8 @@ class Metadata(BaseModel):
     models: dict[str, list[VersionInfo]]
     default_model: str
     problem: str | None = Field(
-        description="Why the last change of the models failed, or a version is left out, which is tried again; null: "
-        "neither."
+        description="Why the last change of the models failed, or why a version is left out; either is tried again. "
+        "null: neither is so."
     )
 
 

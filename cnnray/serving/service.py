@@ -53,8 +53,8 @@ class Service:
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
         tried: the last settings that were to be changed to, whether that failed or not.
-        problem: why the last change of the settings failed, or a version is left out, which is tried again; None:
-            neither.
+        problem: why the last change of the settings failed, or why a version is left out; either is tried again.
+            None: neither is so.
         metrics: counts requests, images and predictions.
         admission: what the requests hold at present.
         canaries: compares canaries with the versions before them.
@@ -103,7 +103,8 @@ class Service:
         Serve stop the replica.
 
         Raises:
-            BundleError, OSError: a model's main version cannot be loaded, and there are no present models.
+            BundleError, OSError: a version that must not be left out cannot be loaded, and there are no present
+                models.
         """
         self._wanted = settings
         if not await self._change(settings):
@@ -165,8 +166,8 @@ class Service:
         """Check that the engines of versions with requests compute, without waiting behind the images of requests.
 
         One that is at work must have made progress, by an image decoded or a micro-batch computed, within the time
-        that an answer may take. One that waits for images is given a black one, if it is that of a model's main
-        version: that a canary's engine fails is a matter of its verdict, as it would in a new replica, too.
+        that an answer may take. The engine of a model's main version, while it waits for images, is given a black
+        one. That of a canary is not: if it fails, a new replica would fail, too, and its verdict deals with that.
 
         Raises:
             RequestError: 503, an engine takes too long, or no model is loaded.

@@ -45,6 +45,16 @@ class Connection:
         return self.sent[0]["status"], self.sent[1]["body"].decode()
 
 
+async def _connect(client, count):
+    """Send so many images, one after the other. Two micro-batches are then being computed; the other images wait."""
+    connections = []
+    for _ in range(count):
+        connections.append(Connection(client))
+        connections[-1].part(GOOD, more=False)
+        await asyncio.sleep(0.05)
+    return connections
+
+
 async def _until(condition):
     async with asyncio.timeout(20):
         while not condition():
@@ -208,12 +218,7 @@ def test_nothing_is_computed_for_a_client_that_has_left(start_client, monkeypatc
     monkeypatch.setattr(client.app.service.metrics, "record_request", lambda *values: recorded.append(values))
 
     async def ask():
-        # Two micro-batches are being computed; two further requests wait.
-        connections = []
-        for _ in range(4):
-            connections.append(Connection(client))
-            connections[-1].part(GOOD, more=False)
-            await asyncio.sleep(0.05)
+        connections = await _connect(client, 4)
         connections[2].leave()
         await asyncio.sleep(0.2)
         assert connections[2].task.done()
@@ -236,11 +241,7 @@ def test_images_of_clients_that_have_left_are_not_held(start_client, monkeypatch
     monkeypatch.setattr(served.compute, "predict", lambda images: (free.wait(20), compute(images))[1])
 
     async def ask():
-        connections = []
-        for _ in range(5):
-            connections.append(Connection(client))
-            connections[-1].part(GOOD, more=False)
-            await asyncio.sleep(0.05)
+        connections = await _connect(client, 5)
         await _until(lambda: len(served.batcher._waiting) == 3)
         connections[2].leave()
         connections[4].leave()

@@ -150,9 +150,13 @@ class MultiWorkerConfig(BackendConfig):
         return _MultiWorkerBackend
 
 
+_reserved: list[socket.socket] = []
+"""Keeps the port of this worker until TensorFlow's server has it, as the system may give a free port to anyone."""
+
+
 class _MultiWorkerBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        addresses = worker_group.execute(_free_address)
+        addresses = worker_group.execute(_reserve_address)
         ray.get(
             [
                 worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
@@ -161,12 +165,15 @@ class _MultiWorkerBackend(Backend):
         )
 
 
-def _free_address() -> str:
+def _reserve_address() -> str:
     host = ray.util.get_node_ip_address()
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.closing(socket.socket(family)) as listener:
-        listener.bind(("", 0))
-        port = listener.getsockname()[1]
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # Only a socket of the same user with this option can share the port.
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    os.environ["TF_GRPC_REUSE_PORT"] = "1"
+    reserved.bind(("", 0))
+    _reserved.append(reserved)
+    port = reserved.getsockname()[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

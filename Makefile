@@ -62,7 +62,7 @@ bench: .venv/developed  ## Measure against the peers and bare limits, side by si
 test-long: .venv/developed  ## The tests that take minutes each: the largest networks in every format.
 	$(BIN)/python -m pytest -m long
 
-chaos: .venv/developed  ## Kill prediction runs at random moments, ten times each way.
+chaos: .venv/developed  ## Kill prediction runs at random moments, ten times each way; cut storage off; runs whose Ray dies.
 	$(BIN)/python -m pytest -m chaos -s
 
 soak: .venv/developed  ## A million images with a kill at half; a service under load, faults and nonsense; flat memory.

@@ -1,4 +1,4 @@
-"""The waits of jobs: for nodes that a job needs to begin or loses while it runs, and for functions in threads."""
+"""The waits of jobs: for nodes that a job lacks, for room that other jobs hold, and for functions in threads."""
 
 import contextlib
 import logging
@@ -21,13 +21,13 @@ Result = TypeVar("Result")
 POLL_SECONDS = 5.0
 """Seconds between two readings of the resources of a cluster that lacks nodes or may lose some."""
 _LOG_SECONDS = 60.0
-"""Seconds between two log lines of a wait for nodes."""
+"""Seconds between two log lines of a wait for room."""
 LOST_MINUTES = 10.0
-"""Minutes that a running job waits for lost nodes, unless --wait-minutes says otherwise."""
+"""Minutes that a job waits for lost nodes, or for room that other jobs hold, unless --wait-minutes says otherwise."""
 
 
 class Shortage:
-    """The wait of a job for missing nodes: logged when it begins and every minute, and limited in time."""
+    """The wait of a job for room: logged when it begins and every minute, and limited in time."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         """
@@ -57,7 +57,7 @@ class Shortage:
             self._wait_for(error)
             return None
         if self._since is not None:
-            log.info("the nodes have come, after %s", duration(self._clock() - self._since))
+            log.info("there is room, after %s", duration(self._clock() - self._since))
         self._since, self._logged = None, -_LOG_SECONDS
         return planned
 
@@ -73,10 +73,10 @@ class Shortage:
         self._since = now if self._since is None else self._since
         left = self._since + 60 * self._minutes - now
         if left <= 0:
-            raise ClusterError(f"{error} (Waited {self._minutes:g} minutes for nodes.)")
+            raise ClusterError(f"{error} (Waited {self._minutes:g} minutes for room.)")
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            log.info("waiting for nodes, at most %s: %s", duration(left), error)
+            log.info("waiting for room, at most %s: %s", duration(left), error)
 
 
 def wait_for_resources(
@@ -100,15 +100,54 @@ def wait_for_resources(
     try:
         while planned is None:
             # Each request replaces all others of the cluster, such as those of other jobs, so it is repeated.
-            sdk.request_resources(
-                bundles=[{name: amount for name, amount in request.items() if amount} for request in requests]
-            )
+            sdk.request_resources(bundles=_without_zeros(requests))
             time.sleep(POLL_SECONDS)
             planned = shortage.try_plan(plan)
         return planned
     finally:
         # Without this the request would keep the nodes for ever. Running jobs make requests of their own.
         sdk.request_resources(bundles=[])
+
+
+def wait_for_room(requests: list[dict[str, float]], minutes: float | None) -> None:
+    """Wait until other jobs leave room for the processes that a job begins with.
+
+    Ray would wait for ever, without a word. The autoscaler sees what is asked for.
+
+    Args:
+        requests: the resources of each process.
+        minutes: the longest wait; None: `LOST_MINUTES`.
+
+    Raises:
+        ClusterError: other jobs hold the room.
+    """
+    if cluster.is_own():
+        return
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    shortage = Shortage(LOST_MINUTES if minutes is None else minutes)
+    asked = _without_zeros(requests)
+
+    def check_free(total: Resources) -> None:
+        free = cluster.free_resources()
+        cpus, gpus = (sum(request.get(kind, 0.0) for request in asked) for kind in ("CPU", "GPU"))
+        raise ClusterError(
+            f"The job begins with {cpus:g} CPUs and {gpus:g} GPUs, and other jobs leave {free.cpus:g} of the "
+            f"cluster's {total.cpus:g} CPUs and {free.gpus:g} of its {total.gpus:g} GPUs: end them, or give "
+            "--wait-minutes."
+        )
+
+    group = placement_group(asked)
+    try:
+        while not group.wait(POLL_SECONDS):
+            shortage.try_plan(check_free)
+        shortage.try_plan(lambda _: None)
+    finally:
+        remove_placement_group(group)
+
+
+def _without_zeros(requests: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: amount for name, amount in request.items() if amount} for request in requests]
 
 
 @contextlib.contextmanager

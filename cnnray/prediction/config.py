@@ -39,7 +39,8 @@ class InferenceOptions:
     gpus_per_worker: float | None = None
     """GPUs of each worker; null: 1 where the cluster has GPUs and the engine is keras, else 0."""
     wait_minutes: float | None = None
-    """Minutes to wait for missing nodes; null: 0 at the start, and 10 when nodes are lost during the run."""
+    """Minutes that the job waits for nodes that the cluster lacks, or for room that other jobs hold; null: 10, and
+    none for nodes that are missing at its start."""
     skip_unreadable: bool = False
     """Give images whose storage is in trouble after several attempts (throttled, not reachable, credentials that do
     not work) a row with an error. Otherwise they have no row, and the same command goes on with them."""

@@ -289,13 +289,14 @@ def _on_cluster(
     """Carry out the tasks with workers on the cluster.
 
     Raises:
-        ClusterError: lost nodes did not come back.
+        ClusterError: other jobs hold the room, or lost nodes did not come back.
     """
     log.info(
         "%d to %d workers of %g CPUs and %g GPUs, %d at first; decoding in %s",
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
+    waiting.wait_for_room(pool.first_requests, config.wait_minutes)
     with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
         yield from dispatcher.run(tasks)
 

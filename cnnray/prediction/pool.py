@@ -28,6 +28,11 @@ class Pool:
         """CPU threads of each worker."""
         return max(1, math.ceil(self.cpus))
 
+    @property
+    def first_requests(self) -> list[dict[str, float]]:
+        """Resources that a run needs to begin: for one worker, and for a decoding task."""
+        return [{"CPU": self.cpus, "GPU": self.gpus}, *([{"CPU": self.decode_cpus}] if self.decode_cpus else [])]
+
 
 def plan_pool(options: PredictOptions, engine: str, resources: Resources) -> Pool:
     """Decide on the workers that a cluster has room for.

@@ -108,7 +108,9 @@ async def _ready(service: Service, request: Request) -> Ready:
 
 async def _openapi(service: Service, request: Request) -> JSONResponse:
     root_path = request.scope.get("root_path")
-    return JSONResponse(_description() | ({"servers": [{"url": root_path}]} if root_path else {}))
+    return JSONResponse(
+        _description(request.scope["needs_key"]) | ({"servers": [{"url": root_path}]} if root_path else {})
+    )
 
 
 async def _metadata(service: Service, request: Request) -> Metadata:
@@ -190,7 +192,7 @@ async def _explain(service: Service, request: Request) -> Response:
     served = service.choose_model(query.model, query.version, canary_key(request))
     images, several = await _read_images(service, request)
     if several:
-        raise RequestError(400, "Several images: expected one.")
+        raise RequestError(400, "Expected one image: send `image`, not the list `images` or several files.")
     names = served.bundle.info.class_names
     if query.label is not None and query.label not in names:
         raise RequestError(404, f"There is no class {reprlib.repr(query.label)}.")
@@ -270,9 +272,10 @@ _OPERATIONS = [
 
 
 @functools.cache
-def _description() -> dict[str, Any]:
+def _description(needs_key: bool) -> dict[str, Any]:
     return describe(
         _OPERATIONS,
+        needs_key=needs_key,
         title="cnnray",
         version=cnnray.__version__,
         description="Image classification. Send images to /predict, or use the Open Inference Protocol (/v2) or "

@@ -128,8 +128,11 @@ def _parse_form(body: bytes, content_type: str) -> tuple[list[bytes | BadImage],
             )
         images.append(content)
     others = [name for name, is_file, _ in parts if name != "image" and is_file]
-    if images and others:
-        raise RequestError(400, f"The form has a file in the field {reprlib.repr(others[0])}, not in image.")
+    if others:
+        problem = "" if images else f"{NO_IMAGE}. "
+        raise RequestError(
+            400, f"{problem}The form has a file in the field {reprlib.repr(others[0])}; expected image."
+        )
     return images, len(images) > 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cnnray import flags
 from cnnray.models import engines
 from cnnray.serving.releases import DEFAULT_LIMITS
-from cnnray.serving.settings import NAME, JobSettings, LogSettings, ModelSettings, Settings
+from cnnray.serving.settings import NAME, NAME_CHARACTERS, JobSettings, LogSettings, ModelSettings, Settings
 
 DEFAULT_NAME = "model"
 """Name of the model that --bundle serves."""
@@ -53,8 +53,8 @@ class ServeConfig:
     """Limits of a canary, which gets no requests any more once it exceeds one with certainty: '{errors: 0.01,
     latency: 2, agreement: 0.9}', any of them. errors: share of requests without an answer, beyond that of the version
     before; latency: 5 % of the requests may take longer than this many times the 95th percentile of the version
-    before; agreement: share of compared images with the class of the version before. null: it never goes back by
-    itself."""
+    before; agreement: share of compared images with the class of the version before. null: it is never rolled back
+    by itself."""
     engine: str = "auto"
     """Engine that runs the networks: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
     openvino-bfloat16 or openvino-int8; auto: keras or keras-bfloat16 on a GPU, otherwise the fastest that export has
@@ -85,7 +85,7 @@ class ServeConfig:
     """CPUs of each replica, and therefore its threads; null: 1, or with GPUs an even share of the CPUs of the nodes
     that have GPUs, because images are decoded beside them (with --write-config: 4)."""
     gpus_per_replica: float = 0.0
-    """GPUs of each replica."""
+    """GPUs of each replica, 0 to 1; with 0.5, two replicas share one."""
     wait_minutes: float = 0.0
     """Minutes that the job waits if the cluster, or what others leave free of it, has no room for the smallest number
     of replicas."""
@@ -129,7 +129,8 @@ class ServeConfig:
     log_days: float = 30.0
     """With --log-requests: days after which files are deleted."""
     write_config: str | None = None
-    """Write the configuration for `serve deploy` to this file and exit."""
+    """Write the configuration for `serve deploy` to this file and exit. It holds no environment variables, such as
+    `CNNRAY_API_KEY_FILE`: set them where `ray start` runs, on every node."""
 
     def __post_init__(self) -> None:
         """
@@ -291,10 +292,7 @@ def _resolve_shares(models: Iterable[ModelVersion]) -> tuple[ModelSettings, ...]
     by_name: dict[str, list[ModelVersion]] = {}
     for model in models:
         if not NAME.fullmatch(model.name):
-            raise ValueError(
-                f"--models: {model.name!r} cannot be a name: expected letters, digits, _, . and -, the first a "
-                "letter or digit."
-            )
+            raise ValueError(f"--models: {model.name!r} cannot be a name: expected {NAME_CHARACTERS}.")
         if model.share is not None and not 0 <= model.share <= 1:
             raise ValueError(f"--models: share of {model.name} must be 0 to 1, not {model.share}.")
         by_name.setdefault(model.name, []).append(model)

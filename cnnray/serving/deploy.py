@@ -240,8 +240,9 @@ def _count_replicas(config: ServeConfig, resources: cluster.Resources) -> int:
     count = resources.room_for(cpus, gpus)
     if count < max(1, config.min_replicas):
         raise cluster.ClusterError(
-            f"{max(1, config.min_replicas)} replicas of {cpus:g} CPUs and "
-            f"{gpus:g} GPUs do not fit the cluster, which has room for {count}."
+            f"{max(1, config.min_replicas)} replica(s) of {cpus:g} CPUs and {gpus:g} GPUs do not fit the cluster, "
+            f"which has room for {count}: lower --min-replicas or --cpus-per-replica, add nodes, or give "
+            "--wait-minutes."
         )
     return count
 
@@ -390,9 +391,11 @@ def _runtime_environment() -> dict[str, Any]:
 
 
 def _log_usage(address: str) -> None:
+    key = " -H 'X-API-Key: KEY'" if read_keys() else ""
     log.info("serving at %s (Ctrl-C stops it): a page to try it, and %s/docs", address, address)
-    log.info("  curl -s %s/predict -H 'Content-Type: application/json' -d '{\"image\": \"%s\"}'", address, _PIXEL)
-    log.info("  curl -s %s/predict -F image=@photo.jpg", address)
+    body = f"-H 'Content-Type: application/json' -d '{{\"image\": \"{_PIXEL}\"}}'"
+    log.info("  curl -s %s/predict%s %s", address, key, body)
+    log.info("  curl -s %s/predict%s -F image=@photo.jpg", address, key)
 
 
 def _log_changes(gcs_address: str, dashboard_address: str) -> None:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.keys import Key, Keys
+from cnnray.serving.keys import Key, Keys, is_public
 from cnnray.serving.request_log import request_id as logged_id
 from cnnray.serving.service import Service
 
@@ -29,9 +29,6 @@ REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
-_PUBLIC = ("/health/", "/v2/health/", "/docs/")
-_PUBLIC_PAGES = ("/", "/docs", "/openapi.json")
-"""Path prefixes, and paths, that need no API key: a browser asks for pages without it."""
 
 
 class _Client:
@@ -119,7 +116,7 @@ class Gate:
         request_id = request_id_from(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         logged_id.set(request_id)
-        scope["service"] = self.service
+        scope["service"], scope["needs_key"] = self.service, self._keys.are_needed
         scope["held"] = held = Held(self.service.admission)
         client = _Client(receive)
 
@@ -163,7 +160,7 @@ class Gate:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path not in _PUBLIC_PAGES and not path.startswith(_PUBLIC):
+        if not is_public(path):
             scope["key"] = self._keys.check(headers)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:

@@ -98,8 +98,11 @@ class JobQueue:
         except TimeoutError:
             raise RequestError(503, "Ray's job API does not answer: try again.") from None
         except (OSError, RuntimeError) as error:  # of the storage, and of Ray's client
-            log.exception("the job API cannot be used")
-            raise RequestError(503, f"The job API cannot be used: {type(error).__name__}.") from None
+            log.exception("a job cannot be submitted or looked up")
+            raise RequestError(
+                503,
+                f"The job cannot be submitted or looked up ({type(error).__name__}): the replica's log says why.",
+            ) from None
         finally:
             given_up.set()  # also where the client has left
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 API_KEY, API_KEY_FILE = "CNNRAY_API_KEY", "CNNRAY_API_KEY_FILE"
 """Environment variables with the API key, and with the name of a file that holds it, or several: see `read_keys`."""
 _READ_AGAIN_SECONDS = 10.0
+_PUBLIC = ("/health/", "/v2/health/", "/docs/")
+_PUBLIC_PAGES = ("/", "/docs", "/openapi.json")
 
 
 class ApiKeyError(BadInputError, ValueError):
@@ -37,6 +39,11 @@ class Key:
     """Requests that a replica answers; None: any number."""
     admin: bool = False
     """Whether it may change what is served."""
+
+
+def is_public(path: str) -> bool:
+    """Whether requests for a path need no API key: probes and browsers cannot send one."""
+    return path in _PUBLIC_PAGES or path.startswith(_PUBLIC)
 
 
 def read_keys() -> list[Key]:
@@ -68,7 +75,7 @@ def read_keys() -> list[Key]:
         entries = None  # the error would show a part of the file
     if not isinstance(entries, list):
         raise ApiKeyError(f"{where} is neither a key, on one line, nor a YAML list of keys.")
-    keys = [_read_entry(entry, f"{where} has at place {place}") for place, entry in enumerate(entries, start=1)]
+    keys = [_read_entry(entry, f"Entry {number} of {where}") for number, entry in enumerate(entries, start=1)]
     if len({key.key for key in keys}) < len(keys):
         raise ApiKeyError(f"{where} has a key twice.")
     if len({key.name for key in keys}) < len(keys):
@@ -81,12 +88,15 @@ def read_keys() -> list[Key]:
 def _read_entry(entry: object, where: str) -> Key:
     kinds = {"key": str, "name": str, "requests_per_second": int | float, "admin": bool}
     if not isinstance(entry, dict) or not {"key", "name"} <= entry.keys() <= kinds.keys():
-        raise ApiKeyError(f"{where} something else than a mapping with key, name, requests_per_second and admin.")
+        raise ApiKeyError(
+            f"{where} must be a mapping with key and name, and where wanted requests_per_second and admin."
+        )
     for name, value in entry.items():
         if not isinstance(value, kinds[name]) or (kinds[name] is not bool and not value):
-            raise ApiKeyError(f"{where} a {name} of the wrong type, or an empty one.")
+            hint = " (quote one of digits alone)" if name in ("key", "name") else ""
+            raise ApiKeyError(f"{where} has a {name} that is empty, or of the wrong type{hint}.")
     if not entry.get("requests_per_second", 1) > 0:
-        raise ApiKeyError(f"{where} no requests per second.")
+        raise ApiKeyError(f"{where} must have requests_per_second above 0.")
     return Key(**entry)
 
 
@@ -101,6 +111,11 @@ class Keys:
 
     def _set(self, keys: list[Key]) -> None:
         self._by_digest = {_digest(key.key): key for key in keys}
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self._by_digest)
 
     def find(self, text: str) -> Key | None:
         """The key that a request has sent; None: it is none of them."""
@@ -132,7 +147,7 @@ class Keys:
         Raises:
             RequestError: 401, there is no key, or it is wrong; 429, it has had its requests.
         """
-        if not self._by_digest:
+        if not self.are_needed:
             return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = self.find(token if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
@@ -141,7 +156,7 @@ class Keys:
         if wait := self.take_request(key):
             raise RequestError(
                 429,
-                f"This API key has {key.requests_per_second:g} requests a second.",
+                f"This API key has had its {key.requests_per_second:g} requests a second: try again later.",
                 {"Retry-After": str(math.ceil(wait))},
             )
         return key

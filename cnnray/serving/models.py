@@ -88,7 +88,7 @@ class Models:
             NoSuchModelError: it is not served.
         """
         if name not in self._by_name:
-            raise NoSuchModelError(f"There is no model {reprlib.repr(name)}; there are {', '.join(self.names)}.")
+            raise NoSuchModelError(f"There is no model {reprlib.repr(name)}; served are {', '.join(self.names)}.")
         return self._by_name[name]
 
     def choose(self, name: str | None = None, version: str | None = None, key: str | None = None) -> ServedModel:

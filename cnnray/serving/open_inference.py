@@ -370,6 +370,6 @@ OPERATIONS = [
         for version in ("", "/versions/{version}")
     ),
     Operation("GET", "/v2", _server_metadata, tag=_TAG),
-    Operation("GET", "/v2/health/live", _live, tag=_TAG),
-    Operation("GET", "/v2/health/ready", _ready, tag=_TAG),
+    Operation("GET", "/v2/health/live", _live, tag=_TAG, failures=()),
+    Operation("GET", "/v2/health/ready", _ready, tag=_TAG, failures=(503,)),
 ]

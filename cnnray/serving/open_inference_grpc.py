@@ -153,11 +153,17 @@ def _parse_infer(body: bytes, settings: Settings) -> tuple[Any, InferRequest, li
     """The message of a request, the request as over HTTP, and its images."""
     asked = _parse("ModelInferRequest", body)
     if len(asked.inputs) != 1 or len(asked.raw_input_contents) > 1:
-        raise RequestError(400, f"There are {len(asked.inputs)} inputs; expected one, image or image_bytes.")
+        raise RequestError(
+            400,
+            f"There are {len(asked.inputs)} inputs and {len(asked.raw_input_contents)} raw_input_contents; expected "
+            "one input, image or image_bytes, and at most one of raw_input_contents.",
+        )
     (tensor,) = asked.inputs
     # What a few bytes of a message stand for takes much more memory as objects.
     if len(asked.outputs) > _MOST_OUTPUTS or len(tensor.contents.bytes_contents) > settings.max_images:
-        raise RequestError(413, f"A request may have {_MOST_OUTPUTS} outputs and {settings.max_images} images.")
+        raise RequestError(
+            413, f"A request may have at most {_MOST_OUTPUTS} outputs and {settings.max_images} images."
+        )
     if asked.raw_input_contents:
         (binary,) = asked.raw_input_contents
     elif tensor.contents.bytes_contents:

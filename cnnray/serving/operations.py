@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.keys import API_KEY_FILE
+from cnnray.serving.keys import API_KEY_FILE, is_public
 from cnnray.serving.schema import CANARY_KEY_PARAMETER, Failure
 from cnnray.serving.service import Service
 
@@ -27,19 +27,24 @@ Bodies = dict[str, type[BaseModel] | dict[str, Any]]
 FAILURES = {
     400: "There is no image, or the body cannot be read.",
     401: "The API key is missing or wrong.",
-    403: "The API key is no admin's, or the service was started without what this needs, or for other images.",
-    404: "There is no such model or version.",
+    403: "The key is not an admin's, the service was started without this, or an image is not below --jobs-from.",
+    404: "There is no such model, version, class or job.",
     408: "The body did not arrive in time.",
     413: "The body, the image or the number of images is too large.",
     415: "The body is not an image of a supported type.",
     422: "The image is damaged, or a parameter is out of range.",
-    429: "The API key has had its requests of this second.",
-    500: "The network gives values that are no probabilities, or the service has a bug.",
+    429: "The API key is over its requests per second: Retry-After says how long to wait.",
+    500: "The output of the network is not a probability distribution, or the service has a bug.",
     503: "The service is overloaded, too slow or starting: try again.",
 }
 """By status of a response that is a `Failure`, what it means."""
 USUAL_FAILURES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
 _REFERENCE = "#/components/schemas/{model}"
+_KEY_SCHEMES = {
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer"},
+}
+"""How a request sends its API key, as OpenAPI describes it."""
 
 
 class Operation(Route):
@@ -90,7 +95,9 @@ class Operation(Route):
         await response(scope, receive, send)
 
 
-def describe(operations: Sequence[Operation], *, title: str, version: str, description: str) -> dict[str, Any]:
+def describe(
+    operations: Sequence[Operation], *, title: str, version: str, description: str, needs_key: bool
+) -> dict[str, Any]:
     """The description of the operations by OpenAPI 3.1."""
     described = [operation for operation in operations if operation.answer is not None]
     bodies = {body for operation in described for body in operation.bodies.values() if isinstance(body, type)}
@@ -123,6 +130,8 @@ def describe(operations: Sequence[Operation], *, title: str, version: str, descr
             "parameters": _parameters(operation),
             "responses": responses,
         }
+        if needs_key and is_public(operation.path):
+            entry["security"] = []
         if operation.tag:
             entry["tags"] = [operation.tag]
         if operation.bodies:
@@ -133,8 +142,9 @@ def describe(operations: Sequence[Operation], *, title: str, version: str, descr
         "openapi": "3.1.0",
         "info": {"title": title, "version": version, "description": description},
         "paths": paths,
-        "components": {"schemas": of_bodies.get("$defs", {}) | of_answers.get("$defs", {})},
-    }
+        "components": {"schemas": of_bodies.get("$defs", {}) | of_answers.get("$defs", {})}
+        | ({"securitySchemes": _KEY_SCHEMES} if needs_key else {}),
+    } | ({"security": [{name: []} for name in _KEY_SCHEMES]} if needs_key else {})
 
 
 def _schema(body: type[BaseModel] | dict[str, Any]) -> dict[str, Any]:

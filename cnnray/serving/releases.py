@@ -156,16 +156,16 @@ def judge(comparison: Comparison, settings: Settings) -> Verdict:
         if bound(figure.bad, figure.total, _ALPHA / len(limits), upper=False) > figure.certain_limit:
             return Verdict(action=ROLL_BACK, reason=_describe(figure))
     if exceeded:
-        return Verdict(reason=f"{_describe(exceeded[0])}; that is not certain yet")
+        return Verdict(reason=f"{_describe(exceeded[0])}; that may still be chance")
     needed = settings.promote_after or DEFAULT_PROMOTE_AFTER
     canary, stable = comparison.canary, comparison.stable
     progress = f"{canary.images} of {needed} images answered"
     is_done = canary.images >= needed
     if settings.shadow_share > 0 and "agreement" in limits:
-        progress += f", {comparison.compared} compared, {comparison.agreed} of them with the class of before"
+        progress += f", {comparison.compared} compared, {comparison.agreed} of them with the same class"
         is_done = is_done and comparison.compared >= needed
     if stable.times.total() < _FEWEST_REQUESTS:
-        progress += f", {stable.times.total()} of {_FEWEST_REQUESTS} requests of the version before"
+        progress += f", {stable.times.total()} of {_FEWEST_REQUESTS} requests answered by the version before"
         is_done = False
     return Verdict(action=PROMOTE if is_done else WAIT, reason=f"{progress}; no limit is exceeded")
 
@@ -189,7 +189,7 @@ def _figures(comparison: Comparison, limits: Mapping[str, float]) -> Iterator[_F
 
 
 def _describe(figure: _Figure) -> str:
-    return f"{figure.bad} of {figure.total} {figure.problem}, and {figure.limit:.2%} may"
+    return f"{figure.bad} of {figure.total} {figure.problem} (the limit is {figure.limit:.2%})"
 
 
 def bound(bad: int, total: int, alpha: float, *, upper: bool) -> float:
@@ -310,7 +310,7 @@ def unload(settings: Settings, name: str) -> Settings:
     """
     names = {model.name for model in settings.models}
     if name not in names:
-        raise ChangeError(f"There is no model {name!r}; there are {', '.join(sorted(names))}.")
+        raise ChangeError(f"There is no model {name!r}; served are {', '.join(sorted(names))}.")
     if names == {name}:
         raise ChangeError(f"{name} is the only model that is served: it cannot be unloaded.")
     return replace(settings, models=_with_versions(settings.models, name, []))

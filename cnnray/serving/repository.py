@@ -19,7 +19,7 @@ from cnnray.serving.models import find_engine
 from cnnray.serving.operations import Bodies, Operation
 from cnnray.serving.releases import ChangeError
 from cnnray.serving.service import Service
-from cnnray.serving.settings import NAME, ModelSettings, Settings
+from cnnray.serving.settings import NAME, NAME_CHARACTERS, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ async def _load(service: Service, request: Request) -> dict[str, Any]:
     """Load a bundle as a model, or as a new version of it."""
     name = request.path_params["model"]
     if not NAME.fullmatch(name):
-        raise RequestError(400, f"{name!r} cannot be a name: expected letters, digits, _, . and -.")
+        raise RequestError(400, f"{name!r} cannot be a name: expected {NAME_CHARACTERS}.")
     asked = await service.read(request, lambda body, _: _parse(body))
     service.ready_models()
     settings = service.settings
@@ -84,8 +84,8 @@ async def _load(service: Service, request: Request) -> dict[str, Any]:
         )
         if asked.share < 1 and places.get(bundle.uri) not in (None, bundle.version):
             raise ChangeError(
-                f"{bundle.uri} held {places[bundle.uri]}, which no new replica could load: put the canary's bundle "
-                "into another place."
+                f"{bundle.uri} held {places[bundle.uri]}, which no new replica could load: write the canary's bundle "
+                "at another path."
             )
         new = ModelSettings(name=name, uri=bundle.uri, share=asked.share, version=bundle.version)
         change = await _coordination(service).load(new, settings)

@@ -12,7 +12,7 @@ from cnnray import cluster, waiting
 from cnnray.errors import PermanentError
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.controller import APPLICATION, DEPLOYMENT
-from cnnray.serving.keys import read_keys
+from cnnray.serving.keys import API_KEY, API_KEY_FILE, read_keys
 from cnnray.serving.releases import is_decision
 
 _PLACING_SECONDS = 30.0
@@ -50,7 +50,8 @@ def wait_until_served(
         The number of replicas.
 
     Raises:
-        ServingError: the service cannot start, cannot load the models or does not report them.
+        ServingError: the service cannot start, cannot load the models, does not report them, or needs no API key
+            where there is one.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
     agreed, needed = 0, max(1, config.min_replicas)
@@ -88,8 +89,14 @@ def wait_until_served(
             served, problem = _fetch_versions(address, key.key if key else None, versions)
             if problem:
                 raise ServingError(f"The models cannot be served: {problem}")
+            is_open = bool(key and served and _fetch_versions(address, None, versions)[0])
+            if is_open and len(placed) == len(everything):  # no replica of before is left
+                raise ServingError(
+                    f"The service answers requests without an API key, because {API_KEY} is set for this command and "
+                    f"not for the replicas: set it where `ray start` runs, on every node, or give {API_KEY_FILE}."
+                )
             # Each request may reach another replica.
-            agreed = agreed + 1 if served == versions else 0
+            agreed = agreed + 1 if served == versions and not is_open else 0
             if agreed > 2 * len(placed):
                 break
     return len(placed)

@@ -92,7 +92,8 @@ class VersionInfo(BaseModel):
     version: str
     share: Share = Field(description="Share of the requests without `version` that it answers.")
     verdict: str | None = Field(
-        description="Of a canary: wait, promote or roll back, as far as is known, or what was done, and why."
+        description="Of a canary, each with a reason: wait, promote or roll back while it is judged; promoted or "
+        "rolled back once that was done."
     )
     engine: str
     class_names: list[str]
@@ -112,7 +113,7 @@ class Metadata(BaseModel):
     default_model: str
     problem: str | None = Field(
         description="Why the last change of the models failed, or why a version is left out; either is tried again. "
-        "null: neither is so."
+        "null: there is no problem."
     )
 
 

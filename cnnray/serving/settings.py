@@ -7,6 +7,8 @@ from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """Names of models."""
+NAME_CHARACTERS = "letters, digits, _, . and -, the first a letter or digit"
+"""What `NAME` matches, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ Ray's own `ray.train.tensorflow` does the same, but imports TensorFlow into the 
 (five seconds each) and asks for Keras 2 (`TF_USE_LEGACY_KERAS`).
 """
 
-import contextlib
 import importlib
 import json
 import logging

@@ -183,8 +183,8 @@ class ClusterConfig:
     """Worker processes that train side by side, at most. null: one for each GPU; without GPUs one for each node, but
     for nodes so small that the others would wait for them. A run that goes on keeps its number."""
     wait_minutes: float | None = None
-    """Minutes that the job waits for nodes that the cluster lacks; null: none at its start, and 10 where nodes are
-    lost while it trains."""
+    """Minutes that the job waits for nodes that the cluster lacks, or for room that other jobs hold; null: 10, and
+    none for nodes that are missing at its start."""
     cpus_per_worker: float | None = None
     """CPUs of one worker, rounded up also its TensorFlow threads; null: three quarters of the cluster's CPUs
     shared by the workers, or 1 where they have GPUs."""

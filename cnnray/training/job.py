@@ -92,6 +92,7 @@ def train(
             )
             for line in plan.describe(config, shares, available, data.describe(config, manifest, shares)):
                 log.info(line)
+            waiting.wait_for_room(plan.first_requests(config, shares), config.wait_minutes)
             if tracker:
                 tracker.params = config.tracked()
             weights_file = None if config.weights in ("none", "imagenet") else config.weights

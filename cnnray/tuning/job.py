@@ -26,7 +26,7 @@ from cnnray.training import data, decided, decisions, recipe
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import CONFIG, HISTORY
-from cnnray.training.plan import check_cpus, place, resource_requests, share_out
+from cnnray.training.plan import check_cpus, first_requests, place, resource_requests, share_out
 from cnnray.tuning.config import LISTS, SearchConfig
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,15 @@ def search(config: SearchConfig) -> dict[str, Any]:
             config, available = waiting.wait_for_resources(
                 functools.partial(_plan, config, first, images), resource_requests(config), config.wait_minutes
             )
+            of_trial = _for_trials(config, available)
+            first_trial = first_requests(of_trial, share_out(of_trial, available))
+            waiting.wait_for_room(first_trial, config.wait_minutes)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, share_out(config, available))
                 _begin(config)
             with tracker.following() if tracker else contextlib.nullcontext():
-                results = _results(_for_trials(config, available), spaces, first.all_epochs)
+                results = _results(of_trial, spaces, first.all_epochs)
         rows = _rows(config, results, first.all_epochs)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))

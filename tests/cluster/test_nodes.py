@@ -100,10 +100,10 @@ def test_a_job_waits_for_a_node_that_starts_later(nodes, start, all_digits, tmp_
     arguments = ("--max-workers", "3", "--cpus-per-worker", "1.5", "--epochs", "1")
     started = time.monotonic()
     job = _train(start, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
-    _wait_for_log(job, r"waiting for nodes, at most 4m00s: 3 worker\(s\) of 1\.5 CPUs do not fit 4 CPUs")
+    _wait_for_log(job, r"waiting for room, at most 4m00s: 3 worker\(s\) of 1\.5 CPUs do not fit 4 CPUs")
     assert not (tmp_path / "out" / "config.yaml").exists()
     nodes.start(2)
-    _wait_for_log(job, "the nodes have come, after")
+    _wait_for_log(job, "there is room, after")
     waited = time.monotonic() - started
     assert _wait_for_summary(job)["epochs"] == 1
     _report(f"Ray knew of a lost node after {noticed:.0f} s; a job that waited for it went on after {waited:.0f} s")
@@ -117,8 +117,8 @@ def test_a_waiting_job_makes_the_autoscaler_add_nodes(growing_nodes, start_on, a
     assert "do not fit 1 CPUs: lower --max-workers" in refused.err.read_text()
     started = time.monotonic()
     job = _train(train, all_digits, tmp_path / "out", "--wait-minutes", "4", *arguments)
-    _wait_for_log(job, "waiting for nodes")
-    _wait_for_log(job, "the nodes have come, after")
+    _wait_for_log(job, "waiting for room")
+    _wait_for_log(job, "there is room, after")
     waited = time.monotonic() - started
     assert _wait_for_summary(job)["epochs"] == 1
     _report(f"a job on a head of 1 CPU let Ray's autoscaler add two nodes, and began after {waited:.0f} s")

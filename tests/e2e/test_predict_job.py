@@ -167,6 +167,8 @@ def test_a_few_images_need_no_ray_until_a_run_is_killed(start_job, command):
     assert "1 to 2 workers of 1 CPUs" in again.err.read_text()
 
 
+# Ray takes minutes to notice.
+@pytest.mark.chaos
 def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, bundle, photos, tmp_path):
     images, output = 30_000, tmp_path / "out"  # workers go on for a while before they are lost
     (tmp_path / "photos").mkdir()

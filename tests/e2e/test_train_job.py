@@ -51,6 +51,8 @@ def test_a_killed_driver_is_resumed_by_the_same_command(start_job, digits, tmp_p
     assert metrics == pytest.approx(summary["metrics"], rel=1e-5)
 
 
+# Ray takes minutes to notice.
+@pytest.mark.chaos
 def test_a_run_whose_ray_dies_says_so_and_goes_on(start_job, digits, tmp_path):
     command = ("train", "--data", digits, "--output", tmp_path, *FAST, "--epochs", "500", "--max-workers", "1")
     job = start_job(*command)

@@ -55,13 +55,13 @@ def test_a_job_repeats_its_request_until_it_fits_and_then_withdraws_it(growing, 
     assert waiting.wait_for_resources(_needing(6), [{"CPU": 2.0, "GPU": 0.0}] * 3, 10) == 6
     assert growing == [[{"CPU": 2.0}] * 3, [{"CPU": 2.0}] * 3, []]
     messages = [record.message for record in caplog.records]
-    assert messages[0] == "waiting for nodes, at most 10m00s: 2 CPUs are not 6."
-    assert messages[1].startswith("the nodes have come, after ")
+    assert messages[0] == "waiting for room, at most 10m00s: 2 CPUs are not 6."
+    assert messages[1].startswith("there is room, after ")
     assert len(messages) == 2
 
 
 def test_the_wait_ends_with_an_error_that_says_what_is_missing(growing):
-    with pytest.raises(ClusterError, match=r"^6 CPUs are not 8\. \(Waited 0\.002 minutes for nodes\.\)$"):
+    with pytest.raises(ClusterError, match=r"^6 CPUs are not 8\. \(Waited 0\.002 minutes for room\.\)$"):
         waiting.wait_for_resources(_needing(8), [{"CPU": 1.0}], 0.002)
     assert growing[-1] == []
 
@@ -74,7 +74,7 @@ def test_a_shortage_is_logged_every_minute_and_each_has_its_own_limit(monkeypatc
     for now[0] in range(0, 200, 5):
         shortage.try_plan(_needing(2))
     assert [record.message for record in caplog.records] == [
-        f"waiting for nodes, at most {minutes}m00s: 0 CPUs are not 2." for minutes in (10, 9, 8, 7)
+        f"waiting for room, at most {minutes}m00s: 0 CPUs are not 2." for minutes in (10, 9, 8, 7)
     ]
     cpus[0] = 2.0
     assert shortage.try_plan(_needing(2)) == 2

@@ -103,12 +103,16 @@ def test_top_k_and_threshold(client):
 REFUSED = {
     "nothing": ({}, 400, "No image provided"),
     "an empty file": ({"files": {"image": ("a.png", b"")}}, 400, "No image provided"),
-    "another field": ({"files": {"photo": ("a.png", GOOD)}}, 400, "No image provided"),
+    "another field": (
+        {"files": {"photo": ("a.png", GOOD)}},
+        400,
+        "No image provided. The form has a file in the field 'photo'; expected image.",
+    ),
     "text for a file": ({"files": [("image", ("a", GOOD)), ("image", (None, "x"))]}, 400, "image is text at index 1"),
     "a file in another field, too": (
         {"files": [("image", ("a", GOOD)), ("images", ("b", GOOD))]},
         400,
-        "a file in the field 'images', not in image",
+        "The form has a file in the field 'images'; expected image.",
     ),
     "a list with null": ({"json": {"images": ["", None]}}, 400, "images.1: Input should be a valid string"),
     "empty base64": ({"json": {"image": ""}}, 400, "No image provided"),
@@ -128,7 +132,7 @@ REFUSED = {
     "an address": ({"json": {"image": "http://169.254.169.254/"}}, 400, "not valid base64"),
     "top_k of 0": ({"content": GOOD, "params": {"top_k": 0}}, 422, "top_k: Input should be greater"),
     "a threshold of 2": ({"content": GOOD, "params": {"threshold": 2}}, 422, "threshold: "),
-    "another model": ({"content": GOOD, "params": {"model": "x"}}, 404, "no model 'x'; there are colours"),
+    "another model": ({"content": GOOD, "params": {"model": "x"}}, 404, "no model 'x'; served are colours"),
     "another version": ({"content": GOOD, "params": {"version": "x"}}, 404, "no version 'x'; it has"),
 }
 
@@ -279,7 +283,19 @@ def test_every_answer_is_in_the_description_of_the_api(client):
     }  # fmt: skip
     for path, methods in paths.items():
         for method in methods.values():
-            assert path.startswith("/health") or {"401", "429"} <= method["responses"].keys(), path
+            needs_key = not path.startswith(("/health", "/v2/health"))
+            assert ({"401", "429"} <= method["responses"].keys()) == needs_key, path
+
+
+def test_the_description_says_which_operations_need_a_key_where_there_are_keys(client, start_client):
+    assert "security" not in client.get("/openapi.json").text
+    description = start_client(keys=[Key(key="geheim")]).get("/openapi.json").json()
+    assert description["security"] == [{"key": []}, {"bearer": []}]
+    assert description["components"]["securitySchemes"]["key"]["name"] == "X-API-Key"
+    public = {
+        path for path, methods in description["paths"].items() for entry in methods.values() if "security" in entry
+    }
+    assert public == {"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"}
 
 
 def test_all_references_in_the_description_are_defined(client):

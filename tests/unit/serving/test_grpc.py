@@ -157,7 +157,7 @@ def refused():
         (changed(lambda request: setattr(request, "model_name", "mice")), missing, "There is no model 'mice'"),
         (changed(lambda request: setattr(request, "model_name", "m" * 10**6)), missing, "mmm...mmm"),
         (changed(lambda request: setattr(request, "model_version", "9")), missing, "has no version '9'"),
-        (changed(lambda request: request.ClearField("inputs")), invalid, "There are 0 inputs"),
+        (changed(lambda request: request.ClearField("inputs")), invalid, "0 inputs and 1 raw_input_contents"),
         (changed(lambda request: request.inputs.append(request.inputs[0])), invalid, "There are 2 inputs"),
         (changed(lambda request: setattr(request.inputs[0], "name", "x")), invalid, "The input is 'x'"),
         (changed(lambda request: setattr(request.inputs[0], "datatype", "FP32")), invalid, "'FP32'"),

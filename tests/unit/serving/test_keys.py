@@ -84,13 +84,13 @@ def test_a_file_may_hold_several(tmp_path, monkeypatch):
     [
         ("- {name: a, key: secret}\n- {name: b, key: secret}", "has a key twice"),
         ("- {name: a, key: secret}\n- {name: a, key: other}", "has a name twice"),
-        ("- {name: a, key: secret, admins: true}", "at place 1 something else than a mapping"),
-        ("- secret", "at place 1 something else than a mapping"),
-        ("- {name: a, key: 12345}", "a key of the wrong type, or an empty one"),
+        ("- {name: a, key: secret, admins: true}", "Entry 1 of .* must be a mapping with key and name"),
+        ("- secret", "Entry 1 of .* must be a mapping with key and name"),
+        ("- {name: a, key: 12345}", "a key that is empty, or of the wrong type .quote one of digits alone."),
         ("- {name: a, key: 2026-13-45}", "neither a key, on one line, nor a YAML list"),
         ("- {name: a, key: secret", "neither a key, on one line, nor a YAML list"),
         ("name: a\nkey: secret", "neither a key, on one line, nor a YAML list"),
-        ("- {name: a, key: secret, requests_per_second: -1}", "no requests per second"),
+        ("- {name: a, key: secret, requests_per_second: -1}", "must have requests_per_second above 0"),
         ("[]", "is empty"),
     ],
 )

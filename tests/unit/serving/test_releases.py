@@ -147,7 +147,7 @@ def test_what_loading_and_unloading_change():
     assert models(load(canary, "new"))[:1] == [("cats", "new", 1.0)]
     assert models(load(two, "m", 0.5, "mice"))[2:] == [("mice", "m", 1.0)]
     assert models(releases.unload(two, "cats")) == [("dogs", "d", 1.0)]
-    with pytest.raises(ChangeError, match="There is no model 'mice'; there are cats, dogs"):
+    with pytest.raises(ChangeError, match="There is no model 'mice'; served are cats, dogs"):
         releases.unload(two, "mice")
     with pytest.raises(ChangeError, match="only model"):
         releases.unload(releases.unload(two, "cats"), "dogs")
@@ -397,11 +397,14 @@ def test_models_are_loaded_and_unloaded(start, bundle, newer, tmp_path):
     assert client.post(unload.format("d"), json={"parameters": {"unload_dependents": False}}).status_code == 200
     assert shares(client) == {"c": [0.75, 0.25]}
     refused = {
-        (unload.format("d"), None): "There is no model 'd'; there are c.",
+        (unload.format("d"), None): "There is no model 'd'; served are c.",
         (unload.format("c"), None): "c is the only model that is served: it cannot be unloaded.",
         (load.format("e"), None): "e is not served yet: give the uri of its bundle.",
         (load.format("c"), str(tmp_path / "none")): "none",
-        (load.format("-"), bundle): "'-' cannot be a name: expected letters, digits, _, . and -.",
+        (
+            load.format("-"),
+            bundle,
+        ): "'-' cannot be a name: expected letters, digits, _, . and -, the first a letter or digit.",
     }
     for (path, uri), sentence in refused.items():
         response = client.post(path, json={"parameters": {"uri": uri}} if uri else None)
@@ -475,7 +478,7 @@ def test_a_canary_in_the_place_of_the_version_before_it_is_refused(start, bundle
     client = start(("c", place, 1.0))
     bundles.replace(place, newer)  # another training into the same place
     response = client.post("/v2/repository/models/c/load", json={"parameters": {"share": 0.1}})
-    assert (response.status_code, "into another place" in response.json()["error"]) == (400, True)
+    assert (response.status_code, "at another path" in response.json()["error"]) == (400, True)
     assert client.post("/v2/repository/models/c/load").status_code == 200
     assert client.get("/metadata").json()["models"]["c"][0]["version"] == Bundle.load(newer).version
 

@@ -12,6 +12,7 @@ from cnnray import cluster, waiting
 from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.serving import rollout
 from cnnray.serving.config import ServeConfig
+from cnnray.serving.keys import API_KEY
 from cnnray.serving.rollout import ServingError, wait_until_served
 
 VERSIONS = {"model": [("1", 1.0)]}
@@ -20,8 +21,8 @@ VERSIONS = {"model": [("1", 1.0)]}
 class Serve:
     """Reports these replicas, (state, node), again and again; time passes by a second with each report."""
 
-    def __init__(self, status, *replicas, free=0.0, served=VERSIONS):
-        self.now, self.served, self._free = 0.0, served, free
+    def __init__(self, status, *replicas, free=0.0, served=VERSIONS, key=None):
+        self.now, self.served, self._free, self._key = 0.0, served, free, key
         self._details = {
             "status": status,
             "deployments": {
@@ -43,7 +44,9 @@ class Serve:
         clock = types.SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(rollout, "time", clock)
         monkeypatch.setattr(waiting, "Shortage", functools.partial(waiting.Shortage, clock=clock.monotonic))
-        monkeypatch.setattr(rollout, "_fetch_versions", lambda *_: (self.served, None))
+        monkeypatch.setattr(
+            rollout, "_fetch_versions", lambda _, key, *__: (self.served if self._key in (None, key) else None, None)
+        )
         total = Resources((Node(cpus=4.0),))
         monkeypatch.setattr(cluster, "resources", lambda: total)
         monkeypatch.setattr(cluster, "free_resources", lambda: Resources((Node(cpus=self._free),)))
@@ -71,6 +74,18 @@ def test_replicas_that_are_replaced_are_not_the_service(monkeypatch):
     with pytest.raises(AssertionError, match="no end"):  # the old one still holds the room
         Serve("DEPLOYING", ("STOPPING", "node"), UNPLACED).wait(monkeypatch, replaced=["0"])
     assert Serve("RUNNING", RUNNING, RUNNING).wait(monkeypatch, replaced=["0"]) == 1
+
+
+def test_a_service_that_answers_without_the_key_that_is_set_is_refused(monkeypatch):
+    monkeypatch.setenv(API_KEY, "secret")
+    with pytest.raises(
+        ServingError, match=r"^The service answers requests without an API key, because CNNRAY_API_KEY"
+    ):
+        Serve("RUNNING", RUNNING).wait(monkeypatch)
+    assert Serve("RUNNING", RUNNING, key="secret").wait(monkeypatch) == 1
+    # One of before, which needs no key, still runs.
+    with pytest.raises(AssertionError, match="no end"):
+        Serve("DEPLOYING", RUNNING, ("STOPPING", "node"), free=1.0).wait(monkeypatch, replaced=["1"])
 
 
 def test_the_shares_of_a_canary_that_was_decided_about_are_not_waited_for(monkeypatch):

@@ -30,7 +30,7 @@ class JobRequest(pydantic.BaseModel):
         str | None,
         pydantic.Field(
             description="Version of the model; by default the one with the largest share. The job fails if the "
-            "bundle's place holds another one when it begins."
+            "bundle's path holds another one when it begins."
         ),
     ] = None
 
@@ -58,7 +58,7 @@ async def _submit(service: Service, request: Request) -> JobAnswer:
 
 
 async def _find(service: Service, request: Request) -> JobAnswer:
-    """The state of a job, and the place of its rows."""
+    """The state of a job, and where its rows are."""
     queue, settings = _queue(service)
     job = request.path_params["job"]
     if not job_queue.is_job(job):

@@ -60,8 +60,8 @@ class Models:
         for versions in self._by_name.values():
             rest = 1 - sum(share for _, share in versions)
             if rest > 1e-6:
-                place, (model, share) = max(enumerate(versions), key=lambda version: version[1][1])
-                versions[place] = model, share + rest
+                main, (model, share) = max(enumerate(versions), key=lambda version: version[1][1])
+                versions[main] = model, share + rest
 
     @property
     def names(self) -> list[str]:
@@ -110,10 +110,10 @@ class Models:
         if version is None:
             if len(versions) == 1:
                 return versions[0][0]
-            place = random.random() if key is None else _place(f"{name} {key}")
+            point = random.random() if key is None else _fraction(f"{name} {key}")
             for model, share in versions[:-1]:
-                place -= share
-                if place < 0:
+                point -= share
+                if point < 0:
                     return model
             return versions[-1][0]
         for model, _ in versions:
@@ -123,7 +123,7 @@ class Models:
         raise NoSuchModelError(f"The model {name} has no version {reprlib.repr(version)}; it has {known}.")
 
 
-def _place(text: str) -> float:
+def _fraction(text: str) -> float:
     """A number at least 0 and less than 1 that a text always has."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
@@ -147,7 +147,7 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Asked:
     """What decides which model is loaded, besides the engine's file."""
 
     name: str
@@ -179,9 +179,9 @@ class Loader:
             metrics: counts micro-batches and times their stages.
         """
         self._threads, self._gpus, self._metrics = threads, gpus, metrics
-        self._loaded: dict[_Place, tuple[str, ServedModel]] = {}
-        """By place, the digest of the engine's file, and what was loaded."""
-        self._left_out: set[_Place] = set()
+        self._loaded: dict[_Asked, tuple[str, ServedModel]] = {}
+        """By what was asked for, the digest of the engine's file, and what was loaded."""
+        self._left_out: set[_Asked] = set()
         """Places of the versions that were left out."""
 
     def __call__(self, settings: Settings, *, starts: bool) -> Loaded:
@@ -199,31 +199,31 @@ class Loader:
             BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed, unless the last call
                 has loaded it, or has left it out. The models of the last call are not affected.
         """
-        loaded: dict[_Place, tuple[str, ServedModel]] = {}
+        loaded: dict[_Asked, tuple[str, ServedModel]] = {}
         models: list[tuple[ServedModel, float]] = []
         pinned, problem, left_out = [], None, set()
         for model in settings.models:
             try:
-                place, digest, served = self._load_or_keep(model, settings)
+                asked, digest, served = self._load_or_keep(model, settings)
             except Exception as error:  # an engine's library may raise anything
-                place = _place_of(model, settings)
+                asked = _asked(model, settings)
                 if _is_missed(model, settings):
-                    if place not in self._left_out and not (starts and _may_come_later(model, settings)):
+                    if asked not in self._left_out and not (starts and _may_come_later(model, settings)):
                         raise
                     problem = str(error)
                 log.warning("%s %s is left out: %s", model.name, model.version, error)
-                left_out.add(place)
+                left_out.add(asked)
                 pinned.append(model)
                 continue
-            loaded[place] = digest, served
+            loaded[asked] = digest, served
             models.append((served, model.share))
             pinned.append(replace(model, version=served.version))
         self._loaded, self._left_out = loaded, left_out
         return Loaded(models=Models(models), settings=replace(settings, models=tuple(pinned)), problem=problem)
 
-    def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Place, str, ServedModel]:
+    def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Asked, str, ServedModel]:
         """Load a model, or keep what the last call has loaded if it is the same, or if its bundle is gone."""
-        place = _place_of(model, settings)
+        asked = _asked(model, settings)
         try:
             bundle, engine, digest = find_engine(
                 model.uri, settings.engine, gpus=self._gpus, batch_size=settings.batch_size
@@ -233,17 +233,17 @@ class Loader:
                     f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy it again."
                 )
         except (BundleError, OSError) as error:
-            if place not in self._loaded or model.version is None:
+            if asked not in self._loaded or model.version is None:
                 raise
             # A rollback must not depend on the storage of what is rolled back.
             log.warning("%s %s stays as it was loaded: %s", model.name, model.version, error)
-            return (place, *self._loaded[place])
-        place = replace(place, version=bundle.version)
-        digest_before, served = self._loaded.get(place, (None, None))
+            return (asked, *self._loaded[asked])
+        asked = replace(asked, version=bundle.version)
+        digest_before, served = self._loaded.get(asked, (None, None))
         # Another export of the same model has another digest, or has made another engine the fastest.
         if served is None or (digest_before, served.engine) != (digest, engine):
             served = self._load(model.name, bundle, engine, settings.batch_size)
-        return place, digest, served
+        return asked, digest, served
 
     def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
         if engine in engines.KERAS_POLICIES:
@@ -272,8 +272,8 @@ class Loader:
         )
 
 
-def _place_of(model: ModelSettings, settings: Settings) -> _Place:
-    return _Place(model.name, model.uri, settings.engine, settings.batch_size, model.version)
+def _asked(model: ModelSettings, settings: Settings) -> _Asked:
+    return _Asked(model.name, model.uri, settings.engine, settings.batch_size, model.version)
 
 
 def _is_missed(model: ModelSettings, settings: Settings) -> bool:

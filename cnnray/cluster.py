@@ -383,6 +383,19 @@ def resources() -> Resources:
     )
 
 
+def has_actor(class_name: str) -> bool:
+    """Whether an actor of this class has a process that runs, or starts, in the job of this process."""
+    import ray
+    from ray._private import state
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return any(
+        actor["ActorClassName"] == class_name and actor["Pid"]
+        for name in ("PENDING_CREATION", "ALIVE")
+        for actor in state.actors(job_id=job, actor_state_name=name).values()
+    )
+
+
 def free_resources() -> Resources:
     """What nothing uses of the cluster's resources, node by node; a second old at most."""
     from ray._private.state import available_resources_per_node

@@ -17,9 +17,12 @@ log = logging.getLogger(__name__)
 
 Planned = TypeVar("Planned")
 Result = TypeVar("Result")
+Clock = Callable[[], float]
 
 POLL_SECONDS = 5.0
 """Seconds between two readings of the resources of a cluster that lacks nodes or may lose some."""
+_PLACING_SECONDS = 30.0
+"""Seconds in which Ray starts the process of a worker for which there is room."""
 _LOG_SECONDS = 60.0
 """Seconds between two log lines of a wait for room."""
 LOST_MINUTES = 10.0
@@ -29,7 +32,7 @@ LOST_MINUTES = 10.0
 class Shortage:
     """The wait of a job for room: logged when it begins and every minute, and limited in time."""
 
-    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, minutes: float, clock: Clock = time.monotonic) -> None:
         """
         Args:
             minutes: the longest wait.
@@ -121,33 +124,66 @@ def wait_for_room(requests: list[dict[str, float]], minutes: float | None) -> No
     Raises:
         ClusterError: other jobs hold the room.
     """
-    if cluster.is_own():
+    needed = _without_zeros(requests)
+    if cluster.is_own() or not needed:
         return
+    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     shortage = Shortage(LOST_MINUTES if minutes is None else minutes)
-    asked = _without_zeros(requests)
 
-    def check_free(total: Resources) -> None:
-        free = cluster.free_resources()
-        cpus, gpus = (sum(request.get(kind, 0.0) for request in asked) for kind in ("CPU", "GPU"))
-        raise ClusterError(
-            f"The job begins with {cpus:g} CPUs and {gpus:g} GPUs, and other jobs leave {free.cpus:g} of the "
-            f"cluster's {total.cpus:g} CPUs and {free.gpus:g} of its {total.gpus:g} GPUs: end them, or give "
-            "--wait-minutes."
-        )
+    def fail(total: Resources) -> None:
+        raise _no_room(needed, cluster.free_resources(), total)
 
-    group = placement_group(asked)
+    group = placement_group(needed)
     try:
-        while not group.wait(POLL_SECONDS):
-            shortage.try_plan(check_free)
+        placed = group.ready()
+        while not ray.wait([placed], timeout=POLL_SECONDS)[0]:
+            shortage.try_plan(fail)
         shortage.try_plan(lambda _: None)
     finally:
         remove_placement_group(group)
 
 
+class Placement:
+    """Whether the workers of a job have room, which another job may have taken after `wait_for_room`."""
+
+    def __init__(self, class_name: str, requests: list[dict[str, float]], clock: Clock = time.monotonic) -> None:
+        """
+        Args:
+            class_name: of the workers' actors.
+            requests: the resources of each of the fewest workers.
+            clock: returns seconds.
+        """
+        self._class_name, self._requests, self._clock = class_name, requests, clock
+        self._placed = clock()
+
+    def check(self, total: Resources) -> None:
+        """
+        Raises:
+            ClusterError: no worker has had a node for a while, and other jobs hold the room.
+        """
+        if cluster.has_actor(self._class_name):
+            self._placed = self._clock()
+        if self._clock() - self._placed < _PLACING_SECONDS:
+            return
+        free, worker = cluster.free_resources(), self._requests[0]
+        if free.room_for(worker["CPU"], worker["GPU"]) < len(self._requests):
+            raise _no_room(_without_zeros(self._requests), free, total)
+
+
+def _no_room(requests: list[dict[str, float]], free: Resources, total: Resources) -> ClusterError:
+    cpus, gpus = (max(request.get(kind, 0.0) for request in requests) for kind in ("CPU", "GPU"))
+    return ClusterError(
+        f"Other jobs leave {free.cpus:g} of the cluster's {total.cpus:g} CPUs and {free.gpus:g} of its "
+        f"{total.gpus:g} GPUs, and this job begins with {len(requests)} process(es), of up to {cpus:g} CPUs and "
+        f"{gpus:g} GPUs on one node: end them, or give --wait-minutes."
+    )
+
+
 def _without_zeros(requests: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: amount for name, amount in request.items() if amount} for request in requests]
+    named = [{name: amount for name, amount in request.items() if amount} for request in requests]
+    return [request for request in named if request]
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from cnnray import cluster, paths
+from cnnray import cluster, paths, waiting
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.images import checks, containers
 from cnnray.images import manifest as manifests
@@ -55,11 +56,19 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def connected_if_many(config: EvaluateConfig, manifest: pa.Table) -> contextlib.AbstractContextManager[object]:
-    """A connection to the cluster; none where the images are so few that this process reads them itself."""
+@contextlib.contextmanager
+def connected_if_many(config: EvaluateConfig, manifest: pa.Table) -> Iterator[None]:
+    """A connection to the cluster; none where the images are so few that this process reads them itself.
+
+    Raises:
+        ClusterError: other jobs leave no room for a task.
+    """
     if prediction_plans.fits_this_process(config, len(manifest)):
-        return contextlib.nullcontext()
-    return cluster.connected(dashboard=config.dashboard)
+        yield
+        return
+    with cluster.connected(dashboard=config.dashboard):
+        waiting.wait_for_room([{"CPU": _cpus_per_task()}], config.wait_minutes)
+        yield
 
 
 def check_if_small(manifest: pa.Table, config: EvaluateConfig) -> CheckResult | None:

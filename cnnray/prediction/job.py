@@ -211,6 +211,7 @@ def _planned(
         # Workers read the manifest from the output, and write its parts.
         example = containers.containing_file(manifest.example)
         paths.check_shared(cluster.resources(), [config.bundle, example, config.output])
+        waiting.wait_for_room([plan.pool.worker, {"CPU": plan.pool.decode_cpus}], config.wait_minutes)
         yield plan
 
 
@@ -296,8 +297,13 @@ def _on_cluster(
         pool.smallest, pool.largest, pool.cpus, pool.gpus, pool.first,
         f"tasks of {pool.decode_cpus:g} CPUs" if pool.decode_cpus else "the workers",
     )  # fmt: skip
-    waiting.wait_for_room(pool.first_requests, config.wait_minutes)
-    with waiting.watch(functools.partial(check_room, pool.cpus, pool.gpus), config.wait_minutes):
+    placement = waiting.Placement("RangeWorker", [pool.worker])
+
+    def check(total: cluster.Resources) -> None:
+        check_room(pool.cpus, pool.gpus, total)
+        placement.check(total)
+
+    with waiting.watch(check, config.wait_minutes):
         yield from dispatcher.run(tasks)
 
 

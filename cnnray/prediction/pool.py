@@ -29,9 +29,9 @@ class Pool:
         return max(1, math.ceil(self.cpus))
 
     @property
-    def first_requests(self) -> list[dict[str, float]]:
-        """Resources that a run needs to begin: for one worker, and for a decoding task."""
-        return [{"CPU": self.cpus, "GPU": self.gpus}, *([{"CPU": self.decode_cpus}] if self.decode_cpus else [])]
+    def worker(self) -> dict[str, float]:
+        """The resources of each worker."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
 
 
 def plan_pool(options: PredictOptions, engine: str, resources: Resources) -> Pool:

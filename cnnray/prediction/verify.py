@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from cnnray import cluster
+from cnnray import cluster, waiting
 from cnnray.images import shards, storage
 from cnnray.images.shards import Range
 from cnnray.prediction import parts, resume
@@ -45,6 +45,7 @@ def verify(config: PredictConfig, ranges: Sequence[Range], manifest: str) -> Non
         import ray
 
         with cluster.connected(dashboard=config.dashboard):
+            waiting.wait_for_room([{"CPU": 1.0}], config.wait_minutes)
             check = ray.remote(max_retries=3)(check_ranges)
             try:
                 problems = ray.get([check.remote(folder, manifest, group) for group in groups])

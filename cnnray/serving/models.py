@@ -182,7 +182,7 @@ class Loader:
         self._loaded: dict[_Asked, tuple[str, ServedModel]] = {}
         """By what was asked for, the digest of the engine's file, and what was loaded."""
         self._left_out: set[_Asked] = set()
-        """Places of the versions that were left out."""
+        """Versions that were left out."""
 
     def __call__(self, settings: Settings, *, starts: bool) -> Loaded:
         """Load the models of these settings; models that the last call loaded are reused if they are the same.

@@ -90,7 +90,7 @@ def wait_until_served(
             if problem:
                 raise ServingError(f"The models cannot be served: {problem}")
             is_open = bool(key and served and _fetch_versions(address, None, versions)[0])
-            if is_open and len(placed) == len(everything):  # no replica of before is left
+            if is_open and len(replicas) == len(everything):  # no replica of before is left
                 raise ServingError(
                     f"The service answers requests without an API key, because {API_KEY} is set for this command and "
                     f"not for the replicas: set it where `ray start` runs, on every node, or give {API_KEY_FILE}."

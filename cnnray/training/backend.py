@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -150,7 +151,7 @@ class MultiWorkerConfig(BackendConfig):
 
 
 _reserved: list[socket.socket] = []
-"""Keeps the port of this worker until TensorFlow's server has it, as the system may give a free port to anyone."""
+"""Keeps the port of this worker: until TensorFlow's server has it, the system would give it to anyone."""
 
 
 class _MultiWorkerBackend(Backend):
@@ -167,12 +168,16 @@ class _MultiWorkerBackend(Backend):
 def _reserve_address() -> str:
     host = ray.util.get_node_ip_address()
     reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    # Only a socket of the same user with this option can share the port.
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    os.environ["TF_GRPC_REUSE_PORT"] = "1"
+    is_linux = sys.platform == "linux"  # macOS may give connections to a socket that does not listen
+    if is_linux:
+        # Only a socket of the same user with this option can share the port.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        os.environ["TF_GRPC_REUSE_PORT"] = "1"
+        _reserved.append(reserved)
     reserved.bind(("", 0))
-    _reserved.append(reserved)
     port = reserved.getsockname()[1]
+    if not is_linux:
+        reserved.close()
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

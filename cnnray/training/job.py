@@ -92,7 +92,6 @@ def train(
             )
             for line in plan.describe(config, shares, available, data.describe(config, manifest, shares)):
                 log.info(line)
-            waiting.wait_for_room(plan.first_requests(config, shares), config.wait_minutes)
             if tracker:
                 tracker.params = config.tracked()
             weights_file = None if config.weights in ("none", "imagenet") else config.weights
@@ -102,6 +101,9 @@ def train(
             cached = data.is_cached(config, manifest, shares)
             ahead = _load_ahead(config)
             few = waiting.interruptible(reading)
+            if not callbacks:  # trials of a search wait for one another
+                requests = [*plan.fewest_workers(config, shares), {"CPU": shares.decode_cpus}]
+                waiting.wait_for_room(requests, config.wait_minutes)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, shares, few)
@@ -221,9 +223,15 @@ def _run(
     )
     shortage = waiting.Shortage(waiting.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
 
+    placement = waiting.Placement("RayTrainWorker", plan.fewest_workers(config, shares))
+
+    def check(total: cluster.Resources) -> None:
+        plan.check_fit(config, shares, total)
+        placement.check(total)
+
     def watch() -> None:
         held.raise_if_lost()
-        shortage.try_plan(functools.partial(plan.check_fit, config, shares))
+        shortage.try_plan(check)
 
     try:
         result = waiting.interruptible(waiting.in_background(trainer.fit), watch)

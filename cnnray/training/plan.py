@@ -191,10 +191,9 @@ def resource_requests(config: TrainConfig) -> list[dict[str, float]]:
     return [worker] * config.most_workers + [{"CPU": config.decode_cpus or 1.0}]
 
 
-def first_requests(config: TrainConfig, shares: Shares) -> list[dict[str, float]]:
-    """Resources that a run needs to begin: for the fewest workers, and for a decoding task."""
-    worker = {"CPU": shares.cpus_per_worker, "GPU": config.gpus}
-    return [worker] * config.fewest_workers + [{"CPU": shares.decode_cpus}]
+def fewest_workers(config: TrainConfig, shares: Shares) -> list[dict[str, float]]:
+    """The resources of each of the workers that a run needs at least."""
+    return [{"CPU": shares.cpus_per_worker, "GPU": config.gpus}] * config.fewest_workers
 
 
 def check_fit(config: TrainConfig, shares: Shares, available: Resources) -> None:

@@ -26,7 +26,7 @@ from cnnray.training import data, decided, decisions, recipe
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import CONFIG, HISTORY
-from cnnray.training.plan import check_cpus, first_requests, place, resource_requests, share_out
+from cnnray.training.plan import check_cpus, fewest_workers, place, resource_requests, share_out
 from cnnray.tuning.config import LISTS, SearchConfig
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
                 functools.partial(_plan, config, first, images), resource_requests(config), config.wait_minutes
             )
             of_trial = _for_trials(config, available)
-            first_trial = first_requests(of_trial, share_out(of_trial, available))
-            waiting.wait_for_room(first_trial, config.wait_minutes)
+            workers = fewest_workers(of_trial, share_out(of_trial, available))
+            waiting.wait_for_room(workers, config.wait_minutes)
             # Nothing is written or deleted before all checks have passed.
             if earlier is None:
                 data.check_images(config, manifest, share_out(config, available))

@@ -7,7 +7,7 @@ from cnnray.cluster import ClusterError, Node, Resources
 from cnnray.models import startup
 from cnnray.training import decisions
 from cnnray.training.config import TrainConfig
-from cnnray.training.plan import check_fit, describe, place, resource_requests, share_out
+from cnnray.training.plan import check_fit, describe, fewest_workers, place, resource_requests, share_out
 
 
 def _config(**changes):
@@ -209,6 +209,8 @@ def test_only_the_fewest_elastic_workers_must_fit():
     with pytest.raises(ClusterError, match=r"1 worker\(s\) with a GPU each do not fit a cluster of 0 GPUs"):
         share_out(config, _cluster(8))
     assert resource_requests(config) == [{"CPU": 1.0, "GPU": 1.0}] * 8 + [{"CPU": 1.0}]
+    shares = share_out(config, _cluster(8, gpus=1))
+    assert fewest_workers(config, shares) == [{"CPU": 0.75, "GPU": 1.0}]
 
 
 def test_a_cluster_that_lost_too_many_nodes_is_refused():

@@ -83,6 +83,8 @@ def test_a_service_that_answers_without_the_key_that_is_set_is_refused(monkeypat
     ):
         Serve("RUNNING", RUNNING).wait(monkeypatch)
     assert Serve("RUNNING", RUNNING, key="secret").wait(monkeypatch) == 1
+    with pytest.raises(ServingError, match="answers requests without an API key"):  # autoscaling wants more than fits
+        Serve("DEPLOYING", RUNNING, UNPLACED).wait(monkeypatch)
     # One of before, which needs no key, still runs.
     with pytest.raises(AssertionError, match="no end"):
         Serve("DEPLOYING", RUNNING, ("STOPPING", "node"), free=1.0).wait(monkeypatch, replaced=["1"])

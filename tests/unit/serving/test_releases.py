@@ -61,11 +61,11 @@ RELEASE = Release(name="cats", stable="old", canary="new", share=0.1, revision=0
         (Comparison(stable=record(900), canary=record(100, images=10), compared=1000, agreed=950), PROMOTE, "1000"),
         # Nothing is known of the version before.
         (Comparison(stable=record(99), canary=record(1000), compared=1000, agreed=1000), WAIT, "99 of 100 requests"),
-        (Comparison(stable=record(1), canary=record(1000, 900), compared=1000, agreed=1000), WAIT, "still be chance"),
-        (Comparison(stable=record(110), canary=record(1000, 80), compared=1000, agreed=1000), WAIT, "still be chance"),
+        (Comparison(stable=record(1), canary=record(1000, 900), compared=1000, agreed=1000), WAIT, "be chance"),
+        (Comparison(stable=record(110), canary=record(1000, 80), compared=1000, agreed=1000), WAIT, "be chance"),
         (Comparison(stable=record(99), canary=record(100, seconds=1)), WAIT, "100 of 1000 images"),
         # 12 and 13 % have another class, and 10 % may: it may be chance among 100, and is not among 2000.
-        (Comparison(stable=record(900), canary=record(100), compared=100, agreed=88), WAIT, "still be chance"),
+        (Comparison(stable=record(900), canary=record(100), compared=100, agreed=88), WAIT, "be chance"),
         (Comparison(stable=record(900), canary=record(99), compared=2000, agreed=1740), ROLL_BACK, "260 of 2000"),
         (Comparison(stable=record(20), canary=record(5), compared=5, agreed=0), ROLL_BACK, "another class"),
         (Comparison(stable=record(900), canary=record(100, 20), compared=80, agreed=80), ROLL_BACK, "no answer"),

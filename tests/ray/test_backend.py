@@ -6,12 +6,14 @@ import socket
 
 import pytest
 
+from cnnray import cluster
 from tests.ray.workers import run_on_workers
 
 
 def _sum_of_ranks(rank, world):
     import tensorflow as tf
 
+    assert cluster.has_actor("RayTrainWorker")  # by which a job knows that its workers have room
     port = int(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"][rank].rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))

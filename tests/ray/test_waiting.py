@@ -20,14 +20,14 @@ from cnnray.training.job import train
 from tests.runs import read_rows
 
 
+class Other:
+    def ready(self):
+        pass
+
+
 @contextlib.contextmanager
 def _holding(cpus):
     """An actor of another job that holds so many CPUs."""
-
-    class Other:
-        def ready(self):
-            pass
-
     other = ray.remote(num_cpus=cpus)(Other).remote()
     ray.get(other.ready.remote())
     try:
@@ -112,9 +112,12 @@ def test_workers_without_a_node_are_noticed_and_those_that_have_one_are_not(othe
         placements["Nobody"].check(cluster.resources())
 
 
-def test_prediction_waits_before_it_replaces_anything(others, onnx_bundle, digits, tmp_path):
+def test_prediction_waits_before_it_replaces_anything(others, onnx_bundle, digits, tmp_path, monkeypatch):
+    has_actor, seen = cluster.has_actor, set()
+    monkeypatch.setattr(cluster, "has_actor", lambda name: seen.add(has_actor(name)))
     config = {"bundle": str(onnx_bundle), "input": str(digits), "output": str(tmp_path / "out")}
     job.run(PredictConfig(**config, cpus_per_worker=1))
+    assert True in seen  # its worker has room
     with pytest.raises(ClusterError, match="of up to 2 CPUs"):
         job.run(PredictConfig(**config, cpus_per_worker=2, overwrite=True, wait_minutes=0.01))
     assert len(read_rows(tmp_path / "out")) == 200

@@ -46,7 +46,7 @@ def test_several_images_have_heat_maps_where_they_have_answers(client):
     ("query", "files", "status", "sentence"),
     [
         ("?label=purple", [("image", GOOD)], 404, "no class 'purple'"),
-        ("", [("image", GOOD), ("image", GOOD)], 400, "expected one"),
+        ("", [("image", GOOD), ("image", GOOD)], 400, "Expected one image"),
         ("", [("image", b"nothing")], 415, "not an image"),
         ("?version=none", [("image", GOOD)], 404, "no version"),
     ],

@@ -50,8 +50,8 @@ def wait_until_served(
         The number of replicas.
 
     Raises:
-        ServingError: the service cannot start, cannot load the models, does not report them, or needs no API key
-            where there is one.
+        ServingError: the service cannot start, cannot load the models, does not report them, or answers without
+            an API key although one is set here.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
     agreed, needed = 0, max(1, config.min_replicas)

@@ -54,7 +54,7 @@ class Service:
         models: the models that are served; None before the first settings.
         tried: the last settings that were to be changed to, whether that failed or not.
         problem: why the last change of the settings failed, or why a version is left out; either is tried again.
-            None: neither is so.
+            None: there is no problem.
         metrics: counts requests, images and predictions.
         admission: what the requests hold at present.
         canaries: compares canaries with the versions before them.

@@ -222,7 +222,6 @@ def _run(
         ),
     )
     shortage = waiting.Shortage(waiting.LOST_MINUTES if config.wait_minutes is None else config.wait_minutes)
-
     placement = waiting.Placement("RayTrainWorker", plan.fewest_workers(config, shares))
 
     def check(total: cluster.Resources) -> None:

@@ -1,6 +1,5 @@
 """What runs and replicas measure, for Prometheus: each node of a Ray cluster exports it."""
 
-import math
 import threading
 import time
 from collections import Counter
@@ -8,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from cnnray.images import storage
+from cnnray.tracking.gauges import Gauge, Histogram, Tags
 
 
 class TrainingMetrics:
@@ -29,17 +29,19 @@ class TrainingMetrics:
             description="Images that could not be read, at each time that they were due.",
             tag_keys=("run",),
         )
-        self._epoch = metrics.Gauge("cnnray_train_epoch", description="Epochs that are done.", tag_keys=("run",))
-        self._learning_rate = metrics.Gauge(
-            "cnnray_train_learning_rate", description="Learning rate at the epoch's end.", tag_keys=("run",)
+        self._epoch = Gauge("cnnray_train_epoch", metrics, description="Epochs that are done.", tag_keys=("run",))
+        self._learning_rate = Gauge(
+            "cnnray_train_learning_rate", metrics, description="Learning rate at the epoch's end.", tag_keys=("run",)
         )
-        self._loss = metrics.Gauge(
+        self._loss = Gauge(
             "cnnray_train_loss",
+            metrics,
             description="Mean loss: of the epoch so far (train), of the last epoch's end (validation).",
             tag_keys=("run", "split"),
         )
-        self._accuracy = metrics.Gauge(
+        self._accuracy = Gauge(
             "cnnray_train_accuracy",
+            metrics,
             description="Accuracy: of the epoch so far (train), of the last epoch's end (validation).",
             tag_keys=("run", "split"),
         )
@@ -120,6 +122,8 @@ class PredictionMetrics:
             self._seconds.inc(seconds, tags=self._tags | {"stage": stage})
 
 
+_VERSION_SECONDS = 3600.0
+"""How long a series of a version lasts after its last value: a service that runs for years has many versions."""
 _DRIFT_SECONDS = 10.0
 """Between two looks at the drift."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -145,33 +149,38 @@ class ServingMetrics:
         self._next_drift = 0.0
         self._drifts: Set[tuple[str, str, str]] = set()
         """The series of drift that have a value."""
-        self._images_held = metrics.Gauge(
-            "cnnray_images_held", description="Images that wait or are computed, and requests whose body is read."
+        self._images_held = Gauge(
+            "cnnray_images_held",
+            metrics,
+            description="Images that wait or are computed, and requests whose body is read.",
         )
-        self._bytes_held = metrics.Gauge("cnnray_bytes_held", description="Bytes of request bodies that are held.")
+        self._bytes_held = Gauge("cnnray_bytes_held", metrics, description="Bytes of request bodies that are held.")
 
-        self._lock = threading.Lock()
-        self._counts: Counter[tuple[Any, tuple[tuple[str, str], ...]]] = Counter()
-        self._values: dict[tuple[Any, tuple[tuple[str, str], ...]], list[float]] = {}
+        self._lock, self._one_flush = threading.Lock(), threading.Lock()
+        self._counts: Counter[tuple[Any, Tags]] = Counter()
+        self._values: dict[tuple[Any, Tags], list[float]] = {}
         self._is_due = False
         self._requests = metrics.Counter(
             "cnnray_requests", description="Requests answered.", tag_keys=("route", "status")
         )
-        self._latency = metrics.Histogram(
+        self._latency = Histogram(
             "cnnray_request_seconds",
+            metrics,
             description="Time to answer a request.",
             boundaries=_SECONDS,
             tag_keys=("route",),
         )
-        self._stages = metrics.Histogram(
+        self._stages = Histogram(
             "cnnray_stage_seconds",
+            metrics,
             description="Time of a request's body (read), and of an image: wait (for a thread), decode, predict (its "
             "micro-batch).",
             boundaries=_SECONDS,
             tag_keys=("stage",),
         )
-        self._batches = metrics.Histogram(
+        self._batches = Histogram(
             "cnnray_batch_images",
+            metrics,
             description="Images in a micro-batch.",
             boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
         )
@@ -180,11 +189,13 @@ class ServingMetrics:
             description="Images classified, by the most probable class.",
             tag_keys=("model", "version", "prediction"),
         )
-        self._confidences = metrics.Histogram(
+        self._confidences = Histogram(
             "cnnray_confidence",
+            metrics,
             description="Probability of the most probable class.",
             boundaries=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0],
             tag_keys=("model", "version"),
+            seconds=_VERSION_SECONDS,
         )
 
         self._cached_images = metrics.Counter(
@@ -192,11 +203,13 @@ class ServingMetrics:
             description="Images by whether their answer was known (hit), with --cache-mebibytes.",
             tag_keys=("hit",),
         )
-        self._version_seconds = metrics.Histogram(
+        self._version_seconds = Histogram(
             "cnnray_version_seconds",
+            metrics,
             description="Time from a request's arrival at the queue of a version to its answer.",
             boundaries=_SECONDS,
             tag_keys=("model", "version"),
+            seconds=_VERSION_SECONDS,
         )
         self._failed_requests = metrics.Counter(
             "cnnray_failed_requests",
@@ -208,13 +221,16 @@ class ServingMetrics:
             description="Images that a canary and the version before it have both answered.",
             tag_keys=("model", "version", "agree"),
         )
-        self._verdict = metrics.Gauge(
+        self._verdict = Gauge(
             "cnnray_canary_verdict",
+            metrics,
             description="What was decided about a canary: 1 promote, -1 roll back, 0 wait.",
             tag_keys=("model", "version"),
+            seconds=_VERSION_SECONDS,
         )
-        self._drift = metrics.Gauge(
+        self._drift = Gauge(
             "cnnray_drift",
+            metrics,
             description="Effect size (0.5: large) of the difference between the answers of the last hour and those "
             "to the validation images, of their classes or confidences, less what chance seldom exceeds.",
             tag_keys=("model", "version", "of"),
@@ -224,8 +240,8 @@ class ServingMetrics:
             description="Images of the request log, with --log-requests: written, or lost.",
             tag_keys=("outcome",),
         )
-        self._change_failed = metrics.Gauge(
-            "cnnray_change_failed", description="1 while the last change of the models has failed, else 0."
+        self._change_failed = Gauge(
+            "cnnray_change_failed", metrics, description="1 while the last change of the models has failed, else 0."
         )
 
     def record_change(self, *, failed: bool) -> None:
@@ -284,6 +300,10 @@ class ServingMetrics:
 
     def flush(self) -> None:
         """Give Ray what has been collected."""
+        with self._one_flush:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._lock:
             counts, self._counts = self._counts, Counter()
             values, self._values = self._values, {}
@@ -298,17 +318,17 @@ class ServingMetrics:
                 for (model, version), effects in self._find_drift().items()
                 for of, effect in effects.items()
             }
-            # Ray goes on to export the last value of a series.
             for model, version, of in found.keys() | self._drifts:
-                effect = found.get((model, version, of), math.nan)
-                self._drift.set(effect, tags={"model": model, "version": version, "of": of})
+                of_series = {"model": model, "version": version, "of": of}
+                if (model, version, of) in found:
+                    self._drift.set(found[model, version, of], of_series)
+                else:
+                    self._drift.end(of_series)
             self._drifts = found.keys()
         for (counter, tags), count in counts.items():
             counter.inc(count, tags=dict(tags))
         for (histogram, tags), observed in values.items():
-            of_series = dict(tags)
-            for value in observed:
-                histogram.observe(value, tags=of_series)
+            histogram.add(observed, dict(tags))
 
     def _count(self, counter: Any, number: int = 1, **tags: str) -> None:
         if not number:  # Ray's counters refuse 0

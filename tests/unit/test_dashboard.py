@@ -19,9 +19,9 @@ def exported_names():
     names = {}
     for path in [REPOSITORY / "cnnray/tracking/prometheus.py"]:
         for call in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+            if not (isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)):
                 continue
-            kind = call.func.attr
+            kind = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id
             if kind not in ("Counter", "Gauge", "Histogram"):
                 continue
             labels = {label.value for word in call.keywords if word.arg == "tag_keys" for label in word.value.elts}

@@ -51,17 +51,17 @@ _FORM = {
 }
 
 
-def create_application(service: Service, keys: Keys | None = None, *, adds_request_ids: bool = True) -> Gate:
+def create_application(service: Service, keys: Keys | None = None, *, behind_ray: bool = False) -> Gate:
     """Create the application with all routes.
 
     Args:
         service: answers the requests.
         keys: one of which requests must send, except for health and the page; None or empty: they need none.
-        adds_request_ids: add the header X-Request-ID to answers. Ray's wrapper adds it itself.
+        behind_ray: whether requests come through Ray's wrapper, which adds the header X-Request-ID itself.
     """
     docs = StaticFiles(directory=str(files("fastapi_offline").joinpath("static")))
     router = Router([*_OPERATIONS, Mount("/docs", docs)], default=_not_found)
-    return Gate(router, service=service, keys=keys or Keys([]), adds_request_ids=adds_request_ids)
+    return Gate(router, service=service, keys=keys or Keys([]), behind_ray=behind_ray)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,13 +130,15 @@ async def _metadata(service: Service, request: Request) -> Metadata:
         },
         default_model=models.names[0],
         problem=service.problem,
+        direct=not request.scope["behind_ray"],
     )
 
 
 def _version_info(served: ServedModel, share: float, verdict: str | None) -> VersionInfo:
     info = served.bundle.info
     return VersionInfo(
-        version=served.version, share=share, verdict=verdict, engine=served.engine, class_names=info.class_names,
+        version=served.version, share=share, verdict=verdict, engine=served.engine, digest=served.digest,
+        class_names=info.class_names,
         image_size=info.image_size, resize=info.resize, decode_size=info.decode_size,
         architecture=info.architecture, metrics=info.metrics,
     )  # fmt: skip

@@ -1,12 +1,11 @@
 """Parses request bodies, within limits."""
 
-import asyncio
 import base64
 import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -20,11 +19,14 @@ from cnnray.images.decode import BadImage
 from cnnray.serving.schema import JsonImages
 from cnnray.serving.settings import Settings
 
-Parsed = TypeVar("Parsed")
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
-_LARGE_BODY = 2**18
+LARGE_BODY = 2**18
 """Size in bytes above which a body is parsed in a thread."""
+_MOST_MEMORY = 2**29
+"""Largest size in bytes of the objects that a JSON may become. Three bytes of it, such as `[],`, can become 80."""
+_BYTES_OF = {b"[": 88, b"{": 240, b",": 40, b'"': 30}
+"""Size in memory, at most, of what a character of JSON stands for: a list, an object, a value, half of a string."""
 
 _MAX_PARTS = 1000
 """Largest number of parts of a form."""
@@ -74,11 +76,6 @@ def declared_length(request: Request, settings: Settings) -> int:
 def too_large(settings: Settings) -> RequestError:
     """The error of a body that is larger than the settings allow."""
     return RequestError(413, f"The body is larger than the {settings.max_bytes} bytes that one request may have.")
-
-
-async def parse_body(parse: Callable[[bytes], Parsed], body: bytes) -> Parsed:
-    """Parse a body; a large one in a thread, so that it does not delay other requests."""
-    return await asyncio.to_thread(parse, body) if len(body) > _LARGE_BODY else parse(body)
 
 
 def parse_images(body: bytes, content_type: str, settings: Settings) -> tuple[list[bytes | BadImage], bool]:
@@ -207,8 +204,13 @@ def parse_json(body: bytes) -> Any:
 
     Raises:
         RequestError: 400, it is not JSON in UTF-8, is nested too deeply, has a key twice, half of a surrogate pair in
-            a key, an integer of thousands of digits, or one of the numbers NaN and Infinity.
+            a key, an integer of thousands of digits, or one of the numbers NaN and Infinity; 413, it has so many
+            values that they would take too much memory.
     """
+    if sum(size * body.count(character) for character, size in _BYTES_OF.items()) > _MOST_MEMORY:
+        raise RequestError(
+            413, "The JSON has too many values: send fewer images, or encoded ones, or tensors as binary data."
+        )
     try:
         _check_depth(body)
         return json.loads(body.decode(), object_pairs_hook=_make_object, parse_constant=_refuse_constant)

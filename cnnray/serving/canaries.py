@@ -67,6 +67,7 @@ class Canaries:
     def follow(self, models: Models, settings: Settings) -> None:
         """Compare the canaries of these settings; what is known of those that stay is kept."""
         self._models, self._settings = models, settings
+        self._metrics.end_other_verdicts([(model.name, str(model.version)) for model in settings.models])
         for model in settings.models:
             decision = next((action for action in _NUMBERS if is_decision(model.verdict, action)), WAIT)
             self._metrics.record_verdict(model.name, str(model.version), _NUMBERS.get(decision, 0))
@@ -163,7 +164,7 @@ class Canaries:
             for release, verdict in verdicts.items():
                 if release in self.verdicts:
                     self.verdicts[release] = verdict
-                self._metrics.record_verdict(release.name, release.canary, _NUMBERS.get(verdict.action, 0))
+                    self._metrics.record_verdict(release.name, release.canary, _NUMBERS.get(verdict.action, 0))
 
 
 def _label(served: ServedModel, row: Probabilities) -> str:

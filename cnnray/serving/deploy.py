@@ -22,22 +22,14 @@ from cnnray import cluster, paths, waiting
 from cnnray.images import storage
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.controller import APPLICATION, DEPLOYMENT, MODULE, OwnServe, other_applications, rest_client
+from cnnray.serving.direct import ON_NODES
 from cnnray.serving.keys import API_KEY, API_KEY_FILE, ApiKeyError, read_keys
 from cnnray.serving.models import find_engine
 from cnnray.serving.rollout import ServingError, Versions, wait_until_served
+from cnnray.serving.settings import ModelSettings
 from cnnray.supervisor import folder_for_sockets
 
 log = logging.getLogger(__name__)
-
-ON_NODES = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
-}
-"""Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
-one event loop, no process reads a line of HAProxy's for each request (replicas count them), and requests go past
-Ray's wrapper of the application."""
 
 _PIN_SECONDS = 10 * 365 * 24 * 3600
 """How long Ray keeps a submitted job's code, so that replicas can start."""
@@ -50,33 +42,35 @@ _LONGEST_FOLDER = 97 - len("/cnnray-xxxxxxxx/metrics.sock") - 57
 """HAProxy takes paths of sockets of up to 97 characters, and Serve adds a folder with the name of the node."""
 
 
-def check_bundles(config: ServeConfig) -> Versions:
-    """Check that replicas can load the bundles.
-
-    Returns:
-        The versions that the service will serve.
+def pin_models(config: ServeConfig) -> tuple[ModelSettings, ...]:
+    """The models, each with the version that its bundle holds, the engine that is to run it, and its file.
 
     Raises:
         BundleError, OSError: a bundle, or the file of its engine, cannot be read.
     """
-    versions: Versions = {}
+    pinned = []
     for model in config.settings.models:
-        bundle, _, _ = find_engine(
+        bundle, engine, digest = find_engine(
             model.uri, config.engine, gpus=config.gpus_per_replica > 0, batch_size=config.batch_size
         )
         log.info("%s: %s, %d classes", model.name, bundle.version, len(bundle.info.class_names))
-        versions.setdefault(model.name, []).append((bundle.version, model.share))
-    return versions
+        pinned.append(replace(model, version=bundle.version, engine=engine, digest=digest))
+    return tuple(pinned)
 
 
 def build_configuration(
-    config: ServeConfig, versions: Versions | None, max_replicas: int, *, surges: bool = True, revision: int = 0
+    config: ServeConfig,
+    pinned: tuple[ModelSettings, ...] | None,
+    max_replicas: int,
+    *,
+    surges: bool = True,
+    revision: int = 0,
 ) -> dict[str, Any]:
     """The configuration for `serve deploy`.
 
     Args:
         config: the service's config.
-        versions: from `check_bundles`: replicas serve these, or nothing, where the bundles' places hold others later.
+        pinned: from `pin_models`: replicas serve these, or nothing, where the bundles' places hold others later.
             None: whatever they hold.
         max_replicas: used if `config.max_replicas` is None.
         surges: where replicas are replaced, because their code or resources have changed, start new ones before old
@@ -85,12 +79,8 @@ def build_configuration(
     """
     drain = config.timeout_seconds + 5
     settings = config.settings
-    if versions is not None:
-        listed = {name: iter(of_model) for name, of_model in versions.items()}
-        pinned = tuple(
-            replace(model, version=next(listed[model.name])[0], revision=revision) for model in settings.models
-        )
-        settings = replace(settings, models=pinned)
+    if pinned is not None:
+        settings = replace(settings, models=tuple(replace(model, revision=revision) for model in pinned))
     deployment = {
         "name": DEPLOYMENT,
         "user_config": settings.as_dict(),
@@ -148,9 +138,9 @@ def write_configuration(config: ServeConfig) -> dict[str, Any]:
     Raises:
         BundleError, OSError: a bundle cannot be read, or the file cannot be written.
     """
-    versions = check_bundles(config)
+    pinned = pin_models(config)
     assert config.write_config is not None
-    configuration = build_configuration(config, versions, _MOST_REPLICAS, revision=_now())
+    configuration = build_configuration(config, pinned, _MOST_REPLICAS, revision=_now())
     text = yaml.safe_dump(configuration, sort_keys=False)
     storage.write_bytes(config.write_config, text.encode())
     return {"config": config.write_config, "models": _uris_by_name(config)}
@@ -174,7 +164,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     import ray
 
     _check_keys()
-    versions = check_bundles(config)
+    pinned = pin_models(config)
     started = time.monotonic()
     stop = threading.Event()
     own_ray = cluster.starts_own()
@@ -188,7 +178,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             # This takes a second, in which `connected` waits for Ray's processes.
             threading.Thread(target=importlib.import_module, args=("ray.serve.api",)).start()
         with cluster.connected(worker_logs=False) as resources:
-            paths.check_shared(resources, [model.uri for model in config.settings.models])
+            paths.check_shared(resources, _opened(config))
             if own_ray:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
@@ -202,7 +192,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             )
             client = OwnServe(MODULE) if own_ray else rest_client()
             # This machine does not grow, but a cluster may.
-            line = _deploy(client, config, versions, fitting if own_ray else _MOST_REPLICAS, stop)
+            line = _deploy(client, config, pinned, fitting if own_ray else _MOST_REPLICAS, stop)
             line["seconds"] = round(time.monotonic() - started, 2)
             if own_ray and not stop.is_set():
                 _log_usage(line["address"])
@@ -210,6 +200,17 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 _log_changes(ray.get_runtime_context().gcs_address, cluster.start_dashboard())
                 stop.wait()
             return line
+
+
+def _opened(config: ServeConfig) -> list[str]:
+    """What replicas and jobs open: the bundles, and the folders that they write into, which are made if local."""
+    settings = config.settings
+    places = [part.place for part in (settings.log, settings.jobs) if part]
+    for place in places:
+        if storage.is_local(place):
+            with storage.translated_errors(place):
+                Path(place).mkdir(parents=True, exist_ok=True)
+    return [*(model.uri for model in settings.models), *places]
 
 
 def _check_keys() -> None:
@@ -302,14 +303,14 @@ def _check_port(host: str, port: int, flag: str) -> None:
 
 
 def _deploy(
-    client: Any, config: ServeConfig, versions: Versions, max_replicas: int, stop: threading.Event
+    client: Any, config: ServeConfig, pinned: tuple[ModelSettings, ...], max_replicas: int, stop: threading.Event
 ) -> dict[str, Any]:
     """Deploy, and wait until the replicas serve these versions.
 
     Args:
         client: an `OwnServe` or a `ServeSubmissionClient`.
         config: the service's config.
-        versions: what the replicas must report.
+        pinned: what the replicas must report.
         max_replicas: used if `config.max_replicas` is None.
         stop: ends the wait.
 
@@ -325,7 +326,7 @@ def _deploy(
         )
     deployed = details.get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
     surges = cluster.free_resources().room_for(*config.resources) > 0
-    configuration = build_configuration(config, versions, max_replicas, surges=surges, revision=_now())
+    configuration = build_configuration(config, pinned, max_replicas, surges=surges, revision=_now())
     if environment := _runtime_environment():
         configuration["applications"][0]["runtime_env"] = environment
     replaced: list[str] = []
@@ -340,6 +341,9 @@ def _deploy(
     configuration["applications"] += other_applications(details)
     host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
     address = f"http://{host}:{config.port}"
+    versions: Versions = {}
+    for model in pinned:
+        versions.setdefault(model.name, []).append((str(model.version), model.digest, model.share))
     client.deploy_applications(configuration)
     try:
         count = wait_until_served(client, address, config, versions, stop, replaced)

@@ -1,6 +1,7 @@
 """The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
 import asyncio
+import contextlib
 import logging
 import logging.handlers
 import math
@@ -21,6 +22,9 @@ from cnnray.serving.keys import Keys, read_keys
 from cnnray.serving.open_inference_grpc import GrpcGate
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
+
+_MOST_LINES = 10_000
+"""Of the access log, those that wait to be written."""
 
 
 @serve.deployment
@@ -46,7 +50,7 @@ class Classifier:
         self._reading_keys = asyncio.create_task(self._keys.read_again())  # held, as the event loop does not
         return direct.register(
             create_application(self._service, self._keys),
-            by_ray=create_application(self._service, self._keys, adds_request_ids=False),
+            by_ray=create_application(self._service, self._keys, behind_ray=True),
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -99,11 +103,20 @@ class _ServeHandlers(logging.Handler):
             handler.handle(record)
 
 
+class _BoundedHandler(logging.handlers.QueueHandler):
+    """Leaves out what does not fit into its queue: a disk that hangs must not take the memory."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """See `QueueHandler`."""
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
 def _log_as_serve_does() -> None:
     """Write the records of cnnray to Serve's log; those of requests in a thread, so that no request waits for it."""
-    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    records: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
     logging.handlers.QueueListener(records, _ServeHandlers()).start()
-    of_requests = logging.handlers.QueueHandler(records)
+    of_requests = _BoundedHandler(records)
     for name, handler in (("cnnray", _ServeHandlers()), ("cnnray.access", of_requests)):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)

@@ -81,9 +81,9 @@ class Gate:
         service: that the application behind it works for.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Keys, adds_request_ids: bool) -> None:
+    def __init__(self, app: ASGIApp, service: Service, keys: Keys, behind_ray: bool) -> None:
         self._app, self.service, self._keys = app, service, keys
-        self._adds_request_ids = adds_request_ids
+        self._behind_ray = behind_ray
         self._cors: tuple[tuple[str, ...], ASGIApp] | None = None
         """The last origins, and the gate for them."""
 
@@ -117,6 +117,7 @@ class Gate:
         scope.setdefault("state", {})["request_id"] = request_id
         logged_id.set(request_id)
         scope["service"], scope["needs_key"] = self.service, self._keys.are_needed
+        scope["behind_ray"] = self._behind_ray
         scope["held"] = held = Held(self.service.admission)
         client = _Client(receive)
 
@@ -125,7 +126,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 answer_headers = MutableHeaders(scope=message)
-                if self._adds_request_ids:
+                if not self._behind_ray:
                     answer_headers[REQUEST_ID] = request_id
                 if not client.has_sent_all and _has_body(headers):
                     # What is still to come is not wanted. Uvicorn would keep what has come until the connection ends,

@@ -50,7 +50,7 @@ def read_keys() -> list[Key]:
     """The keys, one of which a request must send; empty: requests need no key.
 
     It is the value of the environment variable `CNNRAY_API_KEY`, or they are in the file that `CNNRAY_API_KEY_FILE`
-    names, a path or s3://: either a key alone, on one line, or a YAML list of mappings with
+    names, a path or s3://: either a key alone, on one line and without blanks, or a YAML list of mappings with
     `key`, `name`, and where wanted `requests_per_second` and `admin`. The variables of a submitted job are no place
     for a secret: Ray shows them to everybody who may list jobs.
 
@@ -67,14 +67,14 @@ def read_keys() -> list[Key]:
     where = f"{file}, which {API_KEY_FILE} names,"
     if not text:
         raise ApiKeyError(f"{where} is empty.")
-    if not text.startswith(("- ", "[", "{", "#")) and len(text.splitlines()) == 1:
+    if not text.startswith(("- ", "[", "{", "#")) and len(text.split()) == 1:
         return [Key(key=text)]
     try:
         entries = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         entries = None  # the error would show a part of the file
     if not isinstance(entries, list):
-        raise ApiKeyError(f"{where} is neither a key, on one line, nor a YAML list of keys.")
+        raise ApiKeyError(f"{where} is neither a key, without blanks, nor a YAML list of keys.")
     keys = [_read_entry(entry, f"Entry {number} of {where}") for number, entry in enumerate(entries, start=1)]
     if len({key.key for key in keys}) < len(keys):
         raise ApiKeyError(f"{where} has a key twice.")

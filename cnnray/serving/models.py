@@ -37,12 +37,19 @@ class ServedModel:
     """`Bundle.version`."""
     bundle: Bundle
     engine: str
+    digest: str
+    """SHA-256 of the engine's file, in hexadecimal."""
     compute: Pipeline
     """Decodes and classifies a micro-batch."""
     batcher: Batcher[Encoded | Images, Probabilities | BadImage]
     """Collects the images of all requests into micro-batches for it."""
     recent: SlidingWindow | None = None
     """The answers of the last hour; None: the bundle does not say what they are to be compared with."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name and version."""
+        return self.name, self.version
 
 
 class Models:
@@ -148,13 +155,14 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
 
 @dataclass(frozen=True)
 class _Asked:
-    """What decides which model is loaded, besides the engine's file."""
+    """What decides which model is loaded, besides the engine's file where that is not pinned."""
 
     name: str
     uri: str
     engine: str
     batch_size: int
     version: str | None
+    digest: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +172,8 @@ class Loaded:
     models: Models
     settings: Settings
     """With the version of each model."""
-    problem: str | None
-    """Why a version that is to answer requests is left out; None: none is."""
+    problems: dict[tuple[str, str | None], str]
+    """Why versions that are to answer requests are left out, by name and version."""
 
 
 class Loader:
@@ -179,8 +187,7 @@ class Loader:
             metrics: counts micro-batches and times their stages.
         """
         self._threads, self._gpus, self._metrics = threads, gpus, metrics
-        self._loaded: dict[_Asked, tuple[str, ServedModel]] = {}
-        """By what was asked for, the digest of the engine's file, and what was loaded."""
+        self._loaded: dict[_Asked, ServedModel] = {}
         self._left_out: set[_Asked] = set()
         """Versions that were left out."""
 
@@ -199,53 +206,57 @@ class Loader:
             BundleError, OSError: a bundle cannot be loaded, or is another one than was deployed, unless the last call
                 has loaded it, or has left it out. The models of the last call are not affected.
         """
-        loaded: dict[_Asked, tuple[str, ServedModel]] = {}
+        loaded: dict[_Asked, ServedModel] = {}
         models: list[tuple[ServedModel, float]] = []
-        pinned, problem, left_out = [], None, set()
+        pinned, problems, left_out = [], {}, set()
         for model in settings.models:
             try:
-                asked, digest, served = self._load_or_keep(model, settings)
+                asked, served = self._load_or_keep(model, settings)
             except Exception as error:  # an engine's library may raise anything
                 asked = _asked(model, settings)
                 if _is_missed(model, settings):
                     if asked not in self._left_out and not (starts and _may_come_later(model, settings)):
                         raise
-                    problem = str(error)
+                    problems[model.name, model.version] = str(error)
                 log.warning("%s %s is left out: %s", model.name, model.version, error)
                 left_out.add(asked)
                 pinned.append(model)
                 continue
-            loaded[asked] = digest, served
+            loaded[asked] = served
             models.append((served, model.share))
             pinned.append(replace(model, version=served.version))
         self._loaded, self._left_out = loaded, left_out
-        return Loaded(models=Models(models), settings=replace(settings, models=tuple(pinned)), problem=problem)
+        return Loaded(models=Models(models), settings=replace(settings, models=tuple(pinned)), problems=problems)
 
-    def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Asked, str, ServedModel]:
+    def _load_or_keep(self, model: ModelSettings, settings: Settings) -> tuple[_Asked, ServedModel]:
         """Load a model, or keep what the last call has loaded if it is the same, or if its bundle is gone."""
         asked = _asked(model, settings)
         try:
             bundle, engine, digest = find_engine(
-                model.uri, settings.engine, gpus=self._gpus, batch_size=settings.batch_size
+                model.uri, asked.engine, gpus=self._gpus, batch_size=settings.batch_size
             )
             if model.version not in (None, bundle.version):
                 raise BundleError(
                     f"{model.uri} holds {bundle.version} now, and {model.version} was deployed: deploy it again."
+                )
+            if model.digest not in (None, digest):
+                raise BundleError(
+                    f"{model.uri} holds another export for {engine} now than was deployed: deploy it again."
                 )
         except (BundleError, OSError) as error:
             if asked not in self._loaded or model.version is None:
                 raise
             # A rollback must not depend on the storage of what is rolled back.
             log.warning("%s %s stays as it was loaded: %s", model.name, model.version, error)
-            return (asked, *self._loaded[asked])
+            return asked, self._loaded[asked]
         asked = replace(asked, version=bundle.version)
-        digest_before, served = self._loaded.get(asked, (None, None))
-        # Another export of the same model has another digest, or has made another engine the fastest.
-        if served is None or (digest_before, served.engine) != (digest, engine):
-            served = self._load(model.name, bundle, engine, settings.batch_size)
-        return asked, digest, served
+        served = self._loaded.get(asked)
+        # Where they are not pinned, another export has another digest, or has made another engine the fastest.
+        if served is None or (served.digest, served.engine) != (digest, engine):
+            served = self._load(model.name, bundle, engine, digest, settings.batch_size)
+        return asked, served
 
-    def _load(self, name: str, bundle: Bundle, engine: str, batch_size: int) -> ServedModel:
+    def _load(self, name: str, bundle: Bundle, engine: str, digest: str, batch_size: int) -> ServedModel:
         if engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=self._gpus)
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
@@ -266,6 +277,7 @@ class Loader:
             version=bundle.version,
             bundle=bundle,
             engine=engine,
+            digest=digest,
             compute=compute,
             batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),
             recent=SlidingWindow(reference) if reference and reference.images else None,
@@ -273,7 +285,8 @@ class Loader:
 
 
 def _asked(model: ModelSettings, settings: Settings) -> _Asked:
-    return _Asked(model.name, model.uri, settings.engine, settings.batch_size, model.version)
+    engine = model.engine or settings.engine
+    return _Asked(model.name, model.uri, engine, settings.batch_size, model.version, model.digest)
 
 
 def _is_missed(model: ModelSettings, settings: Settings) -> bool:

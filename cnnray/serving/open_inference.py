@@ -159,7 +159,10 @@ def _parse(
     """The request, and its images: encoded, or as pixels, uint8 with 4 dimensions."""
     end = len(body) if length is None else _header_length(length, len(body))
     infer_request = parse_model(InferRequest, body[:end])
-    return infer_request, read_images(infer_request, body[end:], settings)
+    images = read_images(infer_request, body[end:], settings)
+    for tensor in infer_request.inputs:
+        tensor.data = None  # takes more memory than the images
+    return infer_request, images
 
 
 def read_images(infer_request: InferRequest, binary: bytes, settings: Settings) -> list[bytes | BadImage] | Images:

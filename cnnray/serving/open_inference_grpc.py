@@ -16,7 +16,7 @@ from cnnray.images.decode import BadImage
 from cnnray.models.runtimes import Images
 from cnnray.serving import open_inference
 from cnnray.serving.admission import Held
-from cnnray.serving.bodies import RequestError, parse_body, too_large, validate
+from cnnray.serving.bodies import RequestError, too_large, validate
 from cnnray.serving.gate import REQUEST_ID, request_id_from, write_access_log
 from cnnray.serving.grpc_messages import SERVICE, message_class
 from cnnray.serving.keys import Keys
@@ -127,7 +127,7 @@ class GrpcGate:
             raise too_large(settings)
         held.add_bytes(len(request), settings)
         service.admission.check_images(settings, 1)
-        asked, infer_request, images = await parse_body(lambda body: _parse_infer(body, settings), request)
+        asked, infer_request, images = await service.parse(request, lambda body: _parse_infer(body, settings))
         key = metadata.get(CANARY_KEY.lower())
         served = service.choose_model(asked.model_name, asked.model_version or None, key)
         rows = await open_inference.classify(service, served, images)

@@ -79,7 +79,7 @@ async def _load(service: Service, request: Request) -> dict[str, Any]:
         raise RequestError(400, f"{name} is not served yet: give the uri of its bundle.")
     uri = list(places)[-1] if asked.uri is None else storage.absolute(asked.uri)
     try:
-        bundle, _, _ = await asyncio.to_thread(
+        bundle, engine, digest = await asyncio.to_thread(
             find_engine, uri, settings.engine, gpus=service.gpus, batch_size=settings.batch_size
         )
         if asked.share < 1 and places.get(bundle.uri) not in (None, bundle.version):
@@ -87,11 +87,13 @@ async def _load(service: Service, request: Request) -> dict[str, Any]:
                 f"{bundle.uri} held {places[bundle.uri]}, which no new replica could load: write the canary's bundle "
                 "at another path."
             )
-        new = ModelSettings(name=name, uri=bundle.uri, share=asked.share, version=bundle.version)
+        new = ModelSettings(
+            name=name, uri=bundle.uri, share=asked.share, version=bundle.version, engine=engine, digest=digest
+        )
         change = await _coordination(service).load(new, settings)
     except (BundleError, ChangeError, OSError) as error:
         raise RequestError(400, str(error)) from None
-    await asyncio.shield(_finish(service, *change, name))  # also where the client leaves
+    await asyncio.shield(_finish(service, *change, name, bundle.version))  # also where the client leaves
     return {}
 
 
@@ -121,7 +123,7 @@ def _coordination(service: Service) -> Coordination:
     return service.coordination
 
 
-async def _finish(service: Service, before: Settings, after: Settings, name: str) -> None:
+async def _finish(service: Service, before: Settings, after: Settings, name: str, version: str | None = None) -> None:
     """Wait until this replica serves a model as settings say. If it cannot, go back to the settings before.
 
     Raises:
@@ -133,9 +135,9 @@ async def _finish(service: Service, before: Settings, after: Settings, name: str
             await _undo(service, before, after)
             raise RequestError(503, f"The models are not loaded after {_CHANGE_SECONDS:g} seconds.")
         await asyncio.sleep(0.1)
-    if service.problem is not None:
+    if problem := service.change_problem or service.problems.get((name, version)):
         await _undo(service, before, after)
-        raise RequestError(400, service.problem)
+        raise RequestError(400, problem)
 
 
 def _has(tried: Settings | None, after: Settings, name: str) -> bool:

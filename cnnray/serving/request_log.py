@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -324,15 +325,14 @@ class RequestLog:
 
 
 def _delete_files(folder: str) -> None:
-    """Delete the files of the log in a folder, and the folder where they are all that it holds."""
-    files = storage.files(folder)
-    ours = [file.uri for file in files if _FILE.fullmatch(storage.name(file.uri))]
-    if len(ours) == len(files):
-        storage.delete_folder(folder)
-    else:
-        for uri in ours:
-            storage.delete_file(uri)
+    """Delete the files of the log in a folder, and the folder where they were all that it held."""
+    ours = [file.uri for file in storage.files(folder) if _FILE.fullmatch(storage.name(file.uri))]
+    for uri in ours:
+        storage.delete_file(uri)
     if ours:
+        if storage.is_local(folder):
+            with contextlib.suppress(OSError):  # it holds others' files
+                Path(folder).rmdir()
         log.info("deleted %d files of the request log, %s", len(ours), folder)
 
 

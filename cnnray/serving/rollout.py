@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import threading
 import time
 import urllib.request
@@ -12,16 +13,19 @@ from cnnray import cluster, waiting
 from cnnray.errors import PermanentError
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.controller import APPLICATION, DEPLOYMENT
+from cnnray.serving.direct import ON_NODES
 from cnnray.serving.keys import API_KEY, API_KEY_FILE, read_keys
 from cnnray.serving.releases import is_decision
+
+log = logging.getLogger(__name__)
 
 _PLACING_SECONDS = 30.0
 """Seconds in which a node starts the process of a replica for which it has room."""
 _ANSWER_SECONDS = 120.0
 """Seconds in which a service whose replicas have started must report its models."""
 
-Versions = dict[str, list[tuple[str, float]]]
-"""By name of a model: its versions, older ones first, and their shares."""
+Versions = dict[str, list[tuple[str, str | None, float]]]
+"""By name of a model: its versions, older ones first, the SHA-256 of each engine's file, and their shares."""
 
 
 class ServingError(PermanentError, RuntimeError):
@@ -54,7 +58,7 @@ def wait_until_served(
             an API key although one is set here.
         ClusterError: others hold the room for its replicas, for longer than `config.wait_minutes`.
     """
-    agreed, needed = 0, max(1, config.min_replicas)
+    agreed, direct, needed = 0, 0, max(1, config.min_replicas)
     # This asks often.
     key = min(read_keys(), key=lambda key: key.requests_per_second is not None, default=None)
     placed: list[dict[str, Any]] = []
@@ -86,10 +90,11 @@ def wait_until_served(
                 "changes the service."
             )
         if started or status == "RUNNING":
-            served, problem = _fetch_versions(address, key.key if key else None, versions)
-            if problem:
-                raise ServingError(f"The models cannot be served: {problem}")
-            is_open = bool(key and served and _fetch_versions(address, None, versions)[0])
+            reported = _fetch_metadata(address, key.key if key else None)
+            served = _versions(reported, versions) if reported else None
+            if reported and reported["problem"]:
+                raise ServingError(f"The models cannot be served: {reported['problem']}")
+            is_open = bool(key and served and _fetch_metadata(address, None))
             if is_open and len(replicas) == len(everything):  # no replica of before is left
                 raise ServingError(
                     f"The service answers requests without an API key, because {API_KEY} is set for this command and "
@@ -97,7 +102,14 @@ def wait_until_served(
                 )
             # Each request may reach another replica.
             agreed = agreed + 1 if served == versions and not is_open else 0
+            direct += bool(reported and reported.get("direct"))
             if agreed > 2 * len(placed):
+                if not direct:
+                    log.warning(
+                        "requests reach the replicas through Ray's wrapper, which holds whole bodies before any "
+                        "limit or key is checked, and costs CPU: set %s where `ray start` runs, on every node",
+                        " ".join(f"{name}={value}" for name, value in ON_NODES.items()),
+                    )
                 break
     return len(placed)
 
@@ -120,28 +132,30 @@ def _check_room(config: ServeConfig, replicas: list[dict[str, Any]], total: clus
     return True
 
 
-def _fetch_versions(address: str, key: str | None, wanted: Versions) -> tuple[Versions | None, str | None]:
-    """The versions that a replica reports, and why its last change failed; None, None if it does not answer.
-
-    Where a canary was decided about meanwhile, the shares are those that were wanted.
-    """
+def _fetch_metadata(address: str, key: str | None) -> dict[str, Any] | None:
+    """What a replica reports, see `schema.Metadata`; None if it does not answer."""
     request = urllib.request.Request(f"{address}/metadata", headers={"X-API-Key": key} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
-            metadata = json.loads(answer.read())
+            metadata: dict[str, Any] = json.loads(answer.read())
     except (OSError, ValueError):  # the replica is starting or stopping
-        return None, None
+        return None
+    return metadata
+
+
+def _versions(metadata: dict[str, Any], wanted: Versions) -> Versions:
+    """The versions that a replica reports. Where a canary was decided about meanwhile, with the shares wanted."""
     served = {}
     for name, versions in metadata["models"].items():
-        served[name] = [(version["version"], version["share"]) for version in versions]
+        served[name] = [(version["version"], version.get("digest"), version["share"]) for version in versions]
         is_decided = any(is_decision(version.get("verdict")) for version in versions)
         if is_decided and _names(served[name]) == _names(wanted.get(name, [])):
             served[name] = wanted[name]
-    return served, metadata["problem"]
+    return served
 
 
-def _names(versions: list[tuple[str, float]]) -> list[str]:
-    return [version for version, _ in versions]
+def _names(versions: list[tuple[str, str | None, float]]) -> list[str]:
+    return [version for version, _, _ in versions]
 
 
 def _failure_reason(application: dict[str, Any]) -> str:

@@ -96,6 +96,7 @@ class VersionInfo(BaseModel):
         "rolled back once that was done."
     )
     engine: str
+    digest: str = Field(description="SHA-256 of the file that the engine runs.")
     class_names: list[str]
     image_size: int | str = Field(description="What the network takes, in pixels: 224, or 224x320 (height x width).")
     resize: str = Field(description="How images of other shapes are resized.")
@@ -115,6 +116,7 @@ class Metadata(BaseModel):
         description="Why the last change of the models failed, or why a version is left out; either is tried again. "
         "null: there is no problem."
     )
+    direct: bool = Field(description="Whether this request has reached the replica past Ray's wrapper.")
 
 
 class Ready(BaseModel):

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.admission import Admission, Held
-from cnnray.serving.bodies import NOT_BASE64, RequestError, declared_length, parse_body, too_large
+from cnnray.serving.admission import Admission, read_body
+from cnnray.serving.bodies import LARGE_BODY, NOT_BASE64, RequestError, declared_length
 from cnnray.serving.cache import Cache
 from cnnray.serving.canaries import Canaries
 from cnnray.serving.coordinator import Coordination
@@ -34,10 +34,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before a change of the settings that failed is tried again; each pause is twice the one before."""
 
 Parsed = TypeVar("Parsed")
-_GRACE_SECONDS, _LOWEST_RATE = 5.0, 32 * 2**10
-"""A client whose body arrives, after so many seconds, at a lower rate than this, in bytes a second, is let go of: it
-holds memory that others could use."""
-
 STATUS_BY_REASON = {
     "empty": 400, NOT_BASE64: 400, "too large": 413, "too many pixels": 413, "not an image": 415, "unsupported": 415,
     NO_PROBABILITIES: 500,
@@ -53,8 +49,8 @@ class Service:
         settings: the present settings; None before the first.
         models: the models that are served; None before the first settings.
         tried: the last settings that were to be changed to, whether that failed or not.
-        problem: why the last change of the settings failed, or why a version is left out; either is tried again.
-            None: there is no problem.
+        change_problem: why the last change of the settings failed; None: it did not. It is tried again.
+        problems: why versions are left out, by name and version. They are tried again.
         metrics: counts requests, images and predictions.
         admission: what the requests hold at present.
         canaries: compares canaries with the versions before them.
@@ -81,7 +77,8 @@ class Service:
         self.settings: Settings | None = None
         self.tried: Settings | None = None
         self.models: Models | None = None
-        self.problem: str | None = None
+        self.change_problem: str | None = None
+        self.problems: dict[tuple[str, str | None], str] = {}
         self.admission = Admission()
         self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes), self._drift)
         self.coordination, self.queue = coordination, queue
@@ -90,7 +87,7 @@ class Service:
         self._explanations = Explanations()
         self.canaries = Canaries(self._compute, self.admission, self.metrics, coordination)
         self._load = Loader(threads=threads, gpus=gpus, metrics=self.metrics)
-        self._changing = asyncio.Lock()
+        self._changing, self._parsing = asyncio.Lock(), asyncio.Lock()
         self._wanted: Settings | None = None
         self._trying_again: asyncio.Task[None] | None = None
         """Held, because the event loop holds no task."""
@@ -120,7 +117,7 @@ class Service:
             except Exception as error:  # an engine's library may raise anything
                 if self.models is None:
                     raise
-                self.problem = str(error)
+                self.change_problem = str(error)
                 log.exception("the new settings cannot be loaded; the present models stay")
             else:
                 self._switch(loaded)
@@ -135,7 +132,8 @@ class Service:
         for model in settings.models:
             if model.verdict is not None and (model.name, model.version, model.verdict) not in decided:
                 log.warning("%s %s is %s", model.name, model.version, model.verdict)
-        self.settings, self.models, self.problem = settings, models, loaded.problem
+        self.settings, self.models = settings, models
+        self.change_problem, self.problems = None, loaded.problems
         self.canaries.follow(models, settings)
         self._cache = Cache()  # with other bounds for images, answers may be others
         if (self._log.settings if self._log else None) != settings.log:
@@ -154,6 +152,11 @@ class Service:
         """By name and version of a model, how far the answers of the last hour have drifted."""
         served = self.models.all if self.models else []
         return {(model.name, model.version): model.recent.effect_sizes() for model in served if model.recent}
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last change of the settings failed, or why a version is left out; None: there is no problem."""
+        return self.change_problem or next(iter(self.problems.values()), None)
 
     async def _try_again(self, settings: Settings) -> None:
         pause = _FIRST_PAUSE
@@ -235,12 +238,22 @@ class Service:
         start = time.perf_counter()
         self.admission.requests += 1
         try:
-            body = await _read_body(request, settings)
-            content = await parse_body(lambda body: parse(body, settings), body)
+            body = await read_body(request, settings)
+            content = await self.parse(body, lambda body: parse(body, settings))
         finally:
             self.admission.requests -= 1
         self.metrics.record_stage("read", [time.perf_counter() - start])
         return content
+
+    async def parse(self, body: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
+        """Parse a request's body; a large one in a thread, and after other large ones.
+
+        JSON of 32 MiB becomes objects of hundreds of MiB, until `parse` has made bytes or pixels of them.
+        """
+        if len(body) <= LARGE_BODY:
+            return parse(body)
+        async with self._parsing:
+            return await asyncio.to_thread(parse, body)
 
     async def classify(
         self, served: ServedModel, images: Iterable[bytes | Images | BadImage]
@@ -260,6 +273,8 @@ class Service:
         start = time.perf_counter()
         values = [Encoded(image, settings.max_pixels) if isinstance(image, bytes) else image for image in images]
         self.admission.check_images(settings, len(values))
+        if len(self.ready_models().all) > 1:
+            self.admission.check_version(settings, served.key, len(values))
         rows = await self._answer(served, values, settings)
         names = served.bundle.info.class_names
         for row in rows:
@@ -318,7 +333,7 @@ class Service:
     async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Probabilities | BadImage]:
         """The answers to images, and the record of how long they took."""
         futures = [served.batcher.submit(value) for value in values if not isinstance(value, BadImage)]
-        self.admission.images += len(futures)
+        self.admission.add_images(served.key, len(futures))
         start, usable, failed = time.perf_counter(), len(futures), True
         try:
             async with self._answer_timeout():
@@ -329,7 +344,7 @@ class Service:
             failed = False
             raise
         finally:
-            self.admission.images -= len(futures)
+            self.admission.add_images(served.key, -len(futures))
             for future in futures:
                 future.cancel()  # where another one failed, these still wait
             if any(future.cancelled() for future in futures):
@@ -367,29 +382,6 @@ def canary_key(request: Request) -> str | None:
     """
     forwarded: str = request.headers.get("x-forwarded-for", "").partition(",")[0].strip()
     return request.headers.get(CANARY_KEY) or forwarded or None
-
-
-async def _read_body(request: Request, settings: Settings) -> bytes:
-    held: Held = request.scope["held"]
-    chunks, read, loop = [], 0, asyncio.get_running_loop()
-    start = loop.time()
-    try:
-        async with asyncio.timeout(min(settings.timeout_seconds, _GRACE_SECONDS)) as deadline:
-            async for chunk in request.stream():
-                read += len(chunk)
-                if read > settings.max_bytes:
-                    raise too_large(settings)
-                held.add_bytes(len(chunk), settings)
-                chunks.append(chunk)
-                allowed = _GRACE_SECONDS + read / _LOWEST_RATE
-                deadline.reschedule(start + min(settings.timeout_seconds, allowed))
-    except TimeoutError:
-        raise RequestError(
-            408,
-            f"The body did not arrive in time: a client has {settings.timeout_seconds:g} seconds, and must send at "
-            f"least {_LOWEST_RATE // 2**10} KiB a second.",
-        ) from None
-    return b"".join(chunks)
 
 
 @contextlib.asynccontextmanager

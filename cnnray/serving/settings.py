@@ -24,6 +24,10 @@ class ModelSettings:
     of a model's versions sum to 1."""
     version: str | None = None
     """`Bundle.version` that the bundle had when the service was deployed; None: any."""
+    engine: str | None = None
+    """Name of the engine that ran it when the service was deployed; None: see `Settings.engine`."""
+    digest: str | None = None
+    """SHA-256 that the engine's file had when the service was deployed, in hexadecimal; None: any."""
     revision: int = 0
     """When this version was last deployed or loaded, in milliseconds since 1970; 0: not known."""
     verdict: str | None = None

@@ -1,15 +1,18 @@
-"""Metrics of Ray whose series last, and histograms that cost little."""
+"""Gauges that go on to be exported, and histograms that are counted in their process, for Ray's metrics."""
 
 import functools
+import logging
 import math
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import ClassVar
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 Tags = tuple[tuple[str, str], ...]
 """Keys and values of the tags of a series."""
@@ -55,13 +58,19 @@ class Gauge:
     def set(self, value: float, tags: Mapping[str, str] = MappingProxyType({})) -> None:
         """Set the value of the series with these tags."""
         with self._lock:
-            self._series[tuple(tags.items())] = value, time.monotonic()
             self._gauge.set(value, tags=dict(tags))
+            self._series[_key(tags)] = value, time.monotonic()
 
     def end(self, tags: Mapping[str, str]) -> None:
-        """Let the series with these tags end, with Ray's next two exports."""
+        """Let the series with these tags end: Ray exports it for up to half a minute more."""
         with self._lock:
-            self._series.pop(tuple(tags.items()), None)
+            self._series.pop(_key(tags), None)
+
+    def end_others(self, kept: Collection[Mapping[str, str]]) -> None:
+        """Let all series end but those with these tags."""
+        keys = {_key(tags) for tags in kept}
+        with self._lock:
+            self._series = {tags: series for tags, series in self._series.items() if tags in keys}
 
     def set_again(self) -> None:
         """Set the values of all series again, and let those end whose time is over."""
@@ -77,7 +86,10 @@ class Gauge:
         with cls._all_lock:
             gauges = list(cls._all)
         for gauge in gauges:
-            gauge.set_again()
+            try:
+                gauge.set_again()
+            except Exception:  # the thread must go on
+                log.exception("a gauge cannot be set again")
 
 
 class Histogram:
@@ -118,13 +130,17 @@ class Histogram:
 
     def add(self, values: Sequence[float], tags: Mapping[str, str]) -> None:
         """Add values to the series with these tags. One thread at a time."""
-        counts, total = self._state.get(key := tuple(tags.items()), (np.zeros(len(self._bounds), int), 0.0))
+        counts, total = self._state.get(key := _key(tags), (np.zeros(len(self._bounds), int), 0.0))
         buckets = np.bincount(np.searchsorted(self._boundaries, values), minlength=len(self._bounds))
         self._state[key] = counts, total = counts + buckets.cumsum(), total + sum(values)
         for bound, count in zip(self._bounds, counts.tolist(), strict=True):
             self._bucket.set(count, {**tags, "le": bound})
         self._sum.set(total, tags)
         self._count.set(int(counts[-1]), tags)
+
+
+def _key(tags: Mapping[str, str]) -> Tags:
+    return tuple(sorted(tags.items()))
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cnnray.images import storage
@@ -123,7 +123,7 @@ class PredictionMetrics:
 
 
 _VERSION_SECONDS = 3600.0
-"""How long a series of a version lasts after its last value: a service that runs for years has many versions."""
+"""How long the histograms of a version are set again after its last request: over years there are many versions."""
 _DRIFT_SECONDS = 10.0
 """Between two looks at the drift."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -147,8 +147,6 @@ class ServingMetrics:
 
         self._held, self._find_drift = held, drift
         self._next_drift = 0.0
-        self._drifts: Set[tuple[str, str, str]] = set()
-        """The series of drift that have a value."""
         self._images_held = Gauge(
             "cnnray_images_held",
             metrics,
@@ -226,7 +224,6 @@ class ServingMetrics:
             metrics,
             description="What was decided about a canary: 1 promote, -1 roll back, 0 wait.",
             tag_keys=("model", "version"),
-            seconds=_VERSION_SECONDS,
         )
         self._drift = Gauge(
             "cnnray_drift",
@@ -298,6 +295,10 @@ class ServingMetrics:
         """Record what was decided about a canary: 1 promote, -1 roll back, 0 wait."""
         self._verdict.set(verdict, tags={"model": model, "version": version})
 
+    def end_other_verdicts(self, versions: Collection[tuple[str, str]]) -> None:
+        """Record no more what was decided about versions other than these, each with the name of its model."""
+        self._verdict.end_others([{"model": model, "version": version} for model, version in versions])
+
     def flush(self) -> None:
         """Give Ray what has been collected."""
         with self._one_flush:
@@ -308,27 +309,24 @@ class ServingMetrics:
             counts, self._counts = self._counts, Counter()
             values, self._values = self._values, {}
             self._is_due = False
+        for (counter, tags), count in counts.items():
+            counter.inc(count, tags=dict(tags))
+        for (histogram, tags), observed in values.items():
+            histogram.add(observed, dict(tags))
+        # Without requests, checks of a replica's health come here, too: they are micro-batches.
         images, held_bytes = self._held()
         self._images_held.set(images)
         self._bytes_held.set(held_bytes)
         if (now := time.monotonic()) >= self._next_drift:
             self._next_drift = now + _DRIFT_SECONDS
-            found = {
-                (model, version, of): effect
+            found = [
+                ({"model": model, "version": version, "of": of}, effect)
                 for (model, version), effects in self._find_drift().items()
                 for of, effect in effects.items()
-            }
-            for model, version, of in found.keys() | self._drifts:
-                of_series = {"model": model, "version": version, "of": of}
-                if (model, version, of) in found:
-                    self._drift.set(found[model, version, of], of_series)
-                else:
-                    self._drift.end(of_series)
-            self._drifts = found.keys()
-        for (counter, tags), count in counts.items():
-            counter.inc(count, tags=dict(tags))
-        for (histogram, tags), observed in values.items():
-            histogram.add(observed, dict(tags))
+            ]
+            self._drift.end_others([of_series for of_series, _ in found])
+            for of_series, effect in found:
+                self._drift.set(effect, of_series)
 
     def _count(self, counter: Any, number: int = 1, **tags: str) -> None:
         if not number:  # Ray's counters refuse 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from cnnray.serving.deploy import ON_NODES
+from cnnray.serving.direct import ON_NODES
 from tests.conftest import REPOSITORY
 from tests.e2e.conftest import until
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import collections
+import itertools
 import random
 import statistics
 import threading
@@ -268,6 +269,44 @@ def test_slow_clients_do_not_fill_the_memory(start, start_steady, bundle, photo,
         f"500 clients at {rate // 1024} KiB/s: {dict(statuses)}; replica at most {max(most):.0f} MiB; a fast client "
         f"{result.statuses}, median {result.percentile(0.5):.1f} ms",
     )
+    assert max(most) < 1024
+    assert service.replicas()[0].pid == replica.pid
+    assert result.statuses == {"200": 5 * seconds}
+    service.job.end()
+
+
+def test_large_json_does_not_fill_the_memory(start, start_steady, bundle, photo, capsys):
+    """Eight clients whose bodies become many times as large as objects, beside one that sends images."""
+    service = Service(start, "--bundle", bundle, "--max-replicas", "1")
+    (replica,), statuses, seconds, most = service.replicas(), Counter(), 40, []
+    size = 31 * 2**20
+    parts = (b"[],", b"[1,2,3],", b"1.25,", b'"ab",', b'{"a":1},', b"[[[[1,2,3],[4,5,6]],[[7,8,9],[10,11,12]]]],")
+    bodies = [b'{"instances": [' + size // len(part) * part + b"1]}" for part in parts]
+    process = start_steady(f"{service.address}/predict", photo, 5, seconds)
+    reader = Repeated(lambda: most.append(replica.memory_info().rss / 2**20), 0.05)
+    end = time.monotonic() + seconds - 5
+
+    def send_all(client):
+        for number in itertools.count(client):
+            if time.monotonic() > end:
+                return
+            answer = requests.post(
+                f"{service.address}/v1/models/model:predict", data=bodies[number % len(bodies)],
+                headers={"Content-Type": "application/json"}, timeout=120,
+            )  # fmt: skip
+            statuses[answer.status_code] += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send_all, range(8)))
+    reader.stop()
+    result = load.read_steady(process)
+    _print(
+        capsys,
+        f"8 clients with JSON of 31 MiB: {dict(statuses)}; replica at most {max(most):.0f} MiB; a client with images "
+        f"{result.statuses}, median {result.percentile(0.5):.1f} ms, p99 {result.percentile(0.99):.0f} ms",
+    )
+    assert statuses.keys() <= {400, 413, 503}
+    assert min(statuses[400], statuses[413]) > 0
     assert max(most) < 1024
     assert service.replicas()[0].pid == replica.pid
     assert result.statuses == {"200": 5 * seconds}

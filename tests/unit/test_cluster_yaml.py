@@ -38,7 +38,7 @@ from cnnray import commandline
 from cnnray.cluster import Node, Resources
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.pool import plan_pool
-from cnnray.serving.deploy import ON_NODES
+from cnnray.serving.direct import ON_NODES
 from cnnray.spot import SpotElseOnDemand
 from cnnray.training.config import TrainConfig
 from cnnray.training.plan import share_out

@@ -1,6 +1,7 @@
 """Gauges that go on to be exported, and histograms."""
 
 import time
+import weakref
 
 import pytest
 from ray.util import metrics
@@ -30,7 +31,7 @@ def _set_again(gauge):
     """What is set when the thread sets the values of all gauges again."""
     gauge._gauge.values.clear()
     Gauge.set_all_again()
-    return gauge._gauge.values
+    return dict(gauge._gauge.values)
 
 
 def test_values_are_set_again_until_their_series_ends(gauge, monkeypatch):
@@ -49,11 +50,36 @@ def test_values_are_set_again_until_their_series_ends(gauge, monkeypatch):
 
 
 def test_a_gauge_without_an_owner_is_no_longer_set():
-    number = len(Gauge._all)
     gauge = Gauge("cnnray_test", metrics, description="For a test.")
-    assert len(Gauge._all) == number + 1
+    reference = weakref.ref(gauge)
+    assert gauge in Gauge._all
     del gauge
-    assert len(Gauge._all) == number
+    end = time.monotonic() + 10
+    while reference() is not None:  # the thread may set it at this moment
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_gauge_that_cannot_be_set_does_not_keep_others_from_it(gauge, monkeypatch):
+    class Broken:
+        def set(self, value, tags):
+            raise TypeError("no number")
+
+    broken = Gauge("cnnray_broken", metrics, description="For a test.")
+    broken.set(1)
+    monkeypatch.setattr(broken, "_gauge", Broken())
+    with pytest.raises(TypeError):
+        broken.set(2)
+    assert [value for value, _ in broken._series.values()] == [1]
+    gauge.set(1, {"of": "a"})
+    assert _set_again(gauge) == {("a",): 1}
+
+
+def test_others_end(gauge):
+    for of in "abc":
+        gauge.set(1, {"of": of})
+    gauge.end_others([{"of": "b"}, {"of": "unknown"}])
+    assert _set_again(gauge) == {("b",): 1}
 
 
 def test_a_histogram_is_exported_as_prometheus_has_it(monkeypatch):

@@ -3,26 +3,29 @@
 import asyncio
 import base64
 import json
+import logging
+import queue
 import threading
 from types import SimpleNamespace
 
 import pytest
 from ray.serve._private.common import RUNNING_REQUESTS_KEY
 
-from cnnray.serving import gate, service
-from cnnray.serving.deployment import Classifier
+from cnnray.serving import admission, gate
+from cnnray.serving.deployment import Classifier, _BoundedHandler
 from tests.unit.serving.conftest import GOOD
 
 
 class Connection:
     """A client of an ASGI application, in its event loop: sends its body part by part."""
 
-    def __init__(self, client, *, path="/predict", length=None, kind=b"image/png"):
+    def __init__(self, client, *, path="/predict", query=b"", length=None, kind=b"image/png"):
         headers = [(b"content-type", kind)]
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
         scope = {
-            "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, "root_path": "",
+            "type": "http", "method": "POST", "path": path, "query_string": query, "headers": headers,
+            "root_path": "",
         }  # fmt: skip
         self.sent, self.parts, self.asked = [], asyncio.Queue(), 0
         self.task = asyncio.ensure_future(client.app(scope, self._receive, self._send))
@@ -157,11 +160,36 @@ def test_images_that_wait_have_a_bound(start_client, monkeypatch):
     assert client.app.service.admission.load == 0
 
 
+def test_a_version_that_hangs_leaves_room_for_others(start_client, bundle, newer, monkeypatch):
+    client = start_client(("c", bundle, 0.5), ("c", newer, 0.5), max_queued_images=4)
+    stable, canary = client.app.service.models.all
+    free, compute = threading.Event(), canary.compute.predict
+    monkeypatch.setattr(canary.compute, "predict", lambda images: (free.wait(20), compute(images))[1])
+
+    def send(served):
+        connection = Connection(client, query=f"version={served.version}".encode())
+        connection.part(GOOD, more=False)
+        return connection
+
+    async def ask():
+        hanging = [send(canary) for _ in range(3)]
+        await _until(lambda: client.app.service.admission.images == 3)
+        status, body = await send(canary).answer()
+        assert (status, f"3 images wait for c {canary.version}" in body) == (503, True)
+        for _ in range(2):
+            assert (await send(stable).answer())[0] == 200
+        free.set()
+        assert [(await connection.answer())[0] for connection in hanging] == [200] * 3
+
+    _ask(client, ask)
+    assert not client.app.service.admission.images_of
+
+
 @pytest.mark.parametrize(("parts", "rate"), [(0, 2**10), (4, 2**20)])
 def test_a_client_that_is_too_slow_is_let_go_of(parts, rate, start_client, monkeypatch):
     """One that sends nothing; one whose parts come at less than the lowest rate."""
-    monkeypatch.setattr(service, "_GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(service, "_LOWEST_RATE", rate)
+    monkeypatch.setattr(admission, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(admission, "_LOWEST_RATE", rate)
     client = start_client()
 
     async def ask():
@@ -177,8 +205,8 @@ def test_a_client_that_is_too_slow_is_let_go_of(parts, rate, start_client, monke
 
 
 def test_a_client_that_is_fast_enough_is_waited_for(start_client, monkeypatch):
-    monkeypatch.setattr(service, "_GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(service, "_LOWEST_RATE", 1000)
+    monkeypatch.setattr(admission, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(admission, "_LOWEST_RATE", 1000)
     client = start_client()
 
     async def ask():
@@ -271,6 +299,14 @@ def test_the_autoscaler_follows_images_and_not_requests(start_client, monkeypatc
 
     encoded = base64.b64encode(GOOD).decode()
     _ask(client, ask)
+
+
+def test_lines_of_the_access_log_that_wait_have_a_bound():
+    lines = queue.Queue(2)
+    handler = _BoundedHandler(lines)
+    for number in range(4):
+        handler.handle(logging.LogRecord("cnnray.access", logging.INFO, "", 0, f"line {number}", (), None))
+    assert [lines.get().getMessage() for _ in range(lines.qsize())] == ["line 0", "line 1"]
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(start_client, caplog):

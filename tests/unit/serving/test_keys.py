@@ -26,7 +26,7 @@ def test_it_is_a_variable_or_a_files_content(tmp_path, monkeypatch):
     monkeypatch.setenv("CNNRAY_API_KEY", "")
     assert read_keys() == []
     monkeypatch.setenv("CNNRAY_API_KEY_FILE", str(tmp_path / "key"))
-    for key in ("from a file", "-x4f"):
+    for key in ("from-a-file", "-x4f"):
         (tmp_path / "key").write_text(f"{key}\n")
         assert read_keys() == [Key(key=key)]
 
@@ -87,9 +87,11 @@ def test_a_file_may_hold_several(tmp_path, monkeypatch):
         ("- {name: a, key: secret, admins: true}", "Entry 1 of .* must be a mapping with key and name"),
         ("- secret", "Entry 1 of .* must be a mapping with key and name"),
         ("- {name: a, key: 12345}", "a key that is empty, or of the wrong type .quote one of digits alone."),
-        ("- {name: a, key: 2026-13-45}", "neither a key, on one line, nor a YAML list"),
-        ("- {name: a, key: secret", "neither a key, on one line, nor a YAML list"),
-        ("name: a\nkey: secret", "neither a key, on one line, nor a YAML list"),
+        ("- {name: a, key: 2026-13-45}", "neither a key, without blanks, nor a YAML list"),
+        ("- {name: a, key: secret", "neither a key, without blanks, nor a YAML list"),
+        ("name: a, key: secret", "neither a key, without blanks, nor a YAML list"),
+        ("-{name: a, key: secret}", "neither a key, without blanks, nor a YAML list"),
+        ("name: a\nkey: secret", "neither a key, without blanks, nor a YAML list"),
         ("- {name: a, key: secret, requests_per_second: -1}", "must have requests_per_second above 0"),
         ("[]", "is empty"),
     ],

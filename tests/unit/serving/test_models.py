@@ -1,6 +1,7 @@
 """Models and versions of a service: flags, shares, changes."""
 
 import base64
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,9 @@ import yaml
 from starlette.testclient import TestClient
 
 from cnnray import cluster, commandline
+from cnnray.cluster import Node, Resources
 from cnnray.models import bundle as bundles
+from cnnray.models import engines
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.serving import deploy
 from cnnray.serving import service as service_module
@@ -111,7 +114,7 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     place = str(tmp_path / "place")
     shutil.copytree(bundle, place)
     config = ServeConfig(models=[ModelVersion(name="colours", uri=bundle), ModelVersion(name="colours", uri=place)])
-    (application,) = deploy.build_configuration(config, deploy.check_bundles(config), 1)["applications"]
+    (application,) = deploy.build_configuration(config, deploy.pin_models(config), 1)["applications"]
     deployed = Settings.from_dict(application["deployments"][0]["user_config"])
     version = Bundle.load(bundle).version
     assert [model.version for model in deployed.models] == [version, version]
@@ -131,6 +134,67 @@ def test_a_replica_serves_the_bundle_that_was_deployed_and_no_other(start_client
     load = Loader(threads=1, gpus=False, metrics=service.metrics)  # of a new replica
     with pytest.raises(BundleError, match=refused):
         load(_with(deployed, share=(0.0, 1.0)), starts=True)
+
+
+@pytest.mark.parametrize(("own_ray", "most"), [(True, 3), (False, deploy._MOST_REPLICAS)])
+def test_a_cluster_may_grow_and_a_machine_does_not(own_ray, most, bundle, tmp_path, monkeypatch):
+    deployed, checked = [], []
+    resources = Resources((Node(cpus=3.0),))
+    monkeypatch.setattr(cluster, "starts_own", lambda: own_ray)
+    monkeypatch.setattr(cluster, "connected", lambda **_: contextlib.nullcontext(resources))
+    monkeypatch.setattr(deploy.waiting, "wait_for_resources", lambda plan, requests, minutes: plan(resources))
+    monkeypatch.setattr(deploy.paths, "check_shared", lambda resources, uris: checked.extend(uris))
+    for name in ("OwnServe", "rest_client", "_check_port", "_prepare_environment", "_log_usage", "_log_changes"):
+        monkeypatch.setattr(deploy, name, lambda *_: None)
+
+    def deploy_it(client, config, pinned, max_replicas, stop):
+        stop.set()
+        deployed.append((max_replicas, [model.version for model in pinned]))
+        return {}
+
+    monkeypatch.setattr(deploy, "_deploy", deploy_it)
+    monkeypatch.setattr(deploy.signal, "signal", lambda *_: None)
+    log, rows = str(tmp_path / "log"), str(tmp_path / "rows")
+    deploy.serve(
+        ServeConfig(
+            bundle=bundle, log_requests=log, jobs_output=rows, jobs_from=[str(tmp_path)], cpus_per_replica=1.0
+        )
+    )
+    assert deployed == [(most, [Bundle.load(bundle).version])]
+    # Replicas on other nodes write there.
+    assert checked == [bundle, log, rows]
+    assert (tmp_path / "log").is_dir()
+    assert (tmp_path / "rows").is_dir()
+
+
+def test_a_replica_serves_the_export_that_was_deployed_and_no_other(
+    start_client, bundle, newer, tmp_path, monkeypatch
+):
+    place = tmp_path / "place"
+    shutil.copytree(bundle, place)
+    config = ServeConfig(bundle=str(place))
+    (application,) = deploy.build_configuration(config, deploy.pin_models(config), 1)["applications"]
+    deployed = Settings.from_dict(application["deployments"][0]["user_config"])
+    (model,) = deployed.models
+    assert (model.engine, model.digest) == ("keras", Bundle.load(str(place)).digest("model.keras"))
+    client = start_client()
+    service = client.app.service
+    client.portal.call(service.change_settings, deployed)
+    assert service.problem is None
+    (version,) = client.get("/metadata").json()["models"]["model"]
+    assert version["digest"] == model.digest
+    (served,) = service.models.all
+    # Another export of the same model: the version stays.
+    monkeypatch.setattr(engines, "digest", lambda bundle, name: "0" * 64)
+    client.portal.call(service.change_settings, dataclasses.replace(deployed, max_images=7))
+    assert (service.problem, service.models.all) == (None, [served])
+    load = Loader(threads=1, gpus=False, metrics=service.metrics)  # of a new replica
+    with pytest.raises(BundleError, match="holds another export for keras now than was deployed: deploy it again"):
+        load(deployed, starts=True)
+    again = deploy.build_configuration(config, deploy.pin_models(config), 1)["applications"][0]
+    client.portal.call(service.change_settings, Settings.from_dict(again["deployments"][0]["user_config"]))
+    assert service.problem is None
+    assert [(other.version, other.digest) for other in service.models.all] == [(served.version, "0" * 64)]
 
 
 def _with(settings, **values):

@@ -1,8 +1,12 @@
 """The Open Inference Protocol v2 and TensorFlow Serving's API."""
 
+import asyncio
 import base64
 import json
 import struct
+import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from cnnray.images.decode import BadImage, decode
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
+from cnnray.serving import bodies
+from cnnray.serving.bodies import RequestError
 from cnnray.serving.service import STATUS_BY_REASON
 from tests.malformed import malformed_json
 from tests.networks import GEOMETRY
@@ -248,6 +254,53 @@ def test_malformed_json_is_refused_on_every_route(route, client, bundle):
         assert response.status_code in (400, 413), (name, response.text)
         assert answer["error"] == "No image provided" or answer["error"].endswith("."), name
         assert len(answer["error"]) < 300, name
+
+
+@pytest.mark.parametrize(
+    "part", [b"[],", b"[[[[1,2,3],[4,5,6]]]],", b"1.5,", b"300,", b'"ab",', b"{},", b'{"a":1},', b'"",', b"null,"]
+)
+def test_json_becomes_no_more_objects_than_it_was_taken_for(part, monkeypatch):
+    body = b"[" + (2**20 // len(part)) * part + b"1]"
+    tracemalloc.start()
+    parsed = bodies.parse_json(body)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(parsed) > 1000
+    monkeypatch.setattr(bodies, "_MOST_MEMORY", size - 1)
+    with pytest.raises(RequestError, match="The JSON has too many values") as raised:
+        bodies.parse_json(body)
+    assert raised.value.status == 413
+
+
+def test_json_of_too_many_values_is_refused(client, monkeypatch):
+    monkeypatch.setattr(bodies, "_MOST_MEMORY", 2**20)
+    for path, body in (
+        ("/predict", b'{"images": [' + 4000 * b"{}," + b"1]}"),
+        ("/v1/models/colours:predict", b'{"instances": [' + 9000 * b"[]," + b"[]]}"),
+        ("/v2/models/colours/infer", b'{"inputs": [' + 9000 * b"[]," + b"[]]}"),
+    ):
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert (response.status_code, "too many values" in response.json()["error"]) == (413, True), path
+
+
+def test_large_bodies_are_parsed_one_after_the_other(client):
+    service, most, now, lock = client.app.service, 0, 0, threading.Lock()
+
+    def parse(body):
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return len(body)
+
+    async def parse_all():
+        return await asyncio.gather(*(service.parse(bytes(bodies.LARGE_BODY + 1), parse) for _ in range(3)))
+
+    assert client.portal.call(parse_all) == [bodies.LARGE_BODY + 1] * 3
+    assert most == 1
 
 
 OPTIONAL = {

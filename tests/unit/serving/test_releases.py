@@ -429,6 +429,19 @@ def test_a_model_that_cannot_be_loaded_leaves_things_as_they_are(start, bundle, 
     assert shares(client) == {"c": [1]}
 
 
+def test_a_problem_of_another_version_does_not_undo_a_change(start, bundle, newer, tmp_path):
+    """The service has started without a canary of c, whose bundle is not there yet."""
+    client = start(("c", bundle, 0.8), ("c", str(tmp_path / "late"), 0.2))
+    assert "is not a bundle" in client.get("/metadata").json()["problem"]
+    path = "/v2/repository/models/d"
+    response = client.post(f"{path}/load", json={"parameters": {"uri": newer}})
+    assert response.status_code == 200, response.json()
+    assert shares(client) == {"c": [1], "d": [1]}
+    assert "is not a bundle" in client.get("/metadata").json()["problem"]
+    assert client.post(f"{path}/unload").status_code == 200
+    assert shares(client) == {"c": [1]}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -184,12 +184,17 @@ def test_old_files_of_the_log_are_deleted_and_nothing_else(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).touch()
     (tmp_path / days[-1] / "sales.parquet").touch()
+    hidden = tmp_path / "date=2020-01-02" / ".keep"
+    hidden.parent.mkdir()
+    hidden.touch()
+    (hidden.parent / name).touch()
     (tmp_path / "date=2020-02-30").mkdir()  # no day
     log = RequestLog(LogSettings(place=str(tmp_path), days=3), Counted())
     log.close()
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet")}
     assert left == {f"{folder}/{name}" for folder in [*days[:3], *others]} | {f"{days[-1]}/sales.parquet"}
     assert not (tmp_path / days[3]).exists()
+    assert hidden.exists()
 
 
 def test_a_file_that_is_tried_again_keeps_its_name(tmp_path, monkeypatch, quick):

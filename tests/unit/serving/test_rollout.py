@@ -15,14 +15,22 @@ from cnnray.serving.config import ServeConfig
 from cnnray.serving.keys import API_KEY
 from cnnray.serving.rollout import ServingError, wait_until_served
 
-VERSIONS = {"model": [("1", 1.0)]}
+VERSIONS = {"model": [("1", "a", 1.0)]}
 
 
 class Serve:
     """Reports these replicas, (state, node), again and again; time passes by a second with each report."""
 
-    def __init__(self, status, *replicas, free=0.0, served=VERSIONS, key=None):
-        self.now, self.served, self._free, self._key = 0.0, served, free, key
+    def __init__(self, status, *replicas, free=0.0, served=VERSIONS, key=None, direct=True):
+        self.now, self._free, self._key = 0.0, free, key
+        self.metadata = served and {
+            "models": {
+                name: [{"version": version, "digest": digest, "share": share} for version, digest, share in versions]
+                for name, versions in served.items()
+            },
+            "problem": None,
+            "direct": direct,
+        }
         self._details = {
             "status": status,
             "deployments": {
@@ -45,7 +53,7 @@ class Serve:
         monkeypatch.setattr(rollout, "time", clock)
         monkeypatch.setattr(waiting, "Shortage", functools.partial(waiting.Shortage, clock=clock.monotonic))
         monkeypatch.setattr(
-            rollout, "_fetch_versions", lambda _, key, *__: (self.served if self._key in (None, key) else None, None)
+            rollout, "_fetch_metadata", lambda _, key: self.metadata if self._key in (None, key) else None
         )
         total = Resources((Node(cpus=4.0),))
         monkeypatch.setattr(cluster, "resources", lambda: total)
@@ -63,6 +71,15 @@ def test_it_ends_when_all_replicas_report_the_versions(monkeypatch):
     serve = Serve("RUNNING", RUNNING, RUNNING)
     assert serve.wait(monkeypatch, min_replicas=2) == 2
     assert serve.now < 10
+
+
+def test_requests_that_go_through_rays_wrapper_are_said(monkeypatch, caplog):
+    Serve("RUNNING", RUNNING).wait(monkeypatch)
+    assert not caplog.messages
+    Serve("RUNNING", RUNNING, direct=False).wait(monkeypatch)
+    (message,) = caplog.messages
+    assert "through Ray's wrapper" in message
+    assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in message
 
 
 def test_replicas_that_are_replaced_are_not_the_service(monkeypatch):
@@ -93,15 +110,14 @@ def test_a_service_that_answers_without_the_key_that_is_set_is_refused(monkeypat
 def test_the_shares_of_a_canary_that_was_decided_about_are_not_waited_for(monkeypatch):
     def report(verdict, *shares):
         versions = [
-            {"version": str(number), "share": share, "verdict": verdict} for number, share in enumerate(shares)
+            {"version": str(number), "digest": "a", "share": share, "verdict": verdict}
+            for number, share in enumerate(shares)
         ]
         answer = io.BytesIO(json.dumps({"models": {"c": versions}, "problem": None}).encode())
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: answer)
-        served, problem = rollout._fetch_versions("http://127.0.0.1:1", None, wanted)
-        assert problem is None
-        return served
+        return rollout._versions(rollout._fetch_metadata("http://127.0.0.1:1", None), wanted)
 
-    wanted = {"c": [("0", 0.9), ("1", 0.1)]}
+    wanted = {"c": [("0", "a", 0.9), ("1", "a", 0.1)]}
     assert report(None, 0.9, 0.1) == wanted
     assert report("wait: 3 images", 0.5, 0.5) != wanted
     assert report("promoted: it is good", 0.0, 1.0) == wanted
@@ -140,9 +156,10 @@ def test_more_replicas_than_the_smallest_number_are_not_waited_for(monkeypatch):
     assert serve.now < 60
 
 
+@pytest.mark.parametrize("other", [("0", "a", 1.0), ("1", "b", 1.0)], ids=["model", "export"])
 @pytest.mark.parametrize("status", ["RUNNING", None, "DELETING"])
-def test_a_service_that_does_not_report_the_models_is_not_waited_for(status, monkeypatch):
-    serve = Serve(status, *([RUNNING] if status == "RUNNING" else []), served={"model": [("0", 1.0)]})
+def test_a_service_that_does_not_report_the_models_is_not_waited_for(status, other, monkeypatch):
+    serve = Serve(status, *([RUNNING] if status == "RUNNING" else []), served={"model": [other]})
     with pytest.raises(ServingError, match=f"has not reported the new models .* is {status or 'not there'}"):
         serve.wait(monkeypatch)
     assert 120 < serve.now < 130

@@ -204,7 +204,7 @@ def test_the_page(service, browser, tmp_path):
     logged = [entry["message"] for entry in browser.get_log("browser")]
     assert all("status of 415" in message or "status of 400" in message for message in logged), logged
     addresses = requested_addresses(browser)
-    assert f"{service.address}/predict?explain=true" in addresses
+    assert f"{service.address}/predict?model=colours&explain=true" in addresses
     assert all(address.startswith((f"{service.address}/", "blob:", "data:")) for address in addresses), addresses
     browser.save_screenshot(str(tmp_path / "page.png"))
 

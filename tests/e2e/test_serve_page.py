@@ -30,7 +30,7 @@ def newer(onnx_bundle, tmp_path):
 def address(onnx_bundle, newer):
     """Of an application with the models cats, with a canary, and dogs, that wants a key."""
     models = [
-        ModelVersion(name="cats", uri=str(onnx_bundle), share=0.9),
+        ModelVersion(name="cats", uri=str(onnx_bundle)),
         ModelVersion(name="cats", uri=str(newer), share=0.1),
         ModelVersion(name="dogs", uri=str(newer)),
     ]

@@ -290,11 +290,15 @@ def test_large_json_does_not_fill_the_memory(start, start_steady, bundle, photo,
         for number in itertools.count(client):
             if time.monotonic() > end:
                 return
-            answer = requests.post(
-                f"{service.address}/v1/models/model:predict", data=bodies[number % len(bodies)],
-                headers={"Content-Type": "application/json"}, timeout=120,
-            )  # fmt: skip
-            statuses[answer.status_code] += 1
+            try:
+                answer = requests.post(
+                    f"{service.address}/v1/models/model:predict", data=bodies[number % len(bodies)],
+                    headers={"Content-Type": "application/json"}, timeout=120,
+                )  # fmt: skip
+            except requests.RequestException:
+                statuses["cut"] += 1  # refused while it was sent, and the answer lost with the connection
+            else:
+                statuses[answer.status_code] += 1
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(send_all, range(8)))
@@ -305,8 +309,8 @@ def test_large_json_does_not_fill_the_memory(start, start_steady, bundle, photo,
         f"8 clients with JSON of 31 MiB: {dict(statuses)}; replica at most {max(most):.0f} MiB; a client with images "
         f"{result.statuses}, median {result.percentile(0.5):.1f} ms, p99 {result.percentile(0.99):.0f} ms",
     )
-    assert statuses.keys() <= {400, 413, 503}
-    assert min(statuses[400], statuses[413]) > 0
+    assert statuses.keys() <= {413, 503, "cut"}
+    assert statuses[413] > 0
     assert max(most) < 1024
     assert service.replicas()[0].pid == replica.pid
     assert result.statuses == {"200": 5 * seconds}

@@ -91,7 +91,7 @@ class ServeConfig:
     of replicas."""
     max_queued_images: int = 512
     """Largest number of images that wait or are computed in a replica; further requests are answered with 503 before
-    their body is read."""
+    their body is read. Of several models or versions, each may hold three quarters of them."""
     max_mebibytes_in_flight: float = 128.0
     """Largest size, in MiB, of all request bodies that a replica holds, if it holds several; further requests are
     answered with 503. Bodies above 1 MiB leave an eighth of it to smaller ones."""

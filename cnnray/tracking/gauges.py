@@ -61,13 +61,8 @@ class Gauge:
             self._gauge.set(value, tags=dict(tags))
             self._series[_key(tags)] = value, time.monotonic()
 
-    def end(self, tags: Mapping[str, str]) -> None:
-        """Let the series with these tags end: Ray exports it for up to half a minute more."""
-        with self._lock:
-            self._series.pop(_key(tags), None)
-
     def end_others(self, kept: Collection[Mapping[str, str]]) -> None:
-        """Let all series end but those with these tags."""
+        """Let all series end but those with these tags. Ray exports them for up to half a minute more."""
         keys = {_key(tags) for tags in kept}
         with self._lock:
             self._series = {tags: series for tags, series in self._series.items() if tags in keys}

@@ -40,8 +40,7 @@ def test_values_are_set_again_until_their_series_ends(gauge, monkeypatch):
     gauge.set(3, {"of": "a"})
     assert gauge._gauge.values == {("a",): 3, ("b",): 2}
     assert _set_again(gauge) == _set_again(gauge) == {("a",): 3, ("b",): 2}
-    gauge.end({"of": "a"})
-    gauge.end({"of": "unknown"})
+    gauge.end_others([{"of": "b"}, {"of": "unknown"}])
     assert _set_again(gauge) == {("b",): 2}
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 101)
@@ -73,13 +72,6 @@ def test_a_gauge_that_cannot_be_set_does_not_keep_others_from_it(gauge, monkeypa
     assert [value for value, _ in broken._series.values()] == [1]
     gauge.set(1, {"of": "a"})
     assert _set_again(gauge) == {("a",): 1}
-
-
-def test_others_end(gauge):
-    for of in "abc":
-        gauge.set(1, {"of": of})
-    gauge.end_others([{"of": "b"}, {"of": "unknown"}])
-    assert _set_again(gauge) == {("b",): 1}
 
 
 def test_a_histogram_is_exported_as_prometheus_has_it(monkeypatch):

@@ -1,6 +1,7 @@
 """Collects images of many requests into micro-batches for an engine."""
 
 import asyncio
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,8 +12,19 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
+def batch_sizes(largest: int) -> list[int]:
+    """The sizes of micro-batches: powers of two, one and a half times each, and the largest; ascending.
+
+    Engines may compile, and keep memory, for each size that they see (OpenVINO: 1 MiB). A replica warms up these, and
+    no other one comes.
+    """
+    powers = [1 << power for power in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + power // 2) if size < largest} | {largest})
+
+
 class Batcher(Generic[Input, Output]):
-    """Computes micro-batches in threads of its own: all that waits whenever a thread is free.
+    """Computes micro-batches in threads of its own: what waits whenever a thread is free, down to the next of
+    `batch_sizes`.
 
     A single image is therefore not delayed, and micro-batches grow with the load. (`ray.serve.batch` takes images out
     of its queue even while the engine is busy, so its batches grow only if each waits for a fixed time.)
@@ -33,7 +45,7 @@ class Batcher(Generic[Input, Output]):
             observe: called for each micro-batch with the seconds that its inputs have waited.
             threads: number of micro-batches that are computed at once.
         """
-        self._run, self._size, self._observe = run, size, observe
+        self._run, self._sizes, self._observe = run, batch_sizes(size), observe
         # Its threads end when nobody holds the batcher any more.
         self._executor = ThreadPoolExecutor(threads, "engine")
         self._free = threads
@@ -97,9 +109,11 @@ class Batcher(Generic[Input, Output]):
             self._start()
 
     def _next_batch(self) -> list[tuple[Input, "asyncio.Future[Output]", float]]:
-        """Up to `size` inputs whose callers still wait."""
+        """Inputs whose callers still wait, as many as the largest of the sizes that they fill."""
         batch: list[tuple[Input, asyncio.Future[Output], float]] = []
-        while self._waiting and len(batch) < self._size:
+        while self._waiting and len(batch) < self._sizes[-1]:
             if not (waiting := self._waiting.popleft())[1].done():
                 batch.append(waiting)
-        return batch
+        size = self._sizes[bisect.bisect(self._sizes, len(batch)) - 1] if batch else 0
+        self._waiting.extendleft(reversed(batch[size:]))
+        return batch[:size]

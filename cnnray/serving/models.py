@@ -16,7 +16,7 @@ from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.drift import Distribution, SlidingWindow
 from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import Images, Probabilities
-from cnnray.serving.batching import Batcher
+from cnnray.serving.batching import Batcher, batch_sizes
 from cnnray.serving.pipeline import Encoded, Pipeline
 from cnnray.serving.settings import ModelSettings, Settings
 from cnnray.tracking.prometheus import ServingMetrics
@@ -261,7 +261,7 @@ class Loader:
             startup.load_tensorflow(gpus=self._gpus)
         predictor = Predictor(bundle, engine=engine, threads=self._threads, batch_size=batch_size)
         size = bundle.info.geometry.image_size
-        for count in _warm_up_sizes(batch_size):
+        for count in batch_sizes(batch_size):
             rows = predictor.probabilities(np.zeros((count, *size.shape), np.uint8))
             if not np.isfinite(rows).all():
                 raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
@@ -298,8 +298,3 @@ def _may_come_later(model: ModelSettings, settings: Settings) -> bool:
     """Whether a replica may start before it has a version: a canary, or one without requests."""
     newest = [other for other in settings.models if other.name == model.name][-1]
     return model.share == 0 or (model is newest and model.share < 1)
-
-
-def _warm_up_sizes(largest: int) -> list[int]:
-    """The micro-batch sizes that an engine is warmed up with: the powers of two, and the largest."""
-    return sorted({1 << power for power in range(largest.bit_length()) if 1 << power <= largest} | {largest})

@@ -92,17 +92,22 @@ class Pipeline:
         usable = [pixels for pixels in decoded if not isinstance(pixels, BadImage)]
         if not usable:
             return [error for error in decoded if isinstance(error, BadImage)]
+        # In the place of the others, so that the batch keeps its size; see `batching.batch_sizes`.
+        black = np.zeros_like(usable[0])
+        pixels = np.stack([black if isinstance(image, BadImage) else image for image in decoded])
         with self._predicting:
             self._report_progress()
             start = time.perf_counter()
-            rows = self.predict(np.stack(usable))
+            rows = self.predict(pixels)
             seconds = time.perf_counter() - start
-        if len(rows) != len(usable):
-            raise ValueError(f"The engine gave {len(rows)} rows for {len(usable)} images.")
+        if len(rows) != len(pixels):
+            raise ValueError(f"The engine gave {len(rows)} rows for {len(pixels)} images.")
         self._observe("predict", [seconds] * len(usable))
         unusable = find_unusable(rows)
-        answers = iter([unusable.get(index, row) for index, row in enumerate(rows)])
-        return [error if isinstance(error, BadImage) else next(answers) for error in decoded]
+        return [
+            image if isinstance(image, BadImage) else unusable.get(index, row)
+            for index, (image, row) in enumerate(zip(decoded, rows, strict=True))
+        ]
 
     def _report_progress(self) -> None:
         self._calls[threading.get_ident()] = time.monotonic()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from cnnray.serving.batching import Batcher
+from cnnray.serving.batching import Batcher, batch_sizes
 
 
 def test_batches_grow_while_the_engine_is_busy():
@@ -30,6 +30,24 @@ def test_batches_grow_while_the_engine_is_busy():
     assert waits[0][0] < 0.05 <= min(min(batch) for batch in waits[1:])
     assert isinstance(results.pop(3), asyncio.CancelledError)
     assert results == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_few_sizes_of_micro_batches_come():
+    assert batch_sizes(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert batch_sizes(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    assert batch_sizes(1) == [1]
+    waits, busy = [], threading.Event()
+
+    async def ask():
+        batcher = Batcher(lambda values: busy.wait(5) and values, 32, waits.append)
+        first = batcher.submit(0)
+        await asyncio.sleep(0.05)
+        others = [batcher.submit(number) for number in range(1, 24)]
+        busy.set()
+        return await asyncio.gather(first, *others)
+
+    assert asyncio.run(ask()) == list(range(24))
+    assert [len(batch) for batch in waits] == [1, 16, 6, 1]
 
 
 def test_what_comes_in_one_turn_of_the_loop_is_one_batch():

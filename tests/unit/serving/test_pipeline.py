@@ -19,8 +19,13 @@ def _mean(images):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_image_has_its_row_or_its_error_in_order(threads):
-    stages = []
-    pipeline = Pipeline(_mean, SIZE, lambda stage, seconds: stages.append((stage, len(seconds))), threads=threads)
+    stages, sizes = [], []
+
+    def predict(images):
+        sizes.append(len(images))
+        return _mean(images)
+
+    pipeline = Pipeline(predict, SIZE, lambda stage, seconds: stages.append((stage, len(seconds))), threads=threads)
     pixels, black = decode(GOOD, SIZE), np.zeros((16, 16, 3), np.uint8)
     images = [pixels, Encoded(b"nothing", 10**6), Encoded(GOOD, 10**6), black, Encoded(GOOD, 10)]
     first, broken, second, zero, large = pipeline(images)
@@ -28,6 +33,7 @@ def test_each_image_has_its_row_or_its_error_in_order(threads):
     np.testing.assert_array_equal(second, first)
     assert (broken.reason, zero.reason, large.reason) == ("not an image", "no probabilities", "too many pixels")
     assert sorted(stages) == [("decode", 1)] * 3 + [("predict", 3)]
+    assert sizes == [5]  # the batch keeps its size
 
 
 def test_a_batch_without_a_usable_image_does_not_reach_the_network():

@@ -32,10 +32,12 @@ class EvaluateConfig(InferenceOptions):
     """Split to evaluate, where the data have splits: train, validation, test or all; auto: test, else
     validation, else all (with --calibrate or --drift validation comes before test)."""
     calibrate: bool = False
-    """Fit a temperature to these images and write it into the bundle, so that confidences match accuracy. Use images
-    that the network was not trained on. Needs an engine with float32 probabilities; auto: keras."""
+    """Fit a temperature to these images, so that confidences match accuracy, and publish a bundle with it in the
+    output's folder bundle; the evaluated bundle is not changed. Use images that the network was not trained on. Needs
+    an engine with float32 probabilities; auto: keras."""
     wanted_accuracy: float = 0.99
-    """Accuracy for which the report gives the lowest confidence threshold that reaches it."""
+    """Accuracy for which the report gives the lowest confidence threshold that reaches it on these images, and the
+    lowest that reaches it, with a certainty of 95 %, on others like them."""
     samples: int = 16
     """Images in each image grid of the report, at most 100."""
     data_checks: bool = True
@@ -81,8 +83,8 @@ class EvaluateConfig(InferenceOptions):
                     raise ValueError(f"--{flag} is needed, unless with --check-data.")
             if self.data and f"{self.output}/".startswith(f"{self.data}/"):
                 raise ValueError(f"--output {self.output} lies in --data {self.data}: it would be read as data.")
-            if self.output == self.bundle:
-                raise ValueError("--output is the bundle itself: give another folder.")
+            if f"{self.bundle}/".startswith(f"{self.output}/"):
+                raise ValueError(f"--output {self.output} holds --bundle {self.bundle}: give another folder.")
             _ = self.predict_config("")  # checks the inherited flags
             rounded = [name for name, runner in engines.RUNNERS.items() if runner.tolerance is None]
             if self.calibrate and self.engine in rounded:

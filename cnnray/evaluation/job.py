@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray import cluster, configs
-from cnnray.evaluation import comparison, data_checks, metrics, report
+from cnnray.evaluation import comparison, data_checks, metrics, report, selective
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Predictions
@@ -27,7 +27,7 @@ from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.drift import BINS, Distribution
 from cnnray.models.heat_maps import HeatMapProcess
 from cnnray.models.predictor import find_unusable
@@ -38,10 +38,12 @@ from cnnray.prediction.job import run as predict
 log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, METRICS, REPORT, PLOTS = "config.yaml", "manifest.parquet", "metrics.json", "report.html", "plots"
-_FILES, _FOLDERS = (METRICS, REPORT, ROWS), (PLOTS, PREDICTIONS)
+BUNDLE = "bundle"
+"""Folder of the bundle that `calibrate` publishes, in the output."""
+_FILES, _FOLDERS = (METRICS, REPORT, ROWS), (PLOTS, PREDICTIONS, BUNDLE)
 """What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
-"""Training writes it, and its manifest, to the folder that holds the bundle."""
+"""Training writes it, and its manifest, to its output."""
 _ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
 _LINE = ("images", "errors", "accuracy", "top_5_accuracy", "expected_calibration_error", "split")
 """Figures that `evaluate` returns."""
@@ -50,11 +52,12 @@ _MAX_ERRORS_SHOWN, _MIN_FITTED = 100, 50
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a bundle. Writes `report.html`, `metrics.json`, `predictions.parquet`, `plots/` and the prediction run
-    itself, `predictions/`, to `config.output`.
+    itself, `predictions/`, to `config.output`, and with `config.calibrate` the calibrated bundle, `bundle/`.
 
     Returns:
         `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `expected_calibration_error`,
-        `split`, `report` (its uri), `engine`, `temperature` (of the bundle, after calibration) and `seconds`.
+        `split`, `report` (its uri), `engine`, `bundle` (uri of the calibrated one, else of the one evaluated),
+        `temperature` (of that bundle) and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError, EvaluationError: with a sentence for the user.
@@ -101,12 +104,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             comparison.check(results["comparison"])
         if config.calibrate:
             of_training = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
-            _calibrate(bundle, predictions, results["calibration"]["fitted_temperature"], of_training)
+            info = _calibrated(bundle, predictions, results["calibration"]["fitted_temperature"], of_training)
+            bundle = bundles.publish(bundle, info, storage.join(config.output, BUNDLE), overwrite=config.overwrite)
+            log.info("published %s, with a temperature of %.4f, as %s", bundle.version, info.temperature, bundle.uri)
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
             "engine": prediction["engine"],
-            "temperature": bundles.read_info(bundle.uri).temperature,
+            "bundle": bundle.uri,
+            "temperature": bundle.info.temperature,
             "seconds": round(time.monotonic() - started, 2),
         }
 
@@ -141,15 +147,10 @@ def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -
         raise EvaluationError(f"{config.data} has labels that the bundle does not know: {examples}.")
 
 
-def _training_file(bundle: Bundle, name: str) -> str:
-    """The uri of a file that training wrote to the folder that holds the bundle."""
-    return storage.join(bundle.uri.rpartition("/")[0], name)
-
-
 def _warn_about_training_images(manifest: pa.Table, bundle: Bundle) -> None:
     """Warn if the network was trained on some of these images."""
     try:
-        trained = manifests.select_split(manifests.read(_training_file(bundle, MANIFEST)), "train")
+        trained = manifests.select_split(manifests.read(storage.join(bundle.training, MANIFEST)), "train")
     except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
         return
     count = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
@@ -157,7 +158,7 @@ def _warn_about_training_images(manifest: pa.Table, bundle: Bundle) -> None:
         log.warning(
             "The network was trained on %d of these %d images, so the metrics are too good. Evaluate on new images, "
             "or on --data %s, whose split validation was held out.",
-            count, len(manifest), _training_file(bundle, MANIFEST),
+            count, len(manifest), storage.join(bundle.training, MANIFEST),
         )  # fmt: skip
 
 
@@ -259,6 +260,9 @@ def _measure(
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
     classes = metrics.class_metrics(predictions)
     calibrated = metrics.cross_fit_temperature(predictions)
+    guarantee = selective.find_guarantee(
+        predictions.confidences, predictions.correct, precision=config.wanted_accuracy
+    )
     calibration = {
         "temperature": bundle.info.temperature,
         "fitted_temperature": bundle.info.temperature * metrics.fit_temperature(predictions),
@@ -283,6 +287,7 @@ def _measure(
         "calibration": calibration,
         "wanted_accuracy": config.wanted_accuracy,
         "threshold": metrics.find_threshold(predictions, config.wanted_accuracy),
+        "guarantee": dataclasses.asdict(guarantee) if guarantee else None,
         "classes": classes,
         "confusion_matrix": metrics.confusion_matrix(predictions).tolist(),
         "data_checks": dataclasses.asdict(checked) if checked else None,
@@ -292,7 +297,7 @@ def _measure(
 def _read_history(bundle: Bundle) -> dict[str, list[float]]:
     """The columns of the history that training wrote; empty if there is none."""
     try:
-        text = storage.read_bytes(_training_file(bundle, _HISTORY)).decode()
+        text = storage.read_bytes(storage.join(bundle.training, _HISTORY)).decode()
         rows = list(csv.DictReader(io.StringIO(text)))
         return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
     except (OSError, ValueError, TypeError):  # no readable history
@@ -322,8 +327,8 @@ def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures
     storage.write_bytes(storage.join(output, REPORT), html.encode())
 
 
-def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, of_training: bool) -> None:
-    """Write a fitted temperature into the bundle.
+def _calibrated(bundle: Bundle, predictions: Predictions, temperature: float, of_training: bool) -> BundleInfo:
+    """The metadata of a bundle with a fitted temperature.
 
     Args:
         bundle: the bundle that made the predictions.
@@ -332,7 +337,7 @@ def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, of_
         of_training: whether they are of the training's validation images.
 
     Raises:
-        EvaluationError: the predictions do not determine a temperature, or the bundle has changed since.
+        EvaluationError: the predictions do not determine a temperature.
     """
     factor = temperature / bundle.info.temperature
     count, wrong = len(predictions.targets), int((~predictions.correct).sum())
@@ -340,21 +345,15 @@ def _calibrate(bundle: Bundle, predictions: Predictions, temperature: float, of_
     if count < _MIN_FITTED or not 0 < wrong < count or not inside:
         raise EvaluationError(
             f"{count} predictions, {wrong} of them wrong, do not determine a temperature (at least {_MIN_FITTED} are "
-            "needed, with some correct and some wrong): the bundle was not changed."
+            "needed, with some correct and some wrong): no bundle was published."
         )
-    with lease(bundle.uri):
-        if Bundle.load(bundle.uri).version != bundle.version:
-            raise EvaluationError(f"{bundle.uri} was changed while it was evaluated: run it again.")
-        info = bundles.read_info(bundle.uri)
-        # Their classes stay, but the confidences of all answers become others.
-        reference = info.reference
-        if reference:
-            calibrated = metrics.apply_temperature(predictions, factor)
-            known = _answers(calibrated) if of_training else {"confidences": [0] * BINS}
-            reference = reference | {"confidences": known["confidences"]}
-        changed = dataclasses.replace(info, temperature=temperature, reference=reference)
-        bundles.write_info(bundle.uri, changed)
-    log.info("changed the temperature of %s from %.4f to %.4f", bundle.uri, bundle.info.temperature, temperature)
+    # The classes of the reference stay, but the confidences of all answers become others.
+    reference = bundle.info.reference
+    if reference:
+        calibrated = metrics.apply_temperature(predictions, factor)
+        known = _answers(calibrated) if of_training else {"confidences": [0] * BINS}
+        reference = reference | {"confidences": known["confidences"]}
+    return dataclasses.replace(bundle.info, temperature=temperature, reference=reference)
 
 
 def _answers(predictions: Predictions) -> dict[str, list[int]]:
@@ -372,3 +371,10 @@ def _log_results(results: dict[str, Any]) -> None:
         results["expected_calibration_error"], results["calibration"]["fitted_temperature"],
         results["calibration"]["expected_calibration_error_after"],
     )  # fmt: skip
+    if guarantee := results["guarantee"]:
+        log.info(
+            "with a certainty of %.0f %%, at least %.2f %% of the predictions for other images like these are right "
+            "from a confidence of %.6g on; %.1f %% of the images have it",
+            100 * guarantee["certainty"], 100 * guarantee["precision"], guarantee["threshold"],
+            100 * guarantee["coverage"],
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from cnnray.evaluation import selective
 from cnnray.evaluation.metrics import TOP_K
 
 _MOST_CONFUSED = 15
@@ -22,6 +23,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
+    precision = results["wanted_accuracy"]
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
         results=results,
@@ -34,6 +36,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         checks=results["data_checks"],
         calibration=results["calibration"],
         comparison=results.get("comparison"),
+        images_needed=selective.images_needed(precision) if 0 < precision < 1 else None,
     )
 
 

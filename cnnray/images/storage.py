@@ -331,7 +331,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield path
 
 
-def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
+def copy_folder(source: str, target: str, *, last: Iterable[str] = (), skip: Iterable[str] = ()) -> None:
     """Copy all files below `source` to `target`; either may be local or remote.
 
     Args:
@@ -339,11 +339,12 @@ def copy_folder(source: str, target: str, *, last: Iterable[str] = ()) -> None:
         target: a folder; files of the same name are replaced.
         last: names of files that are copied after all the others, in this order: where a reader takes the
             presence of a file for the completeness of the folder.
+        skip: names of files that are not copied.
     """
     _check_guards(target)
-    last = list(last)
+    last, skip = list(last), set(skip)
     uris = {file.uri.removeprefix(source.rstrip("/") + "/"): file.uri for file in files(source)}
-    first = [relative for relative in uris if relative not in last]
+    first = [relative for relative in uris if relative not in last and relative not in skip]
 
     def copy(relative: str) -> None:
         if not (is_local(source) and is_local(target)):

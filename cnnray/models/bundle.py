@@ -6,6 +6,7 @@ is not a bundle.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -64,6 +65,10 @@ class BundleInfo:
     """Metrics of exactly these weights on the validation images."""
     temperature: float = 1.0
     """Divisor of the logits before the softmax; 1: not calibrated."""
+    parent: str = ""
+    """Version of the bundle from which this one was published; empty: a training wrote it."""
+    training: str = ""
+    """Folder of the training, for a bundle that was published elsewhere; empty: the folder that holds the bundle."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved training config."""
     data_fingerprint: str = ""
@@ -130,11 +135,7 @@ class Bundle:
             BundleError: the bundle holds no model.
             OSError: the storage cannot be read.
         """
-        settings = [self.info.class_names, self.info.image_size, self.info.resize, self.info.temperature]
-        if self.info.decode_size is not None:
-            settings.append(self.info.decode_size)
-        digest = hashlib.sha256(json.dumps([*settings, self.digest(MODEL)]).encode())
-        return f"{self.info.architecture or 'model'}-{digest.hexdigest()[:12]}"
+        return _version(self.info, self.digest(MODEL))
 
     def digest(self, name: str) -> str:
         """The SHA-256 of a file of the bundle, in hexadecimal.
@@ -149,11 +150,25 @@ class Bundle:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
 
+    @property
+    def training(self) -> str:
+        """The folder of the training, which holds its manifest and its history if nobody deleted them."""
+        return self.info.training or self.uri.rpartition("/")[0]
+
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         """A local path of a file or folder of the bundle; a copy from a bucket is deleted when the context ends."""
         with storage.local_copy(storage.join(self.uri, name)) as path:
             yield path
+
+
+def _version(info: BundleInfo, network: str) -> str:
+    """See `Bundle.version`; `network` is the digest of the model."""
+    settings = [info.class_names, info.image_size, info.resize, info.temperature]
+    if info.decode_size is not None:
+        settings.append(info.decode_size)
+    digest = hashlib.sha256(json.dumps([*settings, network]).encode())
+    return f"{info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
 
 def read_info(uri: str) -> BundleInfo:
@@ -221,11 +236,16 @@ def write_info(uri: str, info: BundleInfo) -> None:
     storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 
-def replace(target: str, source: str) -> None:
+def replace(target: str, source: str, info: BundleInfo | None = None) -> None:
     """Make `target` a copy of the bundle `source`, local or remote.
 
     `target` is not a bundle until the copy is complete. All files of an earlier bundle are deleted, among them
     exports of other weights.
+
+    Args:
+        target: folder of the copy.
+        source: the bundle.
+        info: metadata of the copy; None: those of `source`.
     """
     storage.delete_file(storage.join(target, _INFO))
     if storage.exists(target):
@@ -234,7 +254,39 @@ def replace(target: str, source: str) -> None:
             storage.delete_folder(folder)
         for file in storage.files(target):
             storage.delete_file(file.uri)
-    storage.copy_folder(source, target, last=[_INFO])
+    if info is None:
+        storage.copy_folder(source, target, last=[_INFO])
+    else:
+        storage.copy_folder(source, target, skip=[_INFO])
+        write_info(target, info)
+
+
+def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = False) -> Bundle:
+    """Write a bundle of the same files and other metadata; the one that it is made from is not changed.
+
+    Args:
+        bundle: holds the files.
+        info: metadata of the new bundle, without `parent` and `training`.
+        target: folder of the new bundle, whose lease the caller has.
+        overwrite: replace another bundle there.
+
+    Returns:
+        The new bundle.
+
+    Raises:
+        BundleError: `target` holds another bundle.
+        OSError: the storage cannot be read or written.
+    """
+    info = dataclasses.replace(info, parent=bundle.version, training=bundle.training)
+    if storage.is_file(storage.join(target, _INFO)):
+        other = Bundle.load(target)
+        if other.version == _version(info, bundle.digest(MODEL)):
+            write_info(target, info)
+            return Bundle.load(target)
+        if not overwrite:
+            raise BundleError(f"{target} holds another bundle, {other.version}, which may be in use.")
+    replace(target, bundle.uri, info)
+    return Bundle.load(target)
 
 
 def load_model(path: Path, uri: str) -> "keras.Model":

@@ -1,6 +1,7 @@
 """What every request passes: request id, API key, errors, metrics, access log."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -29,6 +30,8 @@ REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 _PATIENCE = 1.0
 """Seconds after which a request is watched for its client's leaving; most are answered before."""
+_LINGERING = 2.0
+"""Seconds at most for which the rest of a refused body is read."""
 
 
 class _Client:
@@ -53,6 +56,20 @@ class _Client:
         if not message.get("more_body"):
             self.has_sent_all = True
         return message
+
+    async def drain(self, most: int) -> None:
+        """Drop what the client still sends, for a while.
+
+        A connection that is closed before its input is read is reset, and with it goes the answer that the client has
+        not read yet (RFC 9112, section 9.6).
+
+        Args:
+            most: bytes, about.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGERING):
+                while most > 0 and not self.has_sent_all:
+                    most -= len((await self.receive()).get("body", b""))
 
     def forget(self) -> None:
         """The request has its answer."""
@@ -112,7 +129,7 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, start = Headers(scope=scope), time.perf_counter()
-        status, started = 499, False  # 499: the client left before an answer
+        status, started, linger = 499, False, False  # 499: the client left before an answer
         request_id = request_id_from(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         logged_id.set(request_id)
@@ -122,7 +139,7 @@ class Gate:
         client = _Client(receive)
 
         async def send_answer(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status, started, linger
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 answer_headers = MutableHeaders(scope=message)
@@ -132,6 +149,9 @@ class Gate:
                     # What is still to come is not wanted. Uvicorn would keep what has come until the connection ends,
                     # and up to 90 s longer where it is reset.
                     answer_headers["connection"] = "close"
+                    linger = not self._behind_ray
+            elif linger:
+                message = {**message, "more_body": True}  # else Uvicorn would close the connection
             await send(message)
 
         def error_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -158,6 +178,10 @@ class Gate:
             client.forget()
             held.release()
             self._record(scope, request_id, status, time.perf_counter() - start)
+        if linger:
+            settings = self.service.settings
+            await client.drain(settings.max_bytes if settings else 0)
+            await send({"type": "http.response.body"})
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -211,8 +211,11 @@ def test_faults_under_constant_load(start, start_steady, bundle, photo, tmp_path
         _print(capsys, f"MiB of {pid} {name}, by minute: {[round(size) for size in minutes]}")
     replicas = [minutes for (_, name), minutes in sizes.items() if "ServeReplica" in name]
     assert len(replicas) >= 2
-    # What a replica takes for its busiest moments, it has taken by the middle of its life.
-    assert all(minutes[-1] < 1.05 * minutes[len(minutes) // 2] for minutes in replicas)
+    # In half an hour a replica has taken what its busiest moments take, some of them in the second quarter.
+    longest = max(replicas, key=len)
+    quarter = len(longest) // 4
+    assert statistics.mean(longest[-quarter:]) < 1.05 * statistics.mean(longest[quarter : 3 * quarter])
+    assert all(max(minutes) < 1.05 * max(longest) for minutes in replicas)
     service.job.end()
     rows = pyarrow.dataset.dataset(log).count_rows()
     _print(capsys, f"{rows} answers in the log")
@@ -320,19 +323,19 @@ def test_large_json_does_not_fill_the_memory(start, start_steady, bundle, photo,
 def test_replicas_come_with_load_and_go_without(start, start_steady, bundle, photo, capsys):
     service = Service(
         start, "--bundle", bundle, "--cpus-per-replica", "0.5", "--max-replicas", "2",
-        "--target-ongoing-requests", "0.5", "--downscale-delay-seconds", "10",
+        "--target-ongoing-requests", "0.1", "--downscale-delay-seconds", "10",
     )  # fmt: skip
 
     assert service.status() == {"RUNNING": 1}
-    process = start_steady(f"{service.address}/predict", photo, 80, 60)
+    process = start_steady(f"{service.address}/predict", photo, 80, 90)
     started = time.monotonic()
-    until(lambda: service.status() == {"RUNNING": 2}, 60, "a second replica")
+    until(lambda: service.status() == {"RUNNING": 2}, 90, "a second replica")
     _print(capsys, f"2 replicas after {time.monotonic() - started:.0f} s of load")
     result = load.read_steady(process)
     started = time.monotonic()
     until(lambda: service.status() == {"RUNNING": 1}, 90, "one replica again")
     _print(capsys, f"1 replica {time.monotonic() - started:.0f} s after its end; answers: {result.statuses}")
-    assert result.statuses == {"200": 60 * 80}
+    assert result.statuses == {"200": 90 * 80}
     service.job.end()
 
 

@@ -13,13 +13,13 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from cnnray.evaluation import job
+from cnnray.evaluation import job, report
 from cnnray.evaluation.comparison import EvaluationError, UndecidedError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.data_checks import check_data
 from cnnray.evaluation.job import evaluate
 from cnnray.images.manifest import ManifestError, build_manifest
-from cnnray.models.bundle import Bundle, write_info
+from cnnray.models.bundle import Bundle, BundleError, write_info
 from cnnray.models.drift import BINS
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
@@ -74,6 +74,27 @@ def test_every_image_has_a_row_and_images_with_errors_do_not_count_in_the_accura
         assert name in report
     results = json.loads((output / "metrics.json").read_text())
     assert sum(results["errors_by_reason"].values()) == 2
+    assert results["guarantee"] is None
+    assert "that takes at least 39 images" in " ".join(report.split())
+
+
+def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluated, onnx_bundle, labelled):
+    _, output = evaluated
+    table = pyarrow.parquet.read_table(output / "predictions.parquet")
+    rows = table.filter(pyarrow.compute.is_null(table["error"])).to_pylist()
+    many = pa.Table.from_pylist(rows * 5)
+    probabilities = np.stack([np.eye(3)[["red", "green", "blue"].index(row["prediction"])] for row in rows] * 5)
+    bundle = Bundle.load(onnx_bundle)
+    config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), wanted_accuracy=0.7)
+    predictions = job._make_predictions(many, probabilities.astype(np.float32), bundle)
+    results = job._measure(config, bundle, "onnx", "all", many, predictions, None)
+    guarantee = results["guarantee"]
+    assert (guarantee["precision"], guarantee["certainty"], guarantee["coverage"]) == (0.7, 0.95, 1)
+    assert guarantee["images"] == round(0.75 * len(many))
+    pictures = {path.stem: b"" for path in (output / "plots").glob("*.png")}
+    text = " ".join(report.render(results, [], pictures).split())
+    assert "With a certainty of 95.00 %, at least 70.00 % of the predictions for other images like these are" in text
+    assert "from a confidence of 1 on; 100.00 % of the images have it" in text
 
 
 def test_metrics_equal_scikit_learns_on_the_same_predictions(evaluated):
@@ -128,24 +149,34 @@ def test_predictions_of_an_earlier_version_that_are_none_are_refused(values, eva
         job._make_predictions(rows, probabilities, Bundle.load(onnx_bundle))
 
 
-def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, tmp_path):
-    bundle = shutil.copytree(onnx_bundle, tmp_path / "bundle")
+def test_a_calibrated_bundle_is_published_and_its_temperature_applied_everywhere(onnx_bundle, labelled, tmp_path):
+    source = shutil.copytree(onnx_bundle, tmp_path / "run" / "bundle")
     reference = {"classes": [1, 2, 3], "confidences": [6, *[0] * (BINS - 1)]}
-    write_info(str(bundle), dataclasses.replace(Bundle.load(onnx_bundle).info, reference=reference))
-    line = evaluate(
-        EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
-    )
+    write_info(str(source), dataclasses.replace(Bundle.load(onnx_bundle).info, reference=reference))
+    (tmp_path / "run" / "history.csv").write_text("epoch,loss,val_loss,accuracy,val_accuracy\n1,2.5,2.5,0.5,0.5\n")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    config = EvaluateConfig(bundle=str(source), data=str(labelled), output=str(tmp_path / "out"), calibrate=True)
+    line = evaluate(config)
+    # The evaluated bundle may be in service, and is not touched.
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    bundle = tmp_path / "out" / "bundle"
+    assert line["bundle"] == str(bundle)
+    assert {path.relative_to(bundle) for path in bundle.rglob("*")} == {
+        path.relative_to(source) for path in source.rglob("*")
+    }
     info = Bundle.load(str(bundle)).info
+    assert (info.parent, info.training) == (Bundle.load(str(source)).version, str(tmp_path / "run"))
+    assert Bundle.load(str(bundle)).version != info.parent
     # The images are not those of the training's validation, whose confidences are not known now.
     assert info.reference == {"classes": [1, 2, 3], "confidences": [0] * BINS}
     before_it = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert line["temperature"] == info.temperature == before_it["calibration"]["fitted_temperature"] != 1
     images = [path.read_bytes() for path in sorted(labelled.rglob("0*.png"))]
     for engine in ("keras", "onnx"):
-        before = Predictor(Bundle.load(onnx_bundle), engine=engine)(images)
+        earlier = Predictor(Bundle.load(onnx_bundle), engine=engine)(images)
         after = Predictor(Bundle.load(str(bundle)), engine=engine)(images)
-        assert [prediction.label for prediction in before] == [prediction.label for prediction in after]
-        powers = np.stack([prediction.probabilities for prediction in before]).astype(np.float64) ** (
+        assert [prediction.label for prediction in earlier] == [prediction.label for prediction in after]
+        powers = np.stack([prediction.probabilities for prediction in earlier]).astype(np.float64) ** (
             1 / info.temperature
         )
         np.testing.assert_allclose(
@@ -153,15 +184,27 @@ def test_a_temperature_is_stored_and_applied_everywhere(onnx_bundle, labelled, t
             powers / powers.sum(1, keepdims=True),
             atol=1e-5,
         )
-    # Predictions made with the former temperature stay.
+    # The same command again publishes nothing else; one that would is refused.
+    published = {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.name != "bundle.json"}
+    assert evaluate(config)["bundle"] == str(bundle)
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.name != "bundle.json"} == published
+    changed = dataclasses.replace(info, temperature=9.0)
+    write_info(str(bundle), changed)
+    with pytest.raises(BundleError, match=f"{bundle} holds another bundle, .*, which may be in use"):
+        evaluate(config)
+    assert Bundle.load(str(bundle)).info == changed
+    write_info(str(bundle), info)
+    # The predictions of the bundle that was evaluated stay.
+    write_info(str(source), dataclasses.replace(info, temperature=2.0))
     with pytest.raises(PredictionError, match="holds a run with the model"):
-        evaluate(EvaluateConfig(bundle=str(bundle), data=str(labelled), output=str(tmp_path / "out")))
+        evaluate(config)
     assert (tmp_path / "out" / "report.html").exists()
     evaluate(
         EvaluateConfig(
             bundle=str(bundle), data=str(labelled), output=str(tmp_path / "again"), engine="keras", data_checks=False
         )
     )
+    assert (tmp_path / "again" / "plots" / "history.png").exists()  # of the training of the evaluated one
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["calibration"]["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
     # The temperature is the one of the lowest log loss; the calibration error of few images may rise with it.
@@ -323,7 +366,8 @@ def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
         ({"max_drop": -0.1}, "--max-drop must be 0 to 1"),
         ({"max_error_fraction": 2}, "--max-error-fraction must be 0 to 1"),
         ({"samples": 0}, "--samples must be 1 to 100"),
-        ({"output": "/b"}, "--output is the bundle itself"),
+        ({"output": "/b"}, "--output /b holds --bundle /b: give another folder"),
+        ({"bundle": "/b/bundle", "output": "/b"}, "--output /b holds --bundle /b/bundle: give another folder"),
         ({"calibrate": True, "engine": "onnx-int8"}, "--calibrate needs finer probabilities"),
     ],
 )

@@ -27,7 +27,8 @@ class Connection:
             "type": "http", "method": "POST", "path": path, "query_string": query, "headers": headers,
             "root_path": "",
         }  # fmt: skip
-        self.sent, self.parts, self.asked = [], asyncio.Queue(), 0
+        self.sent, self.parts, self.asked, self.asked_before = [], asyncio.Queue(), 0, None
+        """`asked_before`: how often the application had asked for a part of the body when it answered."""
         self.task = asyncio.ensure_future(client.app(scope, self._receive, self._send))
 
     async def _receive(self):
@@ -35,6 +36,8 @@ class Connection:
         return await self.parts.get()
 
     async def _send(self, message):
+        if self.asked_before is None:
+            self.asked_before = self.asked
         self.sent.append(message)
 
     def part(self, body, more=True):
@@ -77,7 +80,7 @@ def test_what_is_too_much_is_refused_before_it_is_read(start_client):
         await asyncio.sleep(0.05)
         second = Connection(client, length=900)
         status, body = await second.answer()
-        assert (status, second.asked) == (503, 0)
+        assert (status, second.asked_before) == (503, 0)
         assert "overloaded: it holds 700 bytes" in body
         assert dict(second.sent[0]["headers"])[b"retry-after"] == b"1"
         # The server need not keep what the client still sends.
@@ -93,6 +96,34 @@ def test_what_is_too_much_is_refused_before_it_is_read(start_client):
     assert client.app.service.admission.bytes == client.app.service.admission.requests == 0
 
 
+def test_the_rest_of_a_refused_body_is_dropped_for_a_while_so_that_the_answer_arrives(start_client, monkeypatch):
+    client = start_client(max_bytes=1000)
+    monkeypatch.setattr(gate, "_LINGERING", 0.5)
+
+    async def ask():
+        patient = Connection(client, length=1500)
+        await _until(lambda: len(patient.sent) == 2)
+        assert [message.get("more_body") for message in patient.sent] == [None, True]
+        assert (patient.sent[0]["status"], patient.task.done()) == (413, False)
+        patient.part(b"x" * 700)
+        patient.part(b"x" * 200, more=False)
+        assert (await patient.answer())[0] == 413
+        assert not patient.sent[-1].get("more_body")
+        # Neither a client that stops sending nor one that never stops holds its connection.
+        silent, endless = Connection(client, length=1500), Connection(client, length=10**9)
+        for _ in range(100):
+            endless.part(b"x" * 100)
+        assert (await endless.answer())[0] == 413
+        assert (silent.task.done(), endless.asked) == (False, 10)
+        assert (await silent.answer())[0] == 413
+        left = Connection(client, length=1500)
+        left.leave()
+        assert (await left.answer())[0] == 413
+
+    _ask(client, ask)
+    assert client.app.service.admission.bytes == client.app.service.admission.requests == 0
+
+
 def test_large_bodies_leave_room_for_small_ones(start_client):
     client = start_client(max_bytes=2**23, max_bytes_in_flight=2**24)
 
@@ -103,7 +134,7 @@ def test_large_bodies_leave_room_for_small_ones(start_client):
             connection.part(b"x" * (2**23 - 2**20 if connection in large[:2] else 2**19))
         await asyncio.sleep(0.05)
         assert client.app.service.admission.bytes == 2**24 * 7 / 8
-        assert [connection.task.done() for connection in large] == [False] * 2 + [True] * 40
+        assert [bool(connection.sent) for connection in large] == [False] * 2 + [True] * 40
         small = Connection(client)
         small.part(GOOD)
         await asyncio.sleep(0.05)

@@ -1,0 +1,122 @@
+"""Selective classification: from which confidence on the answers are right as often as asked for, with a guarantee.
+
+The guarantee is that of Learn then Test (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test: Calibrating
+Predictive Algorithms to Achieve Risk Control", arXiv:2110.01052): it holds for any network and any distribution of
+images, with a finite number of them. The only assumption is that later images are drawn as these were.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
+
+CERTAINTY = 0.95
+"""Default certainty of a guarantee."""
+_LEARNT = 0.25
+"""Share of the images that choose which thresholds are tested, and in which order."""
+_CANDIDATES = 200
+"""Thresholds at most, at equal numbers of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """A confidence threshold, and what was shown of it."""
+
+    threshold: float
+    """Lowest confidence of an answer that counts."""
+    precision: float
+    """At least this share of such answers is right, ..."""
+    certainty: float
+    """... which is false with a probability of at most 1 - certainty over the drawing of the images."""
+    coverage: float
+    """Share of the tested images with at least this confidence."""
+    observed_precision: float
+    """Share of these that were right."""
+    images: int
+    """Number of images tested."""
+
+
+def images_needed(precision: float, certainty: float = CERTAINTY) -> int:
+    """The number of images without which nothing can be shown, even if all answers are right.
+
+    n right answers in a row show it where precision^n is at most 1 - certainty. More are needed with wrong ones.
+
+    Args:
+        precision: above 0 and below 1.
+        certainty: above 0 and below 1.
+    """
+    tested = math.ceil(math.log(1 - certainty) / math.log(precision))
+    return math.ceil(tested / (1 - _LEARNT))
+
+
+def find_guarantee(
+    confidences: npt.NDArray[np.float64],
+    correct: npt.NDArray[np.bool_],
+    *,
+    precision: float,
+    certainty: float = CERTAINTY,
+    seed: int = 0,
+) -> Guarantee | None:
+    """Find the lowest confidence threshold with a guaranteed precision.
+
+    Split fixed-sequence testing (section 2.3 and appendix of the paper): one part of the images, drawn at random,
+    gives the candidates and where among them to begin, at the threshold that looks surest. The rest tests them one
+    after the other, each lower than the one before, until one fails. The hypothesis "the precision is lower" is
+    rejected where its binomial p-value is at most 1 - certainty. As the candidates do not depend on the images that
+    test them, and the first that is wrongly rejected ends the guarantee, they share one error probability.
+
+    Args:
+        confidences: of the answers, (N,).
+        correct: whether they are right, (N,).
+        precision: asked for, above 0 and below 1.
+        certainty: of the guarantee, above 0 and below 1.
+        seed: of the random parts.
+
+    Returns:
+        The guarantee; None where no threshold has one: too many of the confident answers are wrong, or there are
+        too few images (see `images_needed`).
+    """
+    order = np.random.default_rng(seed).permutation(len(confidences))
+    learnt, tested = np.split(order, [round(_LEARNT * len(order))])
+    if not len(learnt) or not len(tested):
+        return None
+    # From the highest down, so that each includes the images of those before it.
+    ranks = np.unique(np.linspace(0, len(learnt) - 1, min(_CANDIDATES, len(learnt))).round().astype(np.int64))
+    candidates = np.unique(np.sort(confidences[learnt])[::-1][ranks])[::-1]
+    scale = len(tested) / len(learnt)
+    kept, wrong = _counts(confidences[learnt], correct[learnt], candidates)
+    first = int(np.argmin(_p_values(np.round(kept * scale), np.round(wrong * scale), precision)))
+    candidates = candidates[first:]
+    kept, wrong = _counts(confidences[tested], correct[tested], candidates)
+    rejected = _p_values(kept, wrong, precision) <= 1 - certainty
+    shown = len(rejected) if rejected.all() else int(np.argmin(rejected))
+    if not shown:
+        return None
+    last = shown - 1
+    return Guarantee(
+        threshold=float(candidates[last]),
+        precision=precision,
+        certainty=certainty,
+        coverage=float(kept[last] / len(tested)),
+        observed_precision=float(1 - wrong[last] / kept[last]),
+        images=len(tested),
+    )
+
+
+def _counts(
+    confidences: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], thresholds: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """For each threshold, how many answers have at least its confidence, and how many of these are wrong."""
+    order = np.argsort(-confidences, kind="stable")
+    kept = np.searchsorted(-confidences[order], -thresholds, side="right")
+    wrong = np.concatenate([[0], np.cumsum(~correct[order])])[kept]
+    return kept.astype(np.float64), wrong.astype(np.float64)
+
+
+def _p_values(
+    kept: npt.NDArray[np.float64], wrong: npt.NDArray[np.float64], precision: float
+) -> npt.NDArray[np.float64]:
+    """Probability of at most so many wrong answers, if the precision were only just too low; 1 without answers."""
+    return np.asarray(scipy.stats.binom.cdf(wrong, kept, 1 - precision))

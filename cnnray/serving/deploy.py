@@ -19,6 +19,7 @@ import yaml
 
 import cnnray
 from cnnray import cluster, paths, waiting
+from cnnray.cpus import usable_cpus
 from cnnray.images import storage
 from cnnray.serving.config import ServeConfig
 from cnnray.serving.controller import APPLICATION, DEPLOYMENT, MODULE, OwnServe, other_applications, rest_client
@@ -270,6 +271,8 @@ def _prepare_environment(folder: Path, max_bytes: int) -> None:
     # On a single machine HAProxy learns immediately that a replica has stopped.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
     prefix = "RAY_SERVE_HAPROXY_"
+    # Ray's default is four threads, which on two CPUs take turns with the replicas, and with one another.
+    os.environ.setdefault(f"{prefix}NBTHREAD", str(min(4, max(1, usable_cpus() // 2))))
     os.environ |= {
         f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),

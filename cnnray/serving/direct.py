@@ -15,11 +15,12 @@ ON_NODES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "131072",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
 }
 """Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
-one event loop, no process reads a line of HAProxy's for each request (replicas count them), and requests go past
-Ray's wrapper of the application."""
+one event loop, no process reads a line of HAProxy's for each request (replicas count them), most images fit into one
+of HAProxy's buffers, and requests go past Ray's wrapper of the application."""
 _OF_RAY = ("/-/healthz", "/-/routes")
 """Ends of the paths that Ray answers itself."""
 

@@ -37,7 +37,8 @@ class EvaluateConfig(InferenceOptions):
     an engine with float32 probabilities; auto: keras."""
     wanted_accuracy: float = 0.99
     """Accuracy for which the report gives the lowest confidence threshold that reaches it on these images, and the
-    lowest that reaches it, with a certainty of 95 %, on others like them."""
+    lowest that reaches it, with a certainty of 95 %, on others like them. For the latter use images by which training
+    did not choose its weights, either, such as those of a split test."""
     samples: int = 16
     """Images in each image grid of the report, at most 100."""
     data_checks: bool = True

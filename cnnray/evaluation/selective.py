@@ -61,11 +61,12 @@ def find_guarantee(
 ) -> Guarantee | None:
     """Find the lowest confidence threshold with a guaranteed precision.
 
-    Split fixed-sequence testing (section 2.3 and appendix of the paper): one part of the images, drawn at random,
-    gives the candidates and where among them to begin, at the threshold that looks surest. The rest tests them one
-    after the other, each lower than the one before, until one fails. The hypothesis "the precision is lower" is
-    rejected where its binomial p-value is at most 1 - certainty. As the candidates do not depend on the images that
-    test them, and the first that is wrongly rejected ends the guarantee, they share one error probability.
+    Fixed-sequence testing, with a sequence that is learnt from a part of the images. This part, drawn at random,
+    gives the candidate thresholds and the one to begin with, which looks surest. The rest of the images tests the
+    candidates one after the other, each lower than the one before, until one fails. A candidate passes if the
+    binomial p-value of "its precision is lower than asked for" is at most 1 - certainty. The sequence does not depend
+    on the images that test it. So the guarantee is false only if the first candidate whose precision is too low
+    passes, and the number of candidates does not matter.
 
     Args:
         confidences: of the answers, (N,).
@@ -79,7 +80,7 @@ def find_guarantee(
         too few images (see `images_needed`).
     """
     order = np.random.default_rng(seed).permutation(len(confidences))
-    learnt, tested = np.split(order, [round(_LEARNT * len(order))])
+    tested, learnt = np.split(order, [int((1 - _LEARNT) * len(order))])
     if not len(learnt) or not len(tested):
         return None
     # From the highest down, so that each includes the images of those before it.

@@ -236,17 +236,18 @@ def write_info(uri: str, info: BundleInfo) -> None:
     storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 
-def replace(target: str, source: str, info: BundleInfo | None = None) -> None:
+def replace(target: str, source: str) -> None:
     """Make `target` a copy of the bundle `source`, local or remote.
 
     `target` is not a bundle until the copy is complete. All files of an earlier bundle are deleted, among them
     exports of other weights.
-
-    Args:
-        target: folder of the copy.
-        source: the bundle.
-        info: metadata of the copy; None: those of `source`.
     """
+    _clear(target)
+    storage.copy_folder(source, target, last=[_INFO])
+
+
+def _clear(target: str) -> None:
+    """Delete the files of a bundle, `bundle.json` first."""
     storage.delete_file(storage.join(target, _INFO))
     if storage.exists(target):
         # File by file, because the lease in the folder must stay.
@@ -254,19 +255,17 @@ def replace(target: str, source: str, info: BundleInfo | None = None) -> None:
             storage.delete_folder(folder)
         for file in storage.files(target):
             storage.delete_file(file.uri)
-    if info is None:
-        storage.copy_folder(source, target, last=[_INFO])
-    else:
-        storage.copy_folder(source, target, skip=[_INFO])
-        write_info(target, info)
 
 
 def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = False) -> Bundle:
     """Write a bundle of the same files and other metadata; the one that it is made from is not changed.
 
+    A bundle that was published from the same one, and gives the same answers, stays as it is, with the exports that
+    it may have got since.
+
     Args:
         bundle: holds the files.
-        info: metadata of the new bundle, without `parent` and `training`.
+        info: metadata of the new bundle; `parent` and `training` are set here.
         target: folder of the new bundle, whose lease the caller has.
         overwrite: replace another bundle there.
 
@@ -274,18 +273,21 @@ def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = 
         The new bundle.
 
     Raises:
-        BundleError: `target` holds another bundle.
+        BundleError: `target` holds another bundle, or `bundle` has other weights now than when its version was read.
         OSError: the storage cannot be read or written.
     """
     info = dataclasses.replace(info, parent=bundle.version, training=bundle.training)
     if storage.is_file(storage.join(target, _INFO)):
         other = Bundle.load(target)
-        if other.version == _version(info, bundle.digest(MODEL)):
-            write_info(target, info)
-            return Bundle.load(target)
+        if (other.info.parent, other.version) == (info.parent, _version(info, other.digest(MODEL))):
+            return other
         if not overwrite:
             raise BundleError(f"{target} holds another bundle, {other.version}, which may be in use.")
-    replace(target, bundle.uri, info)
+    _clear(target)
+    storage.copy_folder(bundle.uri, target, skip=[_INFO])
+    if Bundle(target, bundle.info).version != bundle.version:
+        raise BundleError(f"{bundle.uri} was changed in the meantime: run it again.")
+    write_info(target, info)
     return Bundle.load(target)
 
 

@@ -211,7 +211,7 @@ def test_faults_under_constant_load(start, start_steady, bundle, photo, tmp_path
         _print(capsys, f"MiB of {pid} {name}, by minute: {[round(size) for size in minutes]}")
     replicas = [minutes for (_, name), minutes in sizes.items() if "ServeReplica" in name]
     assert len(replicas) >= 2
-    # In half an hour a replica has taken what its busiest moments take, some of them in the second quarter.
+    # A replica that lives for half an hour stops growing, and those that live less do not outgrow it.
     longest = max(replicas, key=len)
     quarter = len(longest) // 4
     assert statistics.mean(longest[-quarter:]) < 1.05 * statistics.mean(longest[quarter : 3 * quarter])

@@ -90,7 +90,7 @@ def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluat
     results = job._measure(config, bundle, "onnx", "all", many, predictions, None)
     guarantee = results["guarantee"]
     assert (guarantee["precision"], guarantee["certainty"], guarantee["coverage"]) == (0.7, 0.95, 1)
-    assert guarantee["images"] == round(0.75 * len(many))
+    assert guarantee["images"] == int(0.75 * len(many))
     pictures = {path.stem: b"" for path in (output / "plots").glob("*.png")}
     text = " ".join(report.render(results, [], pictures).split())
     assert "With a certainty of 95.00 %, at least 70.00 % of the predictions for other images like these are" in text
@@ -188,6 +188,11 @@ def test_a_calibrated_bundle_is_published_and_its_temperature_applied_everywhere
     published = {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.name != "bundle.json"}
     assert evaluate(config)["bundle"] == str(bundle)
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.name != "bundle.json"} == published
+    # Nor does it take away what the published bundle got since.
+    exported = dataclasses.replace(info, exports=info.exports | {"litert": info.exports["onnx"]})
+    write_info(str(bundle), exported)
+    assert evaluate(config)["bundle"] == str(bundle)
+    assert Bundle.load(str(bundle)).info == exported
     changed = dataclasses.replace(info, temperature=9.0)
     write_info(str(bundle), changed)
     with pytest.raises(BundleError, match=f"{bundle} holds another bundle, .*, which may be in use"):

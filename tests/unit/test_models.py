@@ -300,3 +300,26 @@ def test_a_path_that_climbs_out_of_a_bundle_is_refused(path, tmp_path):
     with pytest.raises(BundleError, match=r"cannot be loaded safely: it holds the path '.*outside\.txt'"):
         _ = Bundle.load(str(tmp_path / "bundle")).model
     assert {path.name for path in tmp_path.iterdir()} == {"bundle"}
+
+
+def test_a_bundle_whose_weights_change_while_it_is_published_is_not_published(tmp_path):
+    network = tmp_path / "run" / "bundle" / "model.keras"
+    network.parent.mkdir(parents=True)
+    network.write_bytes(b"a network")
+    bundle.write_info(str(network.parent), BundleInfo(class_names=["a", "b"], image_size=32))
+    source = Bundle.load(str(network.parent))
+    evaluated, calibrated = source.version, dataclasses.replace(source.info, temperature=2.0)
+    network.write_bytes(b"another network")
+    with pytest.raises(BundleError, match=f"{source.uri} was changed in the meantime: run it again"):
+        bundle.publish(source, calibrated, str(tmp_path / "new"))
+    assert not (tmp_path / "new" / "bundle.json").exists()
+    network.write_bytes(b"a network")
+    new = bundle.publish(source, calibrated, str(tmp_path / "new"))
+    assert (new.info.parent, new.info.training) == (evaluated, str(tmp_path / "run"))
+    assert (new.info.temperature, new.version != evaluated) == (2.0, True)
+    # The same calibration of another network is another bundle.
+    network.write_bytes(b"another network")
+    with pytest.raises(BundleError, match="holds another bundle"):
+        bundle.publish(Bundle.load(source.uri), calibrated, str(tmp_path / "new"))
+    bundle.publish(Bundle.load(source.uri), calibrated, str(tmp_path / "new"), overwrite=True)
+    assert (tmp_path / "new" / "model.keras").read_bytes() == b"another network"

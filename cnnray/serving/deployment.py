@@ -1,16 +1,17 @@
 """The Ray Serve deployment, which `import_path` in Serve's configuration names."""
 
 import asyncio
-import contextlib
 import logging
 import logging.handlers
 import math
-import queue
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray._common.ray_constants import LOGGING_ROTATE_BACKUP_COUNT, LOGGING_ROTATE_BYTES
 from ray.serve._private.common import RUNNING_REQUESTS_KEY
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp
 
@@ -23,9 +24,6 @@ from cnnray.serving.open_inference_grpc import GrpcGate
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
-_MOST_LINES = 10_000
-"""Of the access log, those that wait to be written."""
-
 
 @serve.deployment
 @serve.ingress()
@@ -33,9 +31,9 @@ class Classifier:
     """A replica: decodes and predicts in its own process, and can replace its models while it answers requests."""
 
     def __init__(self) -> None:
-        _log_as_serve_does()
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
         context = serve.get_replica_context()
+        _write_logs(f"access_{context.app_name}_{context.deployment}_{context.replica_id.unique_id}.log")
         self._service = Service(
             threads=max(1, math.ceil(cpus)),
             gpus=bool(ray.get_gpu_ids()),
@@ -103,21 +101,15 @@ class _ServeHandlers(logging.Handler):
             handler.handle(record)
 
 
-class _BoundedHandler(logging.handlers.QueueHandler):
-    """Leaves out what does not fit into its queue: a disk that hangs must not take the memory."""
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """See `QueueHandler`."""
-        with contextlib.suppress(queue.Full):
-            self.queue.put_nowait(record)
-
-
-def _log_as_serve_does() -> None:
-    """Write the records of cnnray to Serve's log; those of requests in a thread, so that no request waits for it."""
-    records: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
-    logging.handlers.QueueListener(records, _ServeHandlers()).start()
-    of_requests = _BoundedHandler(records)
-    for name, handler in (("cnnray", _ServeHandlers()), ("cnnray.access", of_requests)):
+def _write_logs(access_log: str) -> None:
+    """Write the records of cnnray to Serve's log, and those of requests to a file beside it, rotated as Serve's."""
+    lines = logging.handlers.RotatingFileHandler(
+        Path(get_serve_logs_dir(), access_log),
+        maxBytes=LOGGING_ROTATE_BYTES,
+        backupCount=LOGGING_ROTATE_BACKUP_COUNT,
+        encoding="utf-8",
+    )
+    for name, handler in (("cnnray", _ServeHandlers()), ("cnnray.access", lines)):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.handlers = [handler]

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import re
 import time
@@ -19,12 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError
-from cnnray.serving.keys import Key, Keys, is_public
+from cnnray.serving.keys import Keys, is_public
 from cnnray.serving.request_log import request_id as logged_id
 from cnnray.serving.service import Service
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("cnnray.access")
 
 REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[!-~]{1,128}")
@@ -192,7 +190,7 @@ class Gate:
         route: Any = scope.get("route")
         # Not the requested path: the set of label values would be unbounded.
         self.service.metrics.record_request(getattr(route, "path", "unknown"), status, seconds)
-        write_access_log(self.service, request_id, scope.get("key"), scope["method"], scope["path"], status, seconds)
+        self.service.log_access(request_id, scope["method"], scope["path"], status, seconds, scope.get("key"))
 
 
 def _has_body(headers: Headers) -> bool:
@@ -203,17 +201,3 @@ def request_id_from(headers: Mapping[str, str]) -> str:
     """The id that a request has brought, or a new one."""
     sent = headers.get(REQUEST_ID, "")
     return sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
-
-
-def write_access_log(
-    service: Service, request_id: str, key: Key | None, method: str, path: str, status: int, seconds: float
-) -> None:
-    """Log a request that was answered, if the settings say so."""
-    settings = service.settings
-    if settings is None or settings.access_log == "none" or (settings.access_log == "errors" and status < 400):
-        return
-    line = {
-        "request_id": request_id, "method": method, "path": path, "status": status,
-        "milliseconds": round(1000 * seconds, 2),
-    }  # fmt: skip
-    access_log.info(json.dumps(line | ({"key": key.name} if key and key.name else {})))

@@ -17,7 +17,7 @@ from cnnray.models.runtimes import Images
 from cnnray.serving import open_inference
 from cnnray.serving.admission import Held
 from cnnray.serving.bodies import RequestError, too_large, validate
-from cnnray.serving.gate import REQUEST_ID, request_id_from, write_access_log
+from cnnray.serving.gate import REQUEST_ID, request_id_from
 from cnnray.serving.grpc_messages import SERVICE, message_class
 from cnnray.serving.keys import Keys
 from cnnray.serving.open_inference import InferRequest
@@ -93,7 +93,7 @@ class GrpcGate:
             seconds = time.perf_counter() - start
             context.set_trailing_metadata([(REQUEST_ID, request_id)])
             self._service.metrics.record_request(f"/{SERVICE}/{method}", status, seconds)
-            write_access_log(self._service, request_id, key, "gRPC", f"/{SERVICE}/{method}", status, seconds)
+            self._service.log_access(request_id, "gRPC", f"/{SERVICE}/{method}", status, seconds, key)
         context.set_code(_CODES[status])
         context.set_details(sentence)
         return response()

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from cnnray.images.decode import BadImage
 from cnnray.models.predictor import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
+from cnnray.serving.access_log import AccessLog
 from cnnray.serving.admission import Admission, read_body
 from cnnray.serving.bodies import LARGE_BODY, NOT_BASE64, RequestError, declared_length
 from cnnray.serving.cache import Cache
@@ -21,6 +22,7 @@ from cnnray.serving.canaries import Canaries
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.explanations import Explanations
 from cnnray.serving.job_queue import JobQueue
+from cnnray.serving.keys import Key
 from cnnray.serving.models import Loaded, Loader, Models, NoSuchModelError, ServedModel
 from cnnray.serving.pipeline import Encoded, Image
 from cnnray.serving.request_log import RequestLog
@@ -83,6 +85,7 @@ class Service:
         self.metrics = ServingMetrics(lambda: (self.admission.load, self.admission.bytes), self._drift)
         self.coordination, self.queue = coordination, queue
         self._cache = Cache()
+        self._access_log = AccessLog()
         self._log: RequestLog | None = None
         self._explanations = Explanations()
         self.canaries = Canaries(self._compute, self.admission, self.metrics, coordination)
@@ -142,11 +145,20 @@ class Service:
             self._log = RequestLog(settings.log, self.metrics.record_log) if settings.log else None
 
     def close(self) -> None:
-        """Write what is left of the request log and of the metrics, and end the process that explains."""
+        """Write what is left of the logs and of the metrics, and end the process that explains."""
+        self._access_log.flush()
         if self._log:
             self._log.close()
         self.metrics.flush()
         self._explanations.end()
+
+    def log_access(
+        self, request_id: str, method: str, path: str, status: int, seconds: float, key: Key | None
+    ) -> None:
+        """Log a request that was answered, if the settings say so."""
+        which = self.settings.access_log if self.settings else "none"
+        if which == "all" or (which == "errors" and status >= 400):
+            self._access_log.record(request_id, method, path, status, seconds, key.name if key else None)
 
     def _drift(self) -> dict[tuple[str, str], dict[str, float]]:
         """By name and version of a model, how far the answers of the last hour have drifted."""

@@ -113,6 +113,16 @@ def test_requests_go_past_rays_wrapper_of_the_application(service):
     assert {"uvloop", "httptools"} <= loaded
 
 
+def test_each_replica_has_an_access_log(service):
+    id_ = requests.get(f"{service.address}/health/live", timeout=60).headers["x-request-id"]
+    (replica,) = service.replicas()
+    (log,) = [Path(file.path) for file in replica.open_files() if Path(file.path).name.startswith("access_cnnray")]
+    assert log.parent.name == "serve"
+    until(lambda: id_ in log.read_text(), 20, "the line of the request")
+    (line,) = [line for line in map(json.loads, log.read_text().splitlines()) if line["request_id"] == id_]
+    assert (line["method"], line["path"], line["status"]) == ("GET", "/health/live", 200)
+
+
 def test_the_awkward_set_has_the_answers_of_predictor(service, onnx_bundle):
     predictor = Predictor(Bundle.load(onnx_bundle), engine="onnx")
     contents = awkward_images() | {name: data for name, (data, _) in bad_images().items()}

@@ -84,6 +84,7 @@ def _start_client(settings, **options):
     client = TestClient(create_application(service, **options), raise_server_exceptions=False)
     client.__enter__()
     client.portal.call(service.change_settings, settings)
+    client.service = service
     return client
 
 

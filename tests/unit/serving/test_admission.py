@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import json
-import logging
-import queue
 import threading
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 from ray.serve._private.common import RUNNING_REQUESTS_KEY
 
 from cnnray.serving import admission, gate
-from cnnray.serving.deployment import Classifier, _BoundedHandler
+from cnnray.serving.deployment import Classifier
 from tests.unit.serving.conftest import GOOD
 
 
@@ -330,14 +328,6 @@ def test_the_autoscaler_follows_images_and_not_requests(start_client, monkeypatc
 
     encoded = base64.b64encode(GOOD).decode()
     _ask(client, ask)
-
-
-def test_lines_of_the_access_log_that_wait_have_a_bound():
-    lines = queue.Queue(2)
-    handler = _BoundedHandler(lines)
-    for number in range(4):
-        handler.handle(logging.LogRecord("cnnray.access", logging.INFO, "", 0, f"line {number}", (), None))
-    assert [lines.get().getMessage() for _ in range(lines.qsize())] == ["line 0", "line 1"]
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(start_client, caplog):

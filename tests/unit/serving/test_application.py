@@ -7,6 +7,8 @@ import io
 import json
 import re
 import threading
+import time
+from datetime import UTC, datetime
 from importlib.resources import files
 
 import numpy as np
@@ -236,21 +238,40 @@ def test_request_ids(client):
     assert response.json()["error"] == "Method Not Allowed."
 
 
-def test_requests_are_logged_as_json(client, caplog):
+@pytest.fixture
+def read_access_log(caplog):
+    """A function that returns the lines of the requests to a client's service since then; others may come later."""
     caplog.set_level("INFO", "cnnray.access")
+    start = datetime.now(UTC).isoformat(timespec="milliseconds")
+
+    def read(client):
+        client.service.close()
+        blocks = [record.getMessage() for record in caplog.records if record.name == "cnnray.access"]
+        lines = [json.loads(line) for block in blocks for line in block.splitlines()]
+        return [line for line in lines if line["time"] >= start]
+
+    return read
+
+
+def test_requests_are_logged_as_json(start_client, read_access_log):
+    client = start_client(keys=[Key(key="secret", name="shop"), Key(key="other")])
     client.get("/health/live?secret=1", headers={"x-request-id": "mine"})
-    line = json.loads(caplog.messages[-1])
-    assert line.pop("milliseconds") >= 0
-    assert line == {"request_id": "mine", "method": "GET", "path": "/health/live", "status": 200}
+    for key in ("secret", "other"):
+        client.get("/metadata", headers={"x-api-key": key})
+    lines = read_access_log(client)
+    for line in lines:
+        assert line.pop("milliseconds") >= 0
+        assert abs(time.time() - datetime.fromisoformat(line.pop("time")).timestamp()) < 60
+    assert lines[0] == {"request_id": "mine", "method": "GET", "path": "/health/live", "status": 200}
+    assert [line.get("key") for line in lines] == [None, "shop", None]
 
 
 @pytest.mark.parametrize(("which", "logged"), [("all", [200, 404]), ("errors", [404]), ("none", [])])
-def test_which_requests_are_logged(which, logged, start_client, caplog):
+def test_which_requests_are_logged(which, logged, start_client, read_access_log):
     client = start_client(access_log=which)
-    caplog.set_level("INFO", "cnnray.access")
     client.get("/health/live")
     client.get("/nowhere")
-    assert [json.loads(line)["status"] for line in caplog.messages if line.startswith("{")] == logged
+    assert [line["status"] for line in read_access_log(client)] == logged
 
 
 def test_the_pages_need_nothing_from_elsewhere(client):

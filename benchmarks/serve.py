@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from benchmarks import REPOSITORY, peers
 from benchmarks.load import Peak, measure_peak
 from benchmarks.predict import BATCH, write_random_bundle
 from benchmarks.report import BenchmarkError, Comparison
+from cnnray.cluster import free_port
 from cnnray.models import engines
 from cnnray.models.bundle import Bundle
 
@@ -147,9 +147,7 @@ def run_service(
     Raises:
         BenchmarkError: the service does not start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if name in ("ours", "default"):
         command = [sys.executable, str(_JOB), "--bundle", bundle, "--port", str(port)]
         if name == "ours":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -22,6 +23,8 @@ from cnnray.images import storage
 log = logging.getLogger(__name__)
 
 
+_PORTS = range(20_000, 30_000)
+"""Of processes that are started later."""
 _GPU_TYPE = "accelerator_type:"
 """Beginning of the name of a node's resource."""
 
@@ -352,11 +355,19 @@ def own_address() -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    """A port of this machine that nothing listens on, for a process that starts later.
+
+    The system does not give it to a connection meanwhile (Linux takes those from 32768 on), nor Ray to a worker
+    (10002 to 19999) or a replica (from 30000 on).
+
+    Raises:
+        ClusterError: there is none.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise ClusterError(f"There is no port from {_PORTS[0]} to {_PORTS[-1]} that is free.")
 
 
 def resources() -> Resources:

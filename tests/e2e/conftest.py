@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -123,12 +122,6 @@ def survivors(children, seconds):
     _, alive = psutil.wait_procs([child for child, _ in children if child not in agents], timeout=seconds)
     kill(agents)
     return alive
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def checkpoints(output: Path):

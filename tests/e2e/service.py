@@ -15,9 +15,10 @@ from pathlib import Path
 import requests
 import yaml
 
+from cnnray.cluster import free_port
 from cnnray.models import bundle as bundles
 from cnnray.models.bundle import Bundle
-from tests.e2e.conftest import free_port, until
+from tests.e2e.conftest import until
 
 
 def ask(address, data=None, kind="image/png"):

@@ -18,10 +18,11 @@ import pytest
 import requests
 import yaml
 
+from cnnray.cluster import free_port
 from cnnray.serving import deploy
 from tests.awkward import awkward_images
 from tests.conftest import write_digits
-from tests.e2e.conftest import free_port, kill, until
+from tests.e2e.conftest import kill, until
 from tests.e2e.service import ask
 from tests.unit.test_dashboard import PANELS
 

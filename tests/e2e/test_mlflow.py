@@ -15,9 +15,10 @@ import pytest
 import requests
 import yaml
 
+from cnnray.cluster import free_port
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
-from tests.e2e.conftest import free_port, survivors, until
+from tests.e2e.conftest import survivors, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 FAST = (

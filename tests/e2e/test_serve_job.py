@@ -27,6 +27,7 @@ import yaml
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from cnnray.cluster import free_port
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.geometry import Geometry
 from cnnray.models import bundle as bundles
@@ -34,7 +35,7 @@ from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images, bad_images
 from tests.conftest import REPOSITORY
-from tests.e2e.conftest import free_port, requested_addresses, started_jobs, survivors, until
+from tests.e2e.conftest import requested_addresses, started_jobs, survivors, until
 from tests.e2e.service import Service, ask, copy_as_new_version
 from tests.runs import read_rows
 

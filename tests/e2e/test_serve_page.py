@@ -9,13 +9,14 @@ import uvicorn
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from cnnray.cluster import free_port
 from cnnray.models.bundle import Bundle
 from cnnray.serving.application import create_application
 from cnnray.serving.config import ModelVersion, ServeConfig
 from cnnray.serving.keys import Key, Keys
 from cnnray.serving.service import Service
 from tests.awkward import awkward_images
-from tests.e2e.conftest import free_port, requested_addresses, until
+from tests.e2e.conftest import requested_addresses, until
 from tests.e2e.service import ask, copy_as_new_version
 
 pytestmark = pytest.mark.browser

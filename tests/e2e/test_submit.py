@@ -17,9 +17,10 @@ import pytest
 import requests
 from PIL import Image
 
+from cnnray.cluster import free_port
 from tests.awkward import awkward_images
 from tests.conftest import REPOSITORY
-from tests.e2e.conftest import AGENTS, free_port, kill, until
+from tests.e2e.conftest import AGENTS, kill, until
 from tests.e2e.service import ask
 from tests.networks import coloured_noise
 from tests.runs import final_state, largest_difference, read_rows

@@ -14,13 +14,14 @@ import pytest
 import ray
 
 from cnnray import cluster
+from cnnray.cluster import free_port
 from cnnray.models import startup
 from cnnray.prediction import job
 from cnnray.prediction.config import PredictConfig
 from cnnray.training.config import TrainConfig
 from cnnray.training.job import train
 from cnnray.training.output import TrainingError
-from tests.e2e.conftest import free_port, kill, until
+from tests.e2e.conftest import kill, until
 from tests.runs import read_rows
 
 RAY = str(Path(sys.executable).with_name("ray"))

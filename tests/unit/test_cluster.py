@@ -1,6 +1,7 @@
 """Waiting for nodes: log lines, requests to the autoscaler, and the end of the wait."""
 
 import logging
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -190,3 +191,14 @@ def test_the_trace_of_errors_that_hold_each_other_has_an_end():
     trace = cluster.full_trace(of_worker)
     assert "ClusterError: the worker's" in trace
     assert "RuntimeError: Ray's" in trace
+
+
+def test_a_free_port_is_none_that_the_system_or_ray_gives_to_others(monkeypatch):
+    port = cluster.free_port()
+    assert 20_000 <= port < 30_000
+    monkeypatch.setattr(cluster, "_PORTS", range(port, port + 1))
+    with socket.socket() as listener:
+        listener.bind(("", port))
+        with pytest.raises(ClusterError, match=f"no port from {port} to {port} that is free"):
+            cluster.free_port()
+    assert cluster.free_port() == port

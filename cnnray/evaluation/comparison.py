@@ -146,7 +146,7 @@ def compare(
     names = [
         name
         for name, value in results.items()
-        if isinstance(value, float) and isinstance(other.results.get(name), float) and name != "wanted_accuracy"
+        if isinstance(value, float) and isinstance(other.results.get(name), float) and name != "target_precision"
     ]
     comparison = {
         "other": other.uri,

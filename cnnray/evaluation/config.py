@@ -1,7 +1,7 @@
 """The config of an evaluation: every field is a flag of jobs/evaluate.py and a key of its YAML."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.images import storage
@@ -19,6 +19,8 @@ class EvaluateConfig(InferenceOptions):
     """Measure a bundle on labelled images and write a report; with --check-data, only check the images; with --drift,
     compare what a service has answered with what it answered to its validation images."""
 
+    RENAMED: ClassVar[configs.Renamed] = {"wanted_accuracy": lambda value: {}}
+
     data: str | None = None
     """Labelled images: a folder or s3:// prefix of class folders (or of train, validation and test with class folders
     in each), a CSV, JSONL or Parquet table with the columns uri and label, or the manifest.parquet of a training.
@@ -30,15 +32,20 @@ class EvaluateConfig(InferenceOptions):
     is started again with the same output."""
     split: Split = "auto"
     """Split to evaluate, where the data have splits: train, validation, test or all; auto: test, else
-    validation, else all (with --calibrate or --drift validation comes before test)."""
+    validation, else all (with --drift, or --calibrate alone, validation comes before test)."""
     calibrate: bool = False
     """Fit a temperature to these images, so that confidences match accuracy, and publish a bundle with it in the
     output's folder bundle; the evaluated bundle is not changed. Use images that the network was not trained on. Needs
     an engine with float32 probabilities; auto: keras."""
-    wanted_accuracy: float = 0.99
-    """Accuracy for which the report gives the lowest confidence threshold that reaches it on these images, and the
-    lowest that reaches it, with a certainty of 95 %, on others like them. For the latter use images by which training
-    did not choose its weights, either, such as those of a split test."""
+    target_precision: float | None = None
+    """Publish a bundle, in the output's folder bundle, that answers only where it is confident, so that this share of
+    its answers to other images like these is right (1 minus the accepted risk). Of the rest it is unsure, and names
+    candidates. Use images by which training chose nothing, such as those of a split test. auto: keras, and every
+    other engine of the bundle that rounds in another way. The report shows the threshold for it, by default for
+    0.99."""
+    certainty: float = 0.95
+    """With --target-precision: probability with which what it promises is true; and share of the images without an
+    answer whose class is among the candidates."""
     samples: int = 16
     """Images in each image grid of the report, at most 100."""
     data_checks: bool = True
@@ -74,7 +81,10 @@ class EvaluateConfig(InferenceOptions):
         """
         if not 1 <= self.samples <= 100:
             raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
-        flags.check_share(self, "wanted_accuracy", "max_drop", "max_error_fraction")
+        flags.check_share(self, "max_drop", "max_error_fraction")
+        for flag in ("target_precision", "certainty"):
+            if (share := getattr(self, flag)) is not None and not 0 < share < 1:
+                raise ValueError(f"{flags.flag_name(flag)} must be more than 0 and less than 1, not {share:g}.")
         flags.check_more_than_zero(self, "window_hours")
         flags.make_absolute(self, "data", "bundle", "output", "compare", "drift", "labels")
         self._check_drift()
@@ -102,11 +112,16 @@ class EvaluateConfig(InferenceOptions):
             if self.labels is not None or self.window_hours != 24:
                 raise ValueError("--labels and --window-hours need --drift.")
         else:
-            others = ("calibrate", "compare", "check_data", "retry_errors")
+            others = ("calibrate", "target_precision", "compare", "check_data", "retry_errors")
             if given := [name for name in others if getattr(self, name)]:
                 raise ValueError(f"{flags.flag_name(given[0])} does not go with --drift.")
             if f"{self.output}/".startswith(f"{self.drift}/"):
                 raise ValueError(f"--output {self.output} lies in --drift {self.drift}: it would be read as its log.")
+
+    @property
+    def publishes(self) -> bool:
+        """Whether a bundle is published."""
+        return self.calibrate or self.target_precision is not None
 
     def predict_config(self, manifest: str) -> PredictConfig:
         """The config of the prediction run that classifies the images of this evaluation.
@@ -117,7 +132,7 @@ class EvaluateConfig(InferenceOptions):
         assert self.bundle is not None
         assert self.output is not None
         shared = configs.fields_of(self, InferenceOptions)
-        if self.calibrate and self.engine == "auto":
+        if self.publishes and self.engine == "auto":
             shared["engine"] = engines.KERAS  # probabilities of int8 engines are too coarse to fit a temperature to
         return PredictConfig(
             **shared,

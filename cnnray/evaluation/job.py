@@ -16,48 +16,53 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray import cluster, configs
-from cnnray.evaluation import comparison, data_checks, metrics, report, selective
+from cnnray.evaluation import comparison, data_checks, metrics, publishing, report, selective
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
+from cnnray.evaluation.publishing import Measured
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
-from cnnray.models.bundle import Bundle, BundleInfo
-from cnnray.models.drift import BINS, Distribution
+from cnnray.models.answers import find_unusable
+from cnnray.models.bundle import Bundle
 from cnnray.models.heat_maps import HeatMapProcess
-from cnnray.models.predictor import find_unusable
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import parts as prediction_parts
+from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, METRICS, REPORT, PLOTS = "config.yaml", "manifest.parquet", "metrics.json", "report.html", "plots"
 BUNDLE = "bundle"
-"""Folder of the bundle that `calibrate` publishes, in the output."""
-_FILES, _FOLDERS = (METRICS, REPORT, ROWS), (PLOTS, PREDICTIONS, BUNDLE)
+"""Folder of the bundle that is published, in the output."""
+_FILES = (METRICS, REPORT, ROWS)
+_FOLDERS = (PLOTS, PREDICTIONS, BUNDLE, *(f"{PREDICTIONS}-{name}" for name in engines.ENGINES))
 """What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
 """Training writes it, and its manifest, to its output."""
 _ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
 _LINE = ("images", "errors", "accuracy", "top_5_accuracy", "expected_calibration_error", "split")
 """Figures that `evaluate` returns."""
-_MAX_ERRORS_SHOWN, _MIN_FITTED = 100, 50
+_MAX_ERRORS_SHOWN = 100
+_DEFAULT_PRECISION = 0.99
+"""For which the report shows a threshold, where no precision is asked for."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a bundle. Writes `report.html`, `metrics.json`, `predictions.parquet`, `plots/` and the prediction run
-    itself, `predictions/`, to `config.output`, and with `config.calibrate` the calibrated bundle, `bundle/`.
+    itself, `predictions/`, to `config.output`, and with `config.publishes` the new bundle, `bundle/`.
 
     Returns:
         `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `expected_calibration_error`,
-        `split`, `report` (its uri), `engine`, `bundle` (uri of the calibrated one, else of the one evaluated),
-        `temperature` (of that bundle) and `seconds`.
+        `split`, `report` (its uri), `engine`, `bundle` (uri of the published one, else of the one evaluated),
+        `temperature` (of that bundle), with `config.target_precision` the `threshold` and the `coverage` of `engine`,
+        and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError, EvaluationError: with a sentence for the user.
@@ -75,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
         split, manifest = select_split(everything, config)
         _check_classes(manifest, bundle, config)
+        publishing.check_number(len(manifest), config)
         if other is not None:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
         _warn_about_training_images(manifest, bundle)
@@ -85,12 +91,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 if not cluster.is_connected():
                     heat_maps.start()
                 predict_config = config.predict_config(storage.join(config.output, MANIFEST))
-                prediction = predict(predict_config)
+                prediction = predict(predict_config, decides=False)
+                others = {
+                    name: _with_engine(predict_config, name)
+                    for name in publishing.other_engines(config, bundle, prediction["engine"])
+                }
+                for other_config in others.values():
+                    predict(other_config, decides=False)
                 checked = data_checks.check_if_small(everything, config) if config.data_checks else None
             heat_maps.start()
             rows, probabilities = _read_rows(predict_config.output)
             predictions = _make_predictions(rows, probabilities, bundle)
             results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
+            measured = Measured(engine=prediction["engine"], probabilities=probabilities, targets=predictions.targets)
+            results["answers"] = _measure_answers(bundle, measured)
             if other is not None:
                 results["comparison"] = comparison.compare(
                     rows, results, other, config.max_drop, config.max_error_fraction
@@ -102,17 +116,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         _log_results(results)
         if other is not None:
             comparison.check(results["comparison"])
-        if config.calibrate:
+        if config.publishes:
             of_training = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
-            info = _calibrated(bundle, predictions, results["calibration"]["fitted_temperature"], of_training)
+            all_measured = [measured, *(_measured(name, other.output, bundle) for name, other in others.items())]
+            info = publishing.published_info(config, bundle, all_measured, of_training=of_training)
             bundle = bundles.publish(bundle, info, storage.join(config.output, BUNDLE), overwrite=config.overwrite)
-            log.info("published %s, with a temperature of %.4f, as %s", bundle.version, info.temperature, bundle.uri)
+            log.info("published %s as %s", bundle.version, bundle.uri)
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
             "engine": prediction["engine"],
             "bundle": bundle.uri,
             "temperature": bundle.info.temperature,
+            **(_promised(bundle, prediction["engine"]) if config.target_precision is not None else {}),
             "seconds": round(time.monotonic() - started, 2),
         }
 
@@ -128,7 +144,8 @@ def select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.Ta
     """
     splits = set(pc.unique(manifest["split"]).to_pylist())
     if config.split == "auto":
-        order = ("validation", "test") if config.calibrate or config.drift else ("test", "validation")
+        fits = config.calibrate and config.target_precision is None
+        order = ("validation", "test") if fits or config.drift else ("test", "validation")
         selected = next((split for split in order if split in splits), "all")
     else:
         selected = config.split
@@ -183,7 +200,7 @@ def _begin_output(config: EvaluateConfig, manifest: pa.Table) -> None:
                 "--output."
             ) from None
         earlier = {}
-    if earlier and "wanted_accuracy" not in earlier:
+    if earlier and "calibrate" not in earlier:
         raise EvaluationError(f"{config.output} holds a {CONFIG} of another job; give another --output.")
     same = storage.is_file(uri) and manifests.read(uri).equals(manifest)
     if earlier and storage.is_file(uri) and not same and not config.overwrite:
@@ -247,6 +264,34 @@ def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Pre
     return Predictions(names, targets, metrics.normalise(probabilities))
 
 
+def _with_engine(config: PredictConfig, engine: str) -> PredictConfig:
+    """The prediction run of the same images with another engine."""
+    return dataclasses.replace(config, engine=engine, output=f"{config.output}-{engine}")
+
+
+def _measured(engine: str, folder: str, bundle: Bundle) -> Measured:
+    """What an engine gave, from the rows of its prediction run."""
+    rows, probabilities = _read_rows(folder)
+    targets = _make_predictions(rows, probabilities, bundle).targets
+    return Measured(engine=engine, probabilities=probabilities, targets=targets)
+
+
+def _measure_answers(bundle: Bundle, measured: Measured) -> dict[str, Any] | None:
+    """What the answers of a bundle with thresholds are; None: it has none for the engine."""
+    decision = bundle.info.decision
+    threshold = decision.thresholds.get(engines.arithmetic(measured.engine)) if decision else None
+    if decision is None or threshold is None:
+        return None
+    promised = {"promised_precision": decision.precision, "promised_candidate_coverage": decision.candidate_coverage}
+    return promised | selective.measure_answers(threshold, measured.probabilities, measured.targets)
+
+
+def _promised(bundle: Bundle, engine: str) -> dict[str, float]:
+    threshold = engines.find_threshold(bundle, engine)
+    assert threshold is not None
+    return {"threshold": threshold.confidence, "coverage": threshold.coverage}
+
+
 def _measure(
     config: EvaluateConfig,
     bundle: Bundle,
@@ -260,8 +305,9 @@ def _measure(
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
     classes = metrics.class_metrics(predictions)
     calibrated = metrics.cross_fit_temperature(predictions)
+    precision = config.target_precision or _DEFAULT_PRECISION
     guarantee = selective.find_guarantee(
-        predictions.confidences, predictions.correct, precision=config.wanted_accuracy
+        predictions.confidences, predictions.correct, precision=precision, certainty=config.certainty
     )
     calibration = {
         "temperature": bundle.info.temperature,
@@ -285,8 +331,8 @@ def _measure(
         "macro_average_precision": metrics.macro_mean(classes, "average_precision"),
         "expected_calibration_error": metrics.expected_calibration_error(predictions),
         "calibration": calibration,
-        "wanted_accuracy": config.wanted_accuracy,
-        "threshold": metrics.find_threshold(predictions, config.wanted_accuracy),
+        "target_precision": precision,
+        "threshold": metrics.find_threshold(predictions, precision),
         "guarantee": dataclasses.asdict(guarantee) if guarantee else None,
         "classes": classes,
         "confusion_matrix": metrics.confusion_matrix(predictions).tolist(),
@@ -325,41 +371,6 @@ def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures
     errors = rows.filter(pc.is_valid(rows["error"])).select(["uri", "error"]).slice(0, _MAX_ERRORS_SHOWN)
     html = report.render(results, errors.to_pylist(), pictures)
     storage.write_bytes(storage.join(output, REPORT), html.encode())
-
-
-def _calibrated(bundle: Bundle, predictions: Predictions, temperature: float, of_training: bool) -> BundleInfo:
-    """The metadata of a bundle with a fitted temperature.
-
-    Args:
-        bundle: the bundle that made the predictions.
-        predictions: what the temperature was fitted to.
-        temperature: the temperature that the bundle gets, which includes its present one.
-        of_training: whether they are of the training's validation images.
-
-    Raises:
-        EvaluationError: the predictions do not determine a temperature.
-    """
-    factor = temperature / bundle.info.temperature
-    count, wrong = len(predictions.targets), int((~predictions.correct).sum())
-    inside = metrics.MIN_TEMPERATURE * 1.01 < factor < metrics.MAX_TEMPERATURE / 1.01
-    if count < _MIN_FITTED or not 0 < wrong < count or not inside:
-        raise EvaluationError(
-            f"{count} predictions, {wrong} of them wrong, do not determine a temperature (at least {_MIN_FITTED} are "
-            "needed, with some correct and some wrong): no bundle was published."
-        )
-    # The classes of the reference stay, but the confidences of all answers become others.
-    reference = bundle.info.reference
-    if reference:
-        calibrated = metrics.apply_temperature(predictions, factor)
-        known = _answers(calibrated) if of_training else {"confidences": [0] * BINS}
-        reference = reference | {"confidences": known["confidences"]}
-    return dataclasses.replace(bundle.info, temperature=temperature, reference=reference)
-
-
-def _answers(predictions: Predictions) -> dict[str, list[int]]:
-    """For `BundleInfo.reference`."""
-    classes = len(predictions.class_names)
-    return Distribution.of(predictions.classes, predictions.confidences, classes).as_dict()
 
 
 def _log_results(results: dict[str, Any]) -> None:

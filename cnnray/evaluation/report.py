@@ -23,7 +23,6 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
-    precision = results["wanted_accuracy"]
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
         results=results,
@@ -36,7 +35,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         checks=results["data_checks"],
         calibration=results["calibration"],
         comparison=results.get("comparison"),
-        images_needed=selective.images_needed(precision) if 0 < precision < 1 else None,
+        images_needed=selective.images_needed(results["target_precision"]),
     )
 
 

@@ -3,14 +3,22 @@
 The guarantee is that of Learn then Test (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test: Calibrating
 Predictive Algorithms to Achieve Risk Control", arXiv:2110.01052): it holds for any network and any distribution of
 images, with a finite number of them. The only assumption is that later images are drawn as these were.
+
+The candidates of an image without an answer are a conformal set (Sadinle, Lei and Wasserman, "Least Ambiguous
+Set-Valued Classifiers With Bounded Error Levels", arXiv:1609.00451), calibrated on the images without an answer, as
+Mondrian conformal prediction does for groups (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World",
+2005, section 4.5).
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
+
+from cnnray.models.answers import Probabilities, Threshold
 
 CERTAINTY = 0.95
 """Default certainty of a guarantee."""
@@ -79,8 +87,7 @@ def find_guarantee(
         The guarantee; None where no threshold has one: too many of the confident answers are wrong, or there are
         too few images (see `images_needed`).
     """
-    order = np.random.default_rng(seed).permutation(len(confidences))
-    tested, learnt = np.split(order, [int((1 - _LEARNT) * len(order))])
+    learnt, tested = split(len(confidences), seed)
     if not len(learnt) or not len(tested):
         return None
     # From the highest down, so that each includes the images of those before it.
@@ -104,6 +111,102 @@ def find_guarantee(
         observed_precision=float(1 - wrong[last] / kept[last]),
         images=len(tested),
     )
+
+
+def split(images: int, seed: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split images at random into those from which something is learnt, and those on which it is tested.
+
+    Returns:
+        The indices of both.
+    """
+    order = np.random.default_rng(seed).permutation(images)
+    tested, learnt = np.split(order, [int((1 - _LEARNT) * images)])
+    return learnt, tested
+
+
+def find_threshold(
+    probabilities: Probabilities, targets: npt.NDArray[np.int64], *, precision: float, certainty: float
+) -> Threshold | None:
+    """Find the thresholds that keep a promise: see `find_guarantee`, and for the candidates `candidate_threshold`.
+
+    The candidates are calibrated as if the confidence threshold had been given: that it was chosen by the same images
+    is left out of account.
+
+    Args:
+        probabilities: float32 (N, classes), as the engine gives them: they are compared with the thresholds.
+        targets: int64 (N,), the true classes.
+        precision: asked for, above 0 and below 1.
+        certainty: of it, above 0 and below 1; and the share of the images without an answer whose class is to be
+            among the candidates.
+
+    Returns:
+        None where no threshold has the guarantee.
+    """
+    guarantee = find_guarantee(
+        probabilities.max(1).astype(np.float64),
+        probabilities.argmax(1) == targets,
+        precision=precision,
+        certainty=certainty,
+    )
+    if guarantee is None:
+        return None
+    threshold = Threshold(
+        confidence=guarantee.threshold,
+        candidate=0.0,
+        images=guarantee.images,
+        coverage=guarantee.coverage,
+        observed_precision=guarantee.observed_precision,
+    )
+    unsure = threshold.is_unsure(probabilities)
+    of_target = probabilities[unsure, targets[unsure]]
+    return dataclasses.replace(threshold, candidate=candidate_threshold(of_target, certainty))
+
+
+def candidate_threshold(of_target: npt.NDArray[np.float32], coverage: float) -> float:
+    """The largest probability from which on classes are candidates, for the true class to be one often enough.
+
+    Of N + 1 images that are drawn alike, the last is among the floor((N + 1) (1 - coverage)) that have the smallest
+    probability of their class with a probability of at most 1 - coverage.
+
+    Args:
+        of_target: the probability of the true class, of images without an answer, float32 (N,).
+        coverage: the share of such images whose class is to be among the candidates.
+
+    Returns:
+        0, with which all classes are, where there are too few images to leave any out.
+    """
+    left_out = math.floor((len(of_target) + 1) * (1 - coverage))
+    return float(np.sort(of_target)[left_out - 1]) if left_out else 0.0
+
+
+def measure_answers(
+    threshold: Threshold, probabilities: Probabilities, targets: npt.NDArray[np.int64]
+) -> dict[str, float | int | None]:
+    """What the answers with a threshold are on labelled images.
+
+    Args:
+        threshold: of the engine that gave the probabilities.
+        probabilities: float32 (N, classes).
+        targets: int64 (N,), the true classes.
+
+    Returns:
+        `threshold`; `unsure`, the number of images without an answer; `coverage`, the share of the others, and
+        `precision`, the share of their answers that are right; of the images without an answer, `candidate_coverage`,
+        the share whose class is among the candidates, and `mean_candidates`, their number. None where there are no
+        such images.
+    """
+    unsure = threshold.is_unsure(probabilities)
+    correct = (probabilities.argmax(1) == targets)[~unsure]
+    candidates = [threshold.candidates(row) for row in probabilities[unsure]]
+    hits = [target in found for target, found in zip(targets[unsure], candidates, strict=True)]
+    return {
+        "threshold": threshold.confidence,
+        "unsure": int(unsure.sum()),
+        "coverage": float((~unsure).mean()),
+        "precision": float(correct.mean()) if len(correct) else None,
+        "candidate_coverage": float(np.mean(hits)) if hits else None,
+        "mean_candidates": float(np.mean([len(found) for found in candidates])) if candidates else None,
+    }
 
 
 def _counts(

@@ -22,12 +22,13 @@ from cnnray.errors import BadInputError
 from cnnray.images import storage
 from cnnray.images.geometry import RESIZE_RULES, Geometry, ResizeRule
 from cnnray.models import startup
+from cnnray.models.answers import Decision
 
 if TYPE_CHECKING:
     import keras
 
-FORMAT_VERSION = 2
-"""Format 2 has images that are not square, or cut; a bundle without either is written in format 1."""
+FORMAT_VERSION = 3
+"""Format 3 has a decision, format 2 images that are not square, or cut; a bundle has the lowest that it needs."""
 MODEL = "model.keras"
 _INFO = "bundle.json"
 _LIBRARIES = ("keras", "numpy", "pillow")
@@ -65,6 +66,8 @@ class BundleInfo:
     """Metrics of exactly these weights on the validation images."""
     temperature: float = 1.0
     """Divisor of the logits before the softmax; 1: not calibrated."""
+    decision: Decision | None = None
+    """When its answers count; None: always."""
     parent: str = ""
     """Version of the bundle from which this one was published; empty: a training wrote it."""
     training: str = ""
@@ -167,6 +170,8 @@ def _version(info: BundleInfo, network: str) -> str:
     settings = [info.class_names, info.image_size, info.resize, info.temperature]
     if info.decode_size is not None:
         settings.append(info.decode_size)
+    if info.decision is not None:
+        settings.append(info.decision.settings)
     digest = hashlib.sha256(json.dumps([*settings, network]).encode())
     return f"{info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
@@ -192,7 +197,10 @@ def read_info(uri: str) -> BundleInfo:
         )
     unknown = set(content) - {item.name for item in fields(BundleInfo)}
     try:
+        content["decision"] = Decision.from_dict(content.get("decision"))
         info = BundleInfo(**{key: value for key, value in content.items() if key not in unknown})
+    except ValueError as error:
+        raise BundleError(f"{uri}: decision in {_INFO} {error}.") from None
     except TypeError as error:
         raise BundleError(f"{uri}: {_INFO} is incomplete: {error}.") from None
     names = info.class_names
@@ -231,8 +239,11 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
 def write_info(uri: str, info: BundleInfo) -> None:
     """Write `bundle.json`."""
     content = asdict(info)
-    if isinstance(info.image_size, int) and info.decode_size is None:
-        content["format_version"] = 1
+    if info.decision is not None:
+        content["format_version"] = 3
+    else:
+        del content["decision"]
+        content["format_version"] = 1 if isinstance(info.image_size, int) and info.decode_size is None else 2
     storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cnnray.cpus import usable_cpus
+from cnnray.models.answers import FLOAT32, Threshold
 from cnnray.models.bundle import MODEL, Bundle, BundleError
 from cnnray.models.formats import FORMATS
 from cnnray.models.runtimes import (
@@ -71,11 +72,12 @@ def _why_no_bfloat16() -> str:
     return "" if supported else "this CPU does not compute in bfloat16"
 
 
+_FLOAT32_TOLERANCE = 1e-4
 RUNNERS = {
-    SAVED_MODEL: Runner("saved_model", SavedModelEngine, 1e-4),
-    "onnx": Runner("onnx", OnnxEngine, 1e-4),
+    SAVED_MODEL: Runner("saved_model", SavedModelEngine, _FLOAT32_TOLERANCE),
+    "onnx": Runner("onnx", OnnxEngine, _FLOAT32_TOLERANCE),
     "onnx-int8": Runner("onnx-int8", OnnxEngine),
-    "litert": Runner("litert", LiteRTEngine, 1e-4),
+    "litert": Runner("litert", LiteRTEngine, _FLOAT32_TOLERANCE),
     # Rounding to float16 changes a weight by up to 5e-4 of its value, in every layer.
     "litert-float16": Runner("litert-float16", LiteRTEngine, 5e-2),
     "litert-int8": Runner("litert-int8", LiteRTEngine),
@@ -135,6 +137,30 @@ def load_file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Eng
     return engine
 
 
+def arithmetic(name: str) -> str:
+    """What engines must share to give the same probabilities, up to 1e-4: `FLOAT32`, or else their name."""
+    return FLOAT32 if name == KERAS or tolerance(name) == _FLOAT32_TOLERANCE else name
+
+
+def find_threshold(bundle: Bundle, name: str) -> Threshold | None:
+    """When the answers of a bundle count with an engine; None: always.
+
+    Raises:
+        BundleError: the bundle does not say it for this engine.
+    """
+    decision = bundle.info.decision
+    if decision is None:
+        return None
+    if (threshold := decision.thresholds.get(arithmetic(name))) is None:
+        known = ", ".join(decision.thresholds)
+        raise BundleError(
+            f"{bundle.uri} promises that {decision.precision:.4g} of its answers are right, but for {known} only, "
+            f"not for {name}: jobs/evaluate.py --target-precision {decision.precision:g} --engine {name} publishes a "
+            "bundle that does."
+        )
+    return threshold
+
+
 def check_exported(bundle: Bundle, name: str) -> None:
     """
     Raises:
@@ -147,7 +173,7 @@ def check_exported(bundle: Bundle, name: str) -> None:
     if name not in bundle.info.exports:
         listed = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
         raise BundleError(f"{bundle.uri} was not exported to {name} (it has {listed}): run jobs/export.py.")
-    if reason := _why_unavailable(name):
+    if reason := why_unavailable(name):
         raise BundleError(f"The engine {name} cannot be used here: {reason}.")
 
 
@@ -169,22 +195,26 @@ def predict_in_batches(engine: Engine, images: Images, size: int = BATCH_SIZE) -
     return np.concatenate(parts) if parts else np.empty((0, engine.classes), np.float32)
 
 
-def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
+def choose(bundle: Bundle, *, gpus: bool, batch_size: int, decides: bool = True) -> str:
     """Resolve the engine `auto`: Keras on a GPU, otherwise the fastest engine that export verified.
 
     On a GPU, Keras computes in bfloat16 if export has verified it. Export measures speed on CPUs only.
 
     A quantized engine (int8, bfloat16) is chosen only if its accuracy was measured on labelled images. An engine that
-    cannot run in this process is never chosen.
+    cannot run in this process is never chosen, nor one for which the bundle does not say when its answers count.
 
     Args:
         bundle: `info.exports` holds the measurements.
         gpus: whether the process has a GPU.
         batch_size: images per call; the measurement at batch size 1 or 32 decides, whichever is nearer.
+        decides: False: only probabilities are needed.
     """
+    decision = bundle.info.decision if decides else None
     if gpus:
         report = bundle.info.exports.get(KERAS_BFLOAT16)
-        engine = KERAS_BFLOAT16 if report and _is_verified(KERAS_BFLOAT16, report) else KERAS
+        verified = bool(report and _is_verified(KERAS_BFLOAT16, report))
+        verified = verified and (decision is None or KERAS_BFLOAT16 in decision.thresholds)
+        engine = KERAS_BFLOAT16 if verified else KERAS
         advice = "" if engine == KERAS_BFLOAT16 else " (export --formats keras-bfloat16 verifies a faster one)"
         log.info("engine %s: there is a GPU%s", engine, advice)
         return engine
@@ -192,8 +222,10 @@ def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     speeds = {
         name: float(report["times_keras"][key])
         for name, report in bundle.info.exports.items()
-        if name == KERAS or (name in ENGINES and _is_verified(name, report) and not _why_unavailable(name))
+        if name == KERAS or (name in ENGINES and _is_verified(name, report) and not why_unavailable(name))
     }
+    if decision is not None:
+        speeds = {name: speed for name, speed in speeds.items() if arithmetic(name) in decision.thresholds}
     if not speeds:
         log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
         return KERAS
@@ -212,5 +244,6 @@ def _is_verified(name: str, report: dict[str, Any]) -> bool:
     return tolerance(name) is not None or report["accuracy"] is not None
 
 
-def _why_unavailable(name: str) -> str:
+def why_unavailable(name: str) -> str:
+    """Why an engine cannot run in this process, or an empty string."""
     return RUNNERS[name].why_unavailable() if name in RUNNERS else ""

@@ -9,13 +9,14 @@ import functools
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cnnray.models.answers import FLOAT32
 from cnnray.models.bundle import Bundle
 
 METADATA = "cnnray.json"
@@ -115,6 +116,7 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
         "preprocessing": "RGB pixels as uint8: EXIF orientation applied, transparency over white, resized by "
         f"bilinear interpolation with anti-aliasing {then}; scaling is inside the network",
         "temperature": info.temperature,
+        **({"decision": asdict(info.decision)} if info.decision else {}),
         "architecture": info.architecture,
     }
 
@@ -128,12 +130,19 @@ def _write_saved_model(network: Network, path: Path) -> None:
     from cnnray.models import graph_decode
 
     info, module = network.bundle.info, tf.Module()
+    threshold = info.decision.thresholds.get(FLOAT32) if info.decision else None
     module.weights = [variable.value for variable in network.bundle.model.variables]
     predict = network.tf_function()
 
     def predict_pixels(image: Any) -> dict[str, Any]:
-        names = tf.constant([info.class_names])
-        return {"probabilities": predict(image), "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
+        names, probabilities = tf.constant([info.class_names]), predict(image)
+        outputs = {"probabilities": probabilities, "class_names": tf.tile(names, [tf.shape(image)[0], 1])}
+        if threshold:
+            unsure = tf.reduce_max(probabilities, 1) < threshold.confidence
+            best = tf.one_hot(tf.argmax(probabilities, 1), len(info.class_names), True, False, dtype=tf.bool)
+            masks = best | (unsure[:, None] & (probabilities >= threshold.candidate))
+            outputs |= {"unsure": unsure, "candidates": masks}
+        return outputs
 
     def decode(data: Any) -> Any:
         return graph_decode.decode(data, info.geometry)

@@ -42,7 +42,8 @@ class BundleModel:
 
         Returns:
             One row per image, in order, with the columns `prediction`, `confidence`, `probabilities` (in the order of
-            the bundle's class names) and `error`. If an image cannot be decoded, only `error` is not null.
+            the bundle's class names) and `error`. If an image cannot be decoded, only `error` is not null. If the
+            bundle is unsure, `prediction` is null.
         """
         import pandas as pd
 

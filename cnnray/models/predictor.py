@@ -9,11 +9,10 @@ import numpy.typing as npt
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.models import engines
+from cnnray.models.answers import find_unusable, rank_classes
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.runtimes import KerasEngine, NetworkOutputs
 
-NO_PROBABILITIES = "no probabilities"
-"""`BadImage.reason` of an image for which a network gives values that are no probabilities."""
 _DECODING_THREADS = 4
 
 
@@ -21,14 +20,16 @@ _DECODING_THREADS = 4
 class Prediction:
     """The prediction for one image."""
 
-    label: str
-    """The most probable class."""
+    label: str | None
+    """The most probable class; None: the bundle is unsure."""
     confidence: float
-    """Its probability."""
+    """Probability of the most probable class."""
     top_k: tuple[tuple[str, float], ...]
     """Classes and probabilities, highest first."""
     probabilities: npt.NDArray[np.float32]
     """float32 (classes,), in the order of the bundle's class names."""
+    candidates: tuple[str, ...] = ()
+    """Where the bundle is unsure, classes that the image may have, most probable first."""
 
 
 class Predictor:
@@ -42,6 +43,7 @@ class Predictor:
         top_k: int = 5,
         threads: int | None = None,
         batch_size: int = engines.BATCH_SIZE,
+        decides: bool = True,
     ) -> None:
         """
         Args:
@@ -50,11 +52,14 @@ class Predictor:
             top_k: length of `Prediction.top_k`, at most the number of classes.
             threads: CPU threads of the engine; None: all that this process may use.
             batch_size: largest batch that the network gets.
+            decides: False: only probabilities and other outputs are asked for.
 
         Raises:
-            BundleError: the model cannot be loaded, or the bundle was not exported to this engine.
+            BundleError: the model cannot be loaded, the bundle was not exported to this engine, or does not say when
+                its answers count with it.
         """
         self.bundle = bundle
+        self._threshold = engines.find_threshold(bundle, engine) if decides else None
         self._top_k = top_k
         self._engine = engines.load_engine(bundle, engine, threads)
         self._batch_size = batch_size
@@ -111,38 +116,8 @@ class Predictor:
         names = self.bundle.info.class_names
         (order,) = rank_classes(probabilities[None], self._top_k)
         top_k = tuple((names[index], float(probabilities[index])) for index in order)
-        return Prediction(top_k[0][0], top_k[0][1], top_k, probabilities)
-
-
-def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]:
-    """Find the rows that are no probabilities: a value is not finite, or all are zero.
-
-    Damaged weights give such rows, or float16 arithmetic that overflows. They must not become answers.
-
-    Args:
-        probabilities: float32 (N, classes), from an engine.
-
-    Returns:
-        By index of the row, an error with the reason `NO_PROBABILITIES`. Usually empty.
-    """
-    unusable = ~np.isfinite(probabilities).all(axis=1) | ~probabilities.any(axis=1)
-    return {
-        int(index): BadImage(
-            NO_PROBABILITIES,
-            f"the network's output is {'not finite' if probabilities[index].any() else 'zero for each class'}",
-        )
-        for index in np.flatnonzero(unusable)
-    }
-
-
-def rank_classes(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:
-    """Rank the classes of each image by probability, highest first. Ties keep the order of the class names.
-
-    Args:
-        probabilities: float32 (N, classes).
-        top_k: number of classes to return, at most all.
-
-    Returns:
-        int64 (N, min(top_k, classes)), indices of classes.
-    """
-    return np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        label, confidence = top_k[0]
+        if self._threshold and self._threshold.is_unsure(probabilities[None])[0]:
+            candidates = tuple(names[index] for index in self._threshold.candidates(probabilities))
+            return Prediction(None, confidence, top_k, probabilities, candidates)
+        return Prediction(label, confidence, top_k, probabilities)

@@ -38,7 +38,7 @@ _MIN_ROWS_CHECKED = 1000
 Planner = Callable[[Range], Task | None]
 
 
-def run(config: PredictConfig) -> dict[str, Any]:
+def run(config: PredictConfig, *, decides: bool = True) -> dict[str, Any]:
     """Classify all images of `config.input`.
 
     Writes the rows (`part-*`, or the Delta table `table/`), `summary.json`, `errors.csv` and `errors-*.csv` if there
@@ -46,9 +46,13 @@ def run(config: PredictConfig) -> dict[str, Any]:
 
     An interrupted run resumes. A finished run is not repeated.
 
+    Args:
+        config: of the run.
+        decides: False: each image gets its most probable class, also one of which the bundle is unsure.
+
     Returns:
-        `output`, `rows`, `ok`, `errors`, `resumed` (rows that existed already), `classified` (images that this call
-        has read), `engine`, and of this call `images_per_second` and `seconds`.
+        `output`, `rows`, `ok`, `unsure` (of a bundle that may be), `errors`, `resumed` (rows that existed already),
+        `classified` (images that this call has read), `engine`, and of this call `images_per_second` and `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, PartError, PredictionError: with a sentence for the user. Mistakes that can
@@ -69,6 +73,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
                 }  # fmt: skip
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
+            if decides:
+                engines.find_threshold(bundle, config.engine)
         manifest = list_images(config, earlier)
         plan_task = _task_planner(config, manifest, earlier)
         left = _images_left(manifest, plan_task)
@@ -80,7 +86,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
         else:
             # A run that was not finished goes on with Ray: perhaps an image has ended the process that did the work.
             is_few = left is not None and (earlier is None or result is not None)
-            with _planned(config, bundle, manifest, engine or None, left if is_few else None) as plan:
+            make_plan = functools.partial(_make_plan, config, bundle, engine or None, decides)
+            with _planned(config, manifest, make_plan, left if is_few else None) as plan:
                 engine = plan.engine
                 # All checks have passed: only now is anything of an earlier run replaced.
                 resume.begin_output(config, plan, manifest.generation, is_new=earlier is None)
@@ -100,7 +107,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
             "images_per_second": round(rate, 2),
             "seconds": round(time.monotonic() - started, 2),
         }
-        line = {key: values[key] for key in resume.RESULT}
+        line = {key: values[key] for key in resume.RESULT if key in values}
         text = json.dumps(line | {"model": bundle.version} | values, indent=2)
         storage.write_bytes(storage.join(config.output, resume.SUMMARY), text.encode())
         summary.log_summary(values)
@@ -122,7 +129,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     resumed = resume.row_count(config, earlier) if earlier else 0
     is_few = earlier is None and plans.fits_this_process(config, count)
     with contextlib.nullcontext() if is_few else cluster.connected(dashboard=config.dashboard):
-        plan = _make_plan(config, bundle, earlier["engine"] if earlier else None, is_few)
+        plan = _make_plan(config, bundle, earlier["engine"] if earlier else None, True, is_few)
     worker = Worker(plan)
     sample = rename_reserved(sample)
     list(worker(sample.slice(0, 1)))  # the first call is slow
@@ -192,22 +199,21 @@ def _images_left(manifest: Manifest, plan_task: Planner) -> int | None:
 
 @contextlib.contextmanager
 def _planned(
-    config: PredictConfig, bundle: Bundle, manifest: Manifest, engine: str | None, few: int | None
+    config: PredictConfig, manifest: Manifest, make_plan: Callable[[bool], Plan], few: int | None
 ) -> Iterator[Plan]:
     """The plan of a run; where it needs Ray, a connection to the cluster for as long as the context lasts.
 
     Args:
         config: of the run.
-        bundle: of the run.
         manifest: of the run.
-        engine: of a run that goes on.
+        make_plan: makes the plan, for this process or not.
         few: number of images, if this process may classify them.
     """
     if few is not None and plans.fits_this_process(config, few):
-        yield _make_plan(config, bundle, engine, in_process=True)
+        yield make_plan(True)
         return
     with cluster.connected(dashboard=config.dashboard):
-        plan = _make_plan(config, bundle, engine, in_process=False)
+        plan = make_plan(False)
         # Workers read the manifest from the output, and write its parts.
         example = containers.containing_file(manifest.example)
         paths.check_shared(cluster.resources(), [config.bundle, example, config.output])
@@ -215,10 +221,9 @@ def _planned(
         yield plan
 
 
-def _make_plan(config: PredictConfig, bundle: Bundle, engine: str | None, in_process: bool) -> Plan:
-    if in_process:
-        return plans.plan_in_process(bundle, config, engine)
-    return plans.plan_when_resources_allow(bundle, config, engine)
+def _make_plan(config: PredictConfig, bundle: Bundle, engine: str | None, decides: bool, in_process: bool) -> Plan:
+    make = plans.plan_in_process if in_process else plans.plan_when_resources_allow
+    return make(bundle, config, engine, decides=decides)
 
 
 # -- ranges and receipts --------------------------------------------------------------------------------------
@@ -264,7 +269,8 @@ def _classify(
                     continue
                 received.add(receipt)
                 if metrics:
-                    metrics.add(receipt.tally.ok, receipt.tally.reasons)
+                    tally = receipt.tally
+                    metrics.add(ok=tally.ok, unsure=tally.unsure.total(), reasons=tally.reasons)
                 progress.add(receipt.classified, f"{received.errors} errors" if received.errors else "")
                 _check_errors(config, received, tasks)
     finally:

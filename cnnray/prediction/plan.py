@@ -7,6 +7,7 @@ from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.images.reading import FEW_IMAGES
 from cnnray.models import engines
+from cnnray.models.answers import Threshold
 from cnnray.models.bundle import Bundle
 from cnnray.prediction.config import InferenceOptions, PredictConfig, PredictOptions
 from cnnray.prediction.pool import Pool, plan_pool
@@ -20,6 +21,8 @@ class Plan:
     engine: str
     options: PredictOptions
     pool: Pool
+    threshold: Threshold | None = None
+    """When an answer counts; None: always."""
     digest: str
     """`engines.digest` of the file that the engine runs. A worker that finds another file fails."""
     output: str = ""
@@ -44,31 +47,52 @@ def fits_this_process(options: InferenceOptions, images: int) -> bool:
     )
 
 
-def plan_in_process(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
+def plan_in_process(
+    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, decides: bool = True
+) -> Plan:
     """A plan for the job's own process, with all of its CPUs; the engine is chosen unless one is given.
 
+    Args:
+        bundle: to run.
+        options: of the job.
+        engine: its name; None: it is chosen.
+        decides: False: only probabilities are needed.
+
     Raises:
-        BundleError: the bundle was not exported to the engine.
+        BundleError: the bundle was not exported to the engine, or does not say when its answers count with it.
     """
-    engine = engine or choose_engine(bundle, options, gpus=False)
+    engine = engine or choose_engine(bundle, options, gpus=False, decides=decides)
     pool = Pool(smallest=1, first=1, largest=1, cpus=usable_cpus())
-    return _plan(bundle, options, engine, pool, in_process=True)
+    return _plan(bundle, options, engine, pool, decides=decides, in_process=True)
 
 
-def plan_on_cluster(bundle: Bundle, options: PredictOptions, resources: Resources, engine: str | None = None) -> Plan:
+def plan_on_cluster(
+    bundle: Bundle,
+    options: PredictOptions,
+    resources: Resources,
+    engine: str | None = None,
+    *,
+    decides: bool = True,
+) -> Plan:
     """Choose the engine, unless one is given, and the workers.
 
+    Args:
+        bundle, options, engine, decides: see `plan_in_process`.
+        resources: of the cluster.
+
     Raises:
-        BundleError: the bundle was not exported to the engine.
+        BundleError: see `plan_in_process`.
         ClusterError: the cluster is too small.
     """
     if engine is None:
         gpus = resources.gpus >= 1 and options.gpus_per_worker != 0
-        engine = choose_engine(bundle, options, gpus=gpus)
-    return _plan(bundle, options, engine, plan_pool(options, engine, resources))
+        engine = choose_engine(bundle, options, gpus=gpus, decides=decides)
+    return _plan(bundle, options, engine, plan_pool(options, engine, resources), decides=decides)
 
 
-def plan_when_resources_allow(bundle: Bundle, options: PredictOptions, engine: str | None = None) -> Plan:
+def plan_when_resources_allow(
+    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, decides: bool = True
+) -> Plan:
     """`plan_on_cluster` with the cluster that this process is connected to.
 
     Waits `options.wait_minutes` for missing nodes.
@@ -78,13 +102,13 @@ def plan_when_resources_allow(bundle: Bundle, options: PredictOptions, engine: s
     """
     worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
     return waiting.wait_for_resources(
-        lambda resources: plan_on_cluster(bundle, options, resources, engine),
+        lambda resources: plan_on_cluster(bundle, options, resources, engine, decides=decides),
         [worker] * (options.max_workers or options.min_workers or 1),
         options.wait_minutes,
     )
 
 
-def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
+def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool, decides: bool = True) -> str:
     """Resolve `options.engine`: `auto` is the fastest verified engine, or keras where embeddings are asked for.
 
     Raises:
@@ -93,17 +117,20 @@ def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str
     if options.engine == "auto":
         if options.embeddings:
             return engines.KERAS
-        return engines.choose(bundle, gpus=gpus, batch_size=options.batch_size)
+        return engines.choose(bundle, gpus=gpus, batch_size=options.batch_size, decides=decides)
     engines.check_exported(bundle, options.engine)
     return options.engine
 
 
-def _plan(bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, in_process: bool = False) -> Plan:
+def _plan(
+    bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, decides: bool, in_process: bool = False
+) -> Plan:
     return Plan(
         bundle=bundle,
         engine=engine,
         options=options,
         pool=pool,
+        threshold=engines.find_threshold(bundle, engine) if decides else None,
         digest=engines.digest(bundle, engine),
         output=options.output if isinstance(options, PredictConfig) else "",
         in_process=in_process,

@@ -29,8 +29,10 @@ from cnnray.prediction.ranges import RETRIED_REASONS, Task
 log = logging.getLogger(__name__)
 
 CONFIG, SUMMARY, ERRORS = "config.yaml", "summary.json", "errors.csv"
-RESULT = ("output", "rows", "ok", "errors", "resumed", "classified", "engine", "images_per_second", "seconds")
-"""Keys of the JSON line that a run returns; `summary.json` begins with them."""
+RESULT = (
+    "output", "rows", "ok", "unsure", "errors", "resumed", "classified", "engine", "images_per_second", "seconds",
+)  # fmt: skip
+"""Keys of the JSON line that a run returns; `summary.json` begins with them. `unsure`: of a bundle that may be."""
 GENERATION, EARLIER_VERSION = "generation", -1
 _MODEL, _FILE = "model", "engine_file"
 """Facts in `config.yaml` (see `configs.dump`): the generation of the manifest, `Bundle.version`, and `engines.digest`

@@ -35,14 +35,16 @@ def population_stability_index(actual: dict[str, int], expected: dict[str, int])
 
 
 def class_drift(tally: Tally, info: BundleInfo) -> dict[str, Any] | None:
-    """See `drift.compare`: the predicted classes beside those of the validation images, or, where the bundle does not
-    say enough of them, beside the labels of the training images."""
-    expected = info.class_counts
+    """See `drift.compare`: the most probable classes beside those of the validation images, or, where the bundle does
+    not say enough of them, beside the labels of the training images."""
+    if tally.unsure[""]:
+        return None  # counted again from files that do not say it of these
+    expected, found = info.class_counts, tally.classes + tally.unsure
     reference = drift.Distribution.from_dict(info.reference, len(info.class_names))
     if reference and reference.images >= drift.LEAST_IMAGES:
         expected = dict(zip(info.class_names, reference.classes.tolist(), strict=True))
-    names = sorted(tally.classes.keys() | expected.keys())
-    counts, others = (np.asarray([of.get(name, 0) for name in names], np.int64) for of in (tally.classes, expected))
+    names = sorted(found.keys() | expected.keys())
+    counts, others = (np.asarray([of.get(name, 0) for name in names], np.int64) for of in (found, expected))
     return drift.compare(counts, others)
 
 
@@ -63,6 +65,7 @@ def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
     return {
         "rows": tally.rows,
         "ok": tally.ok,
+        **({"unsure": tally.unsure.total()} if info.decision else {}),
         "errors": tally.errors,
         "errors_by_reason": {
             reason: {"images": count, "examples": tally.examples[reason]}
@@ -78,7 +81,14 @@ def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
 
 def log_summary(summary: dict[str, Any], max_classes: int = 10) -> None:
     """Log what `summarize` returned, in sentences, with the most frequent classes."""
-    log.info("%d images: %d classified, %d without a prediction", summary["rows"], summary["ok"], summary["errors"])
+    unsure = f", {summary['unsure']} unsure" if "unsure" in summary else ""
+    log.info(
+        "%d images: %d classified%s, %d without a prediction",
+        summary["rows"],
+        summary["ok"],
+        unsure,
+        summary["errors"],
+    )
     for reason, errors in summary["errors_by_reason"].items():
         log.info("  %s: %d, for example %s", reason, errors["images"], errors["examples"][0]["uri"])
     classes = sorted(summary["classes"].items(), key=lambda item: -item[1]["images"])

@@ -35,6 +35,8 @@ class Tally:
     below_threshold: int = 0
     classes: Counter[str] = field(default_factory=Counter)
     """Predictions by class name."""
+    unsure: Counter[str] = field(default_factory=Counter)
+    """Images of which the bundle is unsure, by their most probable class; empty text: unknown."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Errors by reason."""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -44,7 +46,13 @@ class Tally:
     def of(cls, rows: pa.Table, threshold: float) -> "Tally":
         """Count rows that have at least `id`, `uri`, `error`, `prediction` and `confidence`."""
         tally = cls(threshold, rows=len(rows))
-        predicted = rows.filter(pc.is_null(rows["error"]))
+        good = rows.filter(pc.is_null(rows["error"]))
+        unsure = good.filter(pc.is_null(good["prediction"]))
+        if "top_k_labels" in rows.column_names:
+            tally.unsure.update(pc.list_element(unsure["top_k_labels"], 0).to_pylist())
+        elif len(unsure):
+            tally.unsure[""] = len(unsure)
+        predicted = good.filter(pc.is_valid(good["prediction"]))
         tally.below_threshold = pc.sum(pc.less(predicted["confidence"], threshold)).as_py() or 0
         for item in pc.value_counts(predicted["prediction"]).to_pylist():
             tally.classes[item["values"]] = item["counts"]
@@ -59,7 +67,8 @@ class Tally:
     def from_json(cls, text: str | bytes) -> "Tally":
         """Read what `as_json` gave."""
         values: Mapping[str, Any] = json.loads(text)
-        return cls(**{**values, "classes": Counter(values["classes"]), "reasons": Counter(values["reasons"])})
+        counters = {name: Counter(values.get(name, {})) for name in ("classes", "unsure", "reasons")}
+        return cls(**{**values, **counters})
 
     def as_json(self) -> bytes:
         """All counts, for a part's footer."""
@@ -70,6 +79,7 @@ class Tally:
         self.rows += other.rows
         self.below_threshold += other.below_threshold
         self.classes += other.classes
+        self.unsure += other.unsure
         self.reasons += other.reasons
         for reason, rows in other.examples.items():
             # Ranges end in any order; the same run names the same examples.
@@ -78,13 +88,13 @@ class Tally:
 
     @property
     def errors(self) -> int:
-        """Number of rows without a prediction."""
+        """Number of rows with an error."""
         return self.reasons.total()
 
     @property
     def ok(self) -> int:
         """Number of rows with a prediction."""
-        return self.rows - self.errors
+        return self.rows - self.errors - self.unsure.total()
 
 
 def error_rows(rows: pa.Table) -> pa.Table:

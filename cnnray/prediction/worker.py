@@ -2,9 +2,11 @@
 
 Output rows come in the order of the input. A row has the manifest's columns and
 
-- `status`: `ok` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage` or
-  `reading.UNAVAILABLE`, a colon and details);
-- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors;
+- `status`: `ok`, `unsure` or `error`; and `error`: null, or why there is no prediction (a reason of `decode.BadImage`
+  or `reading.UNAVAILABLE`, a colon and details);
+- `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors; `prediction` also where the bundle is
+  unsure;
+- `candidates`, of a bundle that may be unsure: a list of classes where it is, else null;
 - `model`: `Bundle.version` of the network;
 - `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
 """
@@ -21,14 +23,15 @@ from cnnray.images import containers, reading
 from cnnray.images.geometry import Geometry
 from cnnray.images.ranges import rows_per_block
 from cnnray.models import engines, startup
+from cnnray.models.answers import find_unusable, rank_classes
 from cnnray.models.bundle import BundleError
-from cnnray.models.predictor import Predictor, find_unusable, rank_classes
+from cnnray.models.predictor import Predictor
 from cnnray.prediction.plan import Plan
 from cnnray.tracking.prometheus import PredictionMetrics
 
 COLUMNS = (
-    "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "model", "probabilities",
-    "embedding",
+    "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "candidates", "model",
+    "probabilities", "embedding",
 )  # fmt: skip
 """The columns that predictions add, in their order."""
 _PIXELS, _ERROR = "__pixels", "__error"
@@ -88,11 +91,13 @@ class Worker:
         if plan.engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=plan.pool.gpus > 0)
         self._options, self._info, self._model = plan.options, plan.bundle.info, plan.bundle.version
+        self._threshold = plan.threshold
         self._predictor = Predictor(
             plan.bundle,
             engine=plan.engine,
             threads=plan.pool.threads,
             batch_size=plan.options.batch_size,
+            decides=False,
         )
         if engines.digest(plan.bundle, plan.engine) != plan.digest:
             raise BundleError(f"{plan.bundle.uri} was changed while the run was going on: run it again.")
@@ -165,12 +170,10 @@ class Worker:
         good = np.asarray([not error for error in errors])
         # Index of each row in the predictions, which only good images have; null for the others.
         place = pa.array(np.cumsum(good) - 1, mask=~good)
-        columns = {
-            "status": pa.array(np.where(good, "ok", "error").tolist(), pa.string()),
-            "error": pa.array([error or None for error in errors], pa.string()),
-        }
+        columns = {"error": pa.array([error or None for error in errors], pa.string())}
         predictions = self._prediction_columns(probabilities, embeddings)
         columns |= {name: values.take(place) for name, values in predictions.items()}
+        columns["status"] = columns["status"].fill_null("error")
         columns["model"] = pa.array([self._model] * len(rows), pa.string())
         for name in COLUMNS:
             if name in columns:
@@ -207,17 +210,30 @@ class Worker:
         scores = np.take_along_axis(probabilities, order, 1)
         offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)
         labels = self._names.take(pa.array(order.ravel()))
+        unsure = np.zeros(len(order), np.bool_)
+        if self._threshold:
+            unsure = self._threshold.is_unsure(probabilities)
         columns = {
-            "prediction": self._names.take(pa.array(order[:, 0])),
+            "status": pa.array(np.where(unsure, "unsure", "ok").tolist(), pa.string()),
+            "prediction": self._names.take(pa.array(order[:, 0], mask=unsure)),
             "confidence": pa.array(scores[:, 0], pa.float32()),
             "top_k_labels": pa.ListArray.from_arrays(offsets, labels),
             "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
         }
+        if self._threshold:
+            columns["candidates"] = pa.array(
+                [self._candidates(row) if no else None for row, no in zip(probabilities, unsure, strict=True)],
+                pa.list_(pa.string()),
+            )
         if options.probabilities:
             columns["probabilities"] = _fixed_size_lists(probabilities)
         if embeddings is not None:
             columns["embedding"] = _fixed_size_lists(embeddings)
         return columns
+
+    def _candidates(self, row: Floats) -> list[str]:
+        assert self._threshold
+        return [self._info.class_names[index] for index in self._threshold.candidates(row)]
 
 
 def _fixed_size_lists(values: npt.NDArray[np.float32]) -> pa.Array:

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocketClose
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import rank_classes
+from cnnray.models.answers import rank_classes
 from cnnray.models.runtimes import Probabilities
 from cnnray.serving import jobs, open_inference, repository, tensorflow_serving
 from cnnray.serving.bodies import RequestError, parse_images
@@ -235,17 +235,25 @@ def _failure(error: BadImage, request_id: str) -> dict[str, Any]:
 def _answer(served: ServedModel, row: Probabilities, query: PredictQuery, request_id: str) -> dict[str, Any]:
     names = served.bundle.info.class_names
     (order,) = rank_classes(row[None], query.top_k)
-    scores = [
-        {"class": names[index], "confidence": float(row[index])} for index in order if row[index] >= query.threshold
-    ]
-    best = float(row[order[0]])
-    return {
+    scores = [_score(names, row, index) for index in order if row[index] >= query.threshold]
+    best, threshold = float(row[order[0]]), served.threshold
+    answer = {
         "prediction": names[order[0]] if best >= query.threshold else None,
         "confidence": best,
         "all_predictions": scores,
         "model": served.version,
         "request_id": request_id,
     }
+    if threshold:
+        answer["status"] = "ok"
+        if threshold.is_unsure(row[None])[0]:
+            answer |= {"status": "unsure", "prediction": None}
+            answer["candidates"] = [_score(names, row, index) for index in threshold.candidates(row)]
+    return answer
+
+
+def _score(names: list[str], row: Probabilities, index: int) -> dict[str, Any]:
+    return {"class": names[index], "confidence": float(row[index])}
 
 
 _IMAGES: Bodies = {

@@ -4,7 +4,7 @@ import hashlib
 from collections import OrderedDict
 
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import NO_PROBABILITIES
+from cnnray.models.answers import NO_PROBABILITIES
 from cnnray.models.runtimes import Probabilities
 from cnnray.serving.models import ServedModel
 

@@ -12,6 +12,7 @@ import numpy as np
 from cnnray.errors import BadInputError
 from cnnray.images.decode import BadImage
 from cnnray.models import engines, startup
+from cnnray.models.answers import Threshold
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.drift import Distribution, SlidingWindow
 from cnnray.models.predictor import Predictor
@@ -37,6 +38,8 @@ class ServedModel:
     """`Bundle.version`."""
     bundle: Bundle
     engine: str
+    threshold: Threshold | None
+    """When its answers count; None: always."""
     digest: str
     """SHA-256 of the engine's file, in hexadecimal."""
     compute: Pipeline
@@ -145,11 +148,13 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
         batch_size: largest micro-batch.
 
     Raises:
-        BundleError, OSError: the bundle, or the engine's file, cannot be read.
+        BundleError, OSError: the bundle, or the engine's file, cannot be read, or the bundle does not say when its
+            answers count with the engine.
     """
     bundle = Bundle.load(uri)
     if engine == "auto":
         engine = engines.choose(bundle, gpus=gpus, batch_size=batch_size)
+    engines.find_threshold(bundle, engine)
     return bundle, engine, engines.digest(bundle, engine)
 
 
@@ -277,6 +282,7 @@ class Loader:
             version=bundle.version,
             bundle=bundle,
             engine=engine,
+            threshold=engines.find_threshold(bundle, engine),
             digest=digest,
             compute=compute,
             batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),

@@ -3,7 +3,8 @@
 The input is either `image`, UINT8 [N, height, width, 3], or `image_bytes`, BYTES [N]: encoded images (base64 in
 JSON).
 The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With the parameter `classification`: k,
-`probabilities` is BYTES [N, k] of `probability:index:name`.
+`probabilities` is BYTES [N, k] of `probability:index:name`. A model that may be unsure has two more: `unsure`, BOOL
+[N], where `label` is empty, and `candidates`, BOOL [N, classes], which for the other images are their class alone.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import rank_classes
+from cnnray.models.answers import rank_classes
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError, decode_base64, parse_model
 from cnnray.serving.models import ServedModel
@@ -121,8 +122,15 @@ def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
         "outputs": [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
-        ],
+            {"name": "unsure", "datatype": "BOOL", "shape": [-1]},
+            {"name": "candidates", "datatype": "BOOL", "shape": [-1, classes]},
+        ][: len(_outputs(served))],
     }
+
+
+def _outputs(served: ServedModel) -> tuple[str, ...]:
+    """The names of a model's outputs."""
+    return ("probabilities", "label", *(("unsure", "candidates") if served.threshold else ()))
 
 
 async def _model_ready(service: Service, request: Request) -> dict[str, Any]:
@@ -135,7 +143,19 @@ async def _infer(service: Service, request: Request) -> Response:
     served = service.choose_named(request)
     length = request.headers.get(_HEADER_LENGTH)
     infer_request, images = await service.read(request, lambda body, settings: _parse(body, length, settings))
+    check_outputs(infer_request, served)
     return _create_response(infer_request, served, await classify(service, served, images))
+
+
+def check_outputs(infer_request: InferRequest, served: ServedModel) -> None:
+    """
+    Raises:
+        RequestError: 400, the request asks for an output that the model does not have.
+    """
+    names = _outputs(served)
+    for output in infer_request.outputs or []:
+        if output.name not in names:
+            raise RequestError(400, f"There is no output {reprlib.repr(output.name)}; there are {', '.join(names)}.")
 
 
 async def classify(service: Service, served: ServedModel, images: list[bytes | BadImage] | Images) -> Probabilities:
@@ -176,11 +196,6 @@ def read_images(infer_request: InferRequest, binary: bytes, settings: Settings) 
     Raises:
         RequestError: 400 or 413, the request or its tensor cannot be used.
     """
-    for output in infer_request.outputs or []:
-        if output.name not in ("probabilities", "label"):
-            raise RequestError(
-                400, f"There is no output {reprlib.repr(output.name)}; there are probabilities and label."
-            )
     (tensor,) = infer_request.inputs
     count = tensor.shape[0] if tensor.shape else 0
     if not 1 <= count <= settings.max_images:
@@ -296,8 +311,8 @@ def _image_from_lists(values: Any, index: int) -> Images:
 def requested_outputs(
     request: InferRequest, served: ServedModel, rows: Probabilities
 ) -> Iterator[tuple[InferOutput, Any]]:
-    """The outputs that a request asks for, each with its values: a float32 array, or an object array of str."""
-    for output in request.outputs or [InferOutput(name="probabilities"), InferOutput(name="label")]:
+    """The outputs that a request asks for, each with its values: a float32, bool, or object array of str."""
+    for output in request.outputs or [InferOutput(name=name) for name in _outputs(served)]:
         yield output, _output_values(output, served, rows)
 
 
@@ -332,13 +347,19 @@ def _create_response(request: InferRequest, served: ServedModel, rows: Probabili
 
 def datatype(values: Any) -> str:
     """The protocol's name of an output's type."""
-    return "FP32" if values.dtype == np.float32 else "BYTES"
+    return {"float32": "FP32", "bool": "BOOL"}.get(values.dtype.name, "BYTES")
 
 
 def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities) -> Any:
-    names = served.bundle.info.class_names
+    names, threshold = served.bundle.info.class_names, served.threshold
+    if threshold and output.name == "candidates":
+        return threshold.candidate_masks(rows)
+    unsure = threshold.is_unsure(rows) if threshold else np.zeros(len(rows), np.bool_)
+    if output.name == "unsure":
+        return unsure
     if output.name == "label":
-        return np.asarray([names[index] for index in rows.argmax(1)], object)
+        labels = ["" if no else names[index] for index, no in zip(rows.argmax(1), unsure, strict=True)]
+        return np.asarray(labels, object)
     count = output.parameters.classification
     if count is None:
         return rows
@@ -353,6 +374,8 @@ def to_binary(values: Any) -> bytes:
     """The values of a tensor as bytes; strings each behind its length."""
     if values.dtype == np.float32:
         return bytes(values.astype("<f4").tobytes())
+    if values.dtype == np.bool_:
+        return bytes(values.tobytes())
     return pack_strings([text.encode() for text in values.ravel()])
 
 

@@ -130,6 +130,7 @@ class GrpcGate:
         asked, infer_request, images = await service.parse(request, lambda body: _parse_infer(body, settings))
         key = metadata.get(CANARY_KEY.lower())
         served = service.choose_model(asked.model_name, asked.model_version or None, key)
+        open_inference.check_outputs(infer_request, served)
         rows = await open_inference.classify(service, served, images)
         outputs, contents = [], []
         for output, values in open_inference.requested_outputs(infer_request, served, rows):

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.geometry import Geometry
-from cnnray.models.predictor import find_unusable
+from cnnray.models.answers import find_unusable
 from cnnray.models.runtimes import Images, Probabilities
 
 

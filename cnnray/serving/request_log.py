@@ -28,7 +28,7 @@ from PIL import Image as PillowImage
 
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import rank_classes
+from cnnray.models.answers import Threshold, rank_classes
 from cnnray.models.runtimes import Probabilities
 from cnnray.serving.models import ServedModel
 from cnnray.serving.pipeline import Encoded, Image, size_of
@@ -47,16 +47,17 @@ SCHEMA = pa.schema(
         ("confidence", pa.float32()),
         ("top_k_labels", pa.list_(pa.string())),
         ("top_k_scores", pa.list_(pa.float32())),
+        ("unsure", pa.bool_()),
         ("error", pa.string()),
         ("seconds", pa.float32()),
         ("sha256", pa.string()),
         ("image", pa.binary()),
     ]
 )
-"""`index` is the image's place in its request. `prediction` is the most probable class, `seconds` the time from the
-request's body to its answers, `sha256` that of the bytes that were sent (of pixels, for those). `image` holds these
-bytes (pixels as PNG) if they are kept, else null. An image without a prediction has an `error`,
-`REASON: explanation`."""
+"""`index` is the image's place in its request. `prediction` is the most probable class, and `unsure` whether it was
+held back (null of a model that answers for every image), `seconds` the time from the request's body to its answers,
+`sha256` that of the bytes that were sent (of pixels, for those). `image` holds these bytes (pixels as PNG) if they
+are kept, else null. An image without a prediction has an `error`, `REASON: explanation`."""
 _TOP_K = 5
 _MOST_ROWS, _MOST_SECONDS, _MOST_BYTES = 20_000, 60.0, 16 * 2**20
 """A file is written when it has so many rows or bytes, or its first row is so old."""
@@ -89,6 +90,7 @@ class _Answered:
     model: str
     version: str
     class_names: list[str]
+    threshold: Threshold | None
     images: Sequence[Image]
     answers: Sequence[Probabilities | BadImage]
     seconds: float
@@ -198,7 +200,8 @@ class RequestLog:
             return
         answered = _Answered(
             moment=time.time(), request_id=request_id.get(), model=served.name, version=served.version,
-            class_names=served.bundle.info.class_names, images=images, answers=answers, seconds=seconds,
+            class_names=served.bundle.info.class_names, threshold=served.threshold, images=images, answers=answers,
+            seconds=seconds,
         )  # fmt: skip
         with self._lock:
             fits = self._held + answered.size <= _MOST_HELD
@@ -275,6 +278,8 @@ class RequestLog:
                 labels, scores = [answered.class_names[place] for place in order], answer[order]
                 row |= {"top_k_labels": labels, "top_k_scores": scores}
                 row |= {"prediction": labels[0], "confidence": scores[0]}
+                if answered.threshold:
+                    row["unsure"] = bool(answered.threshold.is_unsure(answer[None])[0])
             rows.append(row)
         return rows
 

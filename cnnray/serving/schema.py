@@ -1,6 +1,6 @@
 """Request and response models of the service's own API, as OpenAPI describes them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,11 +30,17 @@ class ClassScore(BaseModel):
 class Answer(BaseModel):
     """The prediction for one image."""
 
-    prediction: str | None = Field(description="The most probable class; null if none reaches `threshold`.")
+    prediction: str | None = Field(
+        description="The most probable class; null if none reaches `threshold`, or if the model is unsure."
+    )
     confidence: Share = Field(description="Probability of the most probable class.")
     all_predictions: list[ClassScore] = Field(description="The `top_k` classes, highest first.")
     model: str = Field(description="Version of the model that answered.")
     request_id: str
+    status: Literal["ok", "unsure"] | None = Field(None, description="Of a model that may be unsure of an image.")
+    candidates: list[ClassScore] | None = Field(
+        None, description="If the model is unsure: the classes that the image may have, highest first."
+    )
     heat_map: str | None = Field(
         None, description="With `explain`: a PNG file in base64, the image with the regions that support the class."
     )

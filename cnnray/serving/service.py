@@ -12,7 +12,7 @@ import numpy as np
 from starlette.requests import Request
 
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import NO_PROBABILITIES
+from cnnray.models.answers import NO_PROBABILITIES
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.access_log import AccessLog
 from cnnray.serving.admission import Admission, read_body
@@ -292,7 +292,10 @@ class Service:
         for row in rows:
             if not isinstance(row, BadImage):
                 best = int(row.argmax())
-                self.metrics.record_prediction(served.name, served.version, names[best], float(row[best]))
+                unsure = served.threshold is not None and bool(served.threshold.is_unsure(row[None])[0])
+                self.metrics.record_prediction(
+                    served.name, served.version, names[best], float(row[best]), unsure=unsure
+                )
                 if served.recent:
                     served.recent.add(best, float(row[best]))
         if self._log:

@@ -2,7 +2,7 @@
 
 The signature `serving_default` takes `image`, pixels [N, height, width, 3]; `encoded` takes `image_bytes`,
 `{"b64": ...}`. The content of the request selects the signature. The outputs of both are `probabilities` and
-`class_names`, each [N, classes].
+`class_names`, each [N, classes]; those of a model that may be unsure also `unsure` [N] and `candidates` [N, classes].
 """
 
 import reprlib
@@ -39,10 +39,14 @@ async def _predict(service: Service, request: Request) -> dict[str, Any]:
     info = served.bundle.info
     shape = info.geometry.image_size.shape
     images, by_row = await service.read(request, lambda body, settings: _parse(body, shape, settings))
-    probabilities = (await service.classify_all(served, images)).tolist()
+    rows, threshold = await service.classify_all(served, images), served.threshold
+    outputs: dict[str, list[Any]] = {"probabilities": rows.tolist(), "class_names": [info.class_names] * len(rows)}
+    if threshold:
+        masks = threshold.candidate_masks(rows)
+        outputs |= {"unsure": threshold.is_unsure(rows).tolist(), "candidates": masks.tolist()}
     if by_row:
-        return {"predictions": [{"probabilities": row, "class_names": info.class_names} for row in probabilities]}
-    return {"outputs": {"probabilities": probabilities, "class_names": [info.class_names] * len(probabilities)}}
+        return {"predictions": [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]}
+    return {"outputs": outputs}
 
 
 async def _status(service: Service, request: Request) -> dict[str, Any]:
@@ -66,6 +70,8 @@ async def _metadata(service: Service, request: Request) -> dict[str, Any]:
         return {name: {"dtype": kind, "tensor_shape": {"dim": dimensions, "unknown_rank": False}, "name": name}}
 
     outputs = tensor("probabilities", "DT_FLOAT", -1, classes) | tensor("class_names", "DT_STRING", -1, classes)
+    if served.threshold:
+        outputs |= tensor("unsure", "DT_BOOL", -1) | tensor("candidates", "DT_BOOL", -1, classes)
     method = "tensorflow/serving/predict"
     signatures = {
         name: {"inputs": inputs, "outputs": outputs, "method_name": method}

@@ -95,7 +95,7 @@ class PredictionMetrics:
         self._tags = {"run": storage.short_name(output)}
         self._images = metrics.Counter(
             "cnnray_predict_images",
-            description="Images with a row in the output: ok, or error with its reason.",
+            description="Images with a row in the output: ok, unsure, or error with its reason.",
             tag_keys=("run", "status", "reason"),
         )
         self._seconds = metrics.Counter(
@@ -104,15 +104,17 @@ class PredictionMetrics:
             tag_keys=("run", "stage"),
         )
 
-    def add(self, ok: int, reasons: Mapping[str, int]) -> None:
+    def add(self, *, ok: int, unsure: int, reasons: Mapping[str, int]) -> None:
         """Count images of a range that was committed.
 
         Args:
             ok: images with a prediction.
-            reasons: images without one, by the reason of the error.
+            unsure: images of which the bundle is unsure.
+            reasons: images with an error, by its reason.
         """
-        if ok:
-            self._images.inc(ok, tags=self._tags | {"status": "ok", "reason": ""})
+        for status, images in (("ok", ok), ("unsure", unsure)):
+            if images:
+                self._images.inc(images, tags=self._tags | {"status": status, "reason": ""})
         for reason, images in reasons.items():
             self._images.inc(images, tags=self._tags | {"status": "error", "reason": reason})
 
@@ -186,6 +188,11 @@ class ServingMetrics:
             "cnnray_predictions",
             description="Images classified, by the most probable class.",
             tag_keys=("model", "version", "prediction"),
+        )
+        self._unsure = metrics.Counter(
+            "cnnray_unsure_images",
+            description="Images of these of which the model is unsure.",
+            tag_keys=("model", "version"),
         )
         self._confidences = Histogram(
             "cnnray_confidence",
@@ -265,9 +272,13 @@ class ServingMetrics:
         self._observe(self._batches, [len(waits)])
         self.record_stage("wait", waits)
 
-    def record_prediction(self, model: str, version: str, label: str, confidence: float) -> None:
-        """Record the most probable class of an image, and its probability."""
+    def record_prediction(
+        self, model: str, version: str, label: str, confidence: float, *, unsure: bool = False
+    ) -> None:
+        """Record the most probable class of an image, its probability, and whether it was held back."""
         self._count(self._predictions, model=model, version=version, prediction=label)
+        if unsure:
+            self._count(self._unsure, model=model, version=version)
         self._observe(self._confidences, [confidence], model=model, version=version)
 
     def record_request_of_version(self, model: str, version: str, seconds: float, *, failed: bool) -> None:

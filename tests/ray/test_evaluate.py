@@ -1,5 +1,6 @@
 """Evaluations on a cluster: every labelled image once, metrics equal to scikit-learn's, calibration, comparison."""
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -24,7 +25,9 @@ from cnnray.models.drift import BINS
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.dispatch import PredictionError
+from cnnray.prediction.job import run as run_prediction
 from tests.networks import coloured_noise
+from tests.runs import read_rows
 
 IMAGES = 101  # neither batches of 7 nor 2 workers divide it
 BROKEN = ("red/broken.png", "blue/empty.png")
@@ -51,7 +54,7 @@ def evaluated(labelled, onnx_bundle, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluated") / "out"
     line = evaluate(
         EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", batch_size=7,
-                       max_workers=2, wanted_accuracy=0.9)
+                       max_workers=2)
     )  # fmt: skip
     return line, output
 
@@ -75,7 +78,7 @@ def test_every_image_has_a_row_and_images_with_errors_do_not_count_in_the_accura
     results = json.loads((output / "metrics.json").read_text())
     assert sum(results["errors_by_reason"].values()) == 2
     assert results["guarantee"] is None
-    assert "that takes at least 39 images" in " ".join(report.split())
+    assert "that takes at least 399 images" in " ".join(report.split())
 
 
 def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluated, onnx_bundle, labelled):
@@ -85,7 +88,7 @@ def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluat
     many = pa.Table.from_pylist(rows * 5)
     probabilities = np.stack([np.eye(3)[["red", "green", "blue"].index(row["prediction"])] for row in rows] * 5)
     bundle = Bundle.load(onnx_bundle)
-    config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), wanted_accuracy=0.7)
+    config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), target_precision=0.7)
     predictions = job._make_predictions(many, probabilities.astype(np.float32), bundle)
     results = job._measure(config, bundle, "onnx", "all", many, predictions, None)
     guarantee = results["guarantee"]
@@ -133,7 +136,7 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
     before = part.stat().st_mtime_ns
     again = evaluate(
         EvaluateConfig(
-            bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8,
+            bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", samples=8,
             data_checks=False,
         )
     )  # fmt: skip
@@ -214,6 +217,83 @@ def test_a_calibrated_bundle_is_published_and_its_temperature_applied_everywhere
     assert again["calibration"]["fitted_temperature"] == pytest.approx(info.temperature, rel=1e-2)
     # The temperature is the one of the lowest log loss; the calibration error of few images may rise with it.
     assert again["log_loss"] < before_it["log_loss"]
+
+
+def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle, labelled, tmp_path):
+    config = EvaluateConfig(
+        bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "out"), target_precision=0.7,
+        data_checks=False,
+    )  # fmt: skip
+    line = evaluate(config)
+    bundle = Bundle.load(line["bundle"])
+    decision = bundle.info.decision
+    assert (decision.precision, decision.certainty, decision.candidate_coverage) == (0.7, 0.95, 0.95)
+    assert decision.thresholds.keys() == {"float32"}
+    threshold = decision.thresholds["float32"]
+    assert (line["threshold"], line["coverage"]) == (threshold.confidence, threshold.coverage)
+    assert bundle.info.temperature == line["temperature"] == 1
+    # The same command again publishes nothing else.
+    assert evaluate(config)["bundle"] == bundle.uri
+    assert Bundle.load(bundle.uri).version == bundle.version
+
+    # A threshold that more images miss, to see both kinds of rows.
+    strict = dataclasses.replace(threshold, confidence=0.9, candidate=0.05)
+    write_info(
+        bundle.uri,
+        dataclasses.replace(bundle.info, decision=dataclasses.replace(decision, thresholds={"float32": strict})),
+    )
+    bundle = Bundle.load(bundle.uri)
+    for engine in ("onnx", "keras"):
+        summary = run_prediction(
+            PredictConfig(
+                bundle=bundle.uri, input=str(labelled), output=str(tmp_path / engine), engine=engine,
+                max_error_fraction=1.0,
+            )
+        )  # fmt: skip
+        rows = read_rows(tmp_path / engine)
+        states = collections.Counter(row["status"] for row in rows)
+        assert {state: states[state] for state in ("ok", "unsure", "error")} == {
+            "ok": summary["ok"], "unsure": summary["unsure"], "error": summary["errors"],
+        }  # fmt: skip
+        assert min(states.values()) > 0
+        for row in rows:
+            assert (row["prediction"] is None) == (row["status"] != "ok")
+            assert (row["candidates"] is None) == (row["status"] != "unsure")
+    # An evaluation measures the network, and says what its answers are.
+    again = evaluate(
+        EvaluateConfig(bundle=bundle.uri, data=str(labelled), output=str(tmp_path / "again"), data_checks=False)
+    )
+    assert again["accuracy"] == line["accuracy"]
+    answers = json.loads((tmp_path / "again" / "metrics.json").read_text())["answers"]
+    assert (answers["unsure"], answers["promised_precision"]) == (summary["unsure"], 0.7)
+    assert "The bundle answers from a confidence of 0.9 on" in (tmp_path / "again" / "report.html").read_text()
+    # Another temperature makes the thresholds void.
+    line = evaluate(
+        EvaluateConfig(
+            bundle=bundle.uri, data=str(labelled), output=str(tmp_path / "calibrated"), calibrate=True,
+            data_checks=False,
+        )
+    )  # fmt: skip
+    assert Bundle.load(line["bundle"]).info.decision is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "calibrate", "sentence"),
+    [
+        (0.99, False, r"on 103 images: at least 399 are needed"),
+        (0.7, True, r"--calibrate fits to a quarter of the images, and needs 50: these are 103 images"),
+        (0.95, False, r"No threshold shows a precision of 0\.95 on these 101 images"),
+    ],
+)
+def test_a_promise_that_cannot_be_shown_is_refused(precision, calibrate, sentence, onnx_bundle, labelled, tmp_path):
+    config = EvaluateConfig(
+        bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "out"), target_precision=precision,
+        calibrate=calibrate, engine="onnx", data_checks=False,
+    )  # fmt: skip
+    with pytest.raises(EvaluationError, match=sentence):
+        evaluate(config)
+    assert not (tmp_path / "out" / "bundle").exists()
+    assert (tmp_path / "out" / "report.html").exists() == (precision == 0.95)
 
 
 def test_a_comparison_with_the_same_and_with_a_worse_network(evaluated, onnx_bundle, labelled, tmp_path):
@@ -367,7 +447,8 @@ def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
         ({"output": None}, "--output is needed"),
         ({"output": "/d/out"}, "lies in --data"),
         ({"engine": "x"}, "--engine 'x'"),
-        ({"wanted_accuracy": 2}, "--wanted-accuracy must be 0 to 1"),
+        ({"target_precision": 1}, "--target-precision must be more than 0 and less than 1, not 1"),
+        ({"certainty": 0}, "--certainty must be more than 0 and less than 1, not 0"),
         ({"max_drop": -0.1}, "--max-drop must be 0 to 1"),
         ({"max_error_fraction": 2}, "--max-error-fraction must be 0 to 1"),
         ({"samples": 0}, "--samples must be 1 to 100"),

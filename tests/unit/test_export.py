@@ -22,6 +22,7 @@ from cnnray.images.lease import OutputInUseError, lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
 from cnnray.models import engines, formats, graph_decode, runtimes, verification
+from cnnray.models.answers import Decision, Threshold
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.engines import RUNNERS
 from cnnray.models.export import ExportConfig, ExportError, export
@@ -517,3 +518,20 @@ def test_metadata_names_the_architecture_and_the_classes(exported):
     metadata = formats.metadata(Bundle.load(str(exported[0])))
     assert metadata["architecture"] == "small_cnn"
     assert metadata["class_names"] == NAMES
+
+
+def test_a_saved_model_says_of_which_images_the_bundle_is_unsure(data, copy):
+    bundle = Bundle.load(str(copy))
+    images, _ = coloured_noise(40, SIZE, seed=4)
+    images = images // 4 + 96  # with less colour, and so less sure
+    probabilities = Predictor(bundle).probabilities(images)
+    middle = np.sort(probabilities.max(1))[20:22].mean()
+    threshold = Threshold(confidence=float(middle), candidate=0.2, images=40, coverage=0.5, observed_precision=1.0)
+    decision = Decision(precision=0.9, certainty=0.95, candidate_coverage=0.95, thresholds={"float32": threshold})
+    bundles.write_info(str(copy), dataclasses.replace(bundle.info, decision=decision))
+    export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["saved_model"]))
+    outputs = tf.saved_model.load(str(copy / "saved_model")).signatures["serving_default"](image=images)
+    assert outputs["unsure"].numpy().tolist() == threshold.is_unsure(probabilities).tolist()
+    assert outputs["unsure"].numpy().sum() == 21
+    assert outputs["candidates"].numpy().tolist() == threshold.candidate_masks(probabilities).tolist()
+    assert formats.metadata(Bundle.load(str(copy)))["decision"]["thresholds"]["float32"]["candidate"] == 0.2

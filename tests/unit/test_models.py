@@ -12,8 +12,9 @@ import pytest
 from cnnray.images.decode import BadImage
 from cnnray.images.geometry import Geometry
 from cnnray.models import architectures, bundle, transfer
+from cnnray.models.answers import find_unusable
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
-from cnnray.models.predictor import Predictor, find_unusable
+from cnnray.models.predictor import Predictor
 from cnnray.models.runtimes import RescaledEngine
 from tests.awkward import awkward_images, bad_images
 

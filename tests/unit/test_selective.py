@@ -1,12 +1,22 @@
 """The guarantee of a confidence threshold holds as often as it says."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from cnnray.evaluation import metrics
 from cnnray.evaluation.metrics import Predictions
-from cnnray.evaluation.selective import Guarantee, find_guarantee, images_needed
+from cnnray.evaluation.selective import (
+    Guarantee,
+    candidate_threshold,
+    find_guarantee,
+    find_threshold,
+    images_needed,
+    measure_answers,
+)
+from cnnray.models.answers import Threshold
 
 _DRAWS, _POPULATION = 200, 200_000
 
@@ -97,3 +107,58 @@ def test_the_ends_of_the_precision(precision, expected):
     correct = np.arange(1000) % 10 > 0
     guarantee = find_guarantee(np.linspace(0, 1, 1000), correct, precision=precision)
     assert (guarantee is not None) == expected
+
+
+def _digits_like(images, seed):
+    """Probabilities of ten classes, and true classes: a network that is right as often as it says, but for noise."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(images, 10)) * random.gamma(2, 2, (images, 1))
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    targets = (probabilities.cumsum(1) > random.random((images, 1))).argmax(1)
+    return probabilities.astype(np.float32), targets
+
+
+def test_the_promise_of_answers_and_candidates_is_kept():
+    """200 random splits of one population into calibration and test: precision at 95 %, candidates on average."""
+    probabilities, targets = _digits_like(30_000, 5)
+    broken, coverages, candidate_coverages, found = 0, [], [], 0
+    for seed in range(_DRAWS):
+        order = np.random.default_rng(seed).permutation(len(targets))
+        calibration, test = order[:3000], order[3000:]
+        threshold = find_threshold(probabilities[calibration], targets[calibration], precision=0.95, certainty=0.95)
+        if threshold is None:
+            continue
+        found += 1
+        seen = measure_answers(threshold, probabilities[test], targets[test])
+        broken += seen["precision"] < 0.95
+        coverages.append(seen["coverage"])
+        candidate_coverages.append(seen["candidate_coverage"])
+    assert found > 0.95 * _DRAWS
+    assert broken <= scipy.stats.binom.ppf(0.999, _DRAWS, 0.05)
+    assert np.mean(coverages) > 0.1
+    assert 0.945 < np.mean(candidate_coverages) < 0.96
+
+
+def test_candidates_of_few_images_are_all_classes():
+    assert candidate_threshold(np.full(18, 0.5, np.float32), 0.95) == 0
+    assert candidate_threshold(np.full(19, 0.5, np.float32), 0.95) == 0.5
+    assert candidate_threshold(np.zeros(0, np.float32), 0.95) == 0
+
+
+def test_what_answers_are_on_labelled_images():
+    probabilities = np.asarray([[0.9, 0.1, 0], [0.8, 0.1, 0.1], [0.5, 0.3, 0.2], [0.4, 0.35, 0.25]], np.float32)
+    threshold = Threshold(
+        confidence=float(np.float32(0.8)), candidate=0.28, images=4, coverage=0.5, observed_precision=1.0
+    )
+    assert measure_answers(threshold, probabilities, np.asarray([0, 1, 1, 2])) == {
+        "threshold": threshold.confidence, "unsure": 2, "coverage": 0.5, "precision": 0.5, "candidate_coverage": 0.5,
+        "mean_candidates": 2.0,
+    }  # fmt: skip
+    sure = measure_answers(dataclasses.replace(threshold, confidence=0.0), probabilities, np.asarray([0, 0, 0, 0]))
+    assert (sure["unsure"], sure["precision"], sure["candidate_coverage"], sure["mean_candidates"]) == (
+        0,
+        1,
+        None,
+        None,
+    )

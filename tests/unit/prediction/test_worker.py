@@ -15,10 +15,12 @@ from PIL import Image
 
 from cnnray.images.decode import decode
 from cnnray.images.manifest import manifest_from_uris
+from cnnray.models.answers import Threshold
 from cnnray.models.bundle import BundleError
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.plan import plan_on_cluster
+from cnnray.prediction.tally import Tally
 from cnnray.prediction.worker import Worker, decode_rows, select_columns
 from tests.malformed import malformed_files
 from tests.networks import GEOMETRY
@@ -173,3 +175,33 @@ print(json.dumps([rows, growth / 1024]))
     assert reasons["corrupt"] > 100
     assert reasons["ok"] < len(rows) / 3
     assert growth < 1024, f"{growth:.0f} MiB"
+
+
+def test_rows_of_which_the_bundle_is_unsure(bundle, files):
+    _, manifest = files
+    plan = _plan(bundle, probabilities=True)
+    plain = pa.concat_tables(Worker(plan)(manifest)).to_pylist()
+    confidences = sorted(row["confidence"] for row in plain if row["status"] == "ok")
+    threshold = Threshold(
+        confidence=confidences[len(confidences) // 2], candidate=0.2, images=9, coverage=0.5, observed_precision=1.0
+    )
+    table = pa.concat_tables(Worker(dataclasses.replace(plan, threshold=threshold))(manifest))
+    assert table.schema.field("candidates").type == pa.list_(pa.string())
+    for row, before in zip(table.to_pylist(), plain, strict=True):
+        candidates = row.pop("candidates")
+        if before["status"] == "error" or before["confidence"] >= threshold.confidence:
+            assert (row, candidates) == (before, None)
+            continue
+        assert row == before | {"status": "unsure", "prediction": None}
+        names = bundle.info.class_names
+        wanted = [names[index] for index in threshold.candidates(np.asarray(before["probabilities"], np.float32))]
+        assert candidates == wanted
+        assert candidates[0] == before["prediction"]
+    tally = Tally.of(table, 0.0)
+    bad = sum(row["status"] == "error" for row in plain)
+    assert (tally.rows, tally.errors) == (len(plain), bad)
+    assert tally.unsure.total() == len(confidences) - tally.ok == sum(c < threshold.confidence for c in confidences)
+    assert tally.classes + tally.unsure == collections.Counter(
+        row["prediction"] for row in plain if row["status"] == "ok"
+    )
+    assert Tally.from_json(tally.as_json()) == tally

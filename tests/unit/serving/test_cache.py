@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cnnray.images.decode import BadImage
-from cnnray.models.predictor import NO_PROBABILITIES
+from cnnray.models.answers import NO_PROBABILITIES
 from cnnray.serving.cache import Cache
 from tests.awkward import bad_images
 from tests.unit.serving.conftest import GOOD

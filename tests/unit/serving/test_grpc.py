@@ -43,10 +43,11 @@ class Context:
 @pytest.fixture
 def ask(client):
     """A function that has the service answer a message of the client's library: its response, and the context."""
-    return _asking(client)
+    return asking(client)
 
 
-def _asking(client, *keys):
+def asking(client, *keys):
+    """See `ask`; requests need one of the keys, if there are some."""
     gate = GrpcGate(client.app.service, Keys([*keys]))
 
     def ask(method, request, **metadata):
@@ -204,7 +205,7 @@ def test_pixels_that_are_no_bytes(ask):
 
 
 def test_the_api_key(client):
-    ask = _asking(client, Key(key="one", name="web", requests_per_second=1))
+    ask = asking(client, Key(key="one", name="web", requests_per_second=1))
     image = infer_request("image_bytes", np.asarray([GOOD], object))
     assert ask("ServerLive", service_pb2.ServerLiveRequest())[0].live
     assert ask("ModelInfer", image)[1].code == grpc.StatusCode.UNAUTHENTICATED
@@ -222,14 +223,14 @@ def test_an_engine_that_fails_is_an_internal_error_and_is_logged(start_client, m
 
     monkeypatch.setattr(served.compute, "predict", fail)
     with caplog.at_level(logging.ERROR):
-        _, context = _asking(client)("ModelInfer", infer_request("image_bytes", np.asarray([GOOD], object)))
+        _, context = asking(client)("ModelInfer", infer_request("image_bytes", np.asarray([GOOD], object)))
     assert (context.code, context.details) == (grpc.StatusCode.INTERNAL, "Internal error.")
     assert "broken" in caplog.text
 
 
 def test_a_canary_is_chosen_by_its_key(start_client, bundle, newer):
     client = start_client(("colours", bundle, 0.5), ("colours", newer, 0.5))
-    ask, image = _asking(client), infer_request("image_bytes", np.asarray([GOOD], object))
+    ask, image = asking(client), infer_request("image_bytes", np.asarray([GOOD], object))
 
     def version(key):
         return ask("ModelInfer", image, **{"x-canary-key": key})[0].model_version

@@ -22,7 +22,7 @@ from cnnray.serving.settings import LogSettings
 from tests.unit.serving.conftest import GOOD, settings
 
 INFO = SimpleNamespace(class_names=["red", "green", "blue"])
-SERVED = SimpleNamespace(name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO))
+SERVED = SimpleNamespace(name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO), threshold=None)
 IMAGE = Encoded(GOOD, 10**6)
 ROW = np.asarray([0.2, 0.7, 0.1], np.float32)
 

@@ -1,0 +1,143 @@
+"""From probabilities to answers: the ranking of the classes, and whether an image has an answer.
+
+A bundle whose `BundleInfo.decision` is None answers with a class for every image. `jobs/evaluate.py
+--target-precision` publishes bundles that are unsure of some, and name candidates for them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cnnray.images.decode import BadImage
+
+NO_PROBABILITIES = "no probabilities"
+"""`BadImage.reason` of an image for which a network gives values that are no probabilities."""
+FLOAT32 = "float32"
+"""Key of thresholds for the engines whose probabilities differ by the order of their sums only."""
+
+Probabilities = npt.NDArray[np.float32]
+
+
+def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]:
+    """Find the rows that are no probabilities: a value is not finite, or all are zero.
+
+    Damaged weights give such rows, or float16 arithmetic that overflows. They must not become answers.
+
+    Args:
+        probabilities: float32 (N, classes), from an engine.
+
+    Returns:
+        By index of the row, an error with the reason `NO_PROBABILITIES`. Usually empty.
+    """
+    unusable = ~np.isfinite(probabilities).all(axis=1) | ~probabilities.any(axis=1)
+    return {
+        int(index): BadImage(
+            NO_PROBABILITIES,
+            f"the network's output is {'not finite' if probabilities[index].any() else 'zero for each class'}",
+        )
+        for index in np.flatnonzero(unusable)
+    }
+
+
+def rank_classes(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:
+    """Rank the classes of each image by probability, highest first. Ties keep the order of the class names.
+
+    Args:
+        probabilities: float32 (N, classes).
+        top_k: number of classes to return, at most all.
+
+    Returns:
+        int64 (N, min(top_k, classes)), indices of classes.
+    """
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The thresholds of an engine, and what was measured of them on labelled images."""
+
+    confidence: float
+    """Lowest probability of the most probable class with which it is an answer."""
+    candidate: float
+    """Lowest probability with which a class is a candidate, where there is no answer."""
+    images: int
+    """Number of images that `confidence` was tested on."""
+    coverage: float
+    """Share of these that have an answer."""
+    observed_precision: float
+    """Share of these answers that are right."""
+
+    def is_unsure(self, probabilities: Probabilities) -> npt.NDArray[np.bool_]:
+        """Whether images have no answer: bool (N,), from probabilities, float32 (N, classes)."""
+        return np.asarray(probabilities.max(1, initial=0) < self.confidence, np.bool_)
+
+    def candidates(self, row: Probabilities) -> npt.NDArray[np.int64]:
+        """The candidates of an image without an answer, most probable first: indices of classes, at least one.
+
+        Args:
+            row: its probabilities, float32 (classes,).
+        """
+        (order,) = rank_classes(row[None], max(1, int((row >= self.candidate).sum())))
+        return np.asarray(order, np.int64)
+
+    def candidate_masks(self, probabilities: Probabilities) -> npt.NDArray[np.bool_]:
+        """The candidates of each image, which for one with an answer is its class alone: bool (N, classes).
+
+        Args:
+            probabilities: float32 (N, classes).
+        """
+        masks = (probabilities >= self.candidate) & self.is_unsure(probabilities)[:, None]
+        np.put_along_axis(masks, probabilities.argmax(1)[:, None], True, axis=1)
+        return np.asarray(masks, np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What was promised of a bundle's answers, and the thresholds that keep the promise.
+
+    Of the answers to images like those that it was tested on, at least the share `precision` is right. That is false
+    with a probability of at most 1 - `certainty`, over the drawing of these images.
+    """
+
+    precision: float
+    certainty: float
+    candidate_coverage: float
+    """Share of the images without an answer whose class is among the candidates; on average at least."""
+    thresholds: dict[str, Threshold]
+    """By `engines.arithmetic` of an engine, since rounding changes confidences."""
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Decision | None":
+        """Read what `dataclasses.asdict` made of a decision; None stays None.
+
+        Raises:
+            ValueError: they are something else; in words that follow "decision ".
+        """
+        if values is None:
+            return None
+        try:
+            thresholds = {str(name): Threshold(**threshold) for name, threshold in values["thresholds"].items()}
+            decision = cls(**_known(cls, values) | {"thresholds": thresholds})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is incomplete: {error}") from None
+        numbers = [decision.precision, decision.certainty, decision.candidate_coverage]
+        numbers += [
+            value for threshold in thresholds.values() for value in (threshold.confidence, threshold.candidate)
+        ]
+        if not thresholds or not all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers):
+            raise ValueError("has no thresholds from 0 to 1")
+        return decision
+
+    @property
+    def settings(self) -> list[Any]:
+        """All of it that determines the answers, for a hash."""
+        return [[name, rule.confidence, rule.candidate] for name, rule in sorted(self.thresholds.items())]
+
+
+def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {item.name for item in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names}

@@ -9,9 +9,19 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks")
+_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks", "limits")
 MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
-_WITH_OWN_IMAGES = ("start", "pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
+_WITH_OWN_IMAGES = (
+    "start",
+    "pixels",
+    "export",
+    "serve",
+    "formats",
+    "causes",
+    "few-images",
+    "small-networks",
+    "limits",
+)
 """Measurements that always use their own images."""
 
 

@@ -19,6 +19,8 @@ ROWS = "predictions.parquet"
 MIN_IMAGES = 30
 """Images below which accuracies are not compared: the interval of their difference is an approximation."""
 PASSED, FAILED, UNDECIDED, REFUSED = "passed", "failed", "undecided", "refused"
+_ASKED = ("wanted_accuracy", "certainty")
+"""Floats of `metrics.json` that are not figures."""
 _COLUMNS = pa.schema({name: pa.string() for name in ("uri", "label", "prediction", "error")})
 _FACTORS = (2, 3, 5, 10, 20, 50, 100, 1000)
 """Multiples of the number of images, for the advice on how many would decide."""
@@ -146,7 +148,7 @@ def compare(
     names = [
         name
         for name, value in results.items()
-        if isinstance(value, float) and isinstance(other.results.get(name), float) and name != "target_precision"
+        if isinstance(value, float) and isinstance(other.results.get(name), float) and name not in _ASKED
     ]
     comparison = {
         "other": other.uri,

@@ -1,7 +1,7 @@
 """The config of an evaluation: every field is a flag of jobs/evaluate.py and a key of its YAML."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from cnnray import configs, flags
 from cnnray.images import storage
@@ -19,8 +19,6 @@ class EvaluateConfig(InferenceOptions):
     """Measure a bundle on labelled images and write a report; with --check-data, only check the images; with --drift,
     compare what a service has answered with what it answered to its validation images."""
 
-    RENAMED: ClassVar[configs.Renamed] = {"wanted_accuracy": lambda value: {}}
-
     data: str | None = None
     """Labelled images: a folder or s3:// prefix of class folders (or of train, validation and test with class folders
     in each), a CSV, JSONL or Parquet table with the columns uri and label, or the manifest.parquet of a training.
@@ -37,14 +35,17 @@ class EvaluateConfig(InferenceOptions):
     """Fit a temperature to these images, so that confidences match accuracy, and publish a bundle with it in the
     output's folder bundle; the evaluated bundle is not changed. Use images that the network was not trained on. Needs
     an engine with float32 probabilities; auto: keras."""
+    wanted_accuracy: float = 0.99
+    """Accuracy for which the report gives the lowest confidence threshold that reaches it on these images, and the
+    lowest that reaches it, with --certainty, on others like them. For the latter use images by which training did not
+    choose its weights, either, such as those of a split test."""
     target_precision: float | None = None
-    """Publish a bundle, in the output's folder bundle, that answers only where it is confident, so that this share of
-    its answers to other images like these is right (1 minus the accepted risk). Of the rest it is unsure, and names
-    candidates. Use images by which training chose nothing, such as those of a split test. auto: keras, and every
-    other engine of the bundle that rounds in another way. The report shows the threshold for it, by default for
-    0.99."""
+    """Publish a bundle, in the output's folder bundle, that answers only where it is confident, so that at least this
+    share of its answers to other images like these is right (1 minus the accepted risk). Of the rest it is unsure,
+    and names candidates. Use images as for --wanted-accuracy, which it replaces. auto: keras, and every other engine
+    of the bundle with another numeric precision; each has its own threshold."""
     certainty: float = 0.95
-    """With --target-precision: probability with which what it promises is true; and share of the images without an
+    """Probability with which a guarantee holds; with --target-precision also about the share of the images without an
     answer whose class is among the candidates."""
     samples: int = 16
     """Images in each image grid of the report, at most 100."""
@@ -81,7 +82,7 @@ class EvaluateConfig(InferenceOptions):
         """
         if not 1 <= self.samples <= 100:
             raise ValueError(f"--samples must be 1 to 100, not {self.samples}.")
-        flags.check_share(self, "max_drop", "max_error_fraction")
+        flags.check_share(self, "wanted_accuracy", "max_drop", "max_error_fraction")
         for flag in ("target_precision", "certainty"):
             if (share := getattr(self, flag)) is not None and not 0 < share < 1:
                 raise ValueError(f"{flags.flag_name(flag)} must be more than 0 and less than 1, not {share:g}.")

@@ -72,11 +72,14 @@ def measure_drift(config: EvaluateConfig) -> dict[str, Any]:
         if config.data is not None:
             reference, embeddings = _predict_reference(config, bundle, windows)
         assert reference is not None
+        guaranteed = bundle.info.decision.precision if bundle.info.decision else None
         results: dict[str, Any] = {
             "bundle": bundle.uri, "model": bundle.version, "log": config.drift, "reference": config.data or "bundle",
             "hours": config.window_hours, "config": configs.as_dict(config), "class_names": bundle.info.class_names,
             "reference_answers": reference.as_dict(), "other_versions": others,
-            "windows": [_measure(window, reference, embeddings.get(window.start)) for window in windows],
+            "windows": [
+                _measure(window, reference, embeddings.get(window.start), guaranteed) for window in windows
+            ],
         }  # fmt: skip
         storage.write_bytes(storage.join(config.output, RESULTS), (json.dumps(results) + "\n").encode())
         storage.write_bytes(storage.join(config.output, REPORT), drift_report.render(results).encode())
@@ -151,7 +154,7 @@ def _predict(
     assert config.output is not None
     base = config.predict_config(source)
     folder = storage.join(base.output, name)
-    predict(replace(base, output=folder, overwrite=True, **options))
+    predict(replace(base, output=folder, overwrite=True, **options), withholds=False)
     columns: dict[str, list[npt.NDArray[np.float32]]] = {"probabilities": [], "embedding": []}
     for part in prediction_parts.list_parts(folder):
         table = prediction_parts.read_all(folder, part)
@@ -195,16 +198,14 @@ def _tell_apart(reference: npt.NDArray[np.float32], window: npt.NDArray[np.float
 # -- results --------------------------------------------------------------------------------------------------
 
 
-def _measure(window: Window, reference: Distribution, embeddings: dict[str, float] | None) -> dict[str, Any]:
-    """The figures of a window."""
+def _measure(
+    window: Window, reference: Distribution, embeddings: dict[str, float] | None, guaranteed: float | None
+) -> dict[str, Any]:
+    """The figures of a window of answers, whose precision is guaranteed or not."""
     found = window.answers.drift_from(reference)
     drifted = [name for name, compared in found.items() if compared and compared["warning"]]
     if embeddings and embeddings["auc"] >= max(drift_report.LARGE_AUC, embeddings["chance"]):
         drifted.append("embeddings")
-    accuracy = None
-    if window.labelled:
-        low, high = wilson_interval(window.correct, window.labelled)
-        accuracy = {"accuracy": window.correct / window.labelled, "low": low, "high": high}
     return {
         "start": f"{datetime.fromtimestamp(window.start, UTC):%Y-%m-%dT%H:%M:%SZ}",
         "images": window.answers.images,
@@ -215,8 +216,20 @@ def _measure(window: Window, reference: Distribution, embeddings: dict[str, floa
         "drifted": drifted,
         "labelled": window.labelled,
         "unknown_labels": window.unknown,
-        "accuracy": accuracy,
+        "accuracy": _share("accuracy", window.correct, window.labelled),
+        # Of a bundle that may be unsure:
+        "unsure": window.unsure,
+        "precision": _share("precision", window.correct_answers, window.labelled_answers) if guaranteed else None,
+        "guaranteed_precision": guaranteed,
     }
+
+
+def _share(name: str, correct: int, images: int) -> dict[str, float] | None:
+    """A share with its 95 % interval; None without images."""
+    if not images:
+        return None
+    low, high = wilson_interval(correct, images)
+    return {name: correct / images, "low": low, "high": high}
 
 
 def _log_results(results: dict[str, Any]) -> None:
@@ -226,6 +239,8 @@ def _log_results(results: dict[str, Any]) -> None:
             figures.append(f"embeddings {window['embeddings']['auc']:.3f}")
         if window["accuracy"]:
             figures.append("accuracy {accuracy:.4f} ({low:.4f} to {high:.4f})".format(**window["accuracy"]))
+        if window["precision"]:
+            figures.append("precision {precision:.4f} ({low:.4f} to {high:.4f})".format(**window["precision"]))
         log.info("%s: %d images; %s", window["start"], window["images"], ", ".join(figures) or "too few to say more")
     for version, count in results["other_versions"].items():
         log.info("%d images were answered by %s, and are left out", count, version)

@@ -3,14 +3,12 @@
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import logging
 import time
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -21,19 +19,14 @@ from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.pictures import make_pictures
-from cnnray.evaluation.publishing import Measured
+from cnnray.evaluation.rows import Measured, make_predictions, measured, read_rows
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
-from cnnray.models import bundle as bundles
 from cnnray.models import engines
-from cnnray.models.answers import find_unusable
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.heat_maps import HeatMapProcess
-from cnnray.prediction import earlier as earlier_versions
-from cnnray.prediction import parts as prediction_parts
-from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
@@ -46,12 +39,9 @@ _FOLDERS = (PLOTS, PREDICTIONS, BUNDLE, *(f"{PREDICTIONS}-{name}" for name in en
 """What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
 """Training writes it, and its manifest, to its output."""
-_ROWS_COLUMNS = ("id", "uri", "label", "prediction", "confidence", "top_k_labels", "top_k_scores", "error")
 _LINE = ("images", "errors", "accuracy", "top_5_accuracy", "expected_calibration_error", "split")
 """Figures that `evaluate` returns."""
 _MAX_ERRORS_SHOWN = 100
-_DEFAULT_PRECISION = 0.99
-"""For which the report shows a threshold, where no precision is asked for."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -80,10 +70,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
         split, manifest = select_split(everything, config)
         _check_classes(manifest, bundle, config)
-        publishing.check_number(len(manifest), config)
         if other is not None:
             comparison.check_comparable(other, manifest, bundle.info.class_names, config.max_error_fraction)
-        _warn_about_training_images(manifest, bundle)
+        of_training = _count_training_images(manifest, bundle)
+        publishing.check_images(len(manifest), of_training, config)
         with HeatMapProcess(bundle) as heat_maps:
             with data_checks.connected_if_many(config, everything):
                 # All checks have passed: only now is anything written or deleted.
@@ -91,20 +81,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 if not cluster.is_connected():
                     heat_maps.start()
                 predict_config = config.predict_config(storage.join(config.output, MANIFEST))
-                prediction = predict(predict_config, decides=False)
-                others = {
-                    name: _with_engine(predict_config, name)
-                    for name in publishing.other_engines(config, bundle, prediction["engine"])
-                }
-                for other_config in others.values():
-                    predict(other_config, decides=False)
+                prediction = predict(predict_config, withholds=False)
+                others = publishing.predict_with_other_engines(config, bundle, predict_config, prediction["engine"])
                 checked = data_checks.check_if_small(everything, config) if config.data_checks else None
             heat_maps.start()
-            rows, probabilities = _read_rows(predict_config.output)
-            predictions = _make_predictions(rows, probabilities, bundle)
+            rows, probabilities = read_rows(predict_config.output)
+            predictions = make_predictions(rows, probabilities, bundle)
             results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
-            measured = Measured(engine=prediction["engine"], probabilities=probabilities, targets=predictions.targets)
-            results["answers"] = _measure_answers(bundle, measured)
+            first = measured(prediction["engine"], rows, probabilities, predictions)
+            results["answers"] = _measure_answers(bundle, first)
             if other is not None:
                 results["comparison"] = comparison.compare(
                     rows, results, other, config.max_drop, config.max_error_fraction
@@ -117,18 +102,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if other is not None:
             comparison.check(results["comparison"])
         if config.publishes:
-            of_training = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
-            all_measured = [measured, *(_measured(name, other.output, bundle) for name, other in others.items())]
-            info = publishing.published_info(config, bundle, all_measured, of_training=of_training)
-            bundle = bundles.publish(bundle, info, storage.join(config.output, BUNDLE), overwrite=config.overwrite)
-            log.info("published %s as %s", bundle.version, bundle.uri)
+            is_known = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
+            target = storage.join(config.output, BUNDLE)
+            bundle = publishing.publish(config, bundle, target, first, others, len(manifest), of_training=is_known)
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
             "engine": prediction["engine"],
             "bundle": bundle.uri,
             "temperature": bundle.info.temperature,
-            **(_promised(bundle, prediction["engine"]) if config.target_precision is not None else {}),
+            **(_guaranteed(bundle, prediction["engine"]) if config.target_precision is not None else {}),
             "seconds": round(time.monotonic() - started, 2),
         }
 
@@ -164,19 +147,21 @@ def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -
         raise EvaluationError(f"{config.data} has labels that the bundle does not know: {examples}.")
 
 
-def _warn_about_training_images(manifest: pa.Table, bundle: Bundle) -> None:
-    """Warn if the network was trained on some of these images."""
+def _count_training_images(manifest: pa.Table, bundle: Bundle) -> Counter[str]:
+    """Count the images that the network's training had, by split there, and warn if it was trained on some."""
     try:
-        trained = manifests.select_split(manifests.read(storage.join(bundle.training, MANIFEST)), "train")
+        trained = manifests.read(storage.join(bundle.training, MANIFEST))
+        splits = trained["split"].take(pc.index_in(manifest["uri"], trained["uri"].combine_chunks()))
     except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
-        return
-    count = pc.sum(pc.is_in(manifest["uri"], trained["uri"].combine_chunks())).as_py() or 0
-    if count:
+        return Counter()
+    counts = Counter(split for split in splits.to_pylist() if split)
+    if count := counts["train"]:
         log.warning(
             "The network was trained on %d of these %d images, so the metrics are too good. Evaluate on new images, "
             "or on --data %s, whose split validation was held out.",
             count, len(manifest), storage.join(bundle.training, MANIFEST),
         )  # fmt: skip
+    return counts
 
 
 def _begin_output(config: EvaluateConfig, manifest: pa.Table) -> None:
@@ -200,7 +185,7 @@ def _begin_output(config: EvaluateConfig, manifest: pa.Table) -> None:
                 "--output."
             ) from None
         earlier = {}
-    if earlier and "calibrate" not in earlier:
+    if earlier and "wanted_accuracy" not in earlier:
         raise EvaluationError(f"{config.output} holds a {CONFIG} of another job; give another --output.")
     same = storage.is_file(uri) and manifests.read(uri).equals(manifest)
     if earlier and storage.is_file(uri) and not same and not config.overwrite:
@@ -226,67 +211,24 @@ def _write_config(config: EvaluateConfig) -> None:
 # -- results --------------------------------------------------------------------------------------------------
 
 
-def _read_rows(folder: str) -> tuple[pa.Table, Any]:
-    """Read the rows of a prediction run.
-
-    Returns:
-        the rows with `_ROWS_COLUMNS`, and the probabilities of those without an error, float32 (N, classes).
-    """
-    tables, probabilities = [], []
-    current = (prediction_parts.read_all(folder, part) for part in prediction_parts.list_parts(folder))
-    for part in itertools.chain(current, earlier_versions.read_parts(folder)):
-        tables.append(part.select(list(_ROWS_COLUMNS)))
-        good = part["probabilities"].combine_chunks().drop_null()
-        if len(good):
-            probabilities.append(good.flatten().to_numpy(zero_copy_only=False).reshape(len(good), -1))
-    return pa.concat_tables(tables), np.concatenate(probabilities) if probabilities else np.zeros((0, 1), np.float32)
-
-
-def _make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Predictions:
-    """
-    Raises:
-        EvaluationError: all images have errors, or an earlier version of cnnray wrote predictions without
-            probabilities.
-    """
-    names = bundle.info.class_names
-    good = rows.filter(pc.is_null(rows["error"]))
-    if not len(good):
-        raise EvaluationError(
-            f"None of the {len(rows)} images has a prediction; the first error: {rows['error'][0]}."
-        )
-    if unusable := find_unusable(probabilities):
-        error = next(iter(unusable.values()))
-        raise EvaluationError(
-            f"{len(unusable)} of {len(good)} predictions of an earlier version of cnnray are none ({error}): give "
-            "--overwrite."
-        )
-    targets = pc.index_in(good["label"], pa.array(names, pa.string())).to_numpy().astype(np.int64)
-    return Predictions(names, targets, metrics.normalise(probabilities))
-
-
-def _with_engine(config: PredictConfig, engine: str) -> PredictConfig:
-    """The prediction run of the same images with another engine."""
-    return dataclasses.replace(config, engine=engine, output=f"{config.output}-{engine}")
-
-
-def _measured(engine: str, folder: str, bundle: Bundle) -> Measured:
-    """What an engine gave, from the rows of its prediction run."""
-    rows, probabilities = _read_rows(folder)
-    targets = _make_predictions(rows, probabilities, bundle).targets
-    return Measured(engine=engine, probabilities=probabilities, targets=targets)
-
-
 def _measure_answers(bundle: Bundle, measured: Measured) -> dict[str, Any] | None:
     """What the answers of a bundle with thresholds are; None: it has none for the engine."""
     decision = bundle.info.decision
-    threshold = decision.thresholds.get(engines.arithmetic(measured.engine)) if decision else None
-    if decision is None or threshold is None:
+    if decision is None:
         return None
-    promised = {"promised_precision": decision.precision, "promised_candidate_coverage": decision.candidate_coverage}
-    return promised | selective.measure_answers(threshold, measured.probabilities, measured.targets)
+    try:
+        threshold = engines.find_threshold(bundle, measured.engine)
+    except BundleError as error:
+        log.warning("the report does not say how its answers are: %s", error)
+        return None
+    assert threshold is not None
+    guaranteed = {
+        "guaranteed_precision": decision.precision, "guaranteed_candidate_coverage": decision.candidate_coverage,
+    }  # fmt: skip
+    return guaranteed | selective.measure_answers(threshold, measured.probabilities, measured.targets)
 
 
-def _promised(bundle: Bundle, engine: str) -> dict[str, float]:
+def _guaranteed(bundle: Bundle, engine: str) -> dict[str, float]:
     threshold = engines.find_threshold(bundle, engine)
     assert threshold is not None
     return {"threshold": threshold.confidence, "coverage": threshold.coverage}
@@ -305,7 +247,7 @@ def _measure(
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
     classes = metrics.class_metrics(predictions)
     calibrated = metrics.cross_fit_temperature(predictions)
-    precision = config.target_precision or _DEFAULT_PRECISION
+    precision = config.target_precision or config.wanted_accuracy
     guarantee = selective.find_guarantee(
         predictions.confidences, predictions.correct, precision=precision, certainty=config.certainty
     )
@@ -331,7 +273,8 @@ def _measure(
         "macro_average_precision": metrics.macro_mean(classes, "average_precision"),
         "expected_calibration_error": metrics.expected_calibration_error(predictions),
         "calibration": calibration,
-        "target_precision": precision,
+        "wanted_accuracy": precision,
+        "certainty": config.certainty,
         "threshold": metrics.find_threshold(predictions, precision),
         "guarantee": dataclasses.asdict(guarantee) if guarantee else None,
         "classes": classes,

@@ -2,45 +2,55 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cnnray import cluster
 from cnnray.evaluation import metrics, selective
 from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
-from cnnray.evaluation.metrics import Integers, Predictions
-from cnnray.models import engines
-from cnnray.models.answers import Decision, Probabilities, Threshold
-from cnnray.models.bundle import Bundle, BundleInfo
+from cnnray.evaluation.metrics import Predictions
+from cnnray.evaluation.rows import Measured, make_predictions, measured, read_rows
+from cnnray.models import bundle as bundles
+from cnnray.models import engines, runtimes
+from cnnray.models.answers import Decision
+from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.drift import BINS, Distribution
+from cnnray.prediction.config import PredictConfig
+from cnnray.prediction.job import run as predict
 
 log = logging.getLogger(__name__)
 
 _MIN_FITTED = 50
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What an engine gave for N labelled images."""
+def check_images(images: int, of_training: Mapping[str, int], config: EvaluateConfig) -> None:
+    """Check that images can show `config.target_precision`.
 
-    engine: str
-    probabilities: Probabilities
-    """float32 (N, classes)."""
-    targets: Integers
-    """int64 (N,), the true classes."""
+    Args:
+        images: their number.
+        of_training: number of those that the network's training had, by split.
+        config: of the evaluation.
 
-
-def check_number(images: int, config: EvaluateConfig) -> None:
-    """
     Raises:
-        EvaluationError: so few images cannot show `config.target_precision`, whatever the predictions are.
+        EvaluationError: there are too few, whatever the predictions are, or the network was trained on some.
     """
     if config.target_precision is None:
         return
+    if count := of_training.get("train", 0):
+        raise EvaluationError(
+            f"The network was trained on {count} of these {images} images, which cannot show --target-precision: use "
+            "others, such as a split test."
+        )
+    if count := of_training.get("validation", 0):
+        log.warning(
+            "Training chose its weights by %d of these %d images, so the precision may be lower for others: use "
+            "images by which nothing was chosen, such as a split test.",
+            count, images,
+        )  # fmt: skip
     needed = selective.images_needed(config.target_precision, config.certainty)
-    if config.calibrate and len(selective.split(images)[0]) < _MIN_FITTED:
+    if config.calibrate and selective.split(images).sum() < _MIN_FITTED:
         raise EvaluationError(
             f"With --target-precision, --calibrate fits to a quarter of the images, and needs {_MIN_FITTED}: these "
             f"are {images} images."
@@ -56,7 +66,8 @@ def other_engines(config: EvaluateConfig, bundle: Bundle, engine: str) -> list[s
     """The engines for which the bundle to be published needs thresholds of their own, besides `engine`."""
     if config.target_precision is None or config.engine != "auto":
         return []
-    seen, others = {engines.arithmetic(engine)}, []
+    # On a CPU, bfloat16 is not the arithmetic that Keras has with it on a GPU.
+    seen, others = {engines.arithmetic(engine), *(() if cluster.may_have_gpus() else (engines.KERAS_BFLOAT16,))}, []
     for name in bundle.info.exports:
         if name in engines.ENGINES and engines.arithmetic(name) not in seen and not engines.why_unavailable(name):
             seen.add(engines.arithmetic(name))
@@ -64,26 +75,79 @@ def other_engines(config: EvaluateConfig, bundle: Bundle, engine: str) -> list[s
     return others
 
 
+def predict_with_other_engines(
+    config: EvaluateConfig, bundle: Bundle, first: PredictConfig, engine: str
+) -> dict[str, PredictConfig]:
+    """Classify the images with each engine that needs a threshold of its own: the configs of the runs, by engine."""
+    runs = {}
+    for name in other_engines(config, bundle, engine):
+        run = dataclasses.replace(first, engine=name, output=f"{first.output}-{name}")
+        try:
+            predict(run, withholds=False)
+        except BundleError as error:
+            log.warning("%s gets no threshold: %s", name, error)
+        else:
+            runs[name] = run
+    return runs
+
+
+def publish(
+    config: EvaluateConfig,
+    bundle: Bundle,
+    target: str,
+    first: Measured,
+    others: Mapping[str, PredictConfig],
+    images: int,
+    *,
+    of_training: bool,
+) -> Bundle:
+    """Publish the bundle that the config asks for.
+
+    Args:
+        config: of the evaluation.
+        bundle: from which it is published.
+        target: folder of the new bundle.
+        first: what the engine of the evaluation gave.
+        others: from `predict_with_other_engines`.
+        images, of_training: see `published_info`.
+
+    Returns:
+        The new bundle.
+
+    Raises:
+        EvaluationError, BundleError, OSError: with a sentence for the user.
+    """
+    all_measured = [first]
+    for name, run in others.items():
+        rows, probabilities = read_rows(run.output)
+        all_measured.append(measured(name, rows, probabilities, make_predictions(rows, probabilities, bundle)))
+    info = published_info(config, bundle, all_measured, images, of_training=of_training)
+    published = bundles.publish(bundle, info, target, overwrite=config.overwrite)
+    log.info("published %s as %s", published.version, published.uri)
+    return published
+
+
 def published_info(
-    config: EvaluateConfig, bundle: Bundle, measured: Sequence[Measured], *, of_training: bool
+    config: EvaluateConfig, bundle: Bundle, all_measured: Sequence[Measured], images: int, *, of_training: bool
 ) -> BundleInfo:
     """The metadata of the bundle to publish.
 
     Args:
         config: says what it gets.
         bundle: from which it is published.
-        measured: of the engine of the evaluation, and of `other_engines`.
+        all_measured: of the engine of the evaluation, and of `other_engines`.
+        images: number of images in the manifest of the evaluation.
         of_training: whether the images are those by which the training chose its weights.
 
     Raises:
         EvaluationError: the predictions do not determine a temperature, or show no threshold.
     """
-    info, first = bundle.info, measured[0]
+    info, first, learnt = bundle.info, all_measured[0], selective.split(images)
     if config.calibrate:
         predictions = Predictions(info.class_names, first.targets, metrics.normalise(first.probabilities))
         fitted = predictions
         if config.target_precision is not None:  # which is shown on the other images
-            fitted = predictions.take(selective.split(len(first.targets))[0])
+            fitted = predictions.take(np.flatnonzero(learnt[first.ids]))
         info = _calibrated(bundle, predictions, fitted, of_training)
         log.info("the temperature becomes %.4f", info.temperature)
     if config.target_precision is None:
@@ -91,16 +155,20 @@ def published_info(
             log.warning("With another temperature, the thresholds of %s are void: the bundle that is published "
                         "answers for every image. Give --target-precision, too.", bundle.uri)  # fmt: skip
         return dataclasses.replace(info, decision=None)
-    if of_training:
-        log.warning(
-            "Training chose its weights by these images, so what --target-precision promises may not hold for "
-            "others: use images by which nothing was chosen, such as a split test."
-        )
     thresholds = {}
-    for one in measured:
-        threshold = _threshold(config, one, info.temperature / bundle.info.temperature)
+    for one in all_measured:
+        threshold = selective.find_threshold(
+            one.probabilities
+            if info.temperature == bundle.info.temperature
+            else runtimes.rescale(one.probabilities, bundle.info.temperature / info.temperature),
+            one.targets,
+            precision=config.target_precision,
+            certainty=config.certainty,
+            learnt=learnt[one.ids],
+        )
         if threshold is not None:
-            thresholds[engines.arithmetic(one.engine)] = threshold
+            export = engines.export_id(bundle, one.engine)
+            thresholds[engines.arithmetic(one.engine)] = dataclasses.replace(threshold, export=export)
             log.info(
                 "%s answers from a confidence of %.6g on: %.1f %% of the images, of whose answers %.2f %% are right",
                 one.engine, threshold.confidence, 100 * threshold.coverage, 100 * threshold.observed_precision,
@@ -112,7 +180,7 @@ def published_info(
                 "images. No bundle was published."
             )
         else:
-            log.warning("%s has no threshold that keeps the promise, and cannot run the published bundle", one.engine)
+            log.warning("no threshold gives %s that precision, so it cannot run the published bundle", one.engine)
     decision = Decision(
         precision=config.target_precision,
         certainty=config.certainty,
@@ -120,18 +188,6 @@ def published_info(
         thresholds=thresholds,
     )
     return dataclasses.replace(info, decision=decision)
-
-
-def _threshold(config: EvaluateConfig, measured: Measured, factor: float) -> Threshold | None:
-    """The threshold of an engine at a temperature that is `factor` times the one at which it was measured."""
-    assert config.target_precision is not None
-    probabilities = measured.probabilities
-    if factor != 1:
-        predictions = Predictions([], measured.targets, metrics.normalise(probabilities))
-        probabilities = metrics.apply_temperature(predictions, factor).probabilities.astype(np.float32)
-    return selective.find_threshold(
-        probabilities, measured.targets, precision=config.target_precision, certainty=config.certainty
-    )
 
 
 def _calibrated(bundle: Bundle, predictions: Predictions, fitted: Predictions, of_training: bool) -> BundleInfo:

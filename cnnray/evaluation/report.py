@@ -22,6 +22,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         pictures: PNG files by name (see `pictures.make_pictures`).
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    precision = results["wanted_accuracy"]
     environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
     template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
     return template.render(
@@ -35,7 +36,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         checks=results["data_checks"],
         calibration=results["calibration"],
         comparison=results.get("comparison"),
-        images_needed=selective.images_needed(results["target_precision"]),
+        images_needed=selective.images_needed(precision, results["certainty"]) if 0 < precision < 1 else None,
     )
 
 

@@ -30,8 +30,14 @@ class Window:
     """In seconds since 1970."""
     answers: Distribution
     errors: int = 0
+    unsure: int = 0
+    """Images without an error of which the bundle was unsure."""
     labelled: int = 0
     correct: int = 0
+    """Labelled images whose most probable class is right."""
+    labelled_answers: int = 0
+    correct_answers: int = 0
+    """The same of the images of which the bundle was not unsure."""
     unknown: int = 0
     """Images whose label is no class of the network; they count as wrong."""
     files: list[str] = field(default_factory=list)
@@ -82,7 +88,7 @@ def read_log(
 
 
 def _read(uri: str, columns: list[str]) -> tuple[pa.Table, bool] | None:
-    """Columns of a file of the log, and whether it keeps images; None where the service has deleted it meanwhile.
+    """Columns of a file of the log and `unsure`, and whether it keeps images; None if it was deleted meanwhile.
 
     Raises:
         EvaluationError: it is none.
@@ -93,7 +99,11 @@ def _read(uri: str, columns: list[str]) -> tuple[pa.Table, bool] | None:
             with pyarrow.parquet.ParquetFile(path, filesystem=filesystem) as file:
                 if missing := {*_COLUMNS, "image"} - {*file.schema_arrow.names}:
                     raise EvaluationError(f"{uri} is no file of a request log: it has no column {min(missing)}.")
-                return file.read(columns, use_threads=False), _keeps_images(file.metadata)
+                known = [*columns, "unsure"] if "unsure" in file.schema_arrow.names else columns
+                rows = file.read(known, use_threads=False)
+                if known is columns:  # of bundles that answer for every image, or of an earlier version
+                    rows = rows.append_column("unsure", pa.nulls(len(rows), pa.bool_()))
+                return rows, _keeps_images(file.metadata)
     except FileNotFoundError:
         return None
     except pa.ArrowInvalid as error:
@@ -116,11 +126,16 @@ def _add(window: Window, rows: pa.Table, labels: pa.Array, names: pa.Array) -> N
     window.errors += len(rows) - pc.sum(good).as_py() if len(rows) else 0
     rows, labels = rows.filter(good), labels.filter(good)
     answers = pc.index_in(rows["prediction"], names).to_numpy().astype(np.int64)
+    unsure = pc.fill_null(rows["unsure"], False)
+    window.unsure += pc.sum(unsure).as_py() or 0
     window.answers += Distribution.of(answers, rows["confidence"].to_numpy(), len(names))
     is_labelled = pc.is_valid(labels)
-    known, given = rows["prediction"].filter(is_labelled), labels.filter(is_labelled)
+    given, is_answer = labels.filter(is_labelled), pc.invert(unsure.filter(is_labelled))
+    correct = pc.equal(rows["prediction"].filter(is_labelled), given)
     window.labelled += len(given)
-    window.correct += pc.sum(pc.equal(known, given)).as_py() or 0
+    window.correct += pc.sum(correct).as_py() or 0
+    window.labelled_answers += pc.sum(is_answer).as_py() or 0
+    window.correct_answers += pc.sum(pc.and_(correct, is_answer)).as_py() or 0
     window.unknown += pc.sum(pc.invert(pc.is_in(given, names))).as_py() or 0
 
 

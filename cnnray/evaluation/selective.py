@@ -22,6 +22,8 @@ from cnnray.models.answers import Probabilities, Threshold
 
 CERTAINTY = 0.95
 """Default certainty of a guarantee."""
+SATURATED = np.float32(0.9999)
+"""Highest threshold of a confidence."""
 _LEARNT = 0.25
 """Share of the images that choose which thresholds are tested, and in which order."""
 _CANDIDATES = 200
@@ -65,7 +67,7 @@ def find_guarantee(
     *,
     precision: float,
     certainty: float = CERTAINTY,
-    seed: int = 0,
+    learnt: npt.NDArray[np.bool_] | None = None,
 ) -> Guarantee | None:
     """Find the lowest confidence threshold with a guaranteed precision.
 
@@ -81,19 +83,22 @@ def find_guarantee(
         correct: whether they are right, (N,).
         precision: asked for, above 0 and below 1.
         certainty: of the guarantee, above 0 and below 1.
-        seed: of the random parts.
+        learnt: which images choose the candidates, (N,); None: see `split`.
 
     Returns:
         The guarantee; None where no threshold has one: too many of the confident answers are wrong, or there are
         too few images (see `images_needed`).
     """
-    learnt, tested = split(len(confidences), seed)
-    if not len(learnt) or not len(tested):
+    if learnt is None:
+        learnt = split(len(confidences))
+    tested = ~learnt
+    if not learnt.any() or not tested.any():
         return None
     # From the highest down, so that each includes the images of those before it.
-    ranks = np.unique(np.linspace(0, len(learnt) - 1, min(_CANDIDATES, len(learnt))).round().astype(np.int64))
+    count = int(learnt.sum())
+    ranks = np.unique(np.linspace(0, count - 1, min(_CANDIDATES, count)).round().astype(np.int64))
     candidates = np.unique(np.sort(confidences[learnt])[::-1][ranks])[::-1]
-    scale = len(tested) / len(learnt)
+    scale = tested.sum() / learnt.sum()
     kept, wrong = _counts(confidences[learnt], correct[learnt], candidates)
     first = int(np.argmin(_p_values(np.round(kept * scale), np.round(wrong * scale), precision)))
     candidates = candidates[first:]
@@ -107,30 +112,32 @@ def find_guarantee(
         threshold=float(candidates[last]),
         precision=precision,
         certainty=certainty,
-        coverage=float(kept[last] / len(tested)),
+        coverage=float(kept[last] / tested.sum()),
         observed_precision=float(1 - wrong[last] / kept[last]),
-        images=len(tested),
+        images=int(tested.sum()),
     )
 
 
-def split(images: int, seed: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split images at random into those from which something is learnt, and those on which it is tested.
-
-    Returns:
-        The indices of both.
-    """
-    order = np.random.default_rng(seed).permutation(images)
-    tested, learnt = np.split(order, [int((1 - _LEARNT) * images)])
-    return learnt, tested
+def split(images: int, seed: int = 0) -> npt.NDArray[np.bool_]:
+    """Which images something is learnt from, at random; the others test it: bool (images,)."""
+    learnt = np.ones(images, np.bool_)
+    learnt[np.random.default_rng(seed).permutation(images)[: int((1 - _LEARNT) * images)]] = False
+    return learnt
 
 
 def find_threshold(
-    probabilities: Probabilities, targets: npt.NDArray[np.int64], *, precision: float, certainty: float
+    probabilities: Probabilities,
+    targets: npt.NDArray[np.int64],
+    *,
+    precision: float,
+    certainty: float,
+    learnt: npt.NDArray[np.bool_] | None = None,
 ) -> Threshold | None:
-    """Find the thresholds that keep a promise: see `find_guarantee`, and for the candidates `candidate_threshold`.
+    """Find thresholds with a guarantee: see `find_guarantee`, and for the candidates `candidate_threshold`.
 
     The candidates are calibrated as if the confidence threshold had been given: that it was chosen by the same images
-    is left out of account.
+    is left out of account. Confidences above `SATURATED` are alike: where a network is that sure, the order of its
+    sums decides.
 
     Args:
         probabilities: float32 (N, classes), as the engine gives them: they are compared with the thresholds.
@@ -138,15 +145,17 @@ def find_threshold(
         precision: asked for, above 0 and below 1.
         certainty: of it, above 0 and below 1; and the share of the images without an answer whose class is to be
             among the candidates.
+        learnt: see `find_guarantee`.
 
     Returns:
         None where no threshold has the guarantee.
     """
     guarantee = find_guarantee(
-        probabilities.max(1).astype(np.float64),
+        np.minimum(probabilities.max(1), SATURATED).astype(np.float64),
         probabilities.argmax(1) == targets,
         precision=precision,
         certainty=certainty,
+        learnt=learnt,
     )
     if guarantee is None:
         return None

@@ -70,6 +70,8 @@ class Threshold:
     """Share of these that have an answer."""
     observed_precision: float
     """Share of these answers that are right."""
+    export: str = ""
+    """`engines.export_id` of the file that gave the confidences."""
 
     def is_unsure(self, probabilities: Probabilities) -> npt.NDArray[np.bool_]:
         """Whether images have no answer: bool (N,), from probabilities, float32 (N, classes)."""
@@ -97,16 +99,17 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What was promised of a bundle's answers, and the thresholds that keep the promise.
+    """The guaranteed precision of a bundle's answers, and the thresholds that give it.
 
-    Of the answers to images like those that it was tested on, at least the share `precision` is right. That is false
-    with a probability of at most 1 - `certainty`, over the drawing of these images.
+    Of the answers of each engine, by itself, to images like those that it was tested on, at least the share
+    `precision` is right. This fails with a probability of at most 1 - `certainty`, over the drawing of these images.
     """
 
     precision: float
     certainty: float
     candidate_coverage: float
-    """Share of the images without an answer whose class is among the candidates; on average at least."""
+    """Share of the images without an answer whose class is among the candidates: on average, and about, since the
+    threshold was chosen on the same images."""
     thresholds: dict[str, Threshold]
     """By `engines.arithmetic` of an engine, since rounding changes confidences."""
 
@@ -120,7 +123,10 @@ class Decision:
         if values is None:
             return None
         try:
-            thresholds = {str(name): Threshold(**threshold) for name, threshold in values["thresholds"].items()}
+            thresholds = {
+                str(name): Threshold(**_known(Threshold, threshold))
+                for name, threshold in values["thresholds"].items()
+            }
             decision = cls(**_known(cls, values) | {"thresholds": thresholds})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"is incomplete: {error}") from None

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -31,7 +32,10 @@ FORMAT_VERSION = 3
 """Format 3 has a decision, format 2 images that are not square, or cut; a bundle has the lowest that it needs."""
 MODEL = "model.keras"
 _INFO = "bundle.json"
+_SAVED_MODEL = "saved_model"
 _LIBRARIES = ("keras", "numpy", "pillow")
+
+log = logging.getLogger(__name__)
 
 
 class BundleError(BadInputError, ValueError):
@@ -272,7 +276,7 @@ def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = 
     """Write a bundle of the same files and other metadata; the one that it is made from is not changed.
 
     A bundle that was published from the same one, and gives the same answers, stays as it is, with the exports that
-    it may have got since.
+    it may have got since. A SavedModel, which has the thresholds inside, is left out if they become others.
 
     Args:
         bundle: holds the files.
@@ -288,15 +292,23 @@ def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = 
         OSError: the storage cannot be read or written.
     """
     info = dataclasses.replace(info, parent=bundle.version, training=bundle.training)
+    stale = _SAVED_MODEL if info.decision != bundle.info.decision and _SAVED_MODEL in info.exports else ""
+    if stale:
+        exports = {name: report for name, report in info.exports.items() if name != stale}
+        info = dataclasses.replace(info, exports=exports)
+        log.warning("the %s is left out, since it has no such thresholds: export the new bundle again", stale)
     if storage.is_file(storage.join(target, _INFO)):
         other = Bundle.load(target)
-        if (other.info.parent, other.version) == (info.parent, _version(info, other.digest(MODEL))):
+        answers = other.version, other.info.decision
+        if (other.info.parent, *answers) == (info.parent, _version(info, other.digest(MODEL)), info.decision):
             return other
         if not overwrite:
             raise BundleError(f"{target} holds another bundle, {other.version}, which may be in use.")
     _clear(target)
     storage.copy_folder(bundle.uri, target, skip=[_INFO])
-    if Bundle(target, bundle.info).version != bundle.version:
+    if stale:
+        storage.delete_folder(storage.join(target, stale))
+    if (Bundle(target, bundle.info).version, read_info(bundle.uri)) != (bundle.version, bundle.info):
         raise BundleError(f"{bundle.uri} was changed in the meantime: run it again.")
     write_info(target, info)
     return Bundle.load(target)

@@ -6,12 +6,13 @@ nothing (LiteRT), or the rounding (ONNX Runtime), as in bfloat16.
 """
 
 import functools
+import hashlib
 import importlib.util
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -142,23 +143,39 @@ def arithmetic(name: str) -> str:
     return FLOAT32 if name == KERAS or tolerance(name) == _FLOAT32_TOLERANCE else name
 
 
+def export_id(bundle: Bundle, name: str) -> str:
+    """Identifies the file of an engine with an `arithmetic` of its own; empty for the others, and for Keras.
+
+    It is a hash of the measurements of the export, which hold times: another export has another one.
+    """
+    if name not in RUNNERS or arithmetic(name) == FLOAT32:
+        return ""
+    return hashlib.sha256(json.dumps(bundle.info.exports.get(name), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def find_threshold(bundle: Bundle, name: str) -> Threshold | None:
-    """When the answers of a bundle count with an engine; None: always.
+    """The threshold of an engine; None: the bundle answers for every image.
 
     Raises:
-        BundleError: the bundle does not say it for this engine.
+        BundleError: the bundle has thresholds, but none for this engine.
     """
     decision = bundle.info.decision
     if decision is None:
         return None
-    if (threshold := decision.thresholds.get(arithmetic(name))) is None:
-        known = ", ".join(decision.thresholds)
+    if (threshold := _threshold(bundle, name)) is None:
+        known = ", ".join("the float32 engines" if key == FLOAT32 else key for key in decision.thresholds)
         raise BundleError(
-            f"{bundle.uri} promises that {decision.precision:.4g} of its answers are right, but for {known} only, "
-            f"not for {name}: jobs/evaluate.py --target-precision {decision.precision:g} --engine {name} publishes a "
-            "bundle that does."
+            f"{bundle.uri} has no confidence threshold for {name} as it is exported now (it has those of {known}): "
+            f"jobs/evaluate.py --target-precision {decision.precision:g} publishes a bundle with thresholds for all "
+            "of its exports."
         )
     return threshold
+
+
+def _threshold(bundle: Bundle, name: str) -> Threshold | None:
+    assert bundle.info.decision is not None
+    threshold = bundle.info.decision.thresholds.get(arithmetic(name))
+    return threshold if threshold and threshold.export == export_id(bundle, name) else None
 
 
 def check_exported(bundle: Bundle, name: str) -> None:
@@ -195,39 +212,34 @@ def predict_in_batches(engine: Engine, images: Images, size: int = BATCH_SIZE) -
     return np.concatenate(parts) if parts else np.empty((0, engine.classes), np.float32)
 
 
-def choose(bundle: Bundle, *, gpus: bool, batch_size: int, decides: bool = True) -> str:
+def choose(bundle: Bundle, *, gpus: bool, batch_size: int) -> str:
     """Resolve the engine `auto`: Keras on a GPU, otherwise the fastest engine that export verified.
 
     On a GPU, Keras computes in bfloat16 if export has verified it. Export measures speed on CPUs only.
 
     A quantized engine (int8, bfloat16) is chosen only if its accuracy was measured on labelled images. An engine that
-    cannot run in this process is never chosen, nor one for which the bundle does not say when its answers count.
+    cannot run in this process is never chosen, nor one for which a bundle with thresholds has none.
 
     Args:
         bundle: `info.exports` holds the measurements.
         gpus: whether the process has a GPU.
         batch_size: images per call; the measurement at batch size 1 or 32 decides, whichever is nearer.
-        decides: False: only probabilities are needed.
     """
-    decision = bundle.info.decision if decides else None
-    if gpus:
-        report = bundle.info.exports.get(KERAS_BFLOAT16)
-        verified = bool(report and _is_verified(KERAS_BFLOAT16, report))
-        verified = verified and (decision is None or KERAS_BFLOAT16 in decision.thresholds)
-        engine = KERAS_BFLOAT16 if verified else KERAS
-        advice = "" if engine == KERAS_BFLOAT16 else " (export --formats keras-bfloat16 verifies a faster one)"
-        log.info("engine %s: there is a GPU%s", engine, advice)
-        return engine
+    if gpus and _may_answer(bundle, KERAS_BFLOAT16) and _is_verified(bundle, KERAS_BFLOAT16):
+        log.info("engine %s: there is a GPU", KERAS_BFLOAT16)
+        return KERAS_BFLOAT16
+    if gpus and _may_answer(bundle, KERAS):
+        log.info("engine %s: there is a GPU (export --formats keras-bfloat16 verifies a faster one)", KERAS)
+        return KERAS
     key = "1" if batch_size < 6 else "32"
     speeds = {
         name: float(report["times_keras"][key])
         for name, report in bundle.info.exports.items()
-        if name == KERAS or (name in ENGINES and _is_verified(name, report) and not why_unavailable(name))
+        if name in ENGINES and _is_verified(bundle, name) and not why_unavailable(name) and _may_answer(bundle, name)
     }
-    if decision is not None:
-        speeds = {name: speed for name, speed in speeds.items() if arithmetic(name) in decision.thresholds}
     if not speeds:
-        log.info("engine keras: the bundle has no verified exports (jobs/export.py makes them)")
+        reason = "no verified exports" if bundle.info.decision is None else "no other engine with a threshold"
+        log.info("engine keras: the bundle has %s (jobs/export.py makes them)", reason)
         return KERAS
     fastest = max(speeds, key=lambda name: speeds[name])
     measured = ", ".join(f"{name} {speed:.2f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
@@ -240,8 +252,16 @@ def tolerance(name: str) -> float | None:
     return RUNNERS[name].tolerance if name in RUNNERS else None
 
 
-def _is_verified(name: str, report: dict[str, Any]) -> bool:
-    return tolerance(name) is not None or report["accuracy"] is not None
+def _is_verified(bundle: Bundle, name: str) -> bool:
+    """Whether an engine was exported, and its answers are known to be good enough."""
+    report = bundle.info.exports.get(name)
+    if report is None:
+        return False
+    return name == KERAS or tolerance(name) is not None or report["accuracy"] is not None
+
+
+def _may_answer(bundle: Bundle, name: str) -> bool:
+    return bundle.info.decision is None or _threshold(bundle, name) is not None
 
 
 def why_unavailable(name: str) -> str:

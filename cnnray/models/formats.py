@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnray.models.answers import FLOAT32
-from cnnray.models.bundle import Bundle
+from cnnray.models.bundle import Bundle, BundleError
 
 METADATA = "cnnray.json"
 """Name of the metadata file: in LiteRT, a member of the zip archive appended to the file (as the associated files of
@@ -131,6 +131,8 @@ def _write_saved_model(network: Network, path: Path) -> None:
 
     info, module = network.bundle.info, tf.Module()
     threshold = info.decision.thresholds.get(FLOAT32) if info.decision else None
+    if info.decision and threshold is None:
+        raise BundleError("the bundle has no confidence threshold for float32")
     module.weights = [variable.value for variable in network.bundle.model.variables]
     predict = network.tf_function()
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
+from cnnray.models import engines
+from cnnray.models.answers import FLOAT32
 from cnnray.models.bundle import Bundle
 from cnnray.models.predictor import Predictor
 
@@ -43,10 +45,14 @@ class BundleModel:
         Returns:
             One row per image, in order, with the columns `prediction`, `confidence`, `probabilities` (in the order of
             the bundle's class names) and `error`. If an image cannot be decoded, only `error` is not null. If the
-            bundle is unsure, `prediction` is null.
+            bundle is unsure, `prediction` is null; a bundle that may be has the column `candidates`, too, a list
+            of classes where it is.
         """
         import pandas as pd
 
+        names = ["prediction", "confidence", "probabilities", "error"]
+        if self._predictor.bundle.info.decision:
+            names.append("candidates")
         images = model_input if isinstance(model_input, list) else list(model_input[IMAGE])
         rows: list[dict[str, Any]] = []
         for answer in self._predictor([bytes(image) for image in images]):
@@ -59,14 +65,20 @@ class BundleModel:
                         "confidence": answer.confidence,
                         "probabilities": answer.probabilities.tolist(),
                         "error": None,
+                        "candidates": [*answer.candidates] or None,
                     }
                 )
-        return pd.DataFrame(rows, columns=["prediction", "confidence", "probabilities", "error"])
+        return pd.DataFrame(rows, columns=names)
 
 
 def _load_pyfunc(path: str) -> BundleModel:
     """Load the bundle at `path`. MLflow calls this function by its name."""
-    return BundleModel(Predictor(Bundle.load(path)))
+    bundle = Bundle.load(path)
+    decision = bundle.info.decision
+    engine = engines.KERAS
+    if decision and FLOAT32 not in decision.thresholds:
+        engine = engines.choose(bundle, gpus=False, batch_size=engines.BATCH_SIZE)
+    return BundleModel(Predictor(bundle, engine=engine))
 
 
 def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
@@ -96,6 +108,7 @@ def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
                 ColSpec(DataType.double, "confidence", required=False),
                 ColSpec(Array(DataType.double), "probabilities", required=False),
                 ColSpec(DataType.string, "error", required=False),
+                *([ColSpec(Array(DataType.string), "candidates", required=False)] if bundle.info.decision else []),
             ]
         ),
     )

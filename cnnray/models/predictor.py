@@ -43,7 +43,7 @@ class Predictor:
         top_k: int = 5,
         threads: int | None = None,
         batch_size: int = engines.BATCH_SIZE,
-        decides: bool = True,
+        withholds: bool = True,
     ) -> None:
         """
         Args:
@@ -52,14 +52,14 @@ class Predictor:
             top_k: length of `Prediction.top_k`, at most the number of classes.
             threads: CPU threads of the engine; None: all that this process may use.
             batch_size: largest batch that the network gets.
-            decides: False: only probabilities and other outputs are asked for.
+            withholds: False: each image gets its most probable class, also below the threshold of the bundle.
 
         Raises:
-            BundleError: the model cannot be loaded, the bundle was not exported to this engine, or does not say when
-                its answers count with it.
+            BundleError: the model cannot be loaded, the bundle was not exported to this engine, or has no threshold
+                for it.
         """
         self.bundle = bundle
-        self._threshold = engines.find_threshold(bundle, engine) if decides else None
+        self._threshold = engines.find_threshold(bundle, engine) if withholds else None
         self._top_k = top_k
         self._engine = engines.load_engine(bundle, engine, threads)
         self._batch_size = batch_size

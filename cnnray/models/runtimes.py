@@ -267,10 +267,22 @@ class RescaledEngine:
         self.classes = engine.classes
 
     def __call__(self, images: Images) -> Probabilities:
-        """See `Engine`. softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised."""
-        powers = self._engine(images) ** np.float32(self._exponent)
-        # An int8 engine may give zeros only, which stay zeros.
-        return np.asarray(powers / np.maximum(powers.sum(1, keepdims=True), np.finfo(np.float32).tiny), np.float32)
+        """See `Engine`."""
+        return rescale(self._engine(images), self._exponent)
+
+
+def rescale(probabilities: Probabilities, exponent: float) -> Probabilities:
+    """Probabilities at another temperature.
+
+    softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised.
+
+    Args:
+        probabilities: float32 (N, classes), at the temperature S.
+        exponent: S / T.
+    """
+    powers = probabilities ** np.float32(exponent)
+    # An int8 engine may give zeros only, which stay zeros.
+    return np.asarray(powers / np.maximum(powers.sum(1, keepdims=True), np.finfo(np.float32).tiny), np.float32)
 
 
 def _set_threads(threads: int) -> None:

@@ -29,7 +29,8 @@ class InferenceOptions:
     engine: str = "auto"
     """Engine that runs the network: keras, keras-bfloat16, onnx, onnx-int8, litert, litert-float16, litert-int8,
     openvino-bfloat16 or openvino-int8 (but for keras, export must have verified it for the bundle); auto: keras or
-    keras-bfloat16 on a GPU, otherwise the fastest engine that export has verified."""
+    keras-bfloat16 on a GPU, otherwise the fastest engine that export has verified; of a bundle with thresholds one
+    that has one."""
     batch_size: int = engines.BATCH_SIZE
     """Largest number of images in one call of the network."""
     max_workers: int | None = None

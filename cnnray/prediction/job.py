@@ -38,7 +38,7 @@ _MIN_ROWS_CHECKED = 1000
 Planner = Callable[[Range], Task | None]
 
 
-def run(config: PredictConfig, *, decides: bool = True) -> dict[str, Any]:
+def run(config: PredictConfig, *, withholds: bool = True) -> dict[str, Any]:
     """Classify all images of `config.input`.
 
     Writes the rows (`part-*`, or the Delta table `table/`), `summary.json`, `errors.csv` and `errors-*.csv` if there
@@ -48,7 +48,7 @@ def run(config: PredictConfig, *, decides: bool = True) -> dict[str, Any]:
 
     Args:
         config: of the run.
-        decides: False: each image gets its most probable class, also one of which the bundle is unsure.
+        withholds: False: each image gets its most probable class, also below the threshold of the bundle.
 
     Returns:
         `output`, `rows`, `ok`, `unsure` (of a bundle that may be), `errors`, `resumed` (rows that existed already),
@@ -73,7 +73,7 @@ def run(config: PredictConfig, *, decides: bool = True) -> dict[str, Any]:
                 }  # fmt: skip
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
-            if decides:
+            if withholds:
                 engines.find_threshold(bundle, config.engine)
         manifest = list_images(config, earlier)
         plan_task = _task_planner(config, manifest, earlier)
@@ -86,7 +86,7 @@ def run(config: PredictConfig, *, decides: bool = True) -> dict[str, Any]:
         else:
             # A run that was not finished goes on with Ray: perhaps an image has ended the process that did the work.
             is_few = left is not None and (earlier is None or result is not None)
-            make_plan = functools.partial(_make_plan, config, bundle, engine or None, decides)
+            make_plan = functools.partial(_make_plan, config, bundle, engine or None, withholds)
             with _planned(config, manifest, make_plan, left if is_few else None) as plan:
                 engine = plan.engine
                 # All checks have passed: only now is anything of an earlier run replaced.
@@ -221,9 +221,9 @@ def _planned(
         yield plan
 
 
-def _make_plan(config: PredictConfig, bundle: Bundle, engine: str | None, decides: bool, in_process: bool) -> Plan:
+def _make_plan(config: PredictConfig, bundle: Bundle, engine: str | None, withholds: bool, in_process: bool) -> Plan:
     make = plans.plan_in_process if in_process else plans.plan_when_resources_allow
-    return make(bundle, config, engine, decides=decides)
+    return make(bundle, config, engine, withholds=withholds)
 
 
 # -- ranges and receipts --------------------------------------------------------------------------------------

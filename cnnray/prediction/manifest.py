@@ -20,7 +20,7 @@ from cnnray.images.reading import FEW_IMAGES
 from cnnray.images.shards import Range
 from cnnray.prediction import delta
 from cnnray.prediction.config import PredictConfig
-from cnnray.prediction.worker import COLUMNS, rename_reserved
+from cnnray.prediction.worker import RESERVED, rename_reserved
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def _storable(tables: Iterator[pa.Table], before: pa.Schema | None) -> Iterator[
     """The same tables, whose columns a Delta table can have beside those of predictions, with the types of before."""
     for table in tables:
         columns = rename_reserved(table.slice(0, 0).drop_columns([inputs.VERSION])).schema
-        predictions = [pa.field(name, pa.string()) for name in ("id", *COLUMNS)]
+        predictions = [pa.field(name, pa.string()) for name in ("id", *RESERVED)]
         delta.storable(pa.schema([*columns, *predictions]))
         # Where the columns are others, all rows have changed.
         if before is not None and set(before.names) - {"id", shards.CHANGED} == set(table.column_names):

@@ -38,6 +38,7 @@ _SCHEMA = pa.schema(
         ("prediction", pa.string()), ("confidence", pa.float32()),
     ]
 )  # fmt: skip
+_LABELS = pa.field("top_k_labels", pa.list_(pa.string()))
 """The columns that `read` returns."""
 
 
@@ -116,7 +117,8 @@ def write(folder: str, part: Part, rows: pa.Table, tally: Tally) -> bool:
 
 @patient
 def read(folder: str, part: Part) -> pa.Table:
-    """Read the columns of a part that a receipt needs: `id`, `uri`, `status`, `error`, `prediction` and `confidence`.
+    """Read the columns of a part that a receipt needs: `id`, `uri`, `status`, `error`, `prediction` and `confidence`;
+    and `top_k_labels` of one that is no Parquet file, and so has no tally in a footer.
 
     Raises:
         PartError: the file is damaged, or gone.
@@ -204,16 +206,25 @@ def _decode_parquet(data: bytes) -> pa.Table:
 
 def _decode_jsonl(data: bytes) -> pa.Table:
     rows = [json.loads(line) for line in data.splitlines()]
-    return pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], _SCHEMA)
+    table = pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], _SCHEMA)
+    if not all(_LABELS.name in row for row in rows):
+        return table
+    return table.append_column(_LABELS, pa.array([row[_LABELS.name] for row in rows], _LABELS.type))
 
 
 def _decode_csv(data: bytes) -> pa.Table:
+    header = next(csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")), [])
+    labels = [_LABELS.name] if _LABELS.name in header else []
     convert = pyarrow.csv.ConvertOptions(
-        column_types=_SCHEMA, include_columns=_SCHEMA.names,
+        column_types=_SCHEMA.append(pa.field(_LABELS.name, pa.string())), include_columns=[*_SCHEMA.names, *labels],
         strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=False,
     )  # fmt: skip
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse)
+    table = pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse)
+    if not labels:
+        return table
+    lists = [text and json.loads(text) for text in table[_LABELS.name].to_pylist()]
+    return table.set_column(len(_SCHEMA), _LABELS, pa.array(lists, _LABELS.type))
 
 
 _ENCODERS = {"parquet": _encode_parquet, "csv": _encode_csv, "jsonl": _encode_jsonl}

@@ -22,7 +22,7 @@ class Plan:
     options: PredictOptions
     pool: Pool
     threshold: Threshold | None = None
-    """When an answer counts; None: always."""
+    """Below which the prediction is withheld; None: it never is."""
     digest: str
     """`engines.digest` of the file that the engine runs. A worker that finds another file fails."""
     output: str = ""
@@ -48,7 +48,7 @@ def fits_this_process(options: InferenceOptions, images: int) -> bool:
 
 
 def plan_in_process(
-    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, decides: bool = True
+    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, withholds: bool = True
 ) -> Plan:
     """A plan for the job's own process, with all of its CPUs; the engine is chosen unless one is given.
 
@@ -56,14 +56,14 @@ def plan_in_process(
         bundle: to run.
         options: of the job.
         engine: its name; None: it is chosen.
-        decides: False: only probabilities are needed.
+        withholds: False: each image gets its most probable class, also below the threshold of the bundle.
 
     Raises:
-        BundleError: the bundle was not exported to the engine, or does not say when its answers count with it.
+        BundleError: the bundle was not exported to the engine, or has no threshold for it.
     """
-    engine = engine or choose_engine(bundle, options, gpus=False, decides=decides)
+    engine = engine or choose_engine(bundle, options, gpus=False)
     pool = Pool(smallest=1, first=1, largest=1, cpus=usable_cpus())
-    return _plan(bundle, options, engine, pool, decides=decides, in_process=True)
+    return _plan(bundle, options, engine, pool, withholds=withholds, in_process=True)
 
 
 def plan_on_cluster(
@@ -72,12 +72,12 @@ def plan_on_cluster(
     resources: Resources,
     engine: str | None = None,
     *,
-    decides: bool = True,
+    withholds: bool = True,
 ) -> Plan:
     """Choose the engine, unless one is given, and the workers.
 
     Args:
-        bundle, options, engine, decides: see `plan_in_process`.
+        bundle, options, engine, withholds: see `plan_in_process`.
         resources: of the cluster.
 
     Raises:
@@ -86,12 +86,12 @@ def plan_on_cluster(
     """
     if engine is None:
         gpus = resources.gpus >= 1 and options.gpus_per_worker != 0
-        engine = choose_engine(bundle, options, gpus=gpus, decides=decides)
-    return _plan(bundle, options, engine, plan_pool(options, engine, resources), decides=decides)
+        engine = choose_engine(bundle, options, gpus=gpus)
+    return _plan(bundle, options, engine, plan_pool(options, engine, resources), withholds=withholds)
 
 
 def plan_when_resources_allow(
-    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, decides: bool = True
+    bundle: Bundle, options: PredictOptions, engine: str | None = None, *, withholds: bool = True
 ) -> Plan:
     """`plan_on_cluster` with the cluster that this process is connected to.
 
@@ -102,13 +102,13 @@ def plan_when_resources_allow(
     """
     worker = {"CPU": options.cpus_per_worker or 1.0, "GPU": options.gpus_per_worker or 0.0}
     return waiting.wait_for_resources(
-        lambda resources: plan_on_cluster(bundle, options, resources, engine, decides=decides),
+        lambda resources: plan_on_cluster(bundle, options, resources, engine, withholds=withholds),
         [worker] * (options.max_workers or options.min_workers or 1),
         options.wait_minutes,
     )
 
 
-def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool, decides: bool = True) -> str:
+def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str:
     """Resolve `options.engine`: `auto` is the fastest verified engine, or keras where embeddings are asked for.
 
     Raises:
@@ -117,20 +117,20 @@ def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool, decide
     if options.engine == "auto":
         if options.embeddings:
             return engines.KERAS
-        return engines.choose(bundle, gpus=gpus, batch_size=options.batch_size, decides=decides)
+        return engines.choose(bundle, gpus=gpus, batch_size=options.batch_size)
     engines.check_exported(bundle, options.engine)
     return options.engine
 
 
 def _plan(
-    bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, decides: bool, in_process: bool = False
+    bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, withholds: bool, in_process: bool = False
 ) -> Plan:
     return Plan(
         bundle=bundle,
         engine=engine,
         options=options,
         pool=pool,
-        threshold=engines.find_threshold(bundle, engine) if decides else None,
+        threshold=engines.find_threshold(bundle, engine) if withholds else None,
         digest=engines.digest(bundle, engine),
         output=options.output if isinstance(options, PredictConfig) else "",
         in_process=in_process,

@@ -37,9 +37,9 @@ def population_stability_index(actual: dict[str, int], expected: dict[str, int])
 def class_drift(tally: Tally, info: BundleInfo) -> dict[str, Any] | None:
     """See `drift.compare`: the most probable classes beside those of the validation images, or, where the bundle does
     not say enough of them, beside the labels of the training images."""
-    if tally.unsure[""]:
-        return None  # counted again from files that do not say it of these
-    expected, found = info.class_counts, tally.classes + tally.unsure
+    expected, found = info.class_counts, tally.most_probable
+    if found is None:
+        return None
     reference = drift.Distribution.from_dict(info.reference, len(info.class_names))
     if reference and reference.images >= drift.LEAST_IMAGES:
         expected = dict(zip(info.class_names, reference.classes.tolist(), strict=True))
@@ -61,7 +61,8 @@ def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
         }
         for name in info.class_names
     }
-    stability = population_stability_index(dict(tally.classes), training_counts)
+    found = tally.most_probable
+    stability = None if found is None else population_stability_index(dict(found), training_counts)
     return {
         "rows": tally.rows,
         "ok": tally.ok,

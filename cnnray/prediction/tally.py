@@ -92,6 +92,11 @@ class Tally:
         return self.reasons.total()
 
     @property
+    def most_probable(self) -> Counter[str] | None:
+        """Images without an error by their most probable class; None: that of images without an answer is unknown."""
+        return None if self.unsure[""] else self.classes + self.unsure
+
+    @property
     def ok(self) -> int:
         """Number of rows with a prediction."""
         return self.rows - self.errors - self.unsure.total()

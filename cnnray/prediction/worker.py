@@ -13,7 +13,7 @@ Output rows come in the order of the input. A row has the manifest's columns and
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ COLUMNS = (
     "probabilities", "embedding",
 )  # fmt: skip
 """The columns that predictions add, in their order."""
+RESERVED = frozenset(COLUMNS) - {"candidates"}
+"""Names of these that all predictions add."""
 _PIXELS, _ERROR = "__pixels", "__error"
 """Columns that decoding tasks add for workers: the pixels of an image, and its error, empty where it was decoded."""
 
@@ -50,10 +52,10 @@ def select_columns(manifest: pa.Table) -> pa.Table:
     )
 
 
-def rename_reserved(rows: pa.Table) -> pa.Table:
-    """The rows with their columns of names in `COLUMNS` renamed to `original_NAME`."""
+def rename_reserved(rows: pa.Table, reserved: Set[str] = RESERVED) -> pa.Table:
+    """The rows with their columns of reserved names renamed to `original_NAME`."""
     names = set(rows.column_names)
-    for name in names & set(COLUMNS):
+    for name in names & reserved:
         renamed = f"original_{name}"
         while renamed in names:
             renamed = f"original_{renamed}"
@@ -97,7 +99,7 @@ class Worker:
             engine=plan.engine,
             threads=plan.pool.threads,
             batch_size=plan.options.batch_size,
-            decides=False,
+            withholds=False,
         )
         if engines.digest(plan.bundle, plan.engine) != plan.digest:
             raise BundleError(f"{plan.bundle.uri} was changed while the run was going on: run it again.")
@@ -174,6 +176,8 @@ class Worker:
         predictions = self._prediction_columns(probabilities, embeddings)
         columns |= {name: values.take(place) for name, values in predictions.items()}
         columns["status"] = columns["status"].fill_null("error")
+        if "candidates" in columns:
+            rows = rename_reserved(rows, {"candidates"})
         columns["model"] = pa.array([self._model] * len(rows), pa.string())
         for name in COLUMNS:
             if name in columns:

@@ -203,7 +203,13 @@ async def _explain(service: Service, request: Request) -> Response:
     index = int(row.argmax()) if query.label is None else names.index(query.label)
     assert isinstance(image, bytes)
     (picture,) = await service.explain(served, [image], [index])
-    headers = {"x-class": quote(names[index]), "x-confidence": f"{float(row[index]):.6f}", "x-model": served.version}
+    unsure = served.threshold is not None and bool(served.threshold.is_unsure(row[None])[0])
+    status = {"x-status": "unsure" if unsure else "ok"} if served.threshold else {}
+    headers = status | {
+        "x-class": quote(names[index]),
+        "x-confidence": f"{float(row[index]):.6f}",
+        "x-model": served.version,
+    }
     return Response(picture, media_type="image/png", headers=headers)
 
 

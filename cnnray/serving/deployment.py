@@ -93,12 +93,16 @@ class Classifier:
 
 
 class _ServeHandlers(logging.Handler):
-    """Writes records as Serve's logger does at that time: its handlers change with the configuration."""
+    """Writes records as Serve's logger does at that time: its handlers change with the configuration.
+
+    Serve keeps up to a thousand records in memory. These are few, and one who looks at the log needs the last ones.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         for handler in logging.getLogger("ray.serve").handlers:
             handler.handle(record)
+            handler.flush()
 
 
 def _write_logs(access_log: str) -> None:

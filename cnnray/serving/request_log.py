@@ -55,9 +55,10 @@ SCHEMA = pa.schema(
     ]
 )
 """`index` is the image's place in its request. `prediction` is the most probable class, and `unsure` whether it was
-held back (null of a model that answers for every image), `seconds` the time from the request's body to its answers,
-`sha256` that of the bytes that were sent (of pixels, for those). `image` holds these bytes (pixels as PNG) if they
-are kept, else null. An image without a prediction has an `error`, `REASON: explanation`."""
+withheld (null of a model without thresholds; a file without any other leaves it out), `seconds` the time from the
+request's body to its answers, `sha256` that of the bytes that were sent (of pixels, for those). `image` holds these
+bytes (pixels as PNG) if they are kept, else null. An image without a prediction has an `error`,
+`REASON: explanation`."""
 _TOP_K = 5
 _MOST_ROWS, _MOST_SECONDS, _MOST_BYTES = 20_000, 60.0, 16 * 2**20
 """A file is written when it has so many rows or bytes, or its first row is so old."""
@@ -133,7 +134,10 @@ class _File:
         """As Parquet."""
         self._make_columns()
         buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pa.concat_tables(self._tables), buffer, compression="zstd")
+        table = pa.concat_tables(self._tables)
+        if table["unsure"].null_count == len(table):
+            table = table.drop_columns(["unsure"])
+        pyarrow.parquet.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
 
     @property

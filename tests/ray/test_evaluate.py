@@ -15,6 +15,7 @@ import sklearn.metrics
 from PIL import Image
 
 from cnnray.evaluation import job, report
+from cnnray.evaluation import rows as rows_module
 from cnnray.evaluation.comparison import EvaluationError, UndecidedError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.data_checks import check_data
@@ -54,7 +55,7 @@ def evaluated(labelled, onnx_bundle, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluated") / "out"
     line = evaluate(
         EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", batch_size=7,
-                       max_workers=2)
+                       max_workers=2, wanted_accuracy=0.9)
     )  # fmt: skip
     return line, output
 
@@ -78,7 +79,7 @@ def test_every_image_has_a_row_and_images_with_errors_do_not_count_in_the_accura
     results = json.loads((output / "metrics.json").read_text())
     assert sum(results["errors_by_reason"].values()) == 2
     assert results["guarantee"] is None
-    assert "that takes at least 399 images" in " ".join(report.split())
+    assert "that takes at least 39 images" in " ".join(report.split())
 
 
 def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluated, onnx_bundle, labelled):
@@ -88,8 +89,8 @@ def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluat
     many = pa.Table.from_pylist(rows * 5)
     probabilities = np.stack([np.eye(3)[["red", "green", "blue"].index(row["prediction"])] for row in rows] * 5)
     bundle = Bundle.load(onnx_bundle)
-    config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), target_precision=0.7)
-    predictions = job._make_predictions(many, probabilities.astype(np.float32), bundle)
+    config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), wanted_accuracy=0.7)
+    predictions = rows_module.make_predictions(many, probabilities.astype(np.float32), bundle)
     results = job._measure(config, bundle, "onnx", "all", many, predictions, None)
     guarantee = results["guarantee"]
     assert (guarantee["precision"], guarantee["certainty"], guarantee["coverage"]) == (0.7, 0.95, 1)
@@ -136,7 +137,7 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
     before = part.stat().st_mtime_ns
     again = evaluate(
         EvaluateConfig(
-            bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", samples=8,
+            bundle=onnx_bundle, data=str(labelled), output=str(output), engine="onnx", wanted_accuracy=0.8,
             data_checks=False,
         )
     )  # fmt: skip
@@ -146,10 +147,10 @@ def test_an_evaluation_writes_pictures_and_reuses_existing_predictions(evaluated
 
 @pytest.mark.parametrize("values", [[np.nan, 0.5, 0.5], [0, 0, 0]])
 def test_predictions_of_an_earlier_version_that_are_none_are_refused(values, evaluated, onnx_bundle):
-    rows, probabilities = job._read_rows(str(evaluated[1] / "predictions"))
+    rows, probabilities = rows_module.read_rows(str(evaluated[1] / "predictions"))
     probabilities[7] = values
     with pytest.raises(EvaluationError, match=r"1 of 101 predictions of an earlier version .* --overwrite"):
-        job._make_predictions(rows, probabilities, Bundle.load(onnx_bundle))
+        rows_module.make_predictions(rows, probabilities, Bundle.load(onnx_bundle))
 
 
 def test_a_calibrated_bundle_is_published_and_its_temperature_applied_everywhere(onnx_bundle, labelled, tmp_path):
@@ -265,7 +266,7 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
     )
     assert again["accuracy"] == line["accuracy"]
     answers = json.loads((tmp_path / "again" / "metrics.json").read_text())["answers"]
-    assert (answers["unsure"], answers["promised_precision"]) == (summary["unsure"], 0.7)
+    assert (answers["unsure"], answers["guaranteed_precision"]) == (summary["unsure"], 0.7)
     assert "The bundle answers from a confidence of 0.9 on" in (tmp_path / "again" / "report.html").read_text()
     # Another temperature makes the thresholds void.
     line = evaluate(
@@ -447,6 +448,7 @@ def test_mistakes_are_reported(evaluated, onnx_bundle, labelled, tmp_path):
         ({"output": None}, "--output is needed"),
         ({"output": "/d/out"}, "lies in --data"),
         ({"engine": "x"}, "--engine 'x'"),
+        ({"wanted_accuracy": 2}, "--wanted-accuracy must be 0 to 1"),
         ({"target_precision": 1}, "--target-precision must be more than 0 and less than 1, not 1"),
         ({"certainty": 0}, "--certainty must be more than 0 and less than 1, not 0"),
         ({"max_drop": -0.1}, "--max-drop must be 0 to 1"),

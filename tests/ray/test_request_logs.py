@@ -18,6 +18,7 @@ from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
 from cnnray.evaluation.drift import measure_drift
 from cnnray.models import bundle as bundles
+from cnnray.models.answers import Decision, Threshold
 from cnnray.models.bundle import Bundle
 from cnnray.models.drift import BINS, Distribution
 from cnnray.serving.request_log import SCHEMA
@@ -208,3 +209,26 @@ def test_mistakes_get_a_sentence(bundle, tmp_path):
 def test_flags_that_do_not_go_together(flags, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         EvaluateConfig(**{"bundle": "/b", "output": "/o"} | flags)
+
+
+def test_the_precision_of_the_answers_of_a_bundle_that_may_be_unsure(bundle, tmp_path):
+    threshold = Threshold(confidence=0.6, candidate=0.2, images=400, coverage=0.8, observed_precision=1.0)
+    decision = Decision(precision=0.9, certainty=0.95, candidate_coverage=0.95, thresholds={"float32": threshold})
+    bundles.write_info(bundle.uri, dataclasses.replace(bundle.info, decision=decision))
+    bundle = Bundle.load(bundle.uri)
+    rows = _rows(bundle.version, 0, 200, (0.3, 0.3, 0.4))
+    labels = [{"request_id": row["request_id"], "label": row["prediction"]} for row in rows[:100]]
+    for number, row in enumerate(rows):
+        row["unsure"] = number % 4 == 0
+        if number < 100 and number % 5 == 0:  # wrong: five of those that are unsure, and 15 answers
+            labels[number]["label"] = NAMES[(NAMES.index(row["prediction"]) + 1) % 3]
+    _write(tmp_path / "log", rows)
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    _, results = _measure(bundle, tmp_path, labels=str(tmp_path / "labels.jsonl"))
+    (window,) = results["windows"]
+    assert (window["images"], window["unsure"], window["labelled"]) == (200, 50, 100)
+    assert window["accuracy"]["accuracy"] == 0.8
+    assert (window["precision"]["precision"], window["guaranteed_precision"]) == (60 / 75, 0.9)
+    report = (tmp_path / "out" / "drift.html").read_text()
+    assert "precision of the answers (90.00 % guaranteed)" in report
+    assert "<td>50</td><td>80.00 %</td>" in report

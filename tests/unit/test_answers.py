@@ -117,11 +117,11 @@ def test_a_predictor_is_unsure(bundle):
 
 def test_an_engine_without_thresholds_does_not_answer(bundle):
     decided = bundle(make_decision(**{"onnx-int8": make_threshold()}))
-    sentence = "promises that 0.99 of its answers are right, but for onnx-int8 only, not for keras: jobs/evaluate.py"
+    sentence = r"has no confidence threshold for keras as it is exported now \(it has those of onnx-int8\): jobs/eval"
     with pytest.raises(BundleError, match=sentence):
         Predictor(decided)
     pixels = np.zeros((1, *decided.info.geometry.image_size.shape), np.uint8)
-    assert Predictor(decided, decides=False).probabilities(pixels).shape == (1, 3)
+    assert Predictor(decided, withholds=False).probabilities(pixels).shape == (1, 3)
 
 
 def test_the_fastest_engine_is_one_with_thresholds():
@@ -133,12 +133,21 @@ def test_the_fastest_engine_is_one_with_thresholds():
         bundles.BundleInfo(class_names=["a", "b"], image_size=8), exports=exports, decision=None
     )
 
-    def choose(decision, **options):
+    def choose(decision, gpus=False):
         chosen = Bundle("/nowhere", dataclasses.replace(info, decision=decision))
-        return engines.choose(chosen, gpus=False, batch_size=1, **options)
+        return engines.choose(chosen, gpus=gpus, batch_size=1)
+
+    def with_export(name):
+        export = engines.export_id(Bundle("/nowhere", info), name)
+        return {name: dataclasses.replace(make_threshold(), export=export)}
 
     assert choose(None) == "onnx-int8"
     decision = make_decision(**{FLOAT32: make_threshold()})
     assert choose(decision) == "onnx"
-    assert choose(decision, decides=False) == "onnx-int8"
-    assert choose(make_decision(**{FLOAT32: make_threshold(), "litert-int8": make_threshold()})) == "litert-int8"
+    assert choose(decision, gpus=True) == "keras"
+    assert choose(make_decision(**{FLOAT32: make_threshold()} | with_export("litert-int8"))) == "litert-int8"
+    assert choose(make_decision(**with_export("onnx-int8")), gpus=True) == "onnx-int8"
+    # Another export has other probabilities.
+    earlier = with_export("litert-int8")
+    exports["litert-int8"]["times_keras"] = {"1": 3.5, "32": 3.5}
+    assert choose(make_decision(**{FLOAT32: make_threshold()} | earlier)) == "onnx"

@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cnnray import cluster
 from cnnray.evaluation import selective
 from cnnray.evaluation.comparison import EvaluationError
 from cnnray.evaluation.config import EvaluateConfig
-from cnnray.evaluation.publishing import Measured, other_engines, published_info
+from cnnray.evaluation.publishing import check_images, other_engines, published_info
+from cnnray.evaluation.rows import Measured
 from cnnray.models import engines
 from cnnray.models.answers import FLOAT32
 from cnnray.models.bundle import Bundle, BundleInfo
@@ -27,13 +29,16 @@ def make_measured(engine="keras", seed=0, scale=4.0):
     targets = (truth.cumsum(1) > random.random((IMAGES, 1))).argmax(1)
     said = np.exp(logits * scale / 4)
     return Measured(
-        engine=engine, probabilities=(said / said.sum(1, keepdims=True)).astype(np.float32), targets=targets
+        engine=engine,
+        ids=np.arange(IMAGES),
+        probabilities=(said / said.sum(1, keepdims=True)).astype(np.float32),
+        targets=targets,
     )
 
 
 def publish(*measured, info=INFO, of_training=False, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return published_info(config, Bundle("/b", info), measured, of_training=of_training)
+    return published_info(config, Bundle("/b", info), measured, IMAGES, of_training=of_training)
 
 
 def test_each_arithmetic_has_its_thresholds():
@@ -43,7 +48,9 @@ def test_each_arithmetic_has_its_thresholds():
     assert info.decision.thresholds.keys() == {FLOAT32, "onnx-int8"}
     for measured in (keras, rounded):
         threshold = info.decision.thresholds[engines.arithmetic(measured.engine)]
-        assert threshold == selective.find_threshold(
+        export = engines.export_id(Bundle("/b", INFO), measured.engine)
+        assert bool(export) == (measured.engine == "onnx-int8")
+        assert dataclasses.replace(threshold, export="") == selective.find_threshold(
             measured.probabilities, measured.targets, precision=0.95, certainty=0.95
         )
         answered = ~threshold.is_unsure(measured.probabilities)
@@ -56,7 +63,7 @@ def test_an_engine_that_cannot_keep_the_promise_is_left_out(caplog):
     wrong = dataclasses.replace(wrong, targets=(wrong.targets + 1) % 3)
     info = publish(make_measured(), wrong, target_precision=0.95)
     assert info.decision.thresholds.keys() == {FLOAT32}
-    assert "litert-int8 has no threshold that keeps the promise" in caplog.text
+    assert "no threshold gives litert-int8 that precision" in caplog.text
     with pytest.raises(EvaluationError, match=r"No threshold shows a precision of 0\.95 on these 2000 images"):
         publish(wrong, make_measured(), target_precision=0.95)
 
@@ -65,8 +72,8 @@ def test_a_temperature_is_fitted_to_images_that_do_not_test_the_thresholds():
     measured = make_measured(scale=12.0)  # three times too sure
     info = publish(measured, calibrate=True, target_precision=0.95)
     assert info.temperature == pytest.approx(6.0, rel=0.15)
-    learnt, tested = selective.split(IMAGES)
-    assert sorted([*learnt, *tested]) == list(range(IMAGES))
+    tested = np.flatnonzero(~selective.split(IMAGES))
+    assert len(tested) == 0.75 * IMAGES
     others = dataclasses.replace(measured, targets=measured.targets.copy())
     others.targets[tested[:5]] = (others.targets[tested[:5]] + 1) % 3
     assert publish(others, calibrate=True, target_precision=0.95).temperature == info.temperature
@@ -86,11 +93,25 @@ def test_a_new_temperature_makes_thresholds_void(caplog):
     assert "the thresholds of /b are void" in caplog.text
 
 
-def test_images_by_which_training_chose_its_weights_get_a_warning(caplog):
-    publish(make_measured(), target_precision=0.95)
-    assert "Training chose its weights" not in caplog.text
-    publish(make_measured(), target_precision=0.95, of_training=True)
-    assert "Training chose its weights by these images" in caplog.text
+def test_an_engine_that_lacks_some_predictions_is_tested_on_the_same_images():
+    whole = make_measured()
+    kept = np.flatnonzero(np.arange(IMAGES) % 7 != 0)
+    part = Measured(
+        engine="onnx-int8", ids=kept, probabilities=whole.probabilities[kept], targets=whole.targets[kept]
+    )
+    threshold = publish(whole, part, target_precision=0.95).decision.thresholds["onnx-int8"]
+    assert threshold.images == (~selective.split(IMAGES))[kept].sum()
+
+
+def test_images_of_the_training_show_nothing(caplog):
+    wanted = dataclasses.replace(CONFIG, target_precision=0.9)
+    with pytest.raises(EvaluationError, match="The network was trained on 3 of these 500 images"):
+        check_images(500, {"train": 3}, wanted)
+    check_images(500, {}, wanted)
+    check_images(10, {"train": 3}, CONFIG)
+    assert not caplog.text
+    check_images(500, {"validation": 500}, wanted)
+    assert "Training chose its weights by 500 of these 500 images" in caplog.text
 
 
 def test_the_reference_for_drift_follows_the_temperature():
@@ -101,10 +122,16 @@ def test_the_reference_for_drift_follows_the_temperature():
 
 
 def test_which_engines_are_measured(monkeypatch):
+    monkeypatch.setattr(cluster, "may_have_gpus", lambda: False)
     monkeypatch.setattr(engines, "why_unavailable", lambda name: "no" if name == "openvino-bfloat16" else "")
-    names = ("keras", "onnx", "litert", "onnx-int8", "litert-float16", "openvino-bfloat16", "saved_model")
+    names = (
+        "keras", "onnx", "litert", "keras-bfloat16", "onnx-int8", "litert-float16", "openvino-bfloat16",
+        "saved_model",
+    )  # fmt: skip
     bundle = Bundle("/b", dataclasses.replace(INFO, exports={name: {} for name in names}))
     wanted = dataclasses.replace(CONFIG, target_precision=0.9)
     assert other_engines(wanted, bundle, "keras") == ["onnx-int8", "litert-float16"]
     assert other_engines(dataclasses.replace(wanted, engine="onnx-int8"), bundle, "onnx-int8") == []
     assert other_engines(CONFIG, bundle, "keras") == []
+    monkeypatch.setattr(cluster, "may_have_gpus", lambda: True)
+    assert "keras-bfloat16" in other_engines(wanted, bundle, "keras")

@@ -15,6 +15,7 @@ from cnnray.evaluation.selective import (
     find_threshold,
     images_needed,
     measure_answers,
+    split,
 )
 from cnnray.models.answers import Threshold
 
@@ -54,7 +55,7 @@ def test_the_guarantee_is_broken_no_more_often_than_it_says(images, accuracy_at)
     broken = naive_broken = found = 0
     for draw in range(_DRAWS):
         rows = np.random.default_rng(draw).integers(0, _POPULATION, images)
-        guarantee = find_guarantee(confidences[rows], correct[rows], precision=0.99, seed=draw)
+        guarantee = find_guarantee(confidences[rows], correct[rows], precision=0.99, learnt=split(images, draw))
         found += guarantee is not None
         broken += guarantee is not None and is_broken(guarantee.threshold)
         right = np.stack([1 - confidences[rows], confidences[rows]], 1)

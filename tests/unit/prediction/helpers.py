@@ -30,6 +30,9 @@ def make_rows(ids):
             "error": pa.array(errors, pa.string()),
             "prediction": pa.array([None if error else "null" for error in errors], pa.string()),
             "confidence": pa.array([None if error else 0.25 for error in errors], pa.float32()),
+            "top_k_labels": pa.array(
+                [None if error else ["null", '"a", b'] for error in errors], pa.list_(pa.string())
+            ),
             "top_k_scores": pa.array([None if error else [0.25, 0.125] for error in errors], pa.list_(pa.float32())),
         }
     )

@@ -1,5 +1,6 @@
 """The output files of a run: names, writing, reading, damage."""
 
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
@@ -63,7 +64,9 @@ def test_a_part_is_created_once_and_read_back_unchanged(kind, tmp_path):
     assert parts.write(str(tmp_path), part, rows, tally)
     content = (tmp_path / part.name).read_bytes()
     read = parts.read(str(tmp_path), part)
-    assert read.column_names == ["id", "uri", "status", "error", "prediction", "confidence"]
+    # Without a footer, the most probable class of images without an answer is needed, too.
+    labels = [] if kind == "parquet" else ["top_k_labels"]
+    assert read.column_names == ["id", "uri", "status", "error", "prediction", "confidence", *labels]
     assert read.equals(rows.select(read.column_names).cast(read.schema))
     assert parts.read_tally(str(tmp_path), part, 0.5) == tally
     assert parts.write(str(tmp_path), part, rows, tally)  # by another worker, of the same images
@@ -73,6 +76,20 @@ def test_a_part_is_created_once_and_read_back_unchanged(kind, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [part.name]
     if kind == "parquet":
         assert parts.read_all(str(tmp_path), part).equals(rows)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_the_tally_of_a_part_counts_images_of_which_the_bundle_is_unsure(kind, tmp_path):
+    rows = make_rows(list(range(9)))
+    names = [None if number < 5 else name for number, name in enumerate(rows["prediction"].to_pylist())]
+    rows = rows.set_column(rows.column_names.index("prediction"), "prediction", pa.array(names, pa.string()))
+    part, tally = Part(0, 0, 0, False, kind), Tally.of(rows, 0.5)
+    assert (tally.ok, tally.unsure, tally.most_probable) == (3, {"null": 3}, {"null": 6})
+    assert parts.write(str(tmp_path), part, rows, tally)
+    assert parts.read_tally(str(tmp_path), part, 0.5) == tally
+    if kind == "parquet":
+        again = parts.read_tally(str(tmp_path), part, 0.4)
+        assert (again.ok, again.unsure.total(), again.most_probable) == (3, 3, None)
 
 
 def test_storage_that_returns_other_bytes_than_it_was_given_is_reported(tmp_path, monkeypatch):

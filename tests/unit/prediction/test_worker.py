@@ -197,6 +197,14 @@ def test_rows_of_which_the_bundle_is_unsure(bundle, files):
         wanted = [names[index] for index in threshold.candidates(np.asarray(before["probabilities"], np.float32))]
         assert candidates == wanted
         assert candidates[0] == before["prediction"]
+    # A column of the user's of that name is renamed, and only then.
+    named = manifest.append_column("candidates", pa.array([7] * len(manifest)))
+    for changed, column in (
+        (plan, "candidates"),
+        (dataclasses.replace(plan, threshold=threshold), "original_candidates"),
+    ):
+        rows = pa.concat_tables(Worker(changed)(named))
+        assert rows[column].to_pylist() == [7] * len(manifest)
     tally = Tally.of(table, 0.0)
     bad = sum(row["status"] == "error" for row in plain)
     assert (tally.rows, tally.errors) == (len(plain), bad)

@@ -127,6 +127,13 @@ def test_tensorflow_serving(unsure, start, plain):
     assert signatures["encoded"]["outputs"]["unsure"]["dtype"] == "DT_BOOL"
 
 
+@pytest.mark.parametrize("unsure", [True, False])
+def test_an_explanation_says_whether_its_class_is_withheld(unsure, start, plain):
+    found = start(unsure=unsure).post("/explain", files={"image": ("a", GOOD)})
+    assert found.headers["x-class"] == NAMES[plain.argmax()]
+    assert found.headers["x-status"] == ("unsure" if unsure else "ok")
+
+
 def test_the_log_and_the_metrics_say_it(start, tmp_path, monkeypatch):
     client = start(unsure=True, log=LogSettings(place=str(tmp_path / "log"), share=1.0, images=False, days=1))
     counted = []

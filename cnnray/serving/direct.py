@@ -16,11 +16,14 @@ ON_NODES = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "131072",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cnnray.serving.headers:middlewares",
 }
 """Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
 one event loop, no process reads a line of HAProxy's for each request (replicas count them), most images fit into one
-of HAProxy's buffers, and requests go past Ray's wrapper of the application."""
+of HAProxy's buffers, and requests go past Ray's wrapper of the application. A request that fits into a buffer, and
+whose replica ends before it has answered, goes to another replica: once, as a request may be what has ended it."""
 _OF_RAY = ("/-/healthz", "/-/routes")
 """Ends of the paths that Ray answers itself."""
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import shlex
 import threading
 import time
 import urllib.request
@@ -108,7 +109,7 @@ def wait_until_served(
                     log.warning(
                         "requests reach the replicas through Ray's wrapper, which holds whole bodies before any "
                         "limit or key is checked, and costs CPU: set %s where `ray start` runs, on every node",
-                        " ".join(f"{name}={value}" for name, value in ON_NODES.items()),
+                        " ".join(f"{name}={shlex.quote(value)}" for name, value in ON_NODES.items()),
                     )
                 break
     return len(placed)

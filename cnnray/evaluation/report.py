@@ -36,6 +36,7 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
         checks=results["data_checks"],
         calibration=results["calibration"],
         comparison=results.get("comparison"),
+        answers=results.get("answers"),
         images_needed=selective.images_needed(precision, results["certainty"]) if 0 < precision < 1 else None,
     )
 

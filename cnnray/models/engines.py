@@ -183,6 +183,12 @@ def check_exported(bundle: Bundle, name: str) -> None:
     Raises:
         BundleError: the engine is unknown, the bundle does not list its file, or it cannot run in this process.
     """
+    _check_listed(bundle, name)
+    if reason := why_unavailable(name):
+        raise BundleError(f"The engine {name} cannot be used here: {reason}.")
+
+
+def _check_listed(bundle: Bundle, name: str) -> None:
     if name not in ENGINES:
         raise BundleError(f"The engine {name!r} is unknown; expected one of {', '.join(ENGINES)}.")
     if name == KERAS:
@@ -190,17 +196,16 @@ def check_exported(bundle: Bundle, name: str) -> None:
     if name not in bundle.info.exports:
         listed = ", ".join([KERAS, *(other for other in bundle.info.exports if other in ENGINES and other != KERAS)])
         raise BundleError(f"{bundle.uri} was not exported to {name} (it has {listed}): run jobs/export.py.")
-    if reason := why_unavailable(name):
-        raise BundleError(f"The engine {name} cannot be used here: {reason}.")
 
 
 def digest(bundle: Bundle, name: str) -> str:
-    """The SHA-256 of the file that an engine runs.
+    """The SHA-256 of the file that an engine runs, here or on another machine.
 
     Raises:
-        BundleError, OSError: as `load_engine`.
+        BundleError: the engine is unknown, or the bundle does not list its file, or does not hold it.
+        OSError: the storage cannot be read.
     """
-    check_exported(bundle, name)
+    _check_listed(bundle, name)
     return bundle.digest(MODEL if name in KERAS_POLICIES else FORMATS[RUNNERS[name].format].path)
 
 

@@ -125,6 +125,7 @@ def choose_engine(bundle: Bundle, options: PredictOptions, *, gpus: bool) -> str
 def _plan(
     bundle: Bundle, options: PredictOptions, engine: str, pool: Pool, *, withholds: bool, in_process: bool = False
 ) -> Plan:
+    engines.check_exported(bundle, engine)
     return Plan(
         bundle=bundle,
         engine=engine,

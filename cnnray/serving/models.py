@@ -154,6 +154,7 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
     bundle = Bundle.load(uri)
     if engine == "auto":
         engine = engines.choose(bundle, gpus=gpus, batch_size=batch_size)
+    engines.check_exported(bundle, engine)
     engines.find_threshold(bundle, engine)
     return bundle, engine, engines.digest(bundle, engine)
 

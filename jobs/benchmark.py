@@ -9,7 +9,7 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks", "limits")
+_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks")
 MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
 _WITH_OWN_IMAGES = (
     "start",

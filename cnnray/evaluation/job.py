@@ -211,21 +211,21 @@ def _write_config(config: EvaluateConfig) -> None:
 # -- results --------------------------------------------------------------------------------------------------
 
 
-def _measure_answers(bundle: Bundle, measured: Measured) -> dict[str, Any] | None:
-    """What the answers of a bundle with thresholds are; None: it has none for the engine."""
+def _measure_answers(bundle: Bundle, given: Measured) -> dict[str, Any] | None:
+    """See `selective.measure_answers`, with what is guaranteed; None: there is no threshold for the engine."""
     decision = bundle.info.decision
     if decision is None:
         return None
     try:
-        threshold = engines.find_threshold(bundle, measured.engine)
+        threshold = engines.find_threshold(bundle, given.engine)
     except BundleError as error:
-        log.warning("the report does not say how its answers are: %s", error)
+        log.warning("the report leaves out the precision of the answers: %s", error)
         return None
     assert threshold is not None
     guaranteed = {
         "guaranteed_precision": decision.precision, "guaranteed_candidate_coverage": decision.candidate_coverage,
     }  # fmt: skip
-    return guaranteed | selective.measure_answers(threshold, measured.probabilities, measured.targets)
+    return guaranteed | selective.measure_answers(threshold, given.probabilities, given.targets)
 
 
 def _guaranteed(bundle: Bundle, engine: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The bundle that an evaluation publishes: with a fitted temperature, or with thresholds that keep a promise."""
+"""The bundle that an evaluation publishes: with a fitted temperature, or with confidence thresholds."""
 
 import dataclasses
 import logging

@@ -71,7 +71,7 @@ class BundleInfo:
     temperature: float = 1.0
     """Divisor of the logits before the softmax; 1: not calibrated."""
     decision: Decision | None = None
-    """When its answers count; None: always."""
+    """Below which confidence it is unsure, and with what guarantee; None: it answers for every image."""
     parent: str = ""
     """Version of the bundle from which this one was published; empty: a training wrote it."""
     training: str = ""

@@ -39,7 +39,7 @@ class ServedModel:
     bundle: Bundle
     engine: str
     threshold: Threshold | None
-    """When its answers count; None: always."""
+    """Below which it withholds its prediction; None: it never does."""
     digest: str
     """SHA-256 of the engine's file, in hexadecimal."""
     compute: Pipeline
@@ -148,8 +148,8 @@ def find_engine(uri: str, engine: str, *, gpus: bool, batch_size: int) -> tuple[
         batch_size: largest micro-batch.
 
     Raises:
-        BundleError, OSError: the bundle, or the engine's file, cannot be read, or the bundle does not say when its
-            answers count with the engine.
+        BundleError, OSError: the bundle, or the engine's file, cannot be read, or the bundle has thresholds, but
+            none for the engine.
     """
     bundle = Bundle.load(uri)
     if engine == "auto":

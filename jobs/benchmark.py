@@ -11,17 +11,7 @@ from cnnray.images import storage
 
 _STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks")
 MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
-_WITH_OWN_IMAGES = (
-    "start",
-    "pixels",
-    "export",
-    "serve",
-    "formats",
-    "causes",
-    "few-images",
-    "small-networks",
-    "limits",
-)
+_WITH_OWN_IMAGES = ("start", "pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
 """Measurements that always use their own images."""
 
 

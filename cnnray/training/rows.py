@@ -125,7 +125,7 @@ def _used(folder: Path) -> IO[str]:
         with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:  # deleted meanwhile
             lock = opened.enter_context((folder / _LOCK).open("w"))
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat()):
+            if _is_of(folder, lock):
                 opened.pop_all()
                 return lock
 
@@ -133,8 +133,14 @@ def _used(folder: Path) -> IO[str]:
 def _delete_unused(folder: Path) -> None:
     with contextlib.suppress(OSError), (folder / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Out of the way first: another process may make the folder anew, and finds nothing of this one.
-        shutil.rmtree(folder.rename(folder.with_name(f"unused-{uuid.uuid4().hex}")))
+        if _is_of(folder, lock):
+            # Out of the way first: another process may make the folder anew, and finds nothing of this one.
+            shutil.rmtree(folder.rename(folder.with_name(f"unused-{uuid.uuid4().hex}")))
+
+
+def _is_of(folder: Path, lock: IO[str]) -> bool:
+    """Whether the folder is the one whose lock was opened, and not one that was made since by the same name."""
+    return os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat())
 
 
 @patient

@@ -180,3 +180,19 @@ def test_a_manifest_that_is_gone_is_told(tmp_path, root):
     with pytest.raises(FileNotFoundError), rows.open_rows(str(tmp_path / "none.parquet"), NAMES, ""):
         pass
     assert not list(root.rglob(rows._FACTS))
+
+
+def test_the_lock_of_a_folder_that_was_deleted_meanwhile_deletes_no_new_one(root, monkeypatch):
+    folder = root / "rows"
+    folder.mkdir(parents=True)
+
+    def late(lock, how):
+        if folder.exists() and not (folder / "new").exists():
+            folder.rename(root / "deleted")
+            folder.mkdir()
+            for name in ("lock", "new"):
+                (folder / name).touch()
+
+    monkeypatch.setattr(rows.fcntl, "flock", late)
+    rows._delete_unused(folder)
+    assert (folder / "new").exists()

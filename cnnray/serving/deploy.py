@@ -268,8 +268,9 @@ def _prepare_environment(folder: Path, max_bytes: int) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A message is in memory before the application sees it. Serve's own limit is 2 GiB.
     os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(max_bytes))
-    # On a single machine HAProxy learns immediately that a replica has stopped.
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "3")
+    # HAProxy hears at once that a replica stops; under load it may read its new configuration late, but it asks each
+    # replica every five seconds. A request on a connection that a replica closes is lost.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "6")
     prefix = "RAY_SERVE_HAPROXY_"
     # Ray's default is four threads, which on two CPUs take turns with the replicas, and with one another.
     os.environ.setdefault(f"{prefix}NBTHREAD", str(min(4, max(1, usable_cpus() // 2))))

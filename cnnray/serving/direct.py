@@ -22,8 +22,9 @@ ON_NODES = {
 }
 """Environment variables for Ray's nodes. HAProxy sends requests directly to the replicas, replicas handle requests in
 one event loop, no process reads a line of HAProxy's for each request (replicas count them), most images fit into one
-of HAProxy's buffers, and requests go past Ray's wrapper of the application. A request that fits into a buffer, and
-whose replica ends before it has answered, goes to another replica: once, as a request may be what has ended it."""
+of HAProxy's buffers, and requests go past Ray's wrapper of the application. A request whose replica ends before it
+has answered goes to another replica, once, as a request may be what has ended it: if it had arrived as a whole when
+HAProxy began to send it on, as those up to some 20 KB do, and larger ones that clients send at once."""
 _OF_RAY = ("/-/healthz", "/-/routes")
 """Ends of the paths that Ray answers itself."""
 

@@ -83,7 +83,8 @@ def parse(config_class: type[Config], prog: str, arguments: Sequence[str] | None
     for group, inherited in configs.groups(config_class):
         parser.add_class_arguments(group, as_group=group is not config_class, skip=inherited)
     try:
-        values = parser.parse_args(_with_new_names(config_class, sys.argv[1:] if arguments is None else arguments))
+        current = _with_new_names(config_class, sys.argv[1:] if arguments is None else arguments)
+        values = parser.parse_args(_with_values(config_class, current))
         values.pop("config")
         # vars() would give names of jsonargparse: it marks those that its own methods have, such as `update`.
         return config_class(**dict(parser.instantiate(values).items(branches=True, nested=False)))
@@ -110,6 +111,18 @@ def _with_new_names(config_class: type, arguments: Sequence[str]) -> list[str]:
         for name, new in configs.upgrade(config_class, earlier).items():
             current += [flags.flag_name(name), "null" if new is None else str(new)]
     return current
+
+
+def _with_values(config_class: type, arguments: Sequence[str]) -> list[str]:
+    """Add what flags without a value stand for: --multi-label is --multi-label=true, also where null is a value. (The
+    parser itself does so where it is not.)"""
+    fields = dataclasses.fields(config_class)
+    known = {flags.flag_name(field.name) for field in fields if field.type == bool | None}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in known and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
 
 
 def main(config_class: type[Config], prog: str, job: Callable[[Config], dict[str, Any]]) -> NoReturn:

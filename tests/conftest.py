@@ -3,8 +3,11 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -21,6 +24,30 @@ def write_digits(folder: Path, count: int, classes: int = 10) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[index] * 255 / 16).round().astype(np.uint8)).save(path)
     return folder
+
+
+def write_digit_grids(folder: Path, count: int, classes: int = 5) -> Path:
+    """Images of two rows of two places, each with one of scikit-learn's digits or none, as PNG files of 16x16.
+
+    Returns:
+        The Parquet table of the images, whose labels are the digits that each has: often several, sometimes none.
+    """
+    digits, generator = load_digits(), np.random.default_rng(0)
+    chosen = np.flatnonzero(digits.target < classes)
+    rows: dict[str, list[Any]] = {"uri": [], "label": []}
+    for number in range(count):
+        pixels, labels = np.zeros((16, 16)), []
+        for top, left in ((0, 0), (0, 8), (8, 0), (8, 8)):
+            if generator.random() < 0.5:
+                digit = generator.choice(chosen)
+                pixels[top : top + 8, left : left + 8] = digits.images[digit]
+                labels.append(str(digits.target[digit]))
+        rows["uri"].append(f"{number:04d}.png")
+        rows["label"].append(labels)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(folder / rows["uri"][-1])
+    pyarrow.parquet.write_table(pa.table(rows), folder / "images.parquet")
+    return folder / "images.parquet"
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

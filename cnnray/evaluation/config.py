@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cnnray import configs, flags
-from cnnray.images import storage
+from cnnray.images import labels, storage
 from cnnray.models import engines
 from cnnray.prediction.config import InferenceOptions, PredictConfig
 
@@ -23,6 +23,11 @@ class EvaluateConfig(InferenceOptions):
     """Labelled images: a folder or s3:// prefix of class folders (or of train, validation and test with class folders
     in each), a CSV, JSONL or Parquet table with the columns uri and label, or the manifest.parquet of a training.
     With --drift: the images to compare with, in place of the bundle's validation images; they need no labels."""
+    multi_label: bool | None = None
+    """Whether files of the same name in several class folders are one image with several labels; null: where the
+    bundle has several labels for an image."""
+    label_separator: str | None = None
+    """What stands between the labels of an image in a column of text, such as |; an empty one then has no label."""
     bundle: str | None = None
     """Folder or s3:// prefix of the bundle; not needed with --check-data."""
     output: str | None = None
@@ -87,6 +92,7 @@ class EvaluateConfig(InferenceOptions):
             if (share := getattr(self, flag)) is not None and not 0 < share < 1:
                 raise ValueError(f"{flags.flag_name(flag)} must be more than 0 and less than 1, not {share:g}.")
         flags.check_more_than_zero(self, "window_hours")
+        labels.check_flags(self.multi_label, self.label_separator)
         flags.make_absolute(self, "data", "bundle", "output", "compare", "drift", "labels")
         self._check_drift()
         if not self.check_data:

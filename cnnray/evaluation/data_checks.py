@@ -28,7 +28,7 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
     """
     assert config.data is not None
     try:
-        manifest = manifests.build_manifest(config.data, labelled=True)
+        manifest = read_manifest(config, multi_label=bool(config.multi_label))
     except manifests.ManifestError as error:
         log.info("checking without labels: %s", error)
         manifest = manifests.build_manifest(config.data, labelled=False)
@@ -54,6 +54,26 @@ def check_data(config: EvaluateConfig) -> dict[str, Any]:
         "nearly": checked.nearly,
         "findings": {finding.kind: finding.count for finding in checked.findings},
     }
+
+
+def read_manifest(config: EvaluateConfig, *, multi_label: bool) -> pa.Table:
+    """The labelled images of an evaluation: `id`, `uri`, `label` and `split`.
+
+    Args:
+        config: the flags.
+        multi_label: whether images may have several labels.
+
+    Raises:
+        ManifestError, OSError: with a sentence for the user.
+    """
+    assert config.data is not None
+    manifest = manifests.build_manifest(
+        config.data,
+        labelled=True,
+        multi_label=multi_label and config.multi_label is not False,
+        label_separator=config.label_separator,
+    ).select(["id", "uri", "label", "split"])
+    return manifests.as_multi_label(manifest) if multi_label else manifest
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ def measure_drift(config: EvaluateConfig) -> dict[str, Any]:
     assert config.drift is not None
     with lease(config.output):
         bundle = Bundle.load(config.bundle)
+        if bundle.info.is_multi_label:
+            raise EvaluationError(f"--drift is for bundles of one label for each image: {bundle.uri} has several.")
         labels = request_logs.read_labels(config.labels) if config.labels else None
         windows, others = request_logs.read_log(config.drift, bundle, config.window_hours * 3600, labels)
         reference = Distribution.from_dict(bundle.info.reference, len(bundle.info.class_names))

@@ -1,12 +1,9 @@
 """The report of a drift measurement as one self-contained HTML file."""
 
-from importlib.resources import files
 from typing import Any
 
-import jinja2
-
 from cnnray.evaluation import plots
-from cnnray.evaluation.report import data_url, decimal, percent
+from cnnray.evaluation.report import data_url, template
 from cnnray.models import drift
 
 _MOST_CLASSES = 15
@@ -21,9 +18,6 @@ def render(results: dict[str, Any]) -> str:
     Args:
         results: content of `drift.json`.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"decimal": decimal, "percent": percent}
-    template = environment.from_string(files("cnnray.evaluation").joinpath("drift.html").read_text())
     windows = results["windows"]
     pictures = {}
     for of in ("classes", "confidences"):
@@ -35,7 +29,7 @@ def render(results: dict[str, Any]) -> str:
     accuracies = [(row["start"], row["accuracy"]) for row in windows]
     if any(found for _, found in accuracies):
         pictures["accuracy"] = plots.accuracies(accuracies)
-    return template.render(
+    return template("drift.html").render(
         results=results,
         pictures={name: data_url(png) for name, png in pictures.items()},
         moved=_most_moved(results),

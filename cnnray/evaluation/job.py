@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from cnnray import cluster, configs
-from cnnray.evaluation import comparison, data_checks, metrics, publishing, report, selective
+from cnnray import cluster, configs, flags
+from cnnray.evaluation import comparison, data_checks, label_metrics, metrics, publishing, report, selective
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
+from cnnray.evaluation.label_metrics import LabelPredictions
 from cnnray.evaluation.metrics import Predictions
-from cnnray.evaluation.pictures import make_pictures
-from cnnray.evaluation.rows import Measured, make_predictions, measured, read_rows
+from cnnray.evaluation.pictures import make_label_pictures, make_pictures
+from cnnray.evaluation.rows import Measured, make_label_predictions, make_predictions, measured, read_rows
 from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.checks import CheckResult
@@ -39,7 +40,10 @@ _FOLDERS = (PLOTS, PREDICTIONS, BUNDLE, *(f"{PREDICTIONS}-{name}" for name in en
 """What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
 """Training writes it, and its manifest, to its output."""
-_LINE = ("images", "errors", "accuracy", "top_5_accuracy", "expected_calibration_error", "split")
+_LINE = (
+    "images", "errors", "accuracy", "top_5_accuracy", "mean_average_precision", "macro_f1", "micro_f1",
+    "subset_accuracy", "expected_calibration_error", "split",
+)  # fmt: skip
 """Figures that `evaluate` returns."""
 _MAX_ERRORS_SHOWN = 100
 
@@ -52,7 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `expected_calibration_error`,
         `split`, `report` (its uri), `engine`, `bundle` (uri of the published one, else of the one evaluated),
         `temperature` (of that bundle), with `config.target_precision` the `threshold` and the `coverage` of `engine`,
-        and `seconds`.
+        and `seconds`. With several labels, `mean_average_precision`, `macro_f1`, `micro_f1` and `subset_accuracy`
+        take the place of the accuracies.
 
     Raises:
         ValueError, OSError, ClusterError, PredictionError, EvaluationError: with a sentence for the user.
@@ -64,10 +69,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     assert config.output is not None
     with lease(config.output):
         bundle = Bundle.load(config.bundle)
+        _check_flags(config, bundle)
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         other = comparison.read_evaluation(config.compare) if config.compare else None
-        everything = manifests.build_manifest(config.data, labelled=True).select(["id", "uri", "label", "split"])
+        everything = data_checks.read_manifest(config, multi_label=bundle.info.is_multi_label)
         split, manifest = select_split(everything, config)
         _check_classes(manifest, bundle, config)
         if other is not None:
@@ -78,25 +84,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             with data_checks.connected_if_many(config, everything):
                 # All checks have passed: only now is anything written or deleted.
                 _begin_output(config, manifest.drop_columns(["id"]))
-                if not cluster.is_connected():
+                if not cluster.is_connected() and not bundle.info.is_multi_label:
                     heat_maps.start()
                 predict_config = config.predict_config(storage.join(config.output, MANIFEST))
                 prediction = predict(predict_config, withholds=False)
                 others = publishing.predict_with_other_engines(config, bundle, predict_config, prediction["engine"])
                 checked = data_checks.check_if_small(everything, config) if config.data_checks else None
-            heat_maps.start()
-            rows, probabilities = read_rows(predict_config.output)
-            predictions = make_predictions(rows, probabilities, bundle)
-            results = _measure(config, bundle, prediction["engine"], split, rows, predictions, checked)
-            first = measured(prediction["engine"], rows, probabilities, predictions)
-            results["answers"] = _measure_answers(bundle, first)
-            if other is not None:
-                results["comparison"] = comparison.compare(
-                    rows, results, other, config.max_drop, config.max_error_fraction
-                )
-            _write_results(config, rows, results)
+            rows, probabilities = read_rows(predict_config.output, multi_label=bundle.info.is_multi_label)
+            results = _describe(config, bundle, prediction["engine"], split, rows, checked)
             history = _read_history(bundle)
-            pictures = make_pictures(bundle, rows, predictions, results, history, config.samples, heat_maps)
+            if bundle.info.is_multi_label:
+                found = make_label_predictions(rows, probabilities, bundle)
+                results |= _measure_labels(found)
+                _write_results(config, rows, results)
+                pictures = make_label_pictures(bundle, rows, found, results, history, config.samples)
+            else:
+                heat_maps.start()
+                predictions = make_predictions(rows, probabilities, bundle)
+                results |= _measure(config, bundle, predictions)
+                first = measured(prediction["engine"], rows, probabilities, predictions)
+                results["answers"] = _measure_answers(bundle, first)
+                if other is not None:
+                    results["comparison"] = comparison.compare(
+                        rows, results, other, config.max_drop, config.max_error_fraction
+                    )
+                _write_results(config, rows, results)
+                pictures = make_pictures(bundle, rows, predictions, results, history, config.samples, heat_maps)
         _write_report(config.output, rows, results, pictures)
         _log_results(results)
         if other is not None:
@@ -141,7 +154,26 @@ def select_split(manifest: pa.Table, config: EvaluateConfig) -> tuple[str, pa.Ta
     return selected, manifests.select_split(manifest, selected)
 
 
+def _check_flags(config: EvaluateConfig, bundle: Bundle) -> None:
+    """
+    Raises:
+        EvaluationError: a flag is for bundles of one label for each image.
+    """
+    if not bundle.info.is_multi_label:
+        for name in ("multi_label", "label_separator"):
+            if getattr(config, name):
+                flag = flags.flag_name(name)
+                raise EvaluationError(f"{bundle.uri} has one label for each image: leave out {flag}.")
+        return
+    for name in ("calibrate", "target_precision", "compare"):
+        if getattr(config, name):
+            flag = flags.flag_name(name)
+            raise EvaluationError(f"{flag} is for bundles of one label for each image, and {bundle.uri} has several.")
+
+
 def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -> None:
+    if manifests.is_multi_label(manifest) != bundle.info.is_multi_label:
+        raise EvaluationError(f"{config.data} has lists of labels, and the bundle one label for each image.")
     if unknown := sorted(set(manifests.class_names(manifest)) - set(bundle.info.class_names)):
         examples = ", ".join(map(repr, unknown[:5]))
         raise EvaluationError(f"{config.data} has labels that the bundle does not know: {examples}.")
@@ -234,17 +266,37 @@ def _guaranteed(bundle: Bundle, engine: str) -> dict[str, float]:
     return {"threshold": threshold.confidence, "coverage": threshold.coverage}
 
 
-def _measure(
-    config: EvaluateConfig,
-    bundle: Bundle,
-    engine: str,
-    split: str,
-    rows: pa.Table,
-    predictions: Predictions,
-    checked: CheckResult | None,
+def _describe(
+    config: EvaluateConfig, bundle: Bundle, engine: str, split: str, rows: pa.Table, checked: CheckResult | None
 ) -> dict[str, Any]:
-    """The content of `metrics.json`."""
+    """The content of `metrics.json` that is not about answers."""
     reasons = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
+    return {
+        "bundle": bundle.uri,
+        "model": bundle.version,
+        "engine": engine,
+        "data": config.data,
+        "split": split,
+        "images": len(rows),
+        "errors": reasons.total(),
+        "errors_by_reason": dict(reasons.most_common()),
+        "data_checks": dataclasses.asdict(checked) if checked else None,
+    }
+
+
+def _measure_labels(predictions: LabelPredictions) -> dict[str, Any]:
+    """The content of `metrics.json` where images may have several labels."""
+    return {
+        **label_metrics.overall_metrics(predictions),
+        "intervals": label_metrics.confidence_intervals(predictions),
+        "expected_calibration_error": metrics.expected_calibration_error(predictions.decisions),
+        "reliability": metrics.reliability_bins(predictions.decisions),
+        "classes": label_metrics.class_metrics(predictions),
+    }
+
+
+def _measure(config: EvaluateConfig, bundle: Bundle, predictions: Predictions) -> dict[str, Any]:
+    """The content of `metrics.json` of one label for each image."""
     classes = metrics.class_metrics(predictions)
     calibrated = metrics.cross_fit_temperature(predictions)
     precision = config.target_precision or config.wanted_accuracy
@@ -259,14 +311,6 @@ def _measure(
         "reliability_after": metrics.reliability_bins(calibrated),
     }
     return {
-        "bundle": bundle.uri,
-        "model": bundle.version,
-        "engine": engine,
-        "data": config.data,
-        "split": split,
-        "images": len(rows),
-        "errors": reasons.total(),
-        "errors_by_reason": dict(reasons.most_common()),
         **metrics.overall_metrics(predictions),
         "intervals": metrics.confidence_intervals(predictions),
         "macro_roc_auc": metrics.macro_mean(classes, "roc_auc"),
@@ -279,7 +323,6 @@ def _measure(
         "guarantee": dataclasses.asdict(guarantee) if guarantee else None,
         "classes": classes,
         "confusion_matrix": metrics.confusion_matrix(predictions).tolist(),
-        "data_checks": dataclasses.asdict(checked) if checked else None,
     }
 
 
@@ -317,8 +360,15 @@ def _write_report(output: str, rows: pa.Table, results: dict[str, Any], pictures
 
 
 def _log_results(results: dict[str, Any]) -> None:
-    low, high = results["intervals"]["accuracy"]
     log.info("%d images, %d of them without a prediction", results["images"], results["errors"])
+    if "mean_average_precision" in results:
+        low, high = results["intervals"].get("mean_average_precision", (0.0, 1.0))
+        log.info(
+            "mean average precision %.4f (95 %% confidence interval: %.4f to %.4f), macro F1 %.4f, micro F1 %.4f",
+            results["mean_average_precision"], low, high, results["macro_f1"], results["micro_f1"],
+        )  # fmt: skip
+        return
+    low, high = results["intervals"]["accuracy"]
     log.info("accuracy %.4f (95 %% confidence interval: %.4f to %.4f)", results["accuracy"], low, high)
     log.info(
         "expected calibration error %.4f; with the fitted temperature of %.4f it is %.4f",

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,20 @@ _RESAMPLES, _MAX_FITTED = 200, 20_000
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Curve = dict[str, list[float]]
+
+
+class Confident(Protocol):
+    """Answers with confidences that ought to be the shares of right ones."""
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """bool (N,)."""
+        ...
+
+    @property
+    def confidences(self) -> Floats:
+        """float64 (N,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -222,23 +236,32 @@ def macro_mean(rows: list[dict[str, Any]], name: str) -> float | None:
 def roc_curves(predictions: Predictions) -> dict[int, Curve]:
     """ROC curves, true positive rate (`y`) by false positive rate (`x`), of the classes with images, by index; empty
     if only one class has images."""
-
-    def curve(is_class: npt.NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
-        x, y, _ = sklearn.metrics.roc_curve(is_class, scores)
-        return x, y
-
-    return _resample(predictions, curve, lambda x, grid: np.searchsorted(x, grid + _TINY_STEP, side="right") - 1)
+    present, curves = np.unique(predictions.targets).tolist(), {}
+    for index in present if len(present) > 1 else []:
+        x, y, _ = sklearn.metrics.roc_curve(predictions.targets == index, predictions.probabilities[:, index])
+        curves[index] = _on_grid(x, y, lambda x, grid: np.searchsorted(x, grid + _TINY_STEP, side="right") - 1)
+    return curves
 
 
 def precision_recall_curves(predictions: Predictions) -> dict[int, Curve]:
     """Curves of precision (`y`) by recall (`x`) of the classes with images, by index; empty if only one class has
     images."""
+    present = np.unique(predictions.targets).tolist()
+    return {
+        index: resampled_curve(predictions.targets == index, predictions.probabilities[:, index])
+        for index in (present if len(present) > 1 else [])
+    }
 
-    def curve(is_class: npt.NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
-        precision, recall, _ = sklearn.metrics.precision_recall_curve(is_class, scores, drop_intermediate=True)
-        return recall[::-1], precision[::-1]
 
-    return _resample(predictions, curve, lambda x, grid: np.searchsorted(x, grid - _TINY_STEP))
+def resampled_curve(is_class: npt.NDArray[np.bool_], scores: Floats) -> Curve:
+    """Precision (`y`) by recall (`x`), on an evenly spaced grid.
+
+    Args:
+        is_class: bool (N,), which images are of the class.
+        scores: float64 (N,), of the class.
+    """
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(is_class, scores, drop_intermediate=True)
+    return _on_grid(recall[::-1], precision[::-1], lambda x, grid: np.searchsorted(x, grid - _TINY_STEP))
 
 
 def mean_curve(curves: dict[int, Curve]) -> Curve:
@@ -249,29 +272,22 @@ def mean_curve(curves: dict[int, Curve]) -> Curve:
     }
 
 
-def _resample(
-    predictions: Predictions, curve: Callable[..., tuple[Floats, Floats]], index_at: Callable[[Floats, Floats], Any]
-) -> dict[int, Curve]:
-    """Evaluate the curve of each class with images on one evenly spaced grid of x.
+def _on_grid(x: Floats, y: Floats, index_at: Callable[[Floats, Floats], Any]) -> Curve:
+    """A curve at evenly spaced places.
 
     Args:
-        predictions: of all classes.
-        curve: gives x (ascending) and y of one class from bool (N,), which images are of the class, and its scores.
+        x: ascending.
+        y: as many.
         index_at: gives, from x and the grid, the index of the highest point of the curve at each place of the grid.
     """
-    present = np.unique(predictions.targets).tolist()
     grid = np.linspace(0, 1, _CURVE_POINTS + 1)
-    curves = {}
-    for index in present if len(present) > 1 else []:
-        x, y = curve(predictions.targets == index, predictions.probabilities[:, index])
-        curves[index] = {"x": grid.tolist(), "y": np.asarray(y)[index_at(x, grid)].tolist()}
-    return curves
+    return {"x": grid.tolist(), "y": np.asarray(y)[index_at(x, grid)].tolist()}
 
 
 # -- confidence -----------------------------------------------------------------------------------------------
 
 
-def reliability_bins(predictions: Predictions) -> list[dict[str, float]]:
+def reliability_bins(predictions: Confident) -> list[dict[str, float]]:
     """Predictions in bins of confidence.
 
     Returns:
@@ -295,18 +311,18 @@ def reliability_bins(predictions: Predictions) -> list[dict[str, float]]:
     return bins
 
 
-def expected_calibration_error(predictions: Predictions) -> float:
+def expected_calibration_error(predictions: Confident) -> float:
     """The mean distance between confidence and accuracy over `reliability_bins`, weighted by images (Guo et al., On
     Calibration of Modern Neural Networks, 2017, equation 3)."""
-    return _calibration_error(predictions, np.arange(len(predictions.targets)))
+    return _calibration_error(predictions, np.arange(len(predictions.correct)))
 
 
-def _calibration_error(predictions: Predictions, rows: Integers) -> float:
+def _calibration_error(predictions: Confident, rows: Integers) -> float:
     gaps = (predictions.correct.astype(np.float64) - predictions.confidences)[rows]
     return float(np.abs(np.bincount(_bin_indices(predictions)[rows], gaps, BINS)).sum() / len(rows))
 
 
-def _bin_indices(predictions: Predictions) -> Integers:
+def _bin_indices(predictions: Confident) -> Integers:
     """int64 (N,), the bin of each prediction's confidence."""
     edges = np.linspace(0, 1, BINS + 1)
     return np.asarray(np.digitize(predictions.confidences, edges[1:-1], right=True), np.int64)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.errors import CnnrayError
-from cnnray.evaluation import metrics, plots
+from cnnray.evaluation import label_metrics, metrics, plots
+from cnnray.evaluation.label_metrics import LabelPredictions
 from cnnray.evaluation.metrics import Predictions
 from cnnray.evaluation.plots import Tile
 from cnnray.images import containers
@@ -52,7 +53,7 @@ def make_pictures(
     pictures = {
         "confusion_matrix": plots.confusion_matrix(matrix, names, by_row=False),
         "confusion_matrix_by_row": plots.confusion_matrix(matrix, names, by_row=True),
-        "class_accuracies": plots.class_accuracies(results["classes"]),
+        "class_accuracies": plots.class_bars(results["classes"], "recall", "accuracy"),
         "reliability": plots.reliability_diagram(
             results["calibration"]["reliability"], results["calibration"]["reliability_after"]
         ),
@@ -77,16 +78,75 @@ def make_pictures(
     return pictures
 
 
-def _grids(name: str, bundle: Bundle, rows: pa.Table, heat_maps: HeatMaps) -> dict[str, bytes]:
-    """A grid of images, and, where the network supports it, a second one with Grad-CAM heat maps."""
-    info, uris = bundle.info, rows["uri"].to_pylist()
+def make_label_pictures(
+    bundle: Bundle,
+    rows: pa.Table,
+    predictions: LabelPredictions,
+    results: dict[str, Any],
+    history: dict[str, list[float]],
+    samples: int,
+) -> dict[str, bytes]:
+    """Draw the pictures of a report on several labels: see `make_pictures`.
+
+    Args:
+        bundle, results, history, samples: see there.
+        rows: one row for each image, with `uri`, `label`, `labels` and `error`.
+        predictions: of the rows without an error, in the same order.
+    """
+    names = predictions.class_names
+    pictures = {
+        "average_precisions": plots.class_bars(results["classes"], "average_precision", "average precision"),
+        "reliability": plots.reliability_diagram(results["reliability"]),
+    }
+    if curves := label_metrics.precision_recall_curves(predictions):
+        pictures["precision_recall"] = plots.curves(
+            curves, metrics.mean_curve(curves), names, x="recall", y="precision", diagonal=False
+        )
+    if history:
+        pictures["history"] = plots.history(history)
+    good = rows.filter(pc.is_null(rows["error"]))
+    random = np.sort(np.random.default_rng(0).permutation(len(good))[:samples])
+    # How sure the network is of the wrong decision of an image that it is most sure of.
+    sure = np.where(predictions.given, predictions.probabilities, 1 - predictions.probabilities)
+    surest = np.where(predictions.truth == predictions.given, -1.0, sure).max(1)
+    wrong = np.flatnonzero(surest >= 0)
+    most_confident = wrong[np.argsort(-surest[wrong], kind="stable")][:samples]
+    for name, indices in (("samples", random), ("mistakes", most_confident)):
+        chosen = good.take(pa.array(indices))
+        tiles, _ = _decoded(bundle, chosen["uri"].to_pylist())
+        shown = [row | {"index": index} for index, row in enumerate(chosen.to_pylist()) if index in tiles]
+        if shown:
+            pictures[name] = plots.grid([_tile(tiles[row["index"]], row["label"], row["labels"]) for row in shown])
+    return pictures
+
+
+def _tile(pixels: npt.NDArray[np.uint8], truth: list[str], given: list[str]) -> Tile:
+    """An image with its labels, or, where these are wrong, what is too much (+) and what is missing (-)."""
+    wrong = [f"+{name}" for name in given if name not in truth] + [f"-{name}" for name in truth if name not in given]
+    return Tile(pixels, ", ".join(truth) or "none", " ".join(wrong) or ", ".join(truth) or "none")
+
+
+Pixels = dict[int, npt.NDArray[np.uint8]]
+
+
+def _decoded(bundle: Bundle, uris: list[str]) -> tuple[Pixels, Pixels]:
+    """Images for a grid, and the same as the network takes them, by index; without those that cannot be read now."""
+    info = bundle.info
     order = np.argsort(uris)  # containers are read in the order of their uris
-    tiles, inputs = {}, {}
+    tiles: Pixels = {}
+    inputs: Pixels = {}
     for index, source in zip(order.tolist(), containers.encoded([uris[index] for index in order]), strict=True):
         with contextlib.suppress(CnnrayError):  # it was deleted or changed since, or storage is in trouble
             data = load_bytes(source)
             tiles[index] = decode(data, info.geometry.scaled(_TILE_SIZE))
             inputs[index] = decode(data, info.geometry)
+    return tiles, inputs
+
+
+def _grids(name: str, bundle: Bundle, rows: pa.Table, heat_maps: HeatMaps) -> dict[str, bytes]:
+    """A grid of images, and, where the network supports it, a second one with Grad-CAM heat maps."""
+    info = bundle.info
+    tiles, inputs = _decoded(bundle, rows["uri"].to_pylist())
     images = [row | {"index": index} for index, row in enumerate(rows.to_pylist()) if index in inputs]
     if not images:
         return {}

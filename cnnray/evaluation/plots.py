@@ -28,7 +28,8 @@ class Tile:
     """uint8 (height, width, 3)."""
     label: str
     prediction: str
-    confidence: float
+    confidence: float | None = None
+    """None: there is none of the whole prediction."""
 
 
 def confusion_matrix(matrix: Integers, names: Sequence[str], *, by_row: bool) -> bytes:
@@ -60,20 +61,24 @@ def confusion_matrix(matrix: Integers, names: Sequence[str], *, by_row: bool) ->
     return _png(figure)
 
 
-def class_accuracies(rows: Sequence[dict[str, Any]]) -> bytes:
-    """A bar for the accuracy of each class (`recall` of `metrics.class_metrics`), of at most the 60 lowest."""
-    ordered = sorted((row for row in rows if row["recall"] is not None), key=lambda row: row["recall"])
+def class_bars(rows: Sequence[dict[str, Any]], figure_name: str, label: str) -> bytes:
+    """A bar for a figure of each class, of at most the 60 lowest.
+
+    Args:
+        rows: see `metrics.class_metrics`.
+        figure_name: the key of the figure.
+        label: what the figure is called.
+    """
+    ordered = sorted((row for row in rows if row[figure_name] is not None), key=lambda row: row[figure_name])
     shown = ordered[:_MAX_BARS][::-1]
     figure = Figure((8, max(2.5, 0.22 * len(shown) + 1)))
     axes = figure.add_subplot()
-    axes.barh(range(len(shown)), [row["recall"] for row in shown], color=_BLUE)
+    axes.barh(range(len(shown)), [row[figure_name] for row in shown], color=_BLUE)
     axes.set_yticks(range(len(shown)), [_shorten(row["name"]) for row in shown], fontsize=8, parse_math=False)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(
-        "accuracy" if len(shown) == len(ordered) else f"accuracy, the {len(shown)} lowest of {len(ordered)}"
-    )
+    axes.set_xlabel(label if len(shown) == len(ordered) else f"{label}, the {len(shown)} lowest of {len(ordered)}")
     return _png(figure)
 
 
@@ -104,12 +109,15 @@ def curves(by_class: dict[int, Curve], mean: Curve, names: Sequence[str], *, x: 
     return _png(figure)
 
 
-def reliability_diagram(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]]) -> bytes:
-    """Accuracy by confidence (`metrics.reliability_bins`), before and after a temperature is fitted."""
+def reliability_diagram(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]] | None = None) -> bytes:
+    """Accuracy by confidence (`metrics.reliability_bins`), before and, if that is given, after a temperature is
+    fitted."""
     figure = Figure((6.5, 6))
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1, label="perfect calibration")
-    for bins, colour, label in ((before, _BLUE, "temperature of the bundle"), (after, _GREEN, "fitted temperature")):
+    lines = [(before, _BLUE, "temperature of the bundle")]
+    lines += [] if after is None else [(after, _GREEN, "fitted temperature")]
+    for bins, colour, label in lines:
         axes.plot(
             [row["confidence"] for row in bins],
             [row["accuracy"] for row in bins],
@@ -146,15 +154,17 @@ def coverage(curve: Curve, threshold: dict[str, float] | None) -> bytes:
 
 
 def history(columns: dict[str, list[float]]) -> bytes:
-    """Training curves: `loss`, `accuracy` and their `val_` counterparts by epoch."""
+    """Training curves: `loss`, `accuracy` (with several labels `mean_average_precision`) and their `val_`
+    counterparts by epoch."""
     figure = Figure((9, 3.8))
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    second = "accuracy" if "val_accuracy" in columns else "mean_average_precision"
+    for axes, name in zip(figure.subplots(1, 2), ("loss", second), strict=True):
         for column, colour, label in ((name, _GREY, "training"), (f"val_{name}", _BLUE, "validation")):
             if column in columns:
                 axes.plot(columns.get("epoch", range(1, len(columns[column]) + 1)), columns[column], color=colour,
                           marker=".", label=label)  # fmt: skip
         axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
+        axes.set_ylabel(name.replace("_", " "))
         axes.grid(alpha=0.3)
         _legend(axes)
     return _png(figure)
@@ -209,7 +219,7 @@ def _window_ticks(axes: Axes, starts: Sequence[str]) -> None:
 
 
 def grid(tiles: Sequence[Tile], columns: int = 4) -> bytes:
-    """Images titled with prediction and confidence: green if correct, else red with the true class."""
+    """Images titled with prediction and confidence: green if correct, else red with the truth."""
     rows = -(-len(tiles) // columns)
     figure = Figure((2.3 * columns, 2.75 * rows))
     for number, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).ravel()):
@@ -218,7 +228,8 @@ def grid(tiles: Sequence[Tile], columns: int = 4) -> bytes:
             tile = tiles[number]
             correct = tile.label == tile.prediction
             axes.imshow(tile.pixels, interpolation="nearest")
-            text = f"{_shorten(tile.prediction, 20)} ({tile.confidence:.2f})"
+            text = _shorten(tile.prediction, 20)
+            text += "" if tile.confidence is None else f" ({tile.confidence:.2f})"
             text += "" if correct else f"\ntrue: {_shorten(tile.label, 20)}"
             axes.set_title(text, fontsize=9, color=_GREEN if correct else _RED, parse_math=False)
     return _png(figure)

@@ -19,26 +19,37 @@ def render(results: dict[str, Any], errors: Sequence[dict[str, str]], pictures: 
     Args:
         results: content of `metrics.json`.
         errors: `uri` and `error` of the first images without a prediction.
-        pictures: PNG files by name (see `pictures.make_pictures`).
+        pictures: PNG files by name (see `pictures.make_pictures` and `make_label_pictures`).
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    shared = {
+        "results": results,
+        "percent": percent,
+        "decimal": decimal,
+        "errors": errors,
+        "pictures": {name: data_url(png) for name, png in pictures.items()},
+        "checks": results["data_checks"],
+    }
+    if "mean_average_precision" in results:
+        return template("label_report.html").render(shared)
     precision = results["wanted_accuracy"]
-    environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
-    template = environment.from_string(files("cnnray.evaluation").joinpath("report.html").read_text())
-    return template.render(
-        results=results,
+    return template("report.html").render(
+        shared,
         top_k=TOP_K,
-        percent=percent,
-        decimal=decimal,
-        errors=errors,
-        pictures={name: data_url(png) for name, png in pictures.items()},
         confused=_most_confused(results),
-        checks=results["data_checks"],
         calibration=results["calibration"],
         comparison=results.get("comparison"),
         answers=results.get("answers"),
         images_needed=selective.images_needed(precision, results["certainty"]) if 0 < precision < 1 else None,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this package, by the name of its file."""
+    folder = files("cnnray.evaluation")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text())
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"decimal": decimal, "percent": percent, "small": "{:.2g}".format}
+    return environment.get_template(name)
 
 
 def data_url(png: bytes) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from PIL import Image
 
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, reading, storage
+from cnnray.images import containers, labels, reading, storage
 from cnnray.images.containers import Source
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.geometry import Geometry
@@ -167,7 +167,8 @@ def check(manifest: pa.Table, examined: pa.Table, *, keep_unavailable: bool = Fa
         raise storage.UnavailableError(f"{len(unavailable)} of {len(examined)} images are {unavailable[0]}")
     examined = examined.sort_by("id")
     assert examined["id"].equals(manifest["id"])
-    uris, labels, splits = (manifest[name].to_pylist() for name in ("uri", "label", "split"))
+    uris, splits = (manifest[name].to_pylist() for name in ("uri", "split"))
+    found = [labels.of_image(label) for label in manifest["label"].to_pylist()]
     errors = examined["error"].to_pylist()
     good = [row for row, error in enumerate(errors) if error is None]
     digests, hashes = examined["digest"].to_pylist(), examined["hash"].to_pylist()
@@ -181,7 +182,7 @@ def check(manifest: pa.Table, examined: pa.Table, *, keep_unavailable: bool = Fa
     )
 
     def describe(group: list[int]) -> str:
-        images = [f"{uris[row]} ({', '.join(filter(None, (splits[row], labels[row])))})" for row in group]
+        images = [f"{uris[row]} ({', '.join(filter(None, (splits[row], *found[row])))})" for row in group]
         return " = ".join(images[:_EXAMPLES] + (["..."] if len(images) > _EXAMPLES else []))
 
     findings = []
@@ -191,13 +192,13 @@ def check(manifest: pa.Table, examined: pa.Table, *, keep_unavailable: bool = Fa
             findings.append(Finding(kind, count or len(examples), examples[:_EXAMPLES]))
 
     for kind, groups in (("the same image", copies), ("nearly the same image", near)):
-        for values, where in ((splits, "in two splits"), (labels, "under two labels")):
+        for values, where in ((splits, "in two splits"), (found, "under two labels")):
             mixed = [group for group in groups if len({values[row] for row in group}) > 1]
             report(f"{kind} {where}", [describe(group) for group in mixed[:_EXAMPLES]], len(mixed))
     report("unreadable", [f"{uris[row]}: {error}" for row, error in enumerate(errors) if error is not None])
     widths, heights = (examined[name].to_numpy()[good].astype(np.int64) for name in ("width", "height"))
     report("an odd size", [f"{uris[good[index]]}: {size}" for index, size in _odd_sizes(widths, heights)])
-    counts = _counts(labels, splits)
+    counts = _counts(found, splits)
     report(f"fewer than {FEW} {'training ' if 'train' in counts else ''}images", _small_classes(counts))
     sides = np.concatenate([widths, heights]) if good else np.zeros(1, np.int64)
     return CheckResult(
@@ -267,10 +268,10 @@ def _odd_sizes(widths: npt.NDArray[np.int64], heights: npt.NDArray[np.int64]) ->
         yield index, f"{widths[index]}x{heights[index]}, where most sides have {middle:.0f} pixels"
 
 
-def _counts(labels: list[str | None], splits: list[str | None]) -> dict[str, dict[str, int]]:
+def _counts(found: list[tuple[str, ...]], splits: list[str | None]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for label, split in zip(labels, splits, strict=True):
-        counts[split or ""][label or ""] += 1
+    for of_image, split in zip(found, splits, strict=True):
+        counts[split or ""].update(of_image or ("",))
     return {split: dict(sorted(by_label.items())) for split, by_label in sorted(counts.items())}
 
 

@@ -4,7 +4,7 @@ A manifest is a pyarrow table with the columns
 
 - `id`: int64, 0 to N-1 in the order of the sorted `uri`s, so that the same input gives the same ids;
 - `uri`: string, an absolute path or s3:// address;
-- `label`: string, or null if it is unknown;
+- `label`: string, or, where images may have several, a list of strings (see `labels`); null if it is unknown;
 - `split`: string, `train`, `validation` or `test`, or null if it is not decided;
 
 and the other columns of a table of images.
@@ -22,14 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from cnnray.images import inputs, listing, storage
+from cnnray.images import inputs, labels, listing, storage
 from cnnray.images.listing import SPLITS, shorten
 from cnnray.images.listing import ManifestError as ManifestError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Number of the manifest format (columns and their meaning), kept in the metadata of the schema."""
+FORMAT = 2
+"""Number of the manifest format (columns and their meaning), kept in the metadata of the schema: 1, or 2 where images
+may have several labels."""
 FORMAT_KEY = b"cnnray.manifest_format"
 _ROWS_AT_ONCE = 2**16
 _ROWS_OF_A_GROUP = 2**18
@@ -38,7 +39,9 @@ _PLAIN = r"^[ -&(-\[\]-~]*$"
 """Matches strings of printable ASCII without ' and \\, whose `repr` is the string between two '."""
 
 
-def build_manifest(source: str, *, labelled: bool) -> pa.Table:
+def build_manifest(
+    source: str, *, labelled: bool, multi_label: bool = False, label_separator: str | None = None
+) -> pa.Table:
     """Build the manifest of any accepted input.
 
     Args:
@@ -55,22 +58,28 @@ def build_manifest(source: str, *, labelled: bool) -> pa.Table:
             Splits may be called as people do: `Train`, `val`, `valid`, `testing` (see `tables.split_named`).
         labelled: whether every image must have a label; those of a folder are the names of its class folders. Where
             no image of the split `test` has a label, as in many published data sets, these images are left out.
+        multi_label: whether images may have several labels: files of the same name in several class folders are then
+            one image. It is so in any case where a table has lists of labels, or `label_separator` is given.
+        label_separator: between the labels of an image in a column of strings. Where it is given, an empty field, or
+            none, says that the image has no label of any.
 
     Returns:
         the manifest, sorted by uri.
 
     Raises:
         ManifestError: no images, a class folder without images, one class only, a missing label or column,
-            or the same uri twice.
+            or the same uri twice; or files of the same name that are different images.
         OSError: storage that cannot be read (see `storage`).
     """
     source = storage.absolute(source)
     if labelled and storage.exists(source) and not storage.is_file(source):
-        table = listing.from_folder(source)
+        table = listing.from_folder(source, multi_label=multi_label)
         if not len(table):
             raise inputs.no_images(source)
     else:
         table = listing.whole(inputs.open_input(source))
+    if multi_label or label_separator is not None or labels.are_several(table["label"]):
+        table = _with_label_sets(table, source, label_separator)
     if labelled:
         table = _without_unlabelled_test(table, source)
         _check_labels(table, source)
@@ -90,20 +99,27 @@ def manifest_from_uris(uris: Sequence[str]) -> pa.Table:
 
 def class_names(manifest: pa.Table) -> list[str]:
     """The distinct labels in sorted order: the order of a model's outputs."""
-    return sorted(pc.unique(manifest["label"]).drop_null().to_pylist())
+    return labels.names(manifest["label"])
+
+
+def is_multi_label(manifest: pa.Table) -> bool:
+    """Whether images may have several labels."""
+    return labels.are_several(manifest["label"])
 
 
 def fingerprint(manifest: pa.Table) -> str:
     """A hash of the manifest's ids, uris, labels and splits, in hexadecimal.
 
-    It is the SHA-256 of the values' `repr`, column by column. Outputs of earlier versions hold it.
+    It is the SHA-256 of the values' `repr`, column by column, of label sets that of their key. Outputs of earlier
+    versions hold it.
     """
     digest = hashlib.sha256()
     for column in ("id", "uri", "label", "split"):
-        for chunk in manifest[column].chunks:
+        values = labels.keys(manifest[column]) if column == "label" else manifest[column]
+        for chunk in values.chunks:
             for start in range(0, len(chunk), _ROWS_AT_ONCE):
-                values = _reprs(chunk.slice(start, _ROWS_AT_ONCE))
-                joined = pc.binary_join(pa.ListArray.from_arrays([0, len(values)], values), "")
+                reprs = _reprs(chunk.slice(start, _ROWS_AT_ONCE))
+                joined = pc.binary_join(pa.ListArray.from_arrays([0, len(reprs)], reprs), "")
                 digest.update(joined[0].as_buffer())
     return digest.hexdigest()[:32]
 
@@ -129,8 +145,12 @@ def with_validation(data: pa.Table, validation: pa.Table) -> pa.Table:
         `id` (new), `uri`, `label` and `split`.
 
     Raises:
-        ManifestError: an image is in both, or no training image has the label of a validation image.
+        ManifestError: an image is in both, no training image has the label of a validation image, or the images of
+            one of them have several labels and those of the other one each.
     """
+    if is_multi_label(data) != is_multi_label(validation):
+        one, other = ("--data", "--validation") if is_multi_label(data) else ("--validation", "--data")
+        raise ManifestError(f"The images of {one} have lists of labels, and those of {other} one label each.")
     data, validation = (part.select(["uri", "label", "split"]) for part in (data, validation))
     train, rest = _divided(data, "train")
     validating, other_rest = _divided(validation, "validation")
@@ -159,9 +179,10 @@ def _divided(manifest: pa.Table, split: str) -> tuple[pa.Table, pa.Table]:
 
 
 def with_targets(manifest: pa.Table) -> pa.Table:
-    """A labelled manifest with a column `target`: int64, the index of the label in `class_names`."""
-    order = pa.array(class_names(manifest), pa.string())
-    return manifest.append_column("target", pc.index_in(manifest["label"], order).cast(pa.int64()))
+    """A labelled manifest with a column `target`: int64, the index of the label in `class_names`, or of the label set
+    in `labels.distinct_keys`."""
+    keys = labels.keys(manifest["label"])
+    return manifest.append_column("target", pc.index_in(keys, labels.distinct_keys(keys)).cast(pa.int64()))
 
 
 def select_split(manifest: pa.Table, split: str) -> pa.Table:
@@ -176,7 +197,8 @@ def count_split(manifest: pa.Table, split: str) -> int:
 
 def write(manifest: pa.Table, uri: str) -> None:
     """Write a manifest as Parquet, whole or not at all."""
-    metadata = {**(manifest.schema.metadata or {}), FORMAT_KEY: str(FORMAT).encode()}
+    number = FORMAT if "label" in manifest.column_names and is_multi_label(manifest) else 1
+    metadata = {**(manifest.schema.metadata or {}), FORMAT_KEY: str(number).encode()}
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(manifest.replace_schema_metadata(metadata), buffer, row_group_size=_ROWS_OF_A_GROUP)
     storage.write_bytes(uri, buffer.getvalue())
@@ -254,16 +276,32 @@ def _neighbours(compare: Callable[[Any, Any], Any], values: pa.ChunkedArray) -> 
 
 
 def _without_unlabelled_test(table: pa.Table, source: str) -> pa.Table:
-    """Leave out the rows of the split `test` if none of them has a label (null, or -1 in files of Hugging Face)."""
+    """Leave out the rows of the split `test` if none of them has a label (null, or -1 in files of Hugging Face; or of
+    several labels none)."""
     is_test = pc.fill_null(pc.equal(table["split"], "test"), False)
-    labels = set(pc.unique(table["label"].filter(is_test)).to_pylist())
-    if not labels or not labels <= {None, "-1"}:
+    found = set(pc.unique(labels.keys(table["label"].filter(is_test))).to_pylist())
+    if not found or not found <= {None, "-1", *([""] if is_multi_label(table) else [])}:
         return table
     others = table.filter(pc.invert(is_test))
-    if not len(others) or "-1" in class_names(others):
+    if not class_names(others) or "-1" in class_names(others):
         return table
     log.info("%s: the %d images of the split test have no labels, and are left out", source, len(table) - len(others))
     return others
+
+
+def as_multi_label(manifest: pa.Table) -> pa.Table:
+    """A manifest whose images have one label each, or none, as one whose images may have several."""
+    if is_multi_label(manifest):
+        return manifest
+    return _with_label_sets(manifest, "The manifest", None)
+
+
+def _with_label_sets(table: pa.Table, source: str, separator: str | None) -> pa.Table:
+    try:
+        sets = labels.as_sets(table["label"], separator)
+    except labels.LabelError as error:
+        raise ManifestError(f"{source} {error}.") from None
+    return table.set_column(table.column_names.index("label"), "label", sets)
 
 
 def _check_labels(table: pa.Table, source: str) -> None:
@@ -274,7 +312,10 @@ def _check_labels(table: pa.Table, source: str) -> None:
             "folder, or a column 'label'."
         )
     names = class_names(table)
-    if len(names) < 2:
+    if is_multi_label(table):
+        if not names:
+            raise ManifestError(f"{source}: no image has a label.")
+    elif len(names) < 2:
         raise ManifestError(f"{source} has one class only ({names[0]}); a classifier needs at least two.")
 
 

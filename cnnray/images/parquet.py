@@ -127,10 +127,19 @@ def _without_images(table: pa.Table, label_names: list[str] | None) -> pa.Table:
     if "uri" in table.column_names:
         table = table.rename_columns({"uri": "original_uri"})
     if label_names:
-        numbers = table["label"].combine_chunks()
-        labels = pa.array(label_names, pa.string()).take(pc.if_else(pc.less(numbers, 0), None, numbers))
-        table = table.set_column(table.column_names.index("label"), "label", labels)
+        chunks = [_named(chunk, pa.array(label_names, pa.string())) for chunk in table["label"].chunks]
+        kind = pa.list_(pa.string()) if pa.types.is_list(table["label"].type) else pa.string()
+        table = table.set_column(table.column_names.index("label"), "label", pa.chunked_array(chunks, kind))
     return table
+
+
+def _named(numbers: pa.Array, names: pa.Array) -> pa.Array:
+    """The names of labels, or of those in lists."""
+    if pa.types.is_list(numbers.type):
+        lengths = pc.fill_null(pc.list_value_length(numbers), 0).to_numpy()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, _named(pc.list_flatten(numbers), names), mask=numbers.is_null())
+    return names.take(pc.if_else(pc.less(numbers, 0), None, numbers))
 
 
 def _row_uris(file: str, group: int, rows: int) -> pa.Array:
@@ -145,12 +154,15 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _label_names(schema: pa.Schema) -> list[str] | None:
-    """The names of a Hugging Face ClassLabel `label`; None where labels are no such numbers."""
+    """The names of a Hugging Face ClassLabel `label`, or of lists of them; None where labels are no such numbers."""
     if "label" not in schema.names:
         return None
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
-    return names if pa.types.is_integer(schema.field("label").type) else None
+    feature, kind = features.get("info", {}).get("features", {}).get("label", {}), schema.field("label").type
+    if pa.types.is_list(kind):
+        kind = kind.value_type
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", {})  # as it was, and as it is
+    return feature.get("names") if pa.types.is_integer(kind) else None
 
 
 # -- reading --------------------------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""Which images train and which validate, where the data does not say it: at random, stratified by class."""
+"""Which images train and which validate, where the data does not say it: at random, stratified by class.
+
+Images with several labels are divided label by label, the rarest first, as their images leave the least choice
+(Sechidis, Tsoumakas and Vlahavas 2011, "On the stratification of multi-label data", but with the order of the labels
+decided once). Those without any label are one more class.
+"""
 
 import warnings
 
@@ -7,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnnray.images import labels
 from cnnray.images import manifest as manifests
 from cnnray.images.listing import SPLITS, shorten
 from cnnray.images.manifest import ManifestError
@@ -19,9 +25,10 @@ Ints = npt.NDArray[np.int64]
 def split_off_validation(manifest: pa.Table, fraction: float, seed: int, group: str | None = None) -> pa.Table:
     """Split a labelled manifest into `train` and `validation`.
 
-    Without groups, round(fraction * n) of the n images of each class go to `validation`, but at least one stays in
-    `train`. (scikit-learn's stratified splitters refuse classes of one image and small fractions.) With groups,
-    `validation` is one of round(1 / fraction) parts, the first that leaves images of each class in `train`.
+    Without groups, round(fraction * n) of the n images of each class go to `validation` (more, where images of
+    several labels do for their rarer ones), but at least one stays in `train`. (scikit-learn's stratified splitters
+    refuse classes of one image and small fractions.) With groups, `validation` is one of round(1 / fraction) parts,
+    the first that leaves images of each class in `train`.
 
     Args:
         manifest: labelled; rows of the split `test` keep it and are not counted, any other split is replaced.
@@ -34,12 +41,11 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int, group: 
     """
     rows, classes = _undecided(manifest)
     if group is None:
-        held = _share_of_each_class(classes, fraction, seed)
+        held = _share_of_each_class(_shuffled(classes, seed), len(rows), fraction)
     else:
         parts = max(2, round(1 / fraction))
         part_of = _parts_of_groups(manifest, rows, classes, group, parts, seed)
-        all_of_them = np.unique(classes)
-        leaves_all = [np.array_equal(np.unique(classes[part_of != part]), all_of_them) for part in range(parts)]
+        leaves_all = [all((part_of[images] != part).any() for images in classes) for part in range(parts)]
         held = part_of == int(np.argmax(leaves_all))
     if not held.any():
         raise ManifestError(f"A validation fraction of {fraction} of {len(rows)} images leaves none for validation.")
@@ -49,7 +55,8 @@ def split_off_validation(manifest: pa.Table, fraction: float, seed: int, group: 
 def with_fold(manifest: pa.Table, folds: int, fold: int, seed: int, group: str | None = None) -> pa.Table:
     """Split a labelled manifest into `train` and `validation`, as for cross-validation.
 
-    Each image validates in one fold. (One that is the only image of its class trains in all of them.)
+    Each image validates in one fold. (One that is the only image of a class trains in all of them, and so does one of
+    those of a label that their other labels have put into one fold.)
 
     Args:
         manifest: see `split_off_validation`.
@@ -63,11 +70,7 @@ def with_fold(manifest: pa.Table, folds: int, fold: int, seed: int, group: str |
     """
     rows, classes = _undecided(manifest)
     if group is None:
-        part_of, dealt = np.full(len(rows), -1, np.int64), 0
-        for images in _shuffled_classes(classes, seed):
-            if len(images) > 1:
-                part_of[images] = (dealt + np.arange(len(images))) % folds
-                dealt += len(images)
+        part_of = _dealt(_shuffled(classes, seed), len(rows), folds)
     else:
         part_of = _parts_of_groups(manifest, rows, classes, group, folds, seed)
     if not (part_of == fold).any():
@@ -75,12 +78,24 @@ def with_fold(manifest: pa.Table, folds: int, fold: int, seed: int, group: str |
     return _with_validation(manifest, rows, part_of == fold)
 
 
-def _undecided(manifest: pa.Table) -> tuple[Ints, Ints]:
-    """The rows that are not of the split `test`, and their classes."""
+def _undecided(manifest: pa.Table) -> tuple[Ints, list[Ints]]:
+    """The rows that are not of the split `test`; and, for each class, the places of its images among them. Where
+    images may have several labels, the rarest class is the first."""
     is_undecided = manifests.split_numbers(manifest) != _TEST
-    labels = manifest["label"].filter(pa.array(is_undecided))
-    names = pa.array(sorted(pc.unique(labels).to_pylist()), pa.string())
-    return np.flatnonzero(is_undecided), pc.index_in(labels, names).to_numpy().astype(np.int64)
+    column = manifest["label"].filter(pa.array(is_undecided))
+    rows, names = np.flatnonzero(is_undecided), pa.array(labels.names(column), pa.string())
+    if not labels.are_several(column):
+        return rows, _places(pc.index_in(column, names).to_numpy(), np.arange(len(rows)))
+    images = np.repeat(np.arange(len(rows)), pc.list_value_length(column).to_numpy())
+    numbers = pc.index_in(pc.list_flatten(column), names).to_numpy()
+    without = np.setdiff1d(np.arange(len(rows)), images)
+    classes = _places(numbers, images) + ([without] if len(without) else [])
+    return rows, sorted(classes, key=len)
+
+
+def _places(classes: Ints, images: Ints) -> list[Ints]:
+    """The images of each class, where `images[i]` has the class `classes[i]`."""
+    return np.split(images[np.argsort(classes, kind="stable")], np.cumsum(np.bincount(classes))[:-1])
 
 
 def _with_validation(manifest: pa.Table, rows: Ints, held: npt.NDArray[np.bool_]) -> pa.Table:
@@ -89,21 +104,47 @@ def _with_validation(manifest: pa.Table, rows: Ints, held: npt.NDArray[np.bool_]
     return manifests.with_splits(manifest, numbers)
 
 
-def _shuffled_classes(classes: Ints, seed: int) -> list[Ints]:
-    """The places of the images of each class, in random order."""
+def _shuffled(classes: list[Ints], seed: int) -> list[Ints]:
+    """The images of each class in random order."""
     generator = np.random.default_rng([seed, 0x5711])
-    places = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
-    return [generator.permutation(of_class) for of_class in places]
+    return [generator.permutation(images) for images in classes]
 
 
-def _share_of_each_class(classes: Ints, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    held = np.zeros(len(classes), bool)
-    for images in _shuffled_classes(classes, seed):
-        held[images[: min(round(fraction * len(images)), len(images) - 1)]] = True
+def _share_of_each_class(classes: list[Ints], count: int, fraction: float) -> npt.NDArray[np.bool_]:
+    """Which of `count` images validate."""
+    held, is_decided = np.zeros((2, count), bool)
+    for images in classes:
+        wanted = min(round(fraction * len(images)), len(images) - 1) - held[images].sum()
+        held[images[~is_decided[images]][: max(wanted, 0)]] = True
+        is_decided[images] = True
+    for images in classes:
+        if len(images) and held[images].all():  # its rarer labels took them all
+            held[images[0]] = False
     return held
 
 
-def _parts_of_groups(manifest: pa.Table, rows: Ints, classes: Ints, group: str, parts: int, seed: int) -> Ints:
+def _dealt(classes: list[Ints], count: int, folds: int) -> Ints:
+    """The fold in which each of `count` images validates, or -1: of each class, about as many in each."""
+    part_of, is_decided, dealt = np.full(count, -1, np.int64), np.zeros(count, bool), 0
+    for images in classes:
+        left = images[~is_decided[images]]
+        has = np.bincount(part_of[images] + 1, minlength=folds + 1)[1:]
+        if len(images) > 1 and not has.any():
+            part_of[left] = (dealt + np.arange(len(left))) % folds
+        elif len(images) > 1:
+            # A fold's places are as many as it takes; those of the fewest images of this class come first.
+            places = (has + np.arange(len(left))[:, None]).ravel()
+            turns = np.tile((np.arange(folds) - dealt) % folds, len(left))
+            part_of[left] = np.lexsort((turns, places))[: len(left)] % folds
+        dealt += len(left) if len(images) > 1 else 0
+        is_decided[images] = True
+    for images in classes:
+        if len(images) > 1 and len(np.unique(part_of[images])) == 1:  # its rarer labels put them into one fold
+            part_of[images[0]] = -1
+    return part_of
+
+
+def _parts_of_groups(manifest: pa.Table, rows: Ints, classes: list[Ints], group: str, parts: int, seed: int) -> Ints:
     """The part of each row, so that the rows of a group are in the same one."""
     from sklearn.model_selection import StratifiedGroupKFold  # takes a second
 
@@ -120,14 +161,16 @@ def _parts_of_groups(manifest: pa.Table, rows: Ints, classes: Ints, group: str, 
             f"The column {group!r} (--group) has {len(groups.dictionary)} values ({found}), too few for {parts} "
             "parts: lower --folds, or raise --validation-fraction."
         )
-    if np.bincount(classes).max() < parts:
+    class_of, part_of = np.zeros((2, len(rows)), np.int64)
+    for number, images in reversed([*enumerate(classes)]):
+        class_of[images] = number  # with several labels the rarest
+    if np.bincount(class_of).max() < parts:
         raise ManifestError(
             f"No class has {parts} images, one for each part that --group is to divide: lower --folds, or raise "
             "--validation-fraction."
         )
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
-    part_of = np.empty(len(rows), np.int64)
     with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of classes of few images
-        for part, (_, held) in enumerate(splitter.split(rows, classes, groups.indices.to_numpy())):
+        for part, (_, held) in enumerate(splitter.split(rows, class_of, groups.indices.to_numpy())):
             part_of[held] = part
     return part_of

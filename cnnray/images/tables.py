@@ -1,7 +1,7 @@
 """Tables of images as streams: files with a column `uri`, and files that hold the images (see `containers`).
 
-Every table has the columns of the file. `uri`, `label` and `split` are strings, as far as they are there; `id` is
-called `original_id`.
+Every table has the columns of the file. `uri`, `label` and `split` are strings, as far as they are there, or, for
+`label`, lists of strings; `id` is called `original_id`.
 """
 
 import contextlib
@@ -158,7 +158,8 @@ def _normal(table: pa.Table, source: str) -> pa.Table:
         table = table.drop_columns([VERSION])
     for column in _TEXT_COLUMNS:
         if column in table.column_names:
-            table = with_column(table, column, table[column].cast(pa.string()))
+            is_list = column == "label" and _is_list(table.schema.field(column).type)
+            table = with_column(table, column, table[column].cast(pa.list_(pa.string()) if is_list else pa.string()))
     if "split" in table.column_names:
         table = with_column(table, "split", _normal_splits(table["split"], source))
     if "id" in table.column_names:
@@ -166,6 +167,10 @@ def _normal(table: pa.Table, source: str) -> pa.Table:
             raise ManifestError(f"{source} has the columns 'id' and 'original_id'; expected one of them.")
         table = table.rename_columns({"id": "original_id"})
     return table.select(["uri", *(name for name in table.column_names if name != "uri")])
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _normal_splits(splits: pa.ChunkedArray, source: str) -> pa.Array:

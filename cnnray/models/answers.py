@@ -5,7 +5,7 @@ A bundle whose `BundleInfo.decision` is None answers with a class for every imag
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,21 @@ FLOAT32 = "float32"
 Probabilities = npt.NDArray[np.float32]
 
 
-def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]:
+def find_unusable(probabilities: Probabilities, *, multi_label: bool = False) -> dict[int, BadImage]:
     """Find the rows that are no probabilities: a value is not finite, or all are zero.
 
     Damaged weights give such rows, or float16 arithmetic that overflows. They must not become answers.
 
     Args:
         probabilities: float32 (N, classes), from an engine.
+        multi_label: whether an image may have no label, and all its probabilities be zero.
 
     Returns:
         By index of the row, an error with the reason `NO_PROBABILITIES`. Usually empty.
     """
-    unusable = ~np.isfinite(probabilities).all(axis=1) | ~probabilities.any(axis=1)
+    unusable = ~np.isfinite(probabilities).all(axis=1)
+    if not multi_label:
+        unusable |= ~probabilities.any(axis=1)
     return {
         int(index): BadImage(
             NO_PROBABILITIES,
@@ -41,6 +44,23 @@ def find_unusable(probabilities: npt.NDArray[np.float32]) -> dict[int, BadImage]
         )
         for index in np.flatnonzero(unusable)
     }
+
+
+def find_labels(probabilities: Probabilities, thresholds: Sequence[float]) -> list[npt.NDArray[np.int64]]:
+    """The labels of each image of a bundle with several labels, most probable first: indices of classes, often none.
+
+    Args:
+        probabilities: float32 (N, classes).
+        thresholds: `BundleInfo.thresholds`.
+    """
+    has = label_masks(probabilities, thresholds)
+    order = rank_classes(probabilities, probabilities.shape[1])
+    return [row[has_label[row]] for row, has_label in zip(order, has, strict=True)]
+
+
+def label_masks(probabilities: Probabilities, thresholds: Sequence[float]) -> npt.NDArray[np.bool_]:
+    """Which labels images have: bool (N, classes), for arguments as of `find_labels`."""
+    return np.asarray(probabilities >= np.asarray(thresholds, np.float32), np.bool_)
 
 
 def rank_classes(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """The networks, by name. Each maps uint8 RGB (N, height, width, 3) to float32 probabilities (N, classes).
 
-The network scales the pixels itself. The layer before the softmax is called `logits`.
+The network scales the pixels itself. The layer before the probabilities is called `logits`.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -82,6 +82,10 @@ Head = Literal["dense", "linear"]
 _HEAD_UNITS = (512, 256)
 
 
+_LAST = {"dtype": "float32", "name": "probabilities"}
+"""Of the last layer."""
+
+
 def smallest_image_size(architecture: str) -> int:
     """The smallest image, in pixels per side, that the architecture does not downsample to nothing."""
     return 1 if own_network.is_own(architecture) else _SMALLEST.get(architecture, 32)
@@ -95,6 +99,7 @@ def build(
     head: Head = "dense",
     dropout: float = 0.5,
     synchronized: bool = False,
+    multi_label: bool = False,
     dtype: str = "float32",
 ) -> "keras.Model":
     """Build a network with random weights: a backbone, global pooling, and a head.
@@ -109,6 +114,8 @@ def build(
         dropout: dropout rate before the logits. In a dense head of two layers, the second drops 0.6 of this rate.
             In `vgg_bn` and `small_cnn`, each block ends with half of this rate.
         synchronized: whether batch norm computes its statistics over the images of all workers.
+        multi_label: whether an image may have several classes: each then has a probability of its own (a sigmoid);
+            otherwise they sum to 1 (a softmax).
         dtype: a Keras dtype policy, such as `float32` or `mixed_bfloat16`. The probabilities are always float32.
 
     Returns:
@@ -141,7 +148,8 @@ def build(
             hidden = _add_head(keras.layers.GlobalAveragePooling2D()(features), head, dropout)
         if not is_own:
             logits = keras.layers.Dense(classes, dtype="float32", name="logits")(hidden)
-        probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
+        last = keras.layers.Activation("sigmoid", **_LAST) if multi_label else keras.layers.Softmax(**_LAST)
+        probabilities = last(logits)
         model = keras.Model(pixels, probabilities, name=architecture.rpartition(":")[2].rpartition(".")[2])
         if architecture not in BACKBONES and not is_own:
             _remove_mean_of_first_kernels(model)

@@ -28,10 +28,13 @@ from cnnray.models.answers import Decision
 if TYPE_CHECKING:
     import keras
 
-FORMAT_VERSION = 3
-"""Format 3 has a decision, format 2 images that are not square, or cut; a bundle has the lowest that it needs."""
+FORMAT_VERSION = 4
+"""Format 4 has several labels for an image, format 3 has a decision, format 2 images that are not square, or cut; a
+bundle has the lowest that it needs."""
 MODEL = "model.keras"
 _INFO = "bundle.json"
+_NEWER = {"decision": 3, "thresholds": 4, "training_images": 4}
+"""Fields that a bundle has only where they are not None, and the format that they need."""
 _SAVED_MODEL = "saved_model"
 _LIBRARIES = ("keras", "numpy", "pillow")
 
@@ -68,8 +71,11 @@ class BundleInfo:
     """The network's name (see `models.architectures`)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of exactly these weights on the validation images."""
+    thresholds: list[float] | None = None
+    """Of images with several labels: the lowest probability with which an image has each class, fitted to the
+    validation images. None: each image has one label, and the probabilities sum to 1."""
     temperature: float = 1.0
-    """Divisor of the logits before the softmax; 1: not calibrated."""
+    """Divisor of the logits before the softmax or sigmoid; 1: not calibrated."""
     decision: Decision | None = None
     """Below which confidence it is unsure, and with what guarantee; None: it answers for every image."""
     parent: str = ""
@@ -82,6 +88,8 @@ class BundleInfo:
     """Hash of the manifest that the model was trained on."""
     class_counts: dict[str, int] = field(default_factory=dict)
     """Number of training images per class."""
+    training_images: int | None = None
+    """Number of training images, where they may have several labels."""
     reference: dict[str, list[int]] = field(default_factory=dict)
     """Answers to the validation images, from which drift is measured (see `drift.Distribution`); empty: unknown."""
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,6 +98,16 @@ class BundleInfo:
     """Versions of the libraries that wrote the bundle."""
     format_version: int = FORMAT_VERSION
     """Version of this format."""
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels: the network then ends with a sigmoid."""
+        return self.thresholds is not None
+
+    @property
+    def activation(self) -> str:
+        """What turns logits into probabilities, by its name in `tf.nn` and Keras."""
+        return "sigmoid" if self.is_multi_label else "softmax"
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -171,11 +189,13 @@ class Bundle:
 
 def _version(info: BundleInfo, network: str) -> str:
     """See `Bundle.version`; `network` is the digest of the model."""
-    settings = [info.class_names, info.image_size, info.resize, info.temperature]
+    settings: list[Any] = [info.class_names, info.image_size, info.resize, info.temperature]
     if info.decode_size is not None:
         settings.append(info.decode_size)
     if info.decision is not None:
         settings.append(info.decision.settings)
+    if info.thresholds is not None:
+        settings.append(info.thresholds)
     digest = hashlib.sha256(json.dumps([*settings, network]).encode())
     return f"{info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
@@ -208,8 +228,9 @@ def read_info(uri: str) -> BundleInfo:
     except TypeError as error:
         raise BundleError(f"{uri}: {_INFO} is incomplete: {error}.") from None
     names = info.class_names
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) > 1):
-        raise BundleError(f"{uri}: class_names in {_INFO} is not a list of at least two names.")
+    fewest = 1 if info.is_multi_label else 2
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) >= fewest):
+        raise BundleError(f"{uri}: class_names in {_INFO} is not a list of at least {fewest} names.")
     if len(set(names)) != len(names):
         raise BundleError(f"{uri}: class_names in {_INFO} holds a name twice.")
     if info.resize not in RESIZE_RULES:
@@ -220,9 +241,19 @@ def read_info(uri: str) -> BundleInfo:
         raise BundleError(f"{uri}: image_size and decode_size in {_INFO}: {error}.") from None
     if not (isinstance(info.temperature, int | float) and info.temperature > 0):
         raise BundleError(f"{uri}: temperature in {_INFO} is {info.temperature!r}; expected more than 0.")
+    if info.thresholds is not None and not _are_thresholds(info.thresholds, len(names)):
+        raise BundleError(f"{uri}: thresholds in {_INFO} is not a list of a number from 0 to 1 for each class.")
     if not (isinstance(info.exports, dict) and all(isinstance(report, dict) for report in info.exports.values())):
         raise BundleError(f"{uri}: exports in {_INFO} is not a table of formats.")
     return info
+
+
+def _are_thresholds(values: Any, classes: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == classes
+        and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+    )
 
 
 def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
@@ -242,12 +273,9 @@ def save(model: "keras.Model", info: BundleInfo, folder: Path) -> None:
 
 def write_info(uri: str, info: BundleInfo) -> None:
     """Write `bundle.json`."""
-    content = asdict(info)
-    if info.decision is not None:
-        content["format_version"] = 3
-    else:
-        del content["decision"]
-        content["format_version"] = 1 if isinstance(info.image_size, int) and info.decode_size is None else 2
+    content = {name: value for name, value in asdict(info).items() if name not in _NEWER or value is not None}
+    is_plain = isinstance(info.image_size, int) and info.decode_size is None
+    content["format_version"] = max([1 if is_plain else 2, *(_NEWER[name] for name in _NEWER if name in content)])
     storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 

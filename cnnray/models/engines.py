@@ -115,7 +115,7 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Engine
     exported = float(bundle.info.exports[name].get("temperature", 1.0))
     if exported == bundle.info.temperature:
         return engine
-    return RescaledEngine(engine, exported / bundle.info.temperature)
+    return RescaledEngine(engine, exported / bundle.info.temperature, multi_label=bundle.info.is_multi_label)
 
 
 def load_file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Engine:
@@ -129,6 +129,8 @@ def load_file_engine(name: str, path: Path, threads: int, bundle: Bundle) -> Eng
     except Exception as error:  # every library raises its own exceptions
         reason = " ".join(str(error).split())[:300]
         raise BundleError(f"{bundle.uri}: {path.name} cannot be loaded: {reason}") from None
+    if isinstance(engine, LiteRTEngine):
+        engine.multi_label = bundle.info.is_multi_label
     size, classes = bundle.info.geometry.image_size, len(bundle.info.class_names)
     if engine.shape != size.shape or engine.classes != classes:
         raise BundleError(

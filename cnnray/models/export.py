@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from cnnray import flags
 from cnnray.cpus import usable_cpus
 from cnnray.errors import PermanentError
+from cnnray.images import labels, reading, storage
 from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage
 from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
 from cnnray.models import bundle as bundles
@@ -58,8 +58,15 @@ class ExportConfig:
     verification_images: int = 2000
     """Largest number of images to compare on."""
     max_accuracy_drop: float = 0.01
-    """Refuse a format whose accuracy on the labelled images is lower than Keras's by more than this. Without labels,
-    refuse a format that disagrees with Keras on more than this share of the images."""
+    """Refuse a format whose accuracy on the labelled images is lower than Keras's by more than this; where images may
+    have several labels, mean average precision or micro F1. Without labels, refuse a format that disagrees with Keras
+    on more than this share of the images (where they may have several labels: whose labels have an F1 of less than 1
+    minus this, if Keras's are taken for right)."""
+    multi_label: bool | None = None
+    """Whether files of the same name in several class folders are one image with several labels; null: where the
+    bundle has several labels for an image."""
+    label_separator: str | None = None
+    """What stands between the labels of an image in a column of text, such as |; an empty one then has no label."""
     seed: int = 0
     """Seed of the random choice of images."""
     threads: int | None = None
@@ -73,6 +80,7 @@ class ExportConfig:
         object.__setattr__(self, "formats", _normalize_formats(self.formats))
         flags.check_at_least_one(self, "calibration_images", "verification_images", "threads")
         flags.check_share(self, "max_accuracy_drop")
+        labels.check_flags(self.multi_label, self.label_separator)
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}.")
         flags.make_absolute(self, "bundle", "calibration", "verification")
@@ -142,9 +150,7 @@ class _Export:
 
     def run(self) -> dict[str, Any]:
         """Convert, verify, and keep or refuse each format."""
-        log.info(
-            "comparing on %d images; Keras: accuracy %s", len(self._images), _accuracy_text(self._keras.accuracy)
-        )
+        log.info("comparing on %d images; Keras: %s", len(self._images), _accuracy_text(self._keras))
         for name in self._config.formats:
             if name == engines.KERAS_BFLOAT16:
                 self._export_bfloat16()
@@ -241,7 +247,7 @@ class _Export:
         self, engine: runtimes.Engine, path: Path, probabilities: runtimes.Probabilities, keras: Report | None
     ) -> Report:
         return verification.measure(
-            engine, path, self._images, probabilities, self._expected, self._targets, self._bundle.info.temperature,
+            engine, path, self._images, probabilities, self._expected, self._targets, self._bundle.info,
             threads=self._threads, keras=keras,
         )  # fmt: skip
 
@@ -261,23 +267,31 @@ def _reason_to_refuse(config: ExportConfig, name: str, report: Report, keras: Re
     if tolerance is not None and not report.max_difference <= tolerance:
         return f"a probability differs from Keras's by {report.max_difference:.2g}, more than {tolerance:g}"
     if report.accuracy is None or keras.accuracy is None:
-        before, after, metric = 1.0, report.top_1_agreement, "agreement with Keras"
+        figures = [("agreement with Keras", 1.0, report.top_1_agreement)]
+    elif report.f1 is None or keras.f1 is None:
+        figures = [("accuracy", keras.accuracy, report.accuracy)]
     else:
-        before, after, metric = keras.accuracy, report.accuracy, "accuracy"
-    if before - after > config.max_accuracy_drop + 1e-9:  # in floating point, 1 - 0.99 is slightly more than 0.01
-        return f"{metric} {after:.4f} instead of {before:.4f}, a loss of more than --max-accuracy-drop"
+        figures = [("mean average precision", keras.accuracy, report.accuracy), ("micro F1", keras.f1, report.f1)]
+    for metric, before, after in figures:
+        if before - after > config.max_accuracy_drop + 1e-9:  # in floating point, 1 - 0.99 is slightly more than 0.01
+            return f"{metric} {after:.4f} instead of {before:.4f}, a loss of more than --max-accuracy-drop"
     return ""
 
 
 def _summarize(report: Report) -> str:
+    same = "same top-1" if report.f1 is None else "same labels (F1)"
     return (
-        f"{report.bytes / 2**20:.2f} MiB, largest difference {report.max_difference:.1e}, same top-1 "
-        f"{report.top_1_agreement:.4f}, accuracy {_accuracy_text(report.accuracy)}"
+        f"{report.bytes / 2**20:.2f} MiB, largest difference {report.max_difference:.1e}, {same} "
+        f"{report.top_1_agreement:.4f}, {_accuracy_text(report)}"
     )
 
 
-def _accuracy_text(accuracy: float | None) -> str:
-    return "not measured" if accuracy is None else f"{accuracy:.4f}"
+def _accuracy_text(report: Report) -> str:
+    if report.accuracy is None:
+        return "accuracy not measured"
+    if report.f1 is None:
+        return f"accuracy {report.accuracy:.4f}"
+    return f"mean average precision {report.accuracy:.4f}, micro F1 {report.f1:.4f}"
 
 
 # -- the images -----------------------------------------------------------------------------------------------
@@ -285,10 +299,10 @@ def _accuracy_text(accuracy: float | None) -> str:
 
 def _choose_images(config: ExportConfig, bundle: Bundle) -> tuple[pa.Table, pa.Table]:
     """The manifest's rows of the images to calibrate on, and of those to compare on."""
-    rows = _read_manifest(config.calibration, bundle)
+    rows = _read_manifest(config.calibration, bundle, config)
     rows = rows.take(np.random.default_rng(config.seed).permutation(len(rows)))
     if config.verification is not None:
-        held_out = _read_manifest(config.verification, bundle)
+        held_out = _read_manifest(config.verification, bundle, config)
         held_out = held_out.take(np.random.default_rng(config.seed).permutation(len(held_out)))
         calibration_rows = rows
     elif len(held_out := manifests.select_split(rows, "validation")):
@@ -301,24 +315,35 @@ def _choose_images(config: ExportConfig, bundle: Bundle) -> tuple[pa.Table, pa.T
     return calibration_rows.slice(0, config.calibration_images), held_out.slice(0, config.verification_images)
 
 
-def _targets(rows: pa.Table, bundle: Bundle) -> npt.NDArray[np.int64] | None:
-    """The classes of the images to compare on; None if some have no label."""
+def _targets(rows: pa.Table, bundle: Bundle) -> npt.NDArray[Any] | None:
+    """What `verification.measure` takes for the images to compare on; None if some have no label."""
     if rows["label"].null_count:
         log.info("some images have no label: agreement with Keras is measured instead of accuracy")
         return None
+    if bundle.info.is_multi_label:
+        return labels.multi_hot(rows["label"], bundle.info.class_names) > 0
     names = pa.array(bundle.info.class_names, pa.string())
     targets: npt.NDArray[np.int32] = pc.index_in(rows["label"], names).to_numpy()
     return targets.astype(np.int64)
 
 
-def _read_manifest(source: str, bundle: Bundle) -> pa.Table:
+def _read_manifest(source: str, bundle: Bundle, config: ExportConfig) -> pa.Table:
     """
     Raises:
         ManifestError: there are no images, or the bundle does not know one of the labels.
     """
     # In a folder of folders, each folder is a class. Otherwise only a table can give labels.
     in_class_folders = storage.exists(source) and not storage.is_file(source) and bool(storage.folders(source))
-    rows = manifests.build_manifest(source, labelled=in_class_folders)
+    several = bundle.info.is_multi_label
+    rows = manifests.build_manifest(
+        source,
+        labelled=in_class_folders,
+        multi_label=several and config.multi_label is not False,
+        label_separator=config.label_separator,
+    )
+    rows = manifests.as_multi_label(rows) if several else rows
+    if manifests.is_multi_label(rows) != bundle.info.is_multi_label:
+        raise ManifestError(f"{source} has lists of labels, and {bundle.uri} one label for each image.")
     if rows["label"].null_count:
         log.info("%d of %d images of %s have no label", rows["label"].null_count, len(rows), source)
     unknown = sorted(set(manifests.class_names(rows)) - set(bundle.info.class_names))

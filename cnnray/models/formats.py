@@ -1,8 +1,8 @@
 """The formats that a bundle's network can be exported to, and the conversion from the Keras model to each.
 
-Every exported file takes uint8 RGB (N, height, width, 3), gives the probabilities softmax(logits / temperature) as
-float32 (N, classes), and contains `metadata`. `litert-int8` gives uint8 with quantization parameters instead of
-float32.
+Every exported file takes uint8 RGB (N, height, width, 3), gives the probabilities softmax(logits / temperature), of
+several labels sigmoid(logits / temperature), as float32 (N, classes), and contains `metadata`. `litert-int8` gives
+uint8 with quantization parameters instead of float32.
 """
 
 import functools
@@ -59,7 +59,7 @@ class Network:
 
         def probabilities(image: Any) -> Any:
             logits = tf.cast(network(image, training=False), tf.float32)
-            return tf.nn.softmax(logits / info.temperature, name="probabilities")
+            return getattr(tf.nn, info.activation)(logits / info.temperature, name="probabilities")
 
         shape = (None, *info.geometry.image_size.shape)
         return tf.function(probabilities, [tf.TensorSpec(shape, dtype, name="image")], autograph=False)
@@ -117,6 +117,7 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
         f"bilinear interpolation with anti-aliasing {then}; scaling is inside the network",
         "temperature": info.temperature,
         **({"decision": asdict(info.decision)} if info.decision else {}),
+        **({"thresholds": info.thresholds} if info.is_multi_label else {}),
         "architecture": info.architecture,
     }
 
@@ -144,6 +145,8 @@ def _write_saved_model(network: Network, path: Path) -> None:
             best = tf.one_hot(tf.argmax(probabilities, 1), len(info.class_names), True, False, dtype=tf.bool)
             masks = best | (unsure[:, None] & (probabilities >= threshold.candidate))
             outputs |= {"unsure": unsure, "candidates": masks}
+        if info.thresholds is not None:
+            outputs["labels"] = probabilities >= tf.constant([info.thresholds])
         return outputs
 
     def decode(data: Any) -> Any:
@@ -192,8 +195,12 @@ def _write_onnx_int8(network: Network, path: Path) -> None:
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        # The softmax stays float32. Otherwise probabilities would be rounded to 1/256.
-        nodes_to_exclude=[node.name for node in network.onnx.graph.node if node.op_type == "Softmax"],
+        # The softmax or the last sigmoid stays float32. Otherwise probabilities would be rounded to 1/256.
+        nodes_to_exclude=[
+            node.name
+            for node in network.onnx.graph.node
+            if node.op_type == "Softmax" or "probabilities" in node.output
+        ],
     )
     float32.unlink()
     prepared.unlink()

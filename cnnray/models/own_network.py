@@ -104,10 +104,12 @@ def build(architecture: str, pixels: "keras.KerasTensor", classes: int) -> "kera
         raise refuse(f"gives {given}, and there are {classes} classes: expected (None, {classes})")
     last = model.layers[-1]
     if last.name != "logits" or last.output is not model.outputs[0]:
-        raise refuse(f"ends with the layer {last.name!r}: call the last one 'logits', without a softmax behind it")
+        raise refuse(
+            f"ends with the layer {last.name!r}: call the last one 'logits', without a softmax or sigmoid behind it"
+        )
     activation = getattr(last, "activation", keras.activations.linear)
     if activation is not keras.activations.linear or isinstance(last, keras.layers.Softmax):
-        raise refuse("has an activation in its layer 'logits': leave it out, as cnnray adds the softmax")
+        raise refuse("has an activation in its layer 'logits': leave it out, as cnnray adds the softmax or sigmoid")
     if not model.trainable_variables:
         raise refuse("has no weights to train")
     scaled = keras.layers.Rescaling(1.0, name="pixels")(pixels)  # as numbers that are no integers

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.models import engines
-from cnnray.models.answers import find_unusable, rank_classes
+from cnnray.models.answers import find_labels, find_unusable, rank_classes
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.runtimes import KerasEngine, NetworkOutputs
 
@@ -21,13 +21,15 @@ class Prediction:
     """The prediction for one image."""
 
     label: str | None
-    """The most probable class; None: the bundle is unsure."""
+    """The most probable class; None: the bundle is unsure, or, with several labels, the image has none."""
     confidence: float
     """Probability of the most probable class."""
     top_k: tuple[tuple[str, float], ...]
     """Classes and probabilities, highest first."""
     probabilities: npt.NDArray[np.float32]
     """float32 (classes,), in the order of the bundle's class names."""
+    labels: tuple[str, ...] = ()
+    """Of a bundle with several labels, those that the image has, most probable first."""
     candidates: tuple[str, ...] = ()
     """Where the bundle is unsure, classes that the image may have, most probable first."""
 
@@ -84,7 +86,7 @@ class Predictor:
         if not readable:
             return [image for image in decoded if isinstance(image, BadImage)]
         probabilities = self.probabilities(np.stack(readable))
-        errors = find_unusable(probabilities)
+        errors = find_unusable(probabilities, multi_label=self.bundle.info.is_multi_label)
         answers = iter([errors.get(index) or self._make_prediction(row) for index, row in enumerate(probabilities)])
         return [image if isinstance(image, BadImage) else next(answers) for image in decoded]
 
@@ -117,7 +119,11 @@ class Predictor:
         (order,) = rank_classes(probabilities[None], self._top_k)
         top_k = tuple((names[index], float(probabilities[index])) for index in order)
         label, confidence = top_k[0]
+        if (thresholds := self.bundle.info.thresholds) is not None:
+            (found,) = find_labels(probabilities[None], thresholds)
+            labels = tuple(names[index] for index in found)
+            return Prediction(labels[0] if labels else None, confidence, top_k, probabilities, labels)
         if self._threshold and self._threshold.is_unsure(probabilities[None])[0]:
             candidates = tuple(names[index] for index in self._threshold.candidates(probabilities))
-            return Prediction(None, confidence, top_k, probabilities, candidates)
+            return Prediction(None, confidence, top_k, probabilities, candidates=candidates)
         return Prediction(label, confidence, top_k, probabilities)

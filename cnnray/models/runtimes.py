@@ -77,11 +77,12 @@ class KerasEngine:
                 if layer is not last and not isinstance(layer, keras.layers.InputLayer):
                     layer.dtype_policy = policy
         temperature, size = bundle.info.temperature, bundle.info.geometry.image_size
+        activation = getattr(tf.nn, bundle.info.activation)
         self.classes = len(bundle.info.class_names)
 
         def run(images: Any) -> Any:
             logits, embeddings = (tf.cast(output, tf.float32) for output in network(images, training=False))
-            return NetworkOutputs(tf.nn.softmax(logits / temperature), logits, embeddings)
+            return NetworkOutputs(activation(logits / temperature), logits, embeddings)
 
         self._run = tf.function(run, [tf.TensorSpec((None, *size.shape), tf.uint8)], autograph=False)
 
@@ -211,7 +212,13 @@ class OpenVinoEngine:
 
 
 class LiteRTEngine:
-    """A LiteRT file, with one interpreter for each of three batch sizes."""
+    """A LiteRT file, with one interpreter for each of three batch sizes.
+
+    Attributes:
+        multi_label: whether the file has a sigmoid for each class, and not a softmax.
+    """
+
+    multi_label = False
 
     def __init__(self, path: Path, threads: int) -> None:
         self._content, self._threads = path.read_bytes(), threads
@@ -238,6 +245,8 @@ class LiteRTEngine:
         if output.dtype == np.float32:
             return np.asarray(output)
         probabilities = (output.astype(np.float32) - self._zero_point) * np.float32(self._scale)
+        if self.multi_label:
+            return np.asarray(probabilities, np.float32)
         # Each probability is rounded to 1/256, so the sum is not exactly 1, and can be 0 with very many classes.
         return np.asarray(probabilities / np.maximum(probabilities.sum(1, keepdims=True), self._scale), np.float32)
 
@@ -257,30 +266,34 @@ class LiteRTEngine:
 class RescaledEngine:
     """An engine whose file was exported at another temperature, with its probabilities moved to the bundle's."""
 
-    def __init__(self, engine: Engine, exponent: float) -> None:
+    def __init__(self, engine: Engine, exponent: float, *, multi_label: bool = False) -> None:
         """
         Args:
             engine: the engine of the file.
             exponent: temperature of the file / temperature of the bundle.
+            multi_label: see `rescale`.
         """
-        self._engine, self._exponent = engine, exponent
+        self._engine, self._exponent, self._multi_label = engine, exponent, multi_label
         self.classes = engine.classes
 
     def __call__(self, images: Images) -> Probabilities:
         """See `Engine`."""
-        return rescale(self._engine(images), self._exponent)
+        return rescale(self._engine(images), self._exponent, multi_label=self._multi_label)
 
 
-def rescale(probabilities: Probabilities, exponent: float) -> Probabilities:
+def rescale(probabilities: Probabilities, exponent: float, *, multi_label: bool = False) -> Probabilities:
     """Probabilities at another temperature.
 
-    softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised.
+    softmax(logits / T) is softmax(logits / S) to the power of S / T, normalised. A sigmoid is a softmax of two.
 
     Args:
         probabilities: float32 (N, classes), at the temperature S.
         exponent: S / T.
+        multi_label: whether each is a sigmoid's.
     """
     powers = probabilities ** np.float32(exponent)
+    if multi_label:
+        return np.asarray(powers / (powers + (1 - probabilities) ** np.float32(exponent)), np.float32)
     # An int8 engine may give zeros only, which stay zeros.
     return np.asarray(powers / np.maximum(powers.sum(1, keepdims=True), np.finfo(np.float32).tiny), np.float32)
 

@@ -93,7 +93,7 @@ def run(config: PredictConfig, *, withholds: bool = True) -> dict[str, Any]:
                 resume.begin_output(config, plan, manifest.generation, is_new=earlier is None)
                 rate = _classify(config, plan, manifest, tasks, received, held)
             ranges = tasks.ranges
-        totals, counting = reconcile(config, ranges, received)
+        totals, counting = reconcile(config, ranges, received, multi_label=bundle.info.is_multi_label)
         resume.delete_manifests(config, manifest.generation)
         if config.verify:
             verify.verify(config, ranges, manifest.folder)
@@ -247,6 +247,7 @@ def _classify(
         format=config.file_format,
         threshold=config.threshold,
         skip_unreadable=config.skip_unreadable,
+        multi_label=plan.bundle.info.is_multi_label,
         is_delta=config.format == "delta",
         leased=config.output,
         lease_holder=held.holder,

@@ -38,8 +38,7 @@ _SCHEMA = pa.schema(
         ("prediction", pa.string()), ("confidence", pa.float32()),
     ]
 )  # fmt: skip
-_LABELS = pa.field("top_k_labels", pa.list_(pa.string()))
-"""The columns that `read` returns."""
+"""The columns that `read` returns, and a list of labels."""
 
 
 class PartError(PermanentError, RuntimeError):
@@ -116,18 +115,19 @@ def write(folder: str, part: Part, rows: pa.Table, tally: Tally) -> bool:
 
 
 @patient
-def read(folder: str, part: Part) -> pa.Table:
+def read(folder: str, part: Part, *, multi_label: bool = False) -> pa.Table:
     """Read the columns of a part that a receipt needs: `id`, `uri`, `status`, `error`, `prediction` and `confidence`;
-    and `top_k_labels` of one that is no Parquet file, and so has no tally in a footer.
+    and `labels` where images may have several, else `top_k_labels` of a part that is no Parquet file, and so has no
+    tally in a footer.
 
     Raises:
         PartError: the file is damaged, or gone.
     """
     with _part_errors(folder, part) as uri:
-        return _DECODERS[part.format](storage.read_bytes(uri))
+        return _DECODERS[part.format](storage.read_bytes(uri), "labels" if multi_label else "top_k_labels")
 
 
-def read_tally(folder: str, part: Part, threshold: float) -> Tally:
+def read_tally(folder: str, part: Part, threshold: float, *, multi_label: bool = False) -> Tally:
     """The tally of a part: from the footer of its file, or counted anew where that has none for this threshold.
 
     Raises:
@@ -137,7 +137,7 @@ def read_tally(folder: str, part: Part, threshold: float) -> Tally:
         metadata = read_schema(folder, part).metadata or {}
         if _TALLY in metadata and (tally := Tally.from_json(metadata[_TALLY])).threshold == threshold:
             return tally
-    return Tally.of(read(folder, part), threshold)
+    return Tally.of(read(folder, part, multi_label=multi_label), threshold, multi_label=multi_label)
 
 
 @patient
@@ -200,31 +200,31 @@ def _encode_csv(rows: pa.Table, tally: Tally) -> bytes:
     return text.getvalue().encode()
 
 
-def _decode_parquet(data: bytes) -> pa.Table:
-    return storage.parse_parquet(data, _SCHEMA.names)
+def _decode_parquet(data: bytes, labels: str) -> pa.Table:
+    return storage.parse_parquet(data, [*_SCHEMA.names, *({labels} - {"top_k_labels"})])
 
 
-def _decode_jsonl(data: bytes) -> pa.Table:
+def _decode_jsonl(data: bytes, labels: str) -> pa.Table:
     rows = [json.loads(line) for line in data.splitlines()]
     table = pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], _SCHEMA)
-    if not all(_LABELS.name in row for row in rows):
+    if not all(labels in row for row in rows):
         return table
-    return table.append_column(_LABELS, pa.array([row[_LABELS.name] for row in rows], _LABELS.type))
+    return table.append_column(labels, pa.array([row[labels] for row in rows], pa.list_(pa.string())))
 
 
-def _decode_csv(data: bytes) -> pa.Table:
+def _decode_csv(data: bytes, labels: str) -> pa.Table:
     header = next(csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")), [])
-    labels = [_LABELS.name] if _LABELS.name in header else []
+    lists = [labels] if labels in header else []
     convert = pyarrow.csv.ConvertOptions(
-        column_types=_SCHEMA.append(pa.field(_LABELS.name, pa.string())), include_columns=[*_SCHEMA.names, *labels],
+        column_types=_SCHEMA.append(pa.field(labels, pa.string())), include_columns=[*_SCHEMA.names, *lists],
         strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=False,
     )  # fmt: skip
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     table = pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse)
-    if not labels:
+    if not lists:
         return table
-    lists = [text and json.loads(text) for text in table[_LABELS.name].to_pylist()]
-    return table.set_column(len(_SCHEMA), _LABELS, pa.array(lists, _LABELS.type))
+    values = [text and json.loads(text) for text in table[labels].to_pylist()]
+    return table.set_column(len(_SCHEMA), labels, pa.array(values, pa.list_(pa.string())))
 
 
 _ENCODERS = {"parquet": _encode_parquet, "csv": _encode_csv, "jsonl": _encode_jsonl}

@@ -33,6 +33,8 @@ class Output:
     threshold: float
     """See `Tally`."""
     skip_unreadable: bool
+    multi_label: bool = False
+    """Whether images may have several labels."""
     is_delta: bool = False
     """Whether rows get the types that a Delta table can have."""
     leased: str = ""
@@ -133,14 +135,14 @@ class RangeWorker:
         output, range_ = self._output, task.range
         errors, unavailable = error_rows(rows), None
         if not output.skip_unreadable and pc.any(is_unavailable := reading.is_unavailable(rows["error"])).as_py():
-            unavailable = Tally.of(rows.filter(is_unavailable), output.threshold)
+            unavailable = Tally.of(rows.filter(is_unavailable), output.threshold, multi_label=output.multi_label)
             rows = rows.filter(pc.invert(is_unavailable))
-        tally = Tally.of(rows, output.threshold)
+        tally = Tally.of(rows, output.threshold, multi_label=output.multi_label)
         part = Part(range_.first, range_.generation, task.attempt, unavailable is not None, output.format)
         check_holder(output.leased, output.lease_holder)
         if parts.write(output.folder, part, rows, tally):
             if len(errors):
                 write_errors(storage.join(output.folder, part.errors_name), errors)
         else:
-            tally = parts.read_tally(output.folder, part, output.threshold)
+            tally = parts.read_tally(output.folder, part, output.threshold, multi_label=output.multi_label)
         return Receipt(range=range_, part=part, tally=tally, classified=classified, unavailable=unavailable)

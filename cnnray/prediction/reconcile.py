@@ -65,7 +65,9 @@ class Received:
         return total
 
 
-def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received) -> tuple[Tally, dict[Part, Range]]:
+def reconcile(
+    config: PredictConfig, ranges: Sequence[Range], received: Received, *, multi_label: bool
+) -> tuple[Tally, dict[Part, Range]]:
     """Check that every range has a part with all of its rows, and count the rows.
 
     Writes `errors.csv`, and deletes the files that do not count. Those of a Delta table stay: earlier versions of the
@@ -94,7 +96,9 @@ def reconcile(config: PredictConfig, ranges: Sequence[Range], received: Received
         received.parts.clear()
     with_errors = {part for part in received.with_errors if part in received.parts}
     unread = [part for part in counting if part not in received.parts]
-    read = functools.partial(parts.read_tally, config.parts_folder, threshold=config.threshold)
+    read = functools.partial(
+        parts.read_tally, config.parts_folder, threshold=config.threshold, multi_label=multi_label
+    )
     with ThreadPoolExecutor(_THREADS) as pool:
         for part, other in zip(unread, pool.map(read, unread), strict=True):
             if other.rows != counting[part].rows:

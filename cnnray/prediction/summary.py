@@ -49,19 +49,19 @@ def class_drift(tally: Tally, info: BundleInfo) -> dict[str, Any] | None:
 
 
 def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
-    """The part of `summary.json` that describes the rows."""
-    training_counts = info.class_counts
+    """The part of `summary.json` that describes the rows. With several labels, `classes` counts the images that have
+    each, and there are no figures of one answer for each image."""
+    training_counts, several = info.class_counts, info.is_multi_label
+    trained = info.training_images if several else sum(training_counts.values())
     classes = {
         name: {
             "images": tally.classes[name],
             "share": round(tally.classes[name] / max(tally.ok, 1), 6),
-            "training_share": (
-                round(training_counts.get(name, 0) / sum(training_counts.values()), 6) if training_counts else None
-            ),
+            "training_share": (round(training_counts.get(name, 0) / trained, 6) if trained else None),
         }
         for name in info.class_names
     }
-    found = tally.most_probable
+    found = None if several else tally.most_probable
     stability = None if found is None else population_stability_index(dict(found), training_counts)
     return {
         "rows": tally.rows,
@@ -72,11 +72,17 @@ def summarize(tally: Tally, info: BundleInfo) -> dict[str, Any]:
             reason: {"images": count, "examples": tally.examples[reason]}
             for reason, count in tally.reasons.most_common()
         },
-        "threshold": tally.threshold,
-        "below_threshold": round(tally.below_threshold / max(tally.ok, 1), 6),
+        **({} if several else _confidences(tally)),
         "classes": classes,
         "population_stability_index": None if stability is None else round(stability, 4),
-        "drift": class_drift(tally, info),
+        "drift": None if several else class_drift(tally, info),
+    }
+
+
+def _confidences(tally: Tally) -> dict[str, float]:
+    return {
+        "threshold": tally.threshold,
+        "below_threshold": round(tally.below_threshold / max(tally.ok, 1), 6),
     }
 
 
@@ -98,7 +104,8 @@ def log_summary(summary: dict[str, Any], max_classes: int = 10) -> None:
         log.info("  %s: %d, %.1f%%%s", name, counts["images"], 100 * counts["share"], training)
     if len(classes) > max_classes:
         log.info("  and %d more classes", len(classes) - max_classes)
-    log.info("confidence below %g: %.1f%%", summary["threshold"], 100 * summary["below_threshold"])
+    if "threshold" in summary:
+        log.info("confidence below %g: %.1f%%", summary["threshold"], 100 * summary["below_threshold"])
     found = summary["drift"]
     if found is not None and found["warning"]:
         log.warning(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from cnnray.images import ahead, storage
+from cnnray.images import ahead, labels, storage
 from cnnray.images.retries import patient
 
 _ERROR_COLUMNS = ("id", "uri", "error")
@@ -34,7 +34,7 @@ class Tally:
     rows: int = 0
     below_threshold: int = 0
     classes: Counter[str] = field(default_factory=Counter)
-    """Predictions by class name."""
+    """Predictions by class name; with several labels, the images that have each."""
     unsure: Counter[str] = field(default_factory=Counter)
     """Images of which the bundle is unsure, by their most probable class; empty text: unknown."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -43,10 +43,19 @@ class Tally:
     """The first rows of each error reason: `id`, `uri` and `error`."""
 
     @classmethod
-    def of(cls, rows: pa.Table, threshold: float) -> "Tally":
-        """Count rows that have at least `id`, `uri`, `error`, `prediction` and `confidence`."""
+    def of(cls, rows: pa.Table, threshold: float, *, multi_label: bool = False) -> "Tally":
+        """Count rows that have at least `id`, `uri`, `error`, `prediction` and `confidence`, or, with several labels,
+        `id`, `uri`, `error` and `labels`."""
         tally = cls(threshold, rows=len(rows))
         good = rows.filter(pc.is_null(rows["error"]))
+        for row in error_rows(rows).to_pylist():
+            reason = row["error"].partition(":")[0]
+            tally.reasons[reason] += 1
+            if len(tally.examples.setdefault(reason, [])) < _EXAMPLES:
+                tally.examples[reason].append(row)
+        if multi_label:
+            tally.classes.update(labels.count(good["labels"]))
+            return tally
         unsure = good.filter(pc.is_null(good["prediction"]))
         if "top_k_labels" in rows.column_names:
             tally.unsure.update(pc.list_element(unsure["top_k_labels"], 0).to_pylist())
@@ -56,11 +65,6 @@ class Tally:
         tally.below_threshold = pc.sum(pc.less(predicted["confidence"], threshold)).as_py() or 0
         for item in pc.value_counts(predicted["prediction"]).to_pylist():
             tally.classes[item["values"]] = item["counts"]
-        for row in error_rows(rows).to_pylist():
-            reason = row["error"].partition(":")[0]
-            tally.reasons[reason] += 1
-            if len(tally.examples.setdefault(reason, [])) < _EXAMPLES:
-                tally.examples[reason].append(row)
         return tally
 
     @classmethod

@@ -6,6 +6,9 @@ Output rows come in the order of the input. A row has the manifest's columns and
   or `reading.UNAVAILABLE`, a colon and details);
 - `prediction`, `confidence`, `top_k_labels`, `top_k_scores`: null for errors; `prediction` also where the bundle is
   unsure;
+- `labels` and `scores`, of a bundle with several labels: those that the image has, most probable first, and their
+  probabilities; null for errors. `prediction` is the first of them, or null, and `confidence` the highest probability
+  of all classes;
 - `candidates`, of a bundle that may be unsure: a list of classes where it is, else null;
 - `model`: `Bundle.version` of the network;
 - `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
@@ -23,19 +26,21 @@ from cnnray.images import containers, reading
 from cnnray.images.geometry import Geometry
 from cnnray.images.ranges import rows_per_block
 from cnnray.models import engines, startup
-from cnnray.models.answers import find_unusable, rank_classes
+from cnnray.models.answers import find_labels, find_unusable, rank_classes
 from cnnray.models.bundle import BundleError
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.plan import Plan
 from cnnray.tracking.prometheus import PredictionMetrics
 
 COLUMNS = (
-    "status", "error", "prediction", "confidence", "top_k_labels", "top_k_scores", "candidates", "model",
-    "probabilities", "embedding",
+    "status", "error", "prediction", "confidence", "labels", "scores", "top_k_labels", "top_k_scores", "candidates",
+    "model", "probabilities", "embedding",
 )  # fmt: skip
 """The columns that predictions add, in their order."""
-RESERVED = frozenset(COLUMNS) - {"candidates"}
-"""Names of these that all predictions add."""
+_OF_SOME = frozenset({"labels", "scores", "candidates"})
+"""Those that predictions of some bundles add."""
+RESERVED = frozenset(COLUMNS) - _OF_SOME
+"""The others."""
 _PIXELS, _ERROR = "__pixels", "__error"
 """Columns that decoding tasks add for workers: the pixels of an image, and its error, empty where it was decoded."""
 
@@ -176,8 +181,7 @@ class Worker:
         predictions = self._prediction_columns(probabilities, embeddings)
         columns |= {name: values.take(place) for name, values in predictions.items()}
         columns["status"] = columns["status"].fill_null("error")
-        if "candidates" in columns:
-            rows = rename_reserved(rows, {"candidates"})
+        rows = rename_reserved(rows, _OF_SOME & columns.keys())
         columns["model"] = pa.array([self._model] * len(rows), pa.string())
         for name in COLUMNS:
             if name in columns:
@@ -200,7 +204,7 @@ class Worker:
                 probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
             else:
                 probabilities = self._predictor.probabilities(images[decoded])
-        if unusable := find_unusable(probabilities):
+        if unusable := find_unusable(probabilities, multi_label=self._info.is_multi_label):
             errors = [*errors]
             for index, error in unusable.items():
                 errors[decoded[index]] = str(error)
@@ -224,6 +228,8 @@ class Worker:
             "top_k_labels": pa.ListArray.from_arrays(offsets, labels),
             "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
         }
+        if self._info.thresholds is not None:
+            columns |= self._label_columns(probabilities, self._info.thresholds)
         if self._threshold:
             columns["candidates"] = pa.array(
                 [self._candidates(row) if no else None for row, no in zip(probabilities, unsure, strict=True)],
@@ -234,6 +240,19 @@ class Worker:
         if embeddings is not None:
             columns["embedding"] = _fixed_size_lists(embeddings)
         return columns
+
+    def _label_columns(self, probabilities: Floats, thresholds: list[float]) -> dict[str, pa.Array]:
+        found = find_labels(probabilities, thresholds)
+        counts = np.asarray([len(labels) for labels in found], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        flat = np.concatenate([*found, np.zeros(0, np.int64)])
+        scores = probabilities[np.repeat(np.arange(len(found)), counts), flat]
+        first = np.asarray([labels[0] if len(labels) else 0 for labels in found], np.int64)
+        return {
+            "prediction": self._names.take(pa.array(first, mask=counts == 0)),
+            "labels": pa.ListArray.from_arrays(offsets, self._names.take(pa.array(flat))),
+            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores, pa.float32())),
+        }
 
     def _candidates(self, row: Floats) -> list[str]:
         assert self._threshold

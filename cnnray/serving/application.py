@@ -138,7 +138,7 @@ def _version_info(served: ServedModel, share: float, verdict: str | None) -> Ver
     info = served.bundle.info
     return VersionInfo(
         version=served.version, share=share, verdict=verdict, engine=served.engine, digest=served.digest,
-        class_names=info.class_names,
+        class_names=info.class_names, thresholds=info.thresholds,
         image_size=info.image_size, resize=info.resize, decode_size=info.decode_size,
         architecture=info.architecture, metrics=info.metrics,
     )  # fmt: skip
@@ -250,6 +250,9 @@ def _answer(served: ServedModel, row: Probabilities, query: PredictQuery, reques
         "model": served.version,
         "request_id": request_id,
     }
+    if served.label_thresholds is not None:
+        found = [_score(names, row, index) for index in served.labels(row) if row[index] >= query.threshold]
+        answer |= {"prediction": found[0]["class"] if found else None, "labels": found}
     if threshold:
         answer["status"] = "ok"
         if threshold.is_unsure(row[None])[0]:

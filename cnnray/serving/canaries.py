@@ -147,7 +147,7 @@ class Canaries:
             held.release()
         comparison = self._comparisons.get(release)
         if comparison is not None and not isinstance(shadowed, BadImage):
-            agree = _label(served, answer) == _label(shadow, shadowed)
+            agree = _labels(served, answer) == _labels(shadow, shadowed)
             comparison.compared += 1
             comparison.agreed += agree
             self._metrics.record_comparison(release.name, release.canary, agree=agree)
@@ -167,5 +167,5 @@ class Canaries:
                     self._metrics.record_verdict(release.name, release.canary, _NUMBERS.get(verdict.action, 0))
 
 
-def _label(served: ServedModel, row: Probabilities) -> str:
-    return served.bundle.info.class_names[int(row.argmax())]
+def _labels(served: ServedModel, row: Probabilities) -> set[str]:
+    return {served.bundle.info.class_names[index] for index in served.labels(row)}

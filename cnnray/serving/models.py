@@ -12,7 +12,7 @@ import numpy as np
 from cnnray.errors import BadInputError
 from cnnray.images.decode import BadImage
 from cnnray.models import engines, startup
-from cnnray.models.answers import Threshold
+from cnnray.models.answers import Threshold, find_labels
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.drift import Distribution, SlidingWindow
 from cnnray.models.predictor import Predictor
@@ -53,6 +53,22 @@ class ServedModel:
     def key(self) -> tuple[str, str]:
         """Its name and version."""
         return self.name, self.version
+
+    @property
+    def label_thresholds(self) -> list[float] | None:
+        """The thresholds of its labels; None: an image has one label."""
+        return self.bundle.info.thresholds
+
+    def labels(self, row: Probabilities) -> list[int]:
+        """The labels of an image: its class, or, of several, those from their thresholds on, most probable first.
+
+        Args:
+            row: float32 (classes,).
+        """
+        if self.label_thresholds is None:
+            return [int(row.argmax())]
+        (found,) = find_labels(row[None], self.label_thresholds)
+        return [int(index) for index in found]
 
 
 class Models:
@@ -273,8 +289,9 @@ class Loader:
                 raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
         log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)
         compute = Pipeline(
-            predictor.probabilities, bundle.info.geometry, self._metrics.record_stage, threads=self._threads
-        )
+            predictor.probabilities, bundle.info.geometry, self._metrics.record_stage, threads=self._threads,
+            multi_label=bundle.info.is_multi_label,
+        )  # fmt: skip
         reference = Distribution.from_dict(bundle.info.reference, len(bundle.info.class_names))
         # While the network runs on one micro-batch, other threads decode the next.
         at_once = 2 if self._threads > 1 else 1

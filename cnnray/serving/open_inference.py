@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import rank_classes
+from cnnray.models.answers import label_masks, rank_classes
 from cnnray.models.runtimes import Images, Probabilities
 from cnnray.serving.bodies import RequestError, decode_base64, parse_model
 from cnnray.serving.models import ServedModel
@@ -111,6 +111,14 @@ async def _model_metadata(service: Service, request: Request) -> dict[str, Any]:
 def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
     """Metadata of a model."""
     size, classes = served.bundle.info.geometry.image_size, len(served.bundle.info.class_names)
+    masks = {"datatype": "BOOL", "shape": [-1, classes]}
+    described = {
+        "probabilities": {"datatype": "FP32", "shape": [-1, classes]},
+        "label": {"datatype": "BYTES", "shape": [-1]},
+        "unsure": {"datatype": "BOOL", "shape": [-1]},
+        "candidates": masks,
+        "labels": masks,
+    }
     return {
         "name": served.name,
         "versions": [other.version for other, _ in service.ready_models().versions(served.name)],
@@ -119,17 +127,14 @@ def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
             {"name": "image", "datatype": "UINT8", "shape": [-1, *size.shape]},
             {"name": "image_bytes", "datatype": "BYTES", "shape": [-1]},
         ],
-        "outputs": [
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
-            {"name": "unsure", "datatype": "BOOL", "shape": [-1]},
-            {"name": "candidates", "datatype": "BOOL", "shape": [-1, classes]},
-        ][: len(_outputs(served))],
+        "outputs": [{"name": name, **described[name]} for name in _outputs(served)],
     }
 
 
 def _outputs(served: ServedModel) -> tuple[str, ...]:
     """The names of a model's outputs."""
+    if served.label_thresholds is not None:
+        return "probabilities", "label", "labels"
     return ("probabilities", "label", *(("unsure", "candidates") if served.threshold else ()))
 
 
@@ -351,14 +356,17 @@ def datatype(values: Any) -> str:
 
 
 def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities) -> Any:
-    names, threshold = served.bundle.info.class_names, served.threshold
+    names, threshold, several = served.bundle.info.class_names, served.threshold, served.label_thresholds
+    if several is not None and output.name == "labels":
+        return label_masks(rows, several)
     if threshold and output.name == "candidates":
         return threshold.candidate_masks(rows)
     unsure = threshold.is_unsure(rows) if threshold else np.zeros(len(rows), np.bool_)
     if output.name == "unsure":
         return unsure
     if output.name == "label":
-        labels = ["" if no else names[index] for index, no in zip(rows.argmax(1), unsure, strict=True)]
+        first = [served.labels(row)[:1] for row in rows]
+        labels = ["" if no or not found else names[found[0]] for found, no in zip(first, unsure, strict=True)]
         return np.asarray(labels, object)
     count = output.parameters.classification
     if count is None:

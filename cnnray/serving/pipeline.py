@@ -48,6 +48,7 @@ class Pipeline:
         observe: Callable[[str, Sequence[float]], None],
         *,
         threads: int,
+        multi_label: bool = False,
     ) -> None:
         """
         Args:
@@ -55,8 +56,9 @@ class Pipeline:
             geometry: sizes that images are decoded for.
             observe: called with a stage, `decode` or `predict`, and its time in seconds for each image.
             threads: number of images decoded at once.
+            multi_label: see `find_unusable`.
         """
-        self.predict = predict
+        self.predict, self._multi_label = predict, multi_label
         self._geometry, self._observe = geometry, observe
         self._decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._predicting = threading.Lock()
@@ -103,7 +105,7 @@ class Pipeline:
         if len(rows) != len(pixels):
             raise ValueError(f"The engine gave {len(rows)} rows for {len(pixels)} images.")
         self._observe("predict", [seconds] * len(usable))
-        unusable = find_unusable(rows)
+        unusable = find_unusable(rows, multi_label=self._multi_label)
         return [
             image if isinstance(image, BadImage) else unusable.get(index, row)
             for index, (image, row) in enumerate(zip(decoded, rows, strict=True))

@@ -28,7 +28,7 @@ from PIL import Image as PillowImage
 
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import Threshold, rank_classes
+from cnnray.models.answers import Threshold, find_labels, rank_classes
 from cnnray.models.runtimes import Probabilities
 from cnnray.serving.models import ServedModel
 from cnnray.serving.pipeline import Encoded, Image, size_of
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         ("confidence", pa.float32()),
         ("top_k_labels", pa.list_(pa.string())),
         ("top_k_scores", pa.list_(pa.float32())),
+        ("labels", pa.list_(pa.string())),
         ("unsure", pa.bool_()),
         ("error", pa.string()),
         ("seconds", pa.float32()),
@@ -55,10 +56,13 @@ SCHEMA = pa.schema(
     ]
 )
 """`index` is the image's place in its request. `prediction` is the most probable class, and `unsure` whether it was
-withheld (null of a model without thresholds; a file without any other leaves it out), `seconds` the time from the
-request's body to its answers, `sha256` that of the bytes that were sent (of pixels, for those). `image` holds these
-bytes (pixels as PNG) if they are kept, else null. An image without a prediction has an `error`,
+withheld. Of a bundle with several labels, `labels` are those that the image has, and `prediction` is the first of
+them, or null. (`unsure` and `labels` are null of other bundles, and left out of files of only such.) `seconds` is the
+time from the request's body to its answers, `sha256` that of the bytes that were sent (of pixels, for those). `image`
+holds these bytes (pixels as PNG) if they are kept, else null. An image without a prediction has an `error`,
 `REASON: explanation`."""
+_OF_SOME = ("labels", "unsure")
+"""Columns that not all models have."""
 _TOP_K = 5
 _MOST_ROWS, _MOST_SECONDS, _MOST_BYTES = 20_000, 60.0, 16 * 2**20
 """A file is written when it has so many rows or bytes, or its first row is so old."""
@@ -92,6 +96,7 @@ class _Answered:
     version: str
     class_names: list[str]
     threshold: Threshold | None
+    label_thresholds: list[float] | None
     images: Sequence[Image]
     answers: Sequence[Probabilities | BadImage]
     seconds: float
@@ -135,8 +140,7 @@ class _File:
         self._make_columns()
         buffer = io.BytesIO()
         table = pa.concat_tables(self._tables)
-        if table["unsure"].null_count == len(table):
-            table = table.drop_columns(["unsure"])
+        table = table.drop_columns([name for name in _OF_SOME if table[name].null_count == len(table)])
         pyarrow.parquet.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
 
@@ -204,8 +208,8 @@ class RequestLog:
             return
         answered = _Answered(
             moment=time.time(), request_id=request_id.get(), model=served.name, version=served.version,
-            class_names=served.bundle.info.class_names, threshold=served.threshold, images=images, answers=answers,
-            seconds=seconds,
+            class_names=served.bundle.info.class_names, threshold=served.threshold,
+            label_thresholds=served.label_thresholds, images=images, answers=answers, seconds=seconds,
         )  # fmt: skip
         with self._lock:
             fits = self._held + answered.size <= _MOST_HELD
@@ -282,6 +286,10 @@ class RequestLog:
                 labels, scores = [answered.class_names[place] for place in order], answer[order]
                 row |= {"top_k_labels": labels, "top_k_scores": scores}
                 row |= {"prediction": labels[0], "confidence": scores[0]}
+                if answered.label_thresholds is not None:
+                    (found,) = find_labels(answer[None], answered.label_thresholds)
+                    names = [answered.class_names[place] for place in found]
+                    row |= {"prediction": names[0] if names else None, "labels": names}
                 if answered.threshold:
                     row["unsure"] = bool(answered.threshold.is_unsure(answer[None])[0])
             rows.append(row)

@@ -31,12 +31,16 @@ class Answer(BaseModel):
     """The prediction for one image."""
 
     prediction: str | None = Field(
-        description="The most probable class; null if none reaches `threshold`, or if the model is unsure."
+        description="The most probable class; null if none reaches `threshold`, if the model is unsure, or if it has "
+        "several labels for an image, and this one has none."
     )
     confidence: Share = Field(description="Probability of the most probable class.")
     all_predictions: list[ClassScore] = Field(description="The `top_k` classes, highest first.")
     model: str = Field(description="Version of the model that answered.")
     request_id: str
+    labels: list[ClassScore] | None = Field(
+        None, description="Of a model with several labels: those that the image has, highest first."
+    )
     status: Literal["ok", "unsure"] | None = Field(None, description="Of a model that may be unsure of an image.")
     candidates: list[ClassScore] | None = Field(
         None, description="If the model is unsure: the classes that the image may have, highest first."
@@ -104,6 +108,11 @@ class VersionInfo(BaseModel):
     engine: str
     digest: str = Field(description="SHA-256 of the file that the engine runs.")
     class_names: list[str]
+    thresholds: list[float] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="With several labels: the smallest probability with which an image has each class.",
+    )
     image_size: int | str = Field(description="What the network takes, in pixels: 224, or 224x320 (height x width).")
     resize: str = Field(description="How images of other shapes are resized.")
     decode_size: int | str | None = Field(

@@ -294,8 +294,9 @@ class Service:
                 best = int(row.argmax())
                 unsure = served.threshold is not None and bool(served.threshold.is_unsure(row[None])[0])
                 self.metrics.record_prediction(
-                    served.name, served.version, names[best], float(row[best]), unsure=unsure
-                )
+                    served.name, served.version, [names[index] for index in served.labels(row)], float(row[best]),
+                    unsure=unsure,
+                )  # fmt: skip
                 if served.recent:
                     served.recent.add(best, float(row[best]))
         if self._log:

@@ -12,6 +12,7 @@ import numpy as np
 from starlette.requests import Request
 
 from cnnray.images.decode import BadImage
+from cnnray.models.answers import label_masks
 from cnnray.models.runtimes import Images
 from cnnray.serving.bodies import RequestError, decode_base64, parse_json
 from cnnray.serving.open_inference import pixels_from_lists
@@ -41,6 +42,8 @@ async def _predict(service: Service, request: Request) -> dict[str, Any]:
     images, by_row = await service.read(request, lambda body, settings: _parse(body, shape, settings))
     rows, threshold = await service.classify_all(served, images), served.threshold
     outputs: dict[str, list[Any]] = {"probabilities": rows.tolist(), "class_names": [info.class_names] * len(rows)}
+    if served.label_thresholds is not None:
+        outputs["labels"] = label_masks(rows, served.label_thresholds).tolist()
     if threshold:
         masks = threshold.candidate_masks(rows)
         outputs |= {"unsure": threshold.is_unsure(rows).tolist(), "candidates": masks.tolist()}
@@ -72,6 +75,8 @@ async def _metadata(service: Service, request: Request) -> dict[str, Any]:
     outputs = tensor("probabilities", "DT_FLOAT", -1, classes) | tensor("class_names", "DT_STRING", -1, classes)
     if served.threshold:
         outputs |= tensor("unsure", "DT_BOOL", -1) | tensor("candidates", "DT_BOOL", -1, classes)
+    if served.label_thresholds is not None:
+        outputs |= tensor("labels", "DT_BOOL", -1, classes)
     method = "tensorflow/serving/predict"
     signatures = {
         name: {"inputs": inputs, "outputs": outputs, "method_name": method}

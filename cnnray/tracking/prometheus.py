@@ -65,17 +65,17 @@ class TrainingMetrics:
 
         Args:
             finished: epochs so far.
-            logs: `loss` and `accuracy`, the same with `val_`, and `learning_rate`.
+            logs: `loss` and `accuracy` (or `subset_accuracy`), the same with `val_`, and `learning_rate`.
         """
         self._epoch.set(finished, tags=self._tags)
         self._learning_rate.set(logs["learning_rate"], tags=self._tags)
         self._set("train", logs)
-        self._set("validation", {name: logs[f"val_{name}"] for name in ("loss", "accuracy")})
+        self._set("validation", {name.removeprefix("val_"): logs[name] for name in logs if name.startswith("val_")})
 
     def _set(self, split: str, values: dict[str, float]) -> None:
         tags = self._tags | {"split": split}
         self._loss.set(values["loss"], tags=tags)
-        self._accuracy.set(values["accuracy"], tags=tags)
+        self._accuracy.set(values["accuracy" if "accuracy" in values else "subset_accuracy"], tags=tags)
 
 
 class PredictionMetrics:
@@ -273,10 +273,12 @@ class ServingMetrics:
         self.record_stage("wait", waits)
 
     def record_prediction(
-        self, model: str, version: str, label: str, confidence: float, *, unsure: bool = False
+        self, model: str, version: str, labels: Sequence[str], confidence: float, *, unsure: bool = False
     ) -> None:
-        """Record the most probable class of an image, its probability, and whether it was held back."""
-        self._count(self._predictions, model=model, version=version, prediction=label)
+        """Record the most probable class of an image, or its labels, the highest probability, and whether it was held
+        back."""
+        for label in labels:
+            self._count(self._predictions, model=model, version=version, prediction=label)
         if unsure:
             self._count(self._unsure, model=model, version=version)
         self._observe(self._confidences, [confidence], model=model, version=version)

@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 
 MONITOR = "val_loss"
 _REFRESH_SECONDS = 5.0
+_SHOWN = (
+    "loss", "accuracy", "subset_accuracy", "val_loss", "val_accuracy", "val_subset_accuracy", "val_top_5_accuracy",
+    "val_mean_average_precision", "val_macro_f1", "val_auroc",
+)  # fmt: skip
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -57,24 +61,25 @@ class ProgressLogger(keras.callbacks.Callback):
         share = (batch + 1) / self._steps
         left = self._images * (self._epochs - self._epoch - share) / max(self._rate, 1e-9)
         log.info(
-            "%sepoch %d/%d  step %d/%d  loss %.4f  accuracy %.4f  %.0f images/s  %s left",
-            self._prefix, self._epoch + 1, self._epochs, batch + 1, self._steps, logs["loss"], logs["accuracy"],
-            self._rate, duration(left),
+            "%sepoch %d/%d  step %d/%d  %s  %.0f images/s  %s left",
+            self._prefix, self._epoch + 1, self._epochs, batch + 1, self._steps,
+            _shown(logs, ("loss", "accuracy", "subset_accuracy")), self._rate, duration(left),
         )  # fmt: skip
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Show the epoch's line."""
         logs = logs or {}
         left = (self._epochs - epoch - 1) * logs["seconds"]
-        shown = (
-            "loss", "accuracy", "val_loss", "val_accuracy", "val_top_5_accuracy", "val_macro_f1", "val_auroc",
-        )  # fmt: skip
-        values = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
+        values = _shown(logs, _SHOWN)
         log.info(
             "%sepoch %d/%d  %s  %.0f images/s  %s left",
             self._prefix, epoch + 1, self._epochs, values, logs["images_per_second"], duration(left),
         )  # fmt: skip
         self._shown = time.monotonic()
+
+
+def _shown(logs: dict[str, Any], names: tuple[str, ...]) -> str:
+    return "  ".join(f"{name} {logs[name]:.4f}" for name in names if name in logs)
 
 
 def deciding_callbacks(config: TrainConfig) -> list[keras.callbacks.Callback]:

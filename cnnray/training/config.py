@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from cnnray import configs, flags
 from cnnray.configs import rules
+from cnnray.images import labels
 from cnnray.images.geometry import Geometry, ResizeRule, Size
 from cnnray.models import architectures, own_network
 from cnnray.models.architectures import Head
@@ -31,7 +32,13 @@ class DataConfig:
 
     data: str
     """Labelled images: a folder (or s3:// prefix) with one sub-folder a class, perhaps below train/ and
-    validation/, or a CSV, JSONL or Parquet table with the columns uri and label, or Parquet with the images in it."""
+    validation/, or a CSV, JSONL or Parquet table with the columns uri and label, or Parquet with the images in it.
+    Where label is a list, an image may have several labels, or none."""
+    multi_label: bool | None = None
+    """Whether an image may have several labels: files of the same name in several class folders are then one image.
+    null: only where label is a list, or --label-separator is given."""
+    label_separator: str | None = None
+    """What stands between the labels of an image in a column of text, such as |; an empty one then has no label."""
     output: str = field(metadata=rules(resumable=True, searchable=False))
     """Folder or s3:// prefix for the bundle and all else that the run leaves. A run that was interrupted goes on
     when it is given the same output."""
@@ -66,6 +73,7 @@ class DataConfig:
             ValueError: a value that cannot work, in one sentence that names the flag.
         """
         flags.check_below_one(self, "validation_fraction", "max_bad_fraction")
+        labels.check_flags(self.multi_label, self.label_separator)
         if self.validation_fraction == 0 and self.validation is None:
             raise ValueError("--validation-fraction must be more than 0 where --validation is not given.")
         if self.folds is not None and not self.folds >= 2:

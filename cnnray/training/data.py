@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import cluster
-from cnnray.images import checks, parquet, reading, splits, tar
+from cnnray.images import checks, labels, parquet, reading, splits, tar
 from cnnray.images import manifest as manifests
 from cnnray.images.decoders import Decoders
 from cnnray.images.geometry import Geometry
@@ -41,7 +41,7 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
     Raises:
         ManifestError, OSError: the input gives no manifest that can be trained on.
     """
-    manifest = manifests.build_manifest(config.data, labelled=True)
+    manifest = _labelled(config, config.data)
     if config.group is not None and config.group not in manifest.column_names:
         raise ManifestError(f"{config.data} has no column {config.group!r} for --group.")
     given = set(pc.unique(manifest["split"]).to_pylist())
@@ -50,7 +50,7 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
     if config.validation is not None:
         if config.validation == config.data:
             raise ManifestError("--validation is the same as --data.")
-        validation = manifests.build_manifest(config.validation, labelled=True)
+        validation = _labelled(config, config.validation)
         manifest = manifests.with_validation(manifest, validation)
     elif given == {"test"}:
         raise ManifestError(f"{config.data} holds no images to train on: all are of the split test.")
@@ -60,11 +60,20 @@ def build_run_manifest(config: TrainConfig) -> pa.Table:
         raise ManifestError(f"{config.data} says which images validate: --folds and --group do not go with that.")
     manifest = manifest.select(["id", "uri", "label", "split"])
     train = _labels(manifest, "train")
-    if missing := sorted(set(manifests.class_names(manifest)) - set(pc.unique(train).to_pylist())):
+    if missing := sorted(set(manifests.class_names(manifest)) - set(labels.names(train))):
         why = ": all of its images validate, by --group or --folds" if config.group or config.folds else ""
         raise ManifestError(f"{config.data}: no training image has the label {missing[0]!r}{why}.")
     if len(train) < config.most_workers:
         raise ManifestError(f"{config.data} holds {len(train)} training images for {config.most_workers} workers.")
+    return manifest
+
+
+def _labelled(config: TrainConfig, source: str) -> pa.Table:
+    manifest = manifests.build_manifest(
+        source, labelled=True, multi_label=bool(config.multi_label), label_separator=config.label_separator
+    )
+    if config.multi_label is False and manifests.is_multi_label(manifest):
+        raise ManifestError(f"{source} has lists of labels, which --multi-label false excludes.")
     return manifest
 
 
@@ -82,7 +91,7 @@ def log_counts(manifest: pa.Table) -> None:
         "%d training and %d validation images of %d classes%s",
         len(train),
         len(validation),
-        len(pc.unique(train)),
+        len(labels.names(train)),
         kept,
     )
 
@@ -224,7 +233,7 @@ def decode_splits_into_memory(
 
     from cnnray.images import stream
 
-    rows = manifests.with_targets(_used(manifest))
+    rows = _used(manifests.with_targets(manifest)).drop_columns(["label"])
     if few is not None and few.decoded is not None:
         of_splits = manifest["split"].to_numpy(zero_copy_only=False)
         cached = {
@@ -269,8 +278,8 @@ class Source(Protocol):
     """Where a worker's images come from: gives the images of chosen rows of a manifest, in order."""
 
     def batches(self, rows: Callable[[int], Ints], count: int, lanes: Lanes | None = None) -> Iterator[Batch]:
-        """The images of rows: dicts of `id` int64 (n,), `target` int64 (n,) (the class's index), `image` uint8
-        (n, height, width, 3), `error` (n,) strings and `uri` (n,) strings.
+        """The images of rows: dicts of `id` int64 (n,), `target` int64 (n,) (see `manifest.with_targets`), `image`
+        uint8 (n, height, width, 3), `error` (n,) strings and `uri` (n,) strings.
 
         The pixels of a batch may be gone when the next but one is asked for.
 

@@ -12,13 +12,14 @@ from cnnray.models.architectures import Head
 from cnnray.models.augment import Strength
 from cnnray.training.config import TrainConfig
 from cnnray.training.phases import PRESETS, Phase
-from cnnray.training.recipe_config import Precision
+from cnnray.training.recipe_config import Precision, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecidedConfig(TrainConfig):
     """A config whose network and recipe are decided (see `decisions.decide`)."""
 
+    multi_label: bool
     architecture: str
     head: Head
     image_size: int | str
@@ -30,6 +31,7 @@ class DecidedConfig(TrainConfig):
     weight_decay: float
     average: float
     label_smoothing: float
+    select: Selection
 
     @property
     def geometry(self) -> Geometry:
@@ -76,6 +78,10 @@ PLANNED: tuple[str, ...] = tuple(PlannedConfig.__annotations__)
 """The fields that are decided by the cluster where they are null."""
 
 
+_BEFORE = {"multi_label": False, "select": "val_accuracy"}
+"""What runs of versions without these fields did."""
+
+
 def differences(config: TrainConfig, earlier: Mapping[str, Any], fixed: Collection[str] = ()) -> list[str]:
     """The flags in which a config asks for another training than an earlier run did.
 
@@ -91,5 +97,6 @@ def differences(config: TrainConfig, earlier: Mapping[str, Any], fixed: Collecti
     if config.phases is not None or (config.schedule == "cosine" and derived):
         # The learning rate of each step, or what it trains, depends on how many there are.
         fixed = {"epochs", *fixed}
+    earlier = _BEFORE | dict(earlier)
     undecided = {name: None for name in DECIDED + PLANNED if getattr(config, name) is None}
     return configs.differences(config, {**earlier, **undecided}, fixed)

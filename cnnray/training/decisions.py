@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray import configs, flags
+from cnnray.images import labels, reading, storage
 from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage
 from cnnray.images.listing import SPLITS
 from cnnray.models import architectures, bundle
 from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DECIDED, PLANNED, DecidedConfig
 from cnnray.training.recipe import RecipeError
-from cnnray.training.recipe_config import DEFAULT_AUGMENT, Effort
+from cnnray.training.recipe_config import DEFAULT_AUGMENT, SELECTIONS, Effort
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class DataFacts:
     """Training images."""
     classes: int
     """Classes of the training images."""
+    multi_label: bool = False
+    """Whether images may have several labels."""
     side: int | None
     """Median over a sample of the images of their shorter side, in pixels; None where it is not known."""
 
@@ -64,8 +66,9 @@ def data_facts(config: TrainConfig, manifest: pa.Table) -> DataFacts:
         rows = np.unique(np.add.outer(starts, np.arange(_SAMPLED // 4)))
         sizes = reading.image_sizes(manifest.take(pa.array(train[rows[rows < len(train)]])))
         side = round(float(np.median([min(size) for size in sizes]))) if sizes else None
-    labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
-    return DataFacts(images=len(train), classes=len(pc.unique(labels)), side=side)
+    several = manifests.is_multi_label(manifest)
+    classes = len(labels.names(manifest["label"].filter(pc.equal(manifest["split"], "train"))))
+    return DataFacts(images=len(train), classes=classes, multi_label=several, side=side)
 
 
 def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[str, str]]:
@@ -89,6 +92,9 @@ def decide(config: TrainConfig, facts: DataFacts) -> tuple[DecidedConfig, dict[s
         if values[name] is None:
             values[name], reasons[name] = value, reason
 
+    choose("multi_label", facts.multi_label, "labels are lists" if facts.multi_label else "labels are no lists")
+    several = values["multi_label"]
+    choose("select", SELECTIONS[several][0], f"images have {'several labels' if several else 'one label each'}")
     preset = f"--preset {config.preset}"
     source = _architecture_of_weights(config) if values["architecture"] is None else None
     choose("architecture", source or _ARCHITECTURES[config.preset], "that of --weights" if source else preset)
@@ -137,7 +143,8 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
 
     Args:
         config: of this run.
-        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for four flags that had a rule.
+        earlier: of the earlier run, by `configs.load`. Versions up to 0.2 wrote null for four flags that had a rule,
+            and did not know --multi-label.
     """
     names = DECIDED + PLANNED
     values = {name: earlier.get(name) if getattr(config, name) is None else getattr(config, name) for name in names}
@@ -147,6 +154,8 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> DecidedConfig:
         "dropout": 0.5 if is_backbone else 0.1,
         "weight_decay": 0.01 if config.optimizer == "adamw" else 0.0,
         "max_workers": 2,
+        "multi_label": False,
+        "select": "val_accuracy",
     }.items():
         values[name] = value if values[name] is None else values[name]
     if config.max_workers is None and config.min_workers is None:

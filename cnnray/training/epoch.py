@@ -238,9 +238,10 @@ class Sums:
     loss: float = 0.0
     """Cross-entropy in nats."""
     correct: float = 0.0
-    """Images whose most probable class is theirs."""
+    """Images whose most probable class is theirs; with several labels, those of which each label is right where a
+    probability of 0.5 is the threshold."""
     top_k: float = 0.0
-    """Images whose class is among the `TOP_K` most probable."""
+    """Images whose class is among the `TOP_K` most probable; with several labels 0."""
     bad: float = 0.0
     """Images that could not be read; in none of the other sums."""
 
@@ -252,12 +253,15 @@ class Sums:
         """The sums in the order of the fields."""
         return self.count, self.loss, self.correct, self.top_k, self.bad
 
-    def metrics(self, classes: int, prefix: str = "") -> dict[str, float]:
+    def metrics(self, classes: int, prefix: str = "", *, multi_label: bool = False) -> dict[str, float]:
         """Means over the images: `loss` in nats, `accuracy` and `top_5_accuracy` as shares.
 
-        There is no top-5 accuracy for five classes or fewer: it would always be 1.
+        There is no top-5 accuracy for five classes or fewer: it would always be 1. With several labels, the accuracy
+        is called `subset_accuracy`, and there is no other.
         """
         count = max(self.count, 1.0)
+        if multi_label:
+            return {f"{prefix}loss": self.loss / count, f"{prefix}subset_accuracy": self.correct / count}
         values = {f"{prefix}loss": self.loss / count, f"{prefix}accuracy": self.correct / count}
         if classes > TOP_K:
             values[f"{prefix}top_{TOP_K}_accuracy"] = self.top_k / count

@@ -55,6 +55,7 @@ class Feed:
         splits = self._opened.enter_context(rows.open_rows(assignment.manifest, names, assignment.lease_holder))
         train, validation = splits["train"], splits["validation"]
         self.images, self.validation_images = len(train), len(validation)
+        self.label_sets = train.label_sets
         self._rows, self._validation_rows, self._targets = train, validation, None
         self._has_lanes = assignment.has_lanes
         self._is_in_parquet = assignment.is_in_parquet

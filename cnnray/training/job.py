@@ -19,7 +19,7 @@ from cnnray import cluster, configs, paths, waiting
 from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.errors import CnnrayError
-from cnnray.images import containers, storage
+from cnnray.images import containers, labels, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import Lease, lease
 from cnnray.models import own_network, startup, transfer
@@ -120,7 +120,8 @@ def train(
             with tracker.following() if tracker else contextlib.nullcontext():
                 blocks = data.decode_splits_into_memory(config, manifest, shares, few) if cached else {}
                 best, latest = _run(config, manifest, shares, blocks, started, held, callbacks, ahead, architecture)
-                summary = output.finish(config, best, latest, started)
+                images = manifests.count_split(manifest, "train")
+                summary = output.finish(config, images, best, latest, started)
         if tracker:
             tracker.finish(summary)
         return summary
@@ -260,7 +261,7 @@ def _check_network(config: DecidedConfig, classes: int) -> None:
     startup.load_tensorflow(gpus=False)
     from cnnray.models import architectures
 
-    model = architectures.build(config.architecture, config.image_size, classes)
+    model = architectures.build(config.architecture, config.image_size, classes, multi_label=config.multi_label)
     log.info("%s: %s weights", config.architecture, f"{model.count_params():,}")
     if reason := own_network.why_not_loaded(model):
         log.warning(
@@ -286,17 +287,18 @@ def _weights_file(config: PlannedConfig) -> str | None:
 
 
 def _bundle_info(config: PlannedConfig, manifest: pa.Table) -> BundleInfo:
-    labels = manifest["label"].filter(pc.equal(manifest["split"], "train"))
-    counts = {row["values"]: row["counts"] for row in pc.value_counts(labels).to_pylist()}
+    names = manifests.class_names(manifest)
     return BundleInfo(
-        class_names=manifests.class_names(manifest),
+        class_names=names,
         image_size=config.image_size,
         resize=config.resize,
         decode_size=config.decode_size,
         architecture=config.architecture,
         config=configs.as_dict(config),
         data_fingerprint=manifests.fingerprint(manifest),
-        class_counts=dict(sorted(counts.items())),
+        class_counts=labels.count(manifest["label"].filter(pc.equal(manifest["split"], "train"))),
+        training_images=manifests.count_split(manifest, "train") if config.multi_label else None,
+        thresholds=[0.5] * len(names) if config.multi_label else None,
     )
 
 

@@ -104,11 +104,12 @@ def drop_torn_checkpoints(output: str) -> None:
         storage.delete_folder(storage.join(output, CHECKPOINTS))
 
 
-def finish(config: PlannedConfig, best: Any, latest: Any, started: float) -> dict[str, Any]:
+def finish(config: PlannedConfig, images: int, best: Any, latest: Any, started: float) -> dict[str, Any]:
     """Write what a run ends with: the bundle, the list of bad images, and last the summary.
 
     Args:
         config: of the run.
+        images: training images.
         best: Ray's checkpoint whose weights become the bundle.
         latest: Ray's checkpoint that knows all epochs.
         started: when the job began, in seconds since the epoch.
@@ -132,11 +133,11 @@ def finish(config: PlannedConfig, best: Any, latest: Any, started: float) -> dic
     info = bundle.read_info(target)
     counts = [info.class_counts.get(name, 0) for name in info.class_names]
     loss = state["history"][-1]["loss"]
-    has_learned = recipe.has_learned(config, loss, counts)
+    has_learned = recipe.has_learned(config, loss, counts, images)
     if not has_learned:
         log.warning(
             "The network has learned nothing: its training loss at the end (%.4f) is that of guessing (%.4f). %s",
-            loss, recipe.guessing_loss(config, counts), recipe.advice(config),
+            loss, recipe.guessing_loss(config, counts, images), recipe.advice(config),
         )  # fmt: skip
     summary = {
         "bundle": target,

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cnnray.images import labels, reading, storage
 from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import startup
 from cnnray.training import data, decisions
@@ -39,9 +39,10 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     good = batch["error"] == ""
     if not good.any():
         raise ManifestError(f"None of the {len(rows)} images of the preview can be read: {batch['error'][0]}.")
-    images, labels = batch["image"][good], batch["label"][good].tolist()
+    shown = [", ".join(labels.of_image(label)) for label in rows["label"].to_pylist()]
+    images, names = batch["image"][good], [shown[index] for index in np.flatnonzero(good)]
     startup.load_tensorflow(gpus=False)
-    sheet = _sheet(config.geometry.centre(images), labels, _versions(config, images))
+    sheet = _sheet(config.geometry.centre(images), names, _versions(config, images))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     uri = storage.join(config.output, PREVIEW)
@@ -66,7 +67,7 @@ def _versions(config: DecidedConfig, images: Any) -> list[Any]:
     return versions
 
 
-def _sheet(images: Any, labels: list[str], versions: list[Any]) -> Image.Image:
+def _sheet(images: Any, names: list[str], versions: list[Any]) -> Image.Image:
     height, width = images.shape[1:3]
     factor = max(1, 96 / max(height, width))  # enlarge small images
     height, width = round(height * factor), round(width * factor)
@@ -74,9 +75,9 @@ def _sheet(images: Any, labels: list[str], versions: list[Any]) -> Image.Image:
     row_height = height + _MARGIN + _LABEL_HEIGHT
     sheet = Image.new("RGB", (step * (1 + len(versions)) + _MARGIN, row_height * len(images)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for row, (image, name) in enumerate(zip(images, names, strict=True)):
         top = row * row_height
-        draw.text((0, top), label, fill="black")
+        draw.text((0, top), name, fill="black")
         for column, pixels in enumerate([image, *(version[row] for version in versions)]):
             place = (column * step + (_MARGIN if column else 0), top + _LABEL_HEIGHT)
             sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), place)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cnnray.images import labels, reading, storage
 from cnnray.images import manifest as manifests
-from cnnray.images import reading, storage
 from cnnray.images.manifest import ManifestError
 from cnnray.models import startup, transfer
 from cnnray.models.augment import Augmentations
@@ -52,10 +52,12 @@ _MOST_IMAGES = 4096
 class _Sample:
     images: npt.NDArray[np.uint8]
     """uint8 (N, height, width, 3)."""
-    targets: npt.NDArray[np.int64]
-    """Class indices, int64 (N,)."""
+    targets: npt.NDArray[Any]
+    """See `step.Targets`."""
     counts: list[int]
     """All training images of each class."""
+    all_images: int
+    """The number of all training images."""
     names: list[str]
     """Of the classes."""
 
@@ -74,16 +76,21 @@ def check_sanity(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     decided, sample = _prepare(config, _SANITY_IMAGES)
-    if len(np.unique(sample.targets)) < 2:
-        raise ManifestError(f"All of the first {len(sample.targets)} training images have the same label.")
+    if len(np.unique(sample.targets, axis=0)) < 2:
+        what = "labels" if decided.multi_label else "label"
+        raise ManifestError(f"All of the first {len(sample.targets)} training images have the same {what}.")
     # What makes memorising hard on purpose is left out.
     plain = replace(
         decided, augment="none", augmentations=Augmentations(), dropout=0.0, label_smoothing=0.0, average=0.0,
-        weight_decay=0.0, accumulate=1, class_weights="none", teacher=None, schedule="constant",
+        weight_decay=0.0, accumulate=1, class_weights="none", teacher=None, schedule="constant", loss="cross_entropy",
+        loss_gamma=None,
         warmup_epochs=None, warmup_steps=None, decay_epochs=None, decay_steps=None,
     )  # fmt: skip
-    counts = np.bincount(sample.targets, minlength=len(sample.counts)).tolist()
-    guessing = recipe.guessing_loss(plain, counts)
+    if decided.multi_label:
+        counts = sample.targets.sum(0).astype(np.int64).tolist()
+    else:
+        counts = np.bincount(sample.targets.astype(np.int64), minlength=len(sample.counts)).tolist()
+    guessing = recipe.guessing_loss(plain, counts, len(sample.targets))
     steps = _begin(plain, sample)
     for step in range(1, _SANITY_STEPS + 1):
         _set_learning_rate(steps, decided.learning_rate * min(1.0, step / 10))
@@ -107,11 +114,11 @@ def check_sanity(config: TrainConfig) -> dict[str, Any]:
 
 def _cause(sample: _Sample, loss: float, config: DecidedConfig) -> str:
     """What to look at where a network did not learn a few images by heart."""
-    labels: dict[bytes, set[int]] = {}
+    seen: dict[bytes, set[bytes]] = {}
     for image, target in zip(sample.images, sample.targets, strict=True):
-        labels.setdefault(image.tobytes(), set()).add(int(target))
-    if any(len(targets) > 1 for targets in labels.values()):
-        return "the same image has several labels (jobs/evaluate.py --check-data lists such images)."
+        seen.setdefault(image.tobytes(), set()).add(target.tobytes())
+    if any(len(targets) > 1 for targets in seen.values()):
+        return "the same image has other labels elsewhere (jobs/evaluate.py --check-data lists such images)."
     if sample.images.std(axis=0).max() < 1:
         return "the images are all alike: look at them with --preview-augmentations 8."
     rate = f"--learning-rate (it was {config.learning_rate:g}; --find-learning-rate shows what is possible)"
@@ -136,7 +143,7 @@ def find_learning_rate(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     decided, sample = _prepare(config, _MOST_IMAGES)
     steps = _begin(replace(decided, schedule="constant", accumulate=1), sample)
-    guessing = recipe.guessing_loss(decided, sample.counts)
+    guessing = recipe.guessing_loss(decided, sample.counts, sample.all_images)
     rates = np.geomspace(_LOWEST_RATE, _HIGHEST_RATE, _RATES)
     per_epoch = epoch.steps(len(sample.targets), decided.batch_size)
     losses: list[float] = []
@@ -238,10 +245,14 @@ def _prepare(config: TrainConfig, count: int) -> tuple[PlannedConfig, _Sample]:
     good = errors == ""
     if not good.any():
         raise ManifestError(f"None of the first {len(order)} training images can be read: {errors[0]}.")
-    counts = np.bincount(train["target"].to_numpy()).tolist()
+    counts = [*labels.count(train["label"]).values()]
+    names = manifests.class_names(manifest)
+    known: npt.NDArray[Any] = targets[good]
+    if decided.multi_label:
+        known = labels.multi_hot(rows["label"], names)[position][good]
     startup.load_tensorflow(gpus=False)
     alone = plan.planned(replace(decided, max_workers=None, min_workers=None, gpus_per_worker=None))
-    return alone, _Sample(images[good], targets[good], counts, manifests.class_names(manifest))
+    return alone, _Sample(images[good], known, counts, len(train), names)
 
 
 def _begin(config: PlannedConfig, sample: _Sample) -> "Steps":
@@ -249,7 +260,7 @@ def _begin(config: PlannedConfig, sample: _Sample) -> "Steps":
     from cnnray.training.step import Steps
 
     teacher = None if config.teacher is None else Bundle.load(config.teacher).model
-    class_weights = recipe.class_weights(config, sample.counts)
+    class_weights = recipe.class_weights(config, sample.counts, sample.all_images)
     with _initial_weights(config) as weights:
         steps = Steps(
             config,

@@ -17,7 +17,15 @@ Schedule = Literal["constant", "cosine", "plateau"]
 Effort = Literal["quick", "default", "accurate"]
 ClassWeights = Literal["none", "balanced"]
 Sampling = Literal["all", "balanced"]
-Selection = Literal["val_accuracy", "val_loss", "macro_f1", "auroc"]
+Loss = Literal["cross_entropy", "focal", "asymmetric"]
+Selection = Literal["val_accuracy", "val_loss", "macro_f1", "auroc", "mean_average_precision"]
+SELECTIONS: dict[bool, tuple[Selection, ...]] = {
+    False: ("val_accuracy", "val_loss", "macro_f1", "auroc"),
+    True: ("mean_average_precision", "val_loss", "macro_f1", "auroc"),
+}
+"""What may choose the best epoch, by whether images may have several labels. The first is the default."""
+GAMMAS: dict[Loss, float] = {"focal": 2.0, "asymmetric": 4.0}
+"""Defaults of `loss_gamma`, as in the articles (see `losses`)."""
 
 
 @configs.group(resumable=False)
@@ -78,13 +86,23 @@ class RecipeConfig:
     average: float | None = None
     """The bundle holds the moving average of the weights with this momentum, such as 0.99; 0: the weights; null:
     0."""
+    loss: Loss = "cross_entropy"
+    """What training minimises. For images with several labels (binary) cross_entropy, focal or asymmetric: the last
+    two weigh labels less that the network is sure of, asymmetric only those that an image does not have."""
+    loss_gamma: float | None = None
+    """How much less focal and asymmetric weigh what the network is sure of; null: 2 for focal, 4 for asymmetric."""
     label_smoothing: float | None = None
-    """Share of each label that is spread over all classes; null: 0."""
+    """Share of each label that is spread over all classes, or, with several labels, over having it and not having it;
+    null: 0."""
     class_weights: ClassWeights = "none"
-    """balanced: images of rare classes weigh more in the loss, so that all classes weigh the same."""
+    """balanced: images of rare classes weigh more in the loss, so that all classes weigh the same. With several
+    labels, the images that have one weigh as much as those that do not, but at most 100 times as much for each."""
     sampling: Sampling = "all"
     """Images of an epoch: all, each once; or balanced: as many in all, but of each class the same number, so that
-    those of rare classes come several times, and of frequent ones not all."""
+    those of rare classes come several times, and of frequent ones not all. (For images of one label each.)"""
+    label_precision: float | None = None
+    """With several labels: the share of right answers among an image's labels that the threshold of each is fitted to
+    on the validation images, such as 0.9; null: the threshold with the highest F1."""
     teacher: str | None = None
     """A bundle of the same classes and image size whose answers the network learns, too (distillation)."""
     distillation: float = 0.5
@@ -94,9 +112,10 @@ class RecipeConfig:
     precision: Precision | None = None
     """Type that the network computes in; weights, statistics, losses and the bundle stay float32. null: bfloat16 on
     GPUs that compute in it (such as A100, L4 and H100), else float32."""
-    select: Selection = "val_accuracy"
+    select: Selection | None = None
     """Metric of the validation images that chooses the best epoch: val_accuracy, val_loss, macro_f1 (the mean F1 of
-    the classes, in which rare ones count as much), or auroc (the mean area under their ROC curves)."""
+    the classes, in which rare ones count as much), auroc (the mean area under their ROC curves), or, of several
+    labels, mean_average_precision; null: val_accuracy, or with several labels mean_average_precision."""
     early_stopping_patience: int | None = None
     """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0
@@ -119,11 +138,15 @@ class RecipeConfig:
         )  # fmt: skip
         flags.check_choices(
             self, preset=Effort, augment=Strength, optimizer=Optimizer, schedule=Schedule, class_weights=ClassWeights,
-            precision=Precision, sampling=Sampling, select=Selection,
+            precision=Precision, sampling=Sampling, select=Selection, loss=Loss,
         )  # fmt: skip
         flags.check_more_than_zero(self, "learning_rate", "clip_norm", "distillation_temperature")
-        flags.check_not_negative(self, "weight_decay", "warmup_epochs", "warmup_steps", "decay_epochs", "decay_steps")
-        flags.check_below_one(self, "average", "label_smoothing")
+        flags.check_not_negative(
+            self, "weight_decay", "warmup_epochs", "warmup_steps", "decay_epochs", "decay_steps", "loss_gamma"
+        )
+        flags.check_below_one(self, "average", "label_smoothing", "label_precision")
+        if self.loss_gamma is not None and self.loss not in GAMMAS:
+            raise ValueError(f"--loss-gamma is of --loss {' and '.join(GAMMAS)}, not of {self.loss}.")
         flags.check_share(self, "distillation")
         check_alternatives(self.augment or DEFAULT_AUGMENT, self.augmentations)
         if isinstance(self.phases, str) and self.phases not in PRESETS:

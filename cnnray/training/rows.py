@@ -23,14 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnnray.cpus import usable_cpus
-from cnnray.images import ahead, containers, parquet, storage
+from cnnray.images import ahead, containers, labels, parquet, storage
+from cnnray.images.labels import LabelSets
 from cnnray.images.retries import patient
 from cnnray.training import epoch
 from cnnray.training.epoch import Ints
 
 SPLITS = ("train", "validation")
 _ROOT = f"cnnray-rows-{os.getuid()}"
-_LOCK, _WRITING, _FACTS = "lock", "writing", "facts.json"
+_LOCK, _WRITING, _FACTS, _KEYS = "lock", "writing", "facts.json", "label_sets"
 _COLUMNS = pa.schema([("id", pa.int64()), ("target", pa.int64()), ("uri", pa.string())])
 _BATCH = 2**11
 """Rows of a record batch: to take one of them reads the batch."""
@@ -43,15 +44,20 @@ class Rows:
 
     Attributes:
         tally: `epoch.tally` of all ids.
+        label_sets: of which targets are the numbers; None: targets are classes.
     """
 
-    def __init__(self, file: Path, tally: Sequence[int], batches: Sequence[int]) -> None:
+    def __init__(
+        self, file: Path, tally: Sequence[int], batches: Sequence[int], label_sets: LabelSets | None = None
+    ) -> None:
         """
         Args:
             file: that `open_rows` wrote.
             tally: see `tally`.
             batches: number of rows in each batch of the file.
+            label_sets: where images may have several labels.
         """
+        self.label_sets = label_sets
         self.tally = np.asarray(tally, np.int64)
         self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
         self._starts = np.cumsum([0, *batches])
@@ -95,7 +101,8 @@ def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[d
 
     Args:
         manifest: uri of the run's manifest.
-        class_names: `target` is the index of a row's label in these.
+        class_names: `target` is the index of a row's label in these, or, with several labels, that of its label set
+            among all of the manifest (see `labels.distinct_keys`).
         run: names this start of the job, after which the manifest may be another one.
 
     Raises:
@@ -113,7 +120,8 @@ def open_rows(manifest: str, class_names: Sequence[str], run: str) -> Iterator[d
                 if not (folder / _FACTS).exists():
                     _write(manifest, class_names, folder)
             facts = json.loads((folder / _FACTS).read_bytes())
-            yield {split: Rows(folder / split, **facts[split]) for split in SPLITS}
+            sets = LabelSets(_read_keys(folder), class_names) if (folder / _KEYS).exists() else None
+            yield {split: Rows(folder / split, **facts[split], label_sets=sets) for split in SPLITS}
     finally:
         _delete_unused(folder)
 
@@ -149,13 +157,17 @@ def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
     names = pa.array(class_names, pa.string())
     with parquet.open_file(manifest) as opened:
         groups, many = opened.num_row_groups, opened.metadata.num_rows >= _MANY
+        several = pa.types.is_list(opened.schema_arrow.field("label").type)
+    if several:
+        names = _write_keys(manifest, groups, folder)
+    few = ["split"] if several else ["label", "split"]
     options = pa.ipc.IpcWriteOptions(compression="lz4" if many else None)
     facts: dict[str, Any] = {split: {"tally": epoch.tally(np.empty(0, np.int64)), "batches": []} for split in SPLITS}
     with contextlib.ExitStack() as files:
         writers = {
             split: files.enter_context(pa.ipc.new_file(folder / split, _COLUMNS, options=options)) for split in SPLITS
         }
-        for parts in ahead.mapped(lambda group: _read(manifest, group, names), range(groups), usable_cpus()):
+        for parts in ahead.mapped(lambda group: _read(manifest, group, names, few), range(groups), usable_cpus()):
             for split, part in parts.items():
                 batches = part.combine_chunks().to_batches(_BATCH)
                 for batch in batches:
@@ -169,11 +181,32 @@ def _write(manifest: str, class_names: Sequence[str], folder: Path) -> None:
     written.rename(folder / _FACTS)  # whole or not there, also after a kill
 
 
-def _read(manifest: str, group: int, names: pa.Array) -> dict[str, pa.Table]:
-    """The rows of a row group of the manifest, by split. Few labels and splits are read as they are: as numbers."""
-    with parquet.open_file(manifest, read_dictionary=["label", "split"]) as opened:
+def _write_keys(manifest: str, groups: int, folder: Path) -> pa.Array:
+    """Write the keys of all label sets of a manifest, and give them."""
+    distinct: set[str] = set()
+    with parquet.open_file(manifest) as opened:
+        for group in range(groups):
+            column = opened.read_row_group(group, ["label"])["label"]
+            distinct.update(labels.distinct_keys(column).to_pylist())
+    table = pa.table({"key": pa.array(sorted(distinct), pa.string())})
+    with pa.ipc.new_file(folder / _KEYS, table.schema) as writer:
+        writer.write_table(table)
+    return table["key"].combine_chunks()
+
+
+def _read_keys(folder: Path) -> pa.Array:
+    with pa.ipc.open_file(folder / _KEYS) as reader:
+        return reader.read_all()["key"].combine_chunks()
+
+
+def _read(manifest: str, group: int, names: pa.Array, few: list[str]) -> dict[str, pa.Table]:
+    """The rows of a row group of the manifest, by split. Columns of few values are read as they are: as numbers."""
+    with parquet.open_file(manifest, read_dictionary=few) as opened:
         table = opened.read_row_group(group, ["id", "uri", "label", "split"], use_threads=False)
-    labels = table["label"].combine_chunks()
-    targets = pc.index_in(labels.dictionary, names).cast(pa.int64()).take(labels.indices)
+    if labels.are_several(table["label"]):
+        targets = pc.index_in(labels.keys(table["label"]), names).cast(pa.int64())
+    else:
+        column = table["label"].combine_chunks()
+        targets = pc.index_in(column.dictionary, names).cast(pa.int64()).take(column.indices)
     rows = pa.table([table["id"], targets, table["uri"]], schema=_COLUMNS)
     return {split: rows.filter(pc.equal(table["split"], split)) for split in SPLITS}

@@ -22,10 +22,13 @@ from cnnray.models.augment import Augmenter
 from cnnray.training import recipe
 from cnnray.training.decided import PlannedConfig
 from cnnray.training.epoch import Sums
-from cnnray.training.losses import Losses
+from cnnray.training.losses import Losses, MultiLabelLosses
 from cnnray.training.phases import Phase, prunes_at, sparsity_at
 from cnnray.training.pruning import Pruning
 
+Targets = npt.NDArray[Any]
+"""Of images: class indices, int64 (n,); or, with several labels, 1 for each that an image has, else 0: float32
+(n, classes)."""
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
@@ -87,14 +90,15 @@ class Steps:
             self.inference = self._build(config, classes, "float32")
             self.inference.set_weights(self.model.get_weights())
         self._network = _logits_of(self.model)
-        self._losses = Losses(config, classes, None if teacher is None else _logits_of(teacher), class_weights)
+        losses = MultiLabelLosses if config.multi_label else Losses
+        self._losses = losses(config, classes, None if teacher is None else _logits_of(teacher), class_weights)
         self._augmenter = Augmenter(augment.resolve(config.augment, config.augmentations), config.geometry)
         self._seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         self._seeds += self._augmenter.seeds
         self._classes = classes
         self._signature = [
             tf.TensorSpec((None, *config.geometry.decode_size.shape), tf.uint8),
-            tf.TensorSpec((None,), tf.int64),
+            tf.TensorSpec((None, classes), tf.float32) if config.multi_label else tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((None,), tf.float32),
         ]
         # AutoGraph is not needed, and a killed worker would leave its files in the temporary folder.
@@ -113,6 +117,7 @@ class Steps:
             head=config.head,
             dropout=config.dropout,
             synchronized=config.synchronized_batch_norm,
+            multi_label=config.multi_label,
             dtype=policy,
         )
 
@@ -153,7 +158,7 @@ class Steps:
     def start(
         self,
         images: npt.NDArray[np.uint8],
-        targets: npt.NDArray[np.int64],
+        targets: Targets,
         bad: int = 0,
         position: tuple[int, int, int] = (0, 0, 0),
         parts: int = 1,
@@ -163,7 +168,7 @@ class Steps:
         Args:
             images: uint8 (n, height, width, 3), this worker's share without those that could not be read; n may
                 differ between workers and steps, and may be 0. Not to be changed before the end of the step.
-            targets: int64 (n,), class indices.
+            targets: of the images.
             bad: number of images of this worker's share that could not be read.
             position: epoch, step and rank; with the run's seed they determine all that is random.
             parts: micro-batches that the share is cut into, whose gradients are summed. The same on all workers if
@@ -183,7 +188,7 @@ class Steps:
         self,
         step: Any,
         images: npt.NDArray[np.uint8],
-        targets: npt.NDArray[np.int64],
+        targets: Targets,
         position: tuple[int, ...],
         *numbers: np.float32,
     ) -> Any:
@@ -192,7 +197,7 @@ class Steps:
         if not len(images):
             # TensorFlow cannot convolve an empty batch, and batch norm has no mean of one: take one black image of
             # weight 0. It may change the statistics only where they are over the images of all workers.
-            images, targets, weights = _padding(images, 1), np.zeros(1, np.int64), np.zeros(1, np.float32)
+            images, targets, weights = _padding(images, 1), _padding(targets, 1), np.zeros(1, np.float32)
             if not self._config.synchronized_batch_norm:
                 statistics = [variable.numpy() for variable in self._statistics]
         entropy = np.random.SeedSequence([self._config.seed, *position])
@@ -281,7 +286,8 @@ class Steps:
         network's weight penalties times `penalty`."""
         for index, state in enumerate(self._seeds):
             state.assign(tf.cast(seeds[index], state.dtype))
-        images, labels = self._augmenter(images, tf.one_hot(targets, self._classes))
+        labels = targets if self._config.multi_label else tf.one_hot(targets, self._classes)
+        images, labels = self._augmenter(images, labels)
         with tf.GradientTape() as tape:
             logits = tf.cast(self._network(images, training=True), tf.float32)
             losses = self._losses(images, labels, logits)
@@ -305,13 +311,13 @@ class Steps:
         return self._losses.validation_sums(logits, targets, weights), logits
 
     def evaluate(
-        self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64], padded: int
+        self, images: npt.NDArray[np.uint8], targets: Targets, padded: int
     ) -> tuple[Sums, npt.NDArray[np.float32]]:
         """Compute the sums over this worker's images only, with the weights that would go into the bundle.
 
         Args:
             images: uint8 (n, height, width, 3).
-            targets: int64 (n,).
+            targets: of the images.
             padded: number of images to pad to, at least n, so that every call has the same shape.
 
         Returns:
@@ -319,7 +325,7 @@ class Steps:
         """
         short = padded - len(images)
         weights = np.concatenate([np.ones(len(images), np.float32), np.zeros(short, np.float32)])
-        targets = np.concatenate([targets, np.zeros(short, np.int64)])
+        targets = np.concatenate([targets, _padding(targets, short)])
         images = np.concatenate([images, _padding(images, short)])
         sums, logits = self._compiled_evaluate(images, targets, weights)
         return Sums(*sums.numpy().tolist()), logits.numpy()[: len(logits) - short]
@@ -424,5 +430,5 @@ def _moving_statistics(model: keras.Model, like: keras.Model | None = None) -> l
     ]
 
 
-def _padding(images: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
-    return np.zeros((count, *images.shape[1:]), np.uint8)
+def _padding(like: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    return np.zeros((count, *like.shape[1:]), like.dtype)

@@ -32,8 +32,8 @@ from cnnray.training.epoch import Sums
 from cnnray.training.feed import Feed
 from cnnray.training.output import HISTORY, TENSORBOARD, TrainingError
 from cnnray.training.plan import Assignment
-from cnnray.training.selection import ClassCounts
-from cnnray.training.step import Started, Steps
+from cnnray.training.selection import ClassCounts, LabelCounts
+from cnnray.training.step import Started, Steps, Targets
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class _Worker:
         names, counts = assignment.info.class_names, assignment.info.class_counts
         self.classes = len(names)
         self.counts = [counts.get(name, 0) for name in names]
+        self.thresholds: list[float] | None = None
         self.has_learned = False
         self.answers = drift.Distribution.empty(self.classes)  # to the validation images, at the last epoch's end
         teacher = None if self.config.teacher is None else Bundle.load(self.config.teacher).model
@@ -122,7 +123,7 @@ class _Worker:
                 weights=weights,
                 head_of=recipe.head_of(self.config, names),
                 teacher=teacher,
-                class_weights=recipe.class_weights(self.config, self.counts),
+                class_weights=recipe.class_weights(self.config, self.counts, self.feed.images),
             )
 
     def check_lease(self) -> None:
@@ -276,7 +277,7 @@ class _Worker:
         took, self.clock = now - self.clock, now
         progress.sums += sums
         if self.metrics:
-            self.metrics.step(sums.count, sums.bad, progress.sums.metrics(self.classes))
+            self.metrics.step(sums.count, sums.bad, self._means(progress.sums))
         progress.seen = (np.asarray(progress.seen) + epoch.tally(batch["id"])).tolist()
         progress.step += 1
         progress.epoch_seconds += took
@@ -287,7 +288,7 @@ class _Worker:
             progress.seconds_to_first_step = time.time() - self.assignment.started
         self.compiled = True
         rate = progress.images / max(progress.seconds, 1e-9)
-        logs = progress.sums.metrics(self.classes) | {"images_per_second": rate}
+        logs = self._means(progress.sums) | {"images_per_second": rate}
         shown.on_train_batch_end(progress.step - 1, logs)
         self._check_bad(progress.sums.bad)
 
@@ -311,7 +312,7 @@ class _Worker:
                 raise TrainingError(
                     f"The {what}loss became {sums.loss} in epoch {progress.epoch + 1}: {self._cure()}"
                 )
-        logs = trained.metrics(self.classes) | validation.metrics(self.classes, "val_") | others
+        logs = self._means(trained) | self._means(validation, "val_") | others
         logs |= {
             "learning_rate": float(keras.ops.convert_to_numpy(self.steps.optimizer.learning_rate)),
             "images": trained.count,
@@ -328,16 +329,19 @@ class _Worker:
         progress.sums, progress.seen, progress.epoch_seconds = Sums(), [0, 0, 0], 0.0
         return logs
 
+    def _means(self, sums: Sums, prefix: str = "") -> dict[str, float]:
+        return sums.metrics(self.classes, prefix, multi_label=self.config.multi_label)
+
     def _check_learning(self, loss: float) -> None:
         """Warn where the loss is still that of guessing after the warm-up of the first phase."""
         progress, per_epoch = self.progress, self.feed.steps
         if progress.phase or self.has_learned or self.rank:
             return
-        self.has_learned = recipe.has_learned(self.config, loss, self.counts)
+        self.has_learned = recipe.has_learned(self.config, loss, self.counts, self.feed.images)
         warmup = recipe.lengths(self.config, self.phases[0], per_epoch)[0] if self.config.schedule == "cosine" else 0
         first = math.ceil(warmup / per_epoch)  # the first epoch without warm-up
         if not self.has_learned and progress.phase_epoch == first and first + 1 < self.phases[0].passes:
-            guessing = recipe.guessing_loss(self.config, self.counts)
+            guessing = recipe.guessing_loss(self.config, self.counts, self.feed.images)
             log.warning(
                 "After the warm-up, the training loss is still that of guessing (%.4f; guessing: %.4f): the network "
                 "has learned nothing yet. %s",
@@ -356,24 +360,31 @@ class _Worker:
 
     def _validate(self, batches: Iterator[Batch]) -> tuple[Sums, dict[str, float]]:
         """The sums over the validation images of all workers, and the metrics that are made of more than sums."""
-        sums, classes = Sums(), ClassCounts(self.config.select, self.classes)
+        sums, config = Sums(), self.config
+        classes = (
+            LabelCounts(config.select, self.classes, config.label_precision)
+            if config.multi_label
+            else ClassCounts(config.select, self.classes)
+        )
         answers = drift.Distribution.empty(self.classes)
         for batch in batches:
             images, targets, bad = self._good(batch)
             batch_sums, logits = self.steps.evaluate(images, targets, self.feed.validation_batch)
             sums += batch_sums + Sums(bad=bad)
             classes.add(logits, targets)
-            answers += drift.Distribution.of_logits(logits)
+            if not config.multi_label:
+                answers += drift.Distribution.of_logits(logits)
         # Together, as each reduction waits for all workers.
         mine = np.concatenate([sums.values, answers.classes, answers.confidences], dtype=np.float64)
         totals, *counts = np.split(self.steps.reduce(mine), np.cumsum([len(sums.values), self.classes]))
         self.answers = drift.Distribution(*(values.astype(np.int64) for values in counts))
         of_all = self.steps.reduce(classes.counts) if classes.counts.size else classes.counts
+        self.thresholds = classes.thresholds(of_all)
         return Sums(*totals.tolist()), classes.metrics(of_all)
 
     # -- bad images and checkpoints --------------------------------------------------------------------
 
-    def _good(self, batch: Batch) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], int]:
+    def _good(self, batch: Batch) -> tuple[npt.NDArray[np.uint8], Targets, int]:
         """The images of a batch that could be read, and their targets; and the number of the others, which go to the
         list of bad images."""
         bad = np.flatnonzero(batch["error"] != "")
@@ -383,7 +394,8 @@ class _Worker:
         images, targets = batch["image"], batch["target"]
         if len(bad):
             images, targets = np.delete(images, bad, 0), np.delete(targets, bad)
-        return images, targets, len(bad)
+        sets = self.feed.label_sets
+        return images, targets if sets is None else sets.multi_hot(targets), len(bad)
 
     def _check_bad(self, bad: float) -> None:
         images = self.feed.images + self.feed.validation_images
@@ -412,8 +424,11 @@ class _Worker:
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder)
             if self.rank == 0:
-                reference = self.answers.as_dict() if logs else {}
-                info = replace(self.assignment.info, metrics=metrics, reference=reference)
+                info = replace(self.assignment.info, metrics=metrics)
+                if logs and self.config.multi_label:
+                    info = replace(info, thresholds=self.thresholds)
+                elif logs:
+                    info = replace(info, reference=self.answers.as_dict())
                 checkpoint.write(written, self.steps, info, replace(progress, seen=seen))
             if self.bad_images:
                 checkpoint.write_bad_images(written, self.rank, self.bad_images)

@@ -23,6 +23,9 @@ Space = dict[str, list[Any]]
 {"choice": ["none", "light"]}."""
 
 
+Metric = Literal["val_accuracy", "val_mean_average_precision", "val_loss"]
+
+
 @configs.group(searchable=False)
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(TrainConfig):
@@ -45,8 +48,9 @@ class SearchConfig(TrainConfig):
     """Values that are tried (of grid_search: as often each)."""
     parallel: int = field(default=1, metadata=rules(resumable=True))
     """Trials that run side by side, each on its share of the cluster."""
-    metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-    """The metric of a trial's best epoch by which the best trial is chosen."""
+    metric: Metric | None = None
+    """The metric of a trial's best epoch by which the best trial is chosen; null: val_accuracy, or with several
+    labels val_mean_average_precision."""
 
     def __post_init__(self) -> None:
         """

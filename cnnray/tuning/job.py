@@ -27,7 +27,7 @@ from cnnray.training.config import TrainConfig
 from cnnray.training.decided import DecidedConfig
 from cnnray.training.output import CONFIG, HISTORY
 from cnnray.training.plan import check_cpus, fewest_workers, place, resource_requests, share_out
-from cnnray.tuning.config import LISTS, SearchConfig
+from cnnray.tuning.config import LISTS, Metric, SearchConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _ENDS = {"finished": "FINISHED", "failed": "FAILED", "stopped early": "KILLED"}
 """MLflow's status for each state of a trial."""
 _DECISIVE = {"data", "validation", "preset", "architecture", "weights", "optimizer"}
 """Searched flags on which the values of flags that are null depend."""
-_MODES = {"val_accuracy": "max", "val_loss": "min"}
+_MODES = {"val_accuracy": "max", "val_mean_average_precision": "max", "val_loss": "min"}
 
 
 class SearchError(PermanentError, RuntimeError):
@@ -49,8 +49,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     A search that was interrupted goes on with the trials that are not finished.
 
     Returns:
-        `config` (the uri of best.yaml), `trials`, `stopped_early`, `best` (its values), `val_accuracy` and `val_loss`
-        of its best epoch, `seconds`.
+        `config` (the uri of best.yaml), `trials`, `stopped_early`, `best` (its values), `val_accuracy` (of several
+        labels `val_mean_average_precision`) and `val_loss` of its best epoch, `seconds`.
 
     Raises:
         ValueError, OSError, ClusterError, SearchError, TrackingError: with a sentence for the user.
@@ -65,9 +65,10 @@ def search(config: SearchConfig) -> dict[str, Any]:
             tracker.reach()
         # Each trial would find the same fault.
         manifest = data.build_run_manifest(config)
+        config = _with_metric(config, manifests.is_multi_label(manifest))
         earlier = _earlier_search(config)
         first = decisions.as_before(config, earlier) if earlier else decisions.for_images(config, manifest)
-        config = _decide(config, first)
+        config = dataclasses.replace(_decide(config, first), multi_label=first.multi_label)
         recipe.check(decisions.decide(config, decisions.data_facts(config, manifest))[0], manifest)
         # Ray Train's actors in the trials ask the dashboard for each other.
         with cluster.connected(dashboard=True):
@@ -90,19 +91,19 @@ def search(config: SearchConfig) -> dict[str, Any]:
         writer.writeheader()
         writer.writerows(rows)
         storage.write_bytes(storage.join(config.output, TRIALS_TABLE), text.getvalue().encode())
-        scored = [row for row in rows if row[config.metric] is not None]
+        scored = [row for row in rows if row[_metric(config)] is not None]
         if not scored:
             errors = [cluster.user_error(error) or cluster.last_line(error) for error in results.errors]
             reason = errors[-1] if errors else "no reason is known"
             raise SearchError(f"None of the {len(rows)} trials finished an epoch: {reason}") from (
                 results.errors[-1] if results.errors else None
             )
-        sign = 1 if _MODES[config.metric] == "min" else -1
-        best = min(scored, key=lambda row: sign * row[config.metric])
+        sign = 1 if _MODES[_metric(config)] == "min" else -1
+        best = min(scored, key=lambda row: sign * row[_metric(config)])
         if tracker:
             tracker.finish_search(
                 {row["trial"]: _ENDS[row["state"]] for row in rows},
-                {name: best[name] for name in ("val_accuracy", "val_loss")},
+                {name: best[name] for name in _scores(config)},
             )
         values = {name: best[name] for name in spaces}
         # Without the output, which is not the trial's: whoever trains with these flags names another.
@@ -114,10 +115,32 @@ def search(config: SearchConfig) -> dict[str, Any]:
             "trials": len(rows),
             "stopped_early": sum(row["state"] == "stopped early" for row in rows),
             "best": values,
-            "val_accuracy": best["val_accuracy"],
-            "val_loss": best["val_loss"],
+            **{name: best[name] for name in _scores(config)},
             "seconds": round(time.time() - started, 2),
         }
+
+
+def _with_metric(config: SearchConfig, multi_label: bool) -> SearchConfig:
+    """Decide the metric where it is null.
+
+    Raises:
+        SearchError: it is not of such images.
+    """
+    kinds: list[Metric] = ["val_accuracy", "val_mean_average_precision"]
+    other, usual = kinds if multi_label else reversed(kinds)
+    if config.metric == other:
+        raise SearchError(f"--metric {other}: the images of {config.data} have {usual} in its place.")
+    return dataclasses.replace(config, metric=config.metric or usual)
+
+
+def _metric(config: SearchConfig) -> Metric:
+    assert config.metric is not None  # see `_with_metric`
+    return config.metric
+
+
+def _scores(config: SearchConfig) -> tuple[str, str]:
+    """The metrics of a trial that a search shows."""
+    return ("val_mean_average_precision" if config.multi_label else "val_accuracy"), "val_loss"
 
 
 def make_tracker(config: SearchConfig) -> SearchTracker | None:
@@ -256,8 +279,8 @@ def _results(config: SearchConfig, spaces: dict[str, Any], epochs: int) -> Any:
             trainable,
             param_space=spaces,
             tune_config=tune.TuneConfig(
-                metric=config.metric,
-                mode=_MODES[config.metric],
+                metric=_metric(config),
+                mode=_MODES[_metric(config)],
                 num_samples=config.trials,
                 search_alg=BasicVariantGenerator(max_concurrent=config.parallel, random_state=config.seed),
                 scheduler=ASHAScheduler("epoch", max_t=max(2, epochs), grace_period=1, reduction_factor=2),
@@ -310,7 +333,7 @@ def _run_trial(config: SearchConfig, epochs: int, values: dict[str, Any]) -> Non
 
     class AtEpochs(TuneReportCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            if config.metric in metrics[0] and metrics[0]["epoch"] < epochs:
+            if _metric(config) in metrics[0] and metrics[0]["epoch"] < epochs:
                 super().after_report(run_context, metrics, None)
 
     output = storage.join(config.output, TRIALS, tune.get_context().get_trial_id())
@@ -328,10 +351,11 @@ def _trial_logger(config: SearchConfig, epochs: int) -> Any:
     class TrialLogger(tune.Callback):
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
             ended = sum(other.is_finished() for other in trials)
+            scores = "  ".join(f"{name} {result[name]:.4f}" for name in reversed(_scores(config)))
             log.info(
-                "trial %s  epoch %d/%d  val_loss %.4f  val_accuracy %.4f  %s  (%d of %d trials ended)",
-                trial.trial_id, result["epoch"], epochs, result["val_loss"], result["val_accuracy"],
-                trial.config, ended, max(len(trials), config.trials),
+                "trial %s  epoch %d/%d  %s  %s  (%d of %d trials ended)",
+                trial.trial_id, result["epoch"], epochs, scores, trial.config, ended,
+                max(len(trials), config.trials),
             )  # fmt: skip
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -346,8 +370,8 @@ def _rows(config: SearchConfig, results: Any, all_epochs: int) -> list[dict[str,
         history = result.metrics_dataframe
         best = None
         if history is not None and len(history):
-            sign = 1 if _MODES[config.metric] == "min" else -1
-            best = history.iloc[int((sign * history[config.metric]).to_numpy().argmin())]
+            sign = 1 if _MODES[_metric(config)] == "min" else -1
+            best = history.iloc[int((sign * history[_metric(config)]).to_numpy().argmin())]
         epochs = 0 if best is None else int(history["epoch"].max())
         state = "failed" if result.error else "finished" if epochs >= all_epochs else "stopped early"
         rows.append(
@@ -356,8 +380,7 @@ def _rows(config: SearchConfig, results: Any, all_epochs: int) -> list[dict[str,
                 **result.config,
                 "state": state,
                 "epochs": epochs,
-                "val_accuracy": None if best is None else float(best["val_accuracy"]),
-                "val_loss": None if best is None else float(best["val_loss"]),
+                **{name: None if best is None else float(best[name]) for name in _scores(config)},
             }
         )
     return rows

@@ -91,7 +91,7 @@ def test_the_report_says_from_which_confidence_on_answers_are_guaranteed(evaluat
     bundle = Bundle.load(onnx_bundle)
     config = EvaluateConfig(bundle=onnx_bundle, data=str(labelled), output=str(output), wanted_accuracy=0.7)
     predictions = rows_module.make_predictions(many, probabilities.astype(np.float32), bundle)
-    results = job._measure(config, bundle, "onnx", "all", many, predictions, None)
+    results = job._describe(config, bundle, "onnx", "all", many, None) | job._measure(config, bundle, predictions)
     guarantee = results["guarantee"]
     assert (guarantee["precision"], guarantee["certainty"], guarantee["coverage"]) == (0.7, 0.95, 1)
     assert guarantee["images"] == int(0.75 * len(many))

@@ -40,6 +40,8 @@ CASES = {
         "synchronized_batch_norm": True,
         **_RECIPE,
     },
+    "several labels": _PLAIN | _RECIPE | {"multi_label": True, "loss": "asymmetric"},
+    "several labels in parts": _PLAIN | _RECIPE | {"multi_label": True, "loss": "asymmetric"},
     "synchronized in parts": {"architecture": "small_cnn", "synchronized_batch_norm": True},
     "float32": {"architecture": "tests:normalized"},
     "bfloat16": {"architecture": "tests:normalized", "precision": "bfloat16"},
@@ -54,6 +56,12 @@ def _batches():
     # The last batches cannot be divided evenly between two workers.
     sizes = [BATCH] * (STEPS - 2) + [BATCH - 1, BATCH - 3]
     return [(np.stack([_smooth(generator) for _ in range(n)]), generator.integers(0, CLASSES, n)) for n in sizes]
+
+
+def _several(classes):
+    """Label sets in place of classes: for each image its class and the next one, or none."""
+    hot = np.eye(CLASSES, dtype=np.float32)
+    return (hot[classes] + hot[(classes + 1) % CLASSES]) * (classes > 0)[:, None].astype(np.float32)
 
 
 def _smooth(generator):
@@ -104,6 +112,8 @@ def _train(rank, world, cases, batches):
             steps.begin(config.resolved_phases[0], STEPS)
         # Low precision is slow here, and not compared with one process.
         used = batches[:3] if "precision" in case else batches
+        if config.multi_label:
+            used = [(x, _several(y)) for x, y in used]
         parts = PARTS if "in parts" in name else 1
         sums = [steps.start(x[rank::world], y[rank::world], parts=parts).result().values for x, y in used]
         statistics = [v.numpy() for v in steps._statistics]
@@ -112,7 +122,7 @@ def _train(rank, world, cases, batches):
         averaged = [v.numpy() for v in steps._statistics]
         weights = [v.numpy() for v in steps.model.weights]
         inference = steps.inference.get_weights()
-        images, targets = batches[0]
+        images, targets = used[0]
         probabilities = np.asarray(steps.inference(images, training=False))
         before = [v.numpy() for v in steps._statistics]
         # A step in which every image of the second worker was bad.
@@ -167,7 +177,7 @@ def test_sgd_gives_the_same_weights(trained, case):
     np.testing.assert_allclose(first["sums"], single["sums"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["plain network", "whole recipe"])
+@pytest.mark.parametrize("case", ["plain network", "whole recipe", "several labels"])
 def test_micro_batches_give_the_same_weights(trained, case):
     for result in trained:
         whole, parts = result[case], result[f"{case} in parts"]

@@ -27,7 +27,9 @@ def test_at_the_end_every_range_has_one_part(committed, tmp_path):
     shutil.copy(out / receipts[0].part.errors_name, out / "errors-000000000000-1.0.csv")
     (out / "part-000000000010-0.0-incomplete.parquet").write_bytes(b"")
     (out / "mine.txt").write_bytes(b"")
-    results = [reconcile(config, ranges, _received(config, some)) for some in (receipts, receipts[1:], [])]
+    results = [
+        reconcile(config, ranges, _received(config, some), multi_label=False) for some in (receipts, receipts[1:], [])
+    ]
     totals = [tally for tally, _ in results]
     assert all(counting == {receipt.part: receipt.range for receipt in receipts} for _, counting in results)
     assert totals[0] == totals[1] == totals[2]
@@ -46,7 +48,7 @@ def test_a_part_that_another_worker_has_committed_at_the_same_time_is_counted_on
     assert late.part.incomplete
     classifier.trouble = set()
     late = worker.run(Task(range=ranges[0], attempt=2, earlier=late.part))
-    totals, counting = reconcile(config, ranges, _received(config, receipts))
+    totals, counting = reconcile(config, ranges, _received(config, receipts), multi_label=False)
     assert late.part in counting
     assert receipts[0].part not in counting
     assert (totals.rows, totals.errors) == (26, 3)
@@ -63,7 +65,7 @@ def test_lost_rows_are_detected(committed, tmp_path):
     table = pyarrow.parquet.read_table(path).replace_schema_metadata(None)
     pyarrow.parquet.write_table(table.slice(1), path)
     with pytest.raises(PartError, match=r"part-000000000010-0.0.parquet has 9 rows, and its range .* 10: delete it"):
-        reconcile(config, ranges, _received(config, []))
+        reconcile(config, ranges, _received(config, []), multi_label=False)
     path.unlink()
     with pytest.raises(PartError, match=r"10 images have no row, for example those from id 10 to 19. Run the same"):
-        reconcile(config, ranges, _received(config, receipts))
+        reconcile(config, ranges, _received(config, receipts), multi_label=False)

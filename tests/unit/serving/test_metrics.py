@@ -55,7 +55,7 @@ def test_counts_are_summed_and_values_are_kept_until_they_are_given_to_ray(metri
         metrics.record_request("/predict", status, 0.5)
     metrics.record_batch([0.1, 0.2])
     metrics.record_stage("decode", [0.3])
-    metrics.record_prediction("cats", "v1", "tabby", 0.75)
+    metrics.record_prediction("cats", "v1", ["tabby"], 0.75)
     metrics.record_cache(hits=0, misses=3)
     assert not metrics._requests.values
     ((seconds, flush),) = timers

@@ -22,7 +22,9 @@ from cnnray.serving.settings import LogSettings
 from tests.unit.serving.conftest import GOOD, settings
 
 INFO = SimpleNamespace(class_names=["red", "green", "blue"])
-SERVED = SimpleNamespace(name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO), threshold=None)
+SERVED = SimpleNamespace(
+    name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO), threshold=None, label_thresholds=None
+)
 IMAGE = Encoded(GOOD, 10**6)
 ROW = np.asarray([0.2, 0.7, 0.1], np.float32)
 
@@ -66,7 +68,8 @@ def test_each_image_has_a_row_and_by_default_no_image_is_kept(tmp_path):
     add(log, 1, [IMAGE, BadImage("empty"), pixels], [ROW, BadImage("empty"), ROW[::-1]])
     log.close()
     first, second, third = read(tmp_path)
-    assert list(first) == [name for name in SCHEMA.names if name != "unsure"]  # of a bundle without thresholds
+    # Of a bundle without thresholds, and with one label for each image.
+    assert list(first) == [name for name in SCHEMA.names if name not in ("unsure", "labels")]
     assert first.pop("time") > datetime.now(UTC) - timedelta(minutes=1)
     assert first.pop("confidence") == pytest.approx(0.7)
     assert first.pop("top_k_scores") == pytest.approx([0.7, 0.2, 0.1])

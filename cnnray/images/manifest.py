@@ -28,9 +28,11 @@ from cnnray.images.listing import ManifestError as ManifestError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Number of the manifest format (columns and their meaning), kept in the metadata of the schema: 1, or 2 where images
+FORMAT = 3
+"""Number of the manifest format (columns and their meaning), kept in the metadata of the schema: 1, or 3 where images
 may have several labels."""
+_SHARD = 2
+"""Number of the format of a prediction's shards (see `shards.FORMAT`), which are no whole manifests."""
 FORMAT_KEY = b"cnnray.manifest_format"
 _ROWS_AT_ONCE = 2**16
 _ROWS_OF_A_GROUP = 2**18
@@ -228,6 +230,8 @@ def read_metadata(uri: str) -> dict[bytes, bytes]:
 def _checked_metadata(schema: pa.Schema, uri: str) -> dict[bytes, bytes]:
     metadata: dict[bytes, bytes] = schema.metadata or {}
     check_format(metadata, uri, FORMAT)
+    if metadata.get(FORMAT_KEY) == str(_SHARD).encode():
+        raise ManifestError(f"{uri} is one of the shards of a prediction's manifest, and no whole manifest.")
     return metadata
 
 

@@ -151,5 +151,6 @@ def requested_addresses(browser):
     return [
         event["params"]["request"]["url"]
         for event in events
-        if event["method"] == "Network.requestWillBeSent" and not event["params"]["documentURL"].startswith("chrome:")
+        if event["method"] == "Network.requestWillBeSent"
+        and not event["params"]["documentURL"].startswith(("chrome:", "chrome-untrusted:"))
     ]

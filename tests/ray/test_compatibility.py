@@ -219,8 +219,8 @@ def test_outputs_of_a_later_version_are_refused(earlier):
         ):
             train(config)
     manifest = manifests.read(str(earlier / "killed/manifest.parquet"))
-    pq.write_table(manifest.replace_schema_metadata({"cnnray.manifest_format": "3"}), earlier / "m.parquet")
-    with pytest.raises(ManifestError, match=r"m.parquet has format 3, and this cnnray reads up to 2: update cnnray"):
+    pq.write_table(manifest.replace_schema_metadata({"cnnray.manifest_format": "4"}), earlier / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m.parquet has format 4, and this cnnray reads up to 3: update cnnray"):
         manifests.read(str(earlier / "m.parquet"))
 
 

@@ -135,7 +135,7 @@ def test_tables_with_several_labels(tmp_path, kind):
     assert manifests.class_names(manifest) == ["bird", "cat", "dog"]
     manifests.write(manifest, str(tmp_path / "written"))
     assert manifests.read(str(tmp_path / "written")).equals(manifest)
-    assert manifests.read_metadata(str(tmp_path / "written"))[manifests.FORMAT_KEY] == b"2"
+    assert manifests.read_metadata(str(tmp_path / "written"))[manifests.FORMAT_KEY] == b"3"
     assert manifests.with_targets(manifest)["target"].to_pylist() == [2, 3, 0, 1]
     others = manifest.set_column(2, "label", _column([["cat"], *SETS[1:]]))
     assert manifests.fingerprint(others) != manifests.fingerprint(manifest)

@@ -149,7 +149,7 @@ def test_shards_of_a_later_version_are_refused(tmp_path):
 
 def test_a_reader_of_whole_manifests_refuses_shards(tmp_path):
     _write(tmp_path, _table(FILES[:3]))
-    with pytest.raises(ManifestError, match="has format 2, and this cnnray reads up to 1"):
+    with pytest.raises(ManifestError, match="is one of the shards of a prediction's manifest"):
         manifest.read(f"{tmp_path}/rows-000000000000.parquet")
 
 

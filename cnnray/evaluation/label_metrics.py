@@ -1,4 +1,4 @@
-"""Metrics of predictions of several labels for an image: thin functions over scikit-learn."""
+"""Metrics of predictions with several labels for an image: thin functions over scikit-learn and NumPy."""
 
 import functools
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ class Decisions:
     """All labels of all images, as answers that are right where the image has the label."""
 
     correct: Bools
+    """bool (N * classes,), whether the image has the label."""
     confidences: Floats
+    """float64 (N * classes,), the probability of the label."""
 
 
 @dataclass(frozen=True)

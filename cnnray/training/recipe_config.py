@@ -99,10 +99,10 @@ class RecipeConfig:
     labels, the images that have one weigh as much as those that do not, but at most 100 times as much for each."""
     sampling: Sampling = "all"
     """Images of an epoch: all, each once; or balanced: as many in all, but of each class the same number, so that
-    those of rare classes come several times, and of frequent ones not all. (For images of one label each.)"""
+    those of rare classes come several times, and of frequent ones not all. (For images with one label each.)"""
     label_precision: float | None = None
-    """With several labels: the share of right answers among an image's labels that the threshold of each is fitted to
-    on the validation images, such as 0.9; null: the threshold with the highest F1."""
+    """With several labels: the precision of each label on the validation images that its threshold is fitted to, such
+    as 0.9 (or the highest that there is); null: the threshold has the highest F1."""
     teacher: str | None = None
     """A bundle of the same classes and image size whose answers the network learns, too (distillation)."""
     distillation: float = 0.5
@@ -114,8 +114,8 @@ class RecipeConfig:
     GPUs that compute in it (such as A100, L4 and H100), else float32."""
     select: Selection | None = None
     """Metric of the validation images that chooses the best epoch: val_accuracy, val_loss, macro_f1 (the mean F1 of
-    the classes, in which rare ones count as much), auroc (the mean area under their ROC curves), or, of several
-    labels, mean_average_precision; null: val_accuracy, or with several labels mean_average_precision."""
+    the classes, in which rare ones count as much), auroc (the mean area under their ROC curves); with several
+    labels mean_average_precision in place of val_accuracy. null: val_accuracy, or mean_average_precision."""
     early_stopping_patience: int | None = None
     """End a phase after as many epochs without a lower validation loss; null: never."""
     seed: int = 0

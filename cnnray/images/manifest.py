@@ -280,8 +280,8 @@ def _neighbours(compare: Callable[[Any, Any], Any], values: pa.ChunkedArray) -> 
 
 
 def _without_unlabelled_test(table: pa.Table, source: str) -> pa.Table:
-    """Leave out the rows of the split `test` if none of them has a label: null, -1 in files of Hugging Face, or an empty
-    list or text where images may have several."""
+    """Leave out the rows of the split `test` if none of them has a label: null, -1 in files of Hugging Face, or an
+    empty list or text where images may have several."""
     is_test = pc.fill_null(pc.equal(table["split"], "test"), False)
     found = set(pc.unique(labels.keys(table["label"].filter(is_test))).to_pylist())
     if not found or not found <= {None, "-1", *([""] if is_multi_label(table) else [])}:

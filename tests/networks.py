@@ -8,7 +8,7 @@ from sklearn.linear_model import RidgeClassifier
 from cnnray.images.geometry import Geometry, Size
 from cnnray.models import architectures, verification
 from cnnray.models import bundle as bundles
-from cnnray.models.bundle import BundleInfo
+from cnnray.models.bundle import Bundle, BundleInfo
 from cnnray.models.export import ExportConfig, export
 
 CLASSES = 3
@@ -40,6 +40,20 @@ def fitted(architecture, size, images, targets):
     classifier = RidgeClassifier(alpha=1.0).fit(np.asarray(network(images, training=False)), targets)
     logits.set_weights([4 * classifier.coef_.T, 4 * classifier.intercept_])
     return model
+
+
+def save_unlike(folder, size, seed, **info):
+    """Write a bundle of red, green and blue with random weights; it is sure of few images of noise."""
+    keras.utils.set_random_seed(seed)
+    model = architectures.build("small_cnn", size, CLASSES)
+    generator, logits = np.random.default_rng(seed), model.get_layer("logits")
+    noise = generator.integers(0, 256, (64, *Size.of(size).shape), np.uint8)
+    features = np.asarray(keras.Model(model.inputs, logits.input)(noise, training=False))
+    weights = generator.normal(size=(features.shape[1], CLASSES))
+    weights *= 1.5 / (features @ weights).std(0)
+    logits.set_weights([weights, -(features @ weights).mean(0)])
+    bundles.save(model, BundleInfo(**{"class_names": ["red", "green", "blue"], "image_size": size} | info), folder)
+    return Bundle.load(str(folder))
 
 
 def save_cut(folder):

@@ -6,7 +6,7 @@ from typing import Literal
 from cnnray import configs, flags
 from cnnray.images import labels, storage
 from cnnray.models import engines
-from cnnray.prediction.config import InferenceOptions, PredictConfig
+from cnnray.prediction.config import AveragingOptions, InferenceOptions, PredictConfig
 
 Split = Literal["auto", "all", "train", "validation", "test"]
 
@@ -15,7 +15,7 @@ PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(InferenceOptions):
+class EvaluateConfig(InferenceOptions, AveragingOptions):
     """Measure a bundle on labelled images and write a report; with --check-data, only check the images; with --drift,
     compare what a service has answered with what it answered to its validation images."""
 
@@ -49,6 +49,10 @@ class EvaluateConfig(InferenceOptions):
     share of its answers to other images like these is right (1 minus the accepted risk). Of the rest it is unsure,
     and names candidates. Use images as for --wanted-accuracy, which it replaces. auto: keras, and every other engine
     of the bundle with another numeric precision; each has its own threshold."""
+    hierarchy: str | None = None
+    """Groups of the classes: a CSV table with the columns class and group, or YAML or JSON, such as `cat: animal`.
+    The report then has the accuracy by group, and the bundle that --target-precision publishes names the group of an
+    image whose class it is unsure of, with the same guarantee. null: the groups of the bundle, if it has some."""
     certainty: float = 0.95
     """Probability with which a guarantee holds; with --target-precision also about the share of the images without an
     answer whose class is among the candidates."""
@@ -93,8 +97,9 @@ class EvaluateConfig(InferenceOptions):
                 raise ValueError(f"{flags.flag_name(flag)} must be more than 0 and less than 1, not {share:g}.")
         flags.check_more_than_zero(self, "window_hours")
         labels.check_flags(self.multi_label, self.label_separator)
-        flags.make_absolute(self, "data", "bundle", "output", "compare", "drift", "labels")
+        flags.make_absolute(self, "data", "bundle", "output", "compare", "hierarchy", "drift", "labels")
         self._check_drift()
+        self.check_averaging(self.bundle, self.engine)
         if not self.check_data:
             for flag in ("bundle", "output"):
                 if getattr(self, flag) is None:
@@ -119,7 +124,10 @@ class EvaluateConfig(InferenceOptions):
             if self.labels is not None or self.window_hours != 24:
                 raise ValueError("--labels and --window-hours need --drift.")
         else:
-            others = ("calibrate", "target_precision", "compare", "check_data", "retry_errors")
+            others = (
+                "calibrate", "target_precision", "hierarchy", "compare", "check_data", "retry_errors", "ensemble",
+                "tta",
+            )  # fmt: skip
             if given := [name for name in others if getattr(self, name)]:
                 raise ValueError(f"{flags.flag_name(given[0])} does not go with --drift.")
             if f"{self.output}/".startswith(f"{self.drift}/"):
@@ -130,22 +138,28 @@ class EvaluateConfig(InferenceOptions):
         """Whether a bundle is published."""
         return self.calibrate or self.target_precision is not None
 
-    def predict_config(self, manifest: str) -> PredictConfig:
+    def predict_config(
+        self, manifest: str, bundle: str | None = None, engine: str | None = None, folder: str = PREDICTIONS
+    ) -> PredictConfig:
         """The config of the prediction run that classifies the images of this evaluation.
 
         Args:
             manifest: uri of the manifest of the images; empty: `data`.
+            bundle, engine: that run; None: those of the flags.
+            folder: of the run, in the output.
         """
         assert self.bundle is not None
         assert self.output is not None
         shared = configs.fields_of(self, InferenceOptions)
         if self.publishes and self.engine == "auto":
             shared["engine"] = engines.KERAS  # probabilities of int8 engines are too coarse to fit a temperature to
+        if engine:
+            shared["engine"] = engine
         return PredictConfig(
             **shared,
-            bundle=self.bundle,
+            bundle=bundle or self.bundle,
             input=manifest or self.data or self.drift or "",
-            output=storage.join(self.output, PREDICTIONS),
+            output=storage.join(self.output, folder),
             probabilities=True,
             max_error_fraction=1.0,
             retry_errors=self.retry_errors,

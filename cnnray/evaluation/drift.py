@@ -67,8 +67,9 @@ def measure_drift(config: EvaluateConfig) -> dict[str, Any]:
         reference = Distribution.from_dict(bundle.info.reference, len(bundle.info.class_names))
         if config.data is None and (reference is None or not reference.images):
             raise EvaluationError(
-                f"{bundle.uri} does not say what it answered to its validation images, as it is of an earlier "
-                "version: give labelled images as the reference by --data, such as the training's manifest.parquet."
+                f"{bundle.uri} does not say what it answered to its validation images, as it averages networks or is "
+                "of an earlier version: give labelled images as the reference by --data, such as the training's "
+                "manifest.parquet."
             )
         embeddings: dict[float, dict[str, float]] = {}
         if config.data is not None:

@@ -14,7 +14,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cnnray import cluster, configs, flags
-from cnnray.evaluation import comparison, data_checks, label_metrics, metrics, publishing, report, selective
+from cnnray.evaluation import (
+    averages,
+    comparison,
+    data_checks,
+    hierarchy,
+    label_metrics,
+    metrics,
+    publishing,
+    report,
+    selective,
+)
 from cnnray.evaluation.comparison import ROWS, EvaluationError
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
 from cnnray.evaluation.label_metrics import LabelPredictions
@@ -25,7 +35,7 @@ from cnnray.images import manifest as manifests
 from cnnray.images import storage
 from cnnray.images.checks import CheckResult
 from cnnray.images.lease import lease
-from cnnray.models import engines
+from cnnray.models import averaging, engines
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.heat_maps import HeatMapProcess
 from cnnray.prediction.job import run as predict
@@ -36,13 +46,16 @@ CONFIG, MANIFEST, METRICS, REPORT, PLOTS = "config.yaml", "manifest.parquet", "m
 BUNDLE = "bundle"
 """Folder of the bundle that is published, in the output."""
 _FILES = (METRICS, REPORT, ROWS)
-_FOLDERS = (PLOTS, PREDICTIONS, BUNDLE, *(f"{PREDICTIONS}-{name}" for name in engines.ENGINES))
+_FOLDERS = (
+    PLOTS, PREDICTIONS, BUNDLE, averaging.FOLDER, averages.ALONE,
+    *(f"{PREDICTIONS}-{name}" for name in engines.ENGINES),
+)  # fmt: skip
 """What an evaluation writes besides its config and manifest."""
 _HISTORY = "history.csv"
 """Training writes it, and its manifest, to its output."""
 _LINE = (
-    "images", "errors", "accuracy", "top_5_accuracy", "mean_average_precision", "macro_f1", "micro_f1",
-    "subset_accuracy", "expected_calibration_error", "split",
+    "images", "errors", "accuracy", "top_5_accuracy", "group_accuracy", "mean_average_precision", "macro_f1",
+    "micro_f1", "subset_accuracy", "expected_calibration_error", "split",
 )  # fmt: skip
 """Figures that `evaluate` returns."""
 _MAX_ERRORS_SHOWN = 100
@@ -53,7 +66,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     itself, `predictions/`, to `config.output`, and with `config.publishes` the new bundle, `bundle/`.
 
     Returns:
-        `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `expected_calibration_error`,
+        `images`, `errors`, `accuracy`, `top_5_accuracy` (of more than five classes), `group_accuracy` (of classes
+        with groups), `expected_calibration_error`,
         `split`, `report` (its uri), `engine`, `bundle` (uri of the published one, else of the one evaluated),
         `temperature` (of that bundle), with `config.target_precision` the `threshold` and the `coverage` of `engine`,
         and `seconds`. With several labels, `mean_average_precision`, `macro_f1`, `micro_f1` and `subset_accuracy`
@@ -68,11 +82,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     assert config.bundle is not None
     assert config.output is not None
     with lease(config.output):
-        bundle = Bundle.load(config.bundle)
+        bundle = config.averaged_bundle(Bundle.load(config.bundle), config.output)
         _check_flags(config, bundle)
         if config.engine != "auto":
             engines.check_exported(bundle, config.engine)
         other = comparison.read_evaluation(config.compare) if config.compare else None
+        groups = hierarchy.read(config.hierarchy, bundle.info.class_names) if config.hierarchy else bundle.info.groups
         everything = data_checks.read_manifest(config, multi_label=bundle.info.is_multi_label)
         split, manifest = select_split(everything, config)
         _check_classes(manifest, bundle, config)
@@ -84,14 +99,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             with data_checks.connected_if_many(config, everything):
                 # All checks have passed: only now is anything written or deleted.
                 _begin_output(config, manifest.drop_columns(["id"]))
+                if config.averages:
+                    averaging.write(bundle)
                 if not cluster.is_connected() and not bundle.info.is_multi_label:
                     heat_maps.start()
-                predict_config = config.predict_config(storage.join(config.output, MANIFEST))
+                uri = storage.join(config.output, MANIFEST)
+                predict_config = config.predict_config(uri, bundle.uri)
                 prediction = predict(predict_config, withholds=False)
+                if config.averages:
+                    alone = averages.predict_alone(
+                        config, uri, prediction["engine"], multi_label=bundle.info.is_multi_label
+                    )
                 others = publishing.predict_with_other_engines(config, bundle, predict_config, prediction["engine"])
                 checked = data_checks.check_if_small(everything, config) if config.data_checks else None
             rows, probabilities = read_rows(predict_config.output, multi_label=bundle.info.is_multi_label)
             results = _describe(config, bundle, prediction["engine"], split, rows, checked)
+            if config.averages:
+                averaged = averages.Run(rows, probabilities, prediction["images_per_second"])
+                results["averages"] = averages.measure(config, bundle, averaged, alone)
             history = _read_history(bundle)
             if bundle.info.is_multi_label:
                 found = make_label_predictions(rows, probabilities, bundle)
@@ -104,6 +129,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 results |= _measure(config, bundle, predictions)
                 first = measured(prediction["engine"], rows, probabilities, predictions)
                 results["answers"] = _measure_answers(bundle, first)
+                if groups:
+                    results |= hierarchy.measure(predictions, groups)
                 if other is not None:
                     results["comparison"] = comparison.compare(
                         rows, results, other, config.max_drop, config.max_error_fraction
@@ -117,7 +144,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.publishes:
             is_known = split == "validation" and manifests.fingerprint(everything) == bundle.info.data_fingerprint
             target = storage.join(config.output, BUNDLE)
-            bundle = publishing.publish(config, bundle, target, first, others, len(manifest), of_training=is_known)
+            bundle = publishing.publish(
+                config, bundle, target, first, others, len(manifest), groups=groups, of_training=is_known
+            )
         return {
             **{name: results[name] for name in _LINE if name in results},
             "report": storage.join(config.output, REPORT),
@@ -165,7 +194,7 @@ def _check_flags(config: EvaluateConfig, bundle: Bundle) -> None:
                 flag = flags.flag_name(name)
                 raise EvaluationError(f"{bundle.uri} has one label for each image: leave out {flag}.")
         return
-    for name in ("calibrate", "target_precision", "compare"):
+    for name in ("calibrate", "target_precision", "hierarchy", "compare"):
         if getattr(config, name):
             flag = flags.flag_name(name)
             raise EvaluationError(f"{flag} is for bundles of one label for each image, and {bundle.uri} has several.")
@@ -181,12 +210,15 @@ def _check_classes(manifest: pa.Table, bundle: Bundle, config: EvaluateConfig) -
 
 def _count_training_images(manifest: pa.Table, bundle: Bundle) -> Counter[str]:
     """Count the images that the network's training had, by split there, and warn if it was trained on some."""
-    try:
-        trained = manifests.read(storage.join(bundle.training, MANIFEST))
-        splits = trained["split"].take(pc.index_in(manifest["uri"], trained["uri"].combine_chunks()))
-    except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
-        return Counter()
-    counts = Counter(split for split in splits.to_pylist() if split)
+    counts: Counter[str] = Counter()
+    for training in set(bundle.trainings):
+        try:
+            trained = manifests.read(storage.join(training, MANIFEST))
+            splits = trained["split"].take(pc.index_in(manifest["uri"], trained["uri"].combine_chunks()))
+        except (OSError, pa.ArrowException, KeyError):  # no readable manifest of a training
+            continue
+        # Of several networks, the one that had the most.
+        counts |= Counter(split for split in splits.to_pylist() if split)
     if count := counts["train"]:
         log.warning(
             "The network was trained on %d of these %d images, so the metrics are too good. Evaluate on new images, "
@@ -249,15 +281,14 @@ def _measure_answers(bundle: Bundle, given: Measured) -> dict[str, Any] | None:
     if decision is None:
         return None
     try:
-        threshold = engines.find_threshold(bundle, given.engine)
+        rules = engines.find_rules(bundle, given.engine)
     except BundleError as error:
         log.warning("the report leaves out the precision of the answers: %s", error)
         return None
-    assert threshold is not None
     guaranteed = {
         "guaranteed_precision": decision.precision, "guaranteed_candidate_coverage": decision.candidate_coverage,
     }  # fmt: skip
-    return guaranteed | selective.measure_answers(threshold, given.probabilities, given.targets)
+    return guaranteed | selective.measure_answers(rules, given.probabilities, given.targets)
 
 
 def _guaranteed(bundle: Bundle, engine: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from cnnray.models import engines, runtimes
 from cnnray.models.answers import Decision
 from cnnray.models.bundle import Bundle, BundleError, BundleInfo
 from cnnray.models.drift import BINS, Distribution
+from cnnray.models.groups import Groups
 from cnnray.prediction.config import PredictConfig
 from cnnray.prediction.job import run as predict
 
@@ -99,6 +100,7 @@ def publish(
     others: Mapping[str, PredictConfig],
     images: int,
     *,
+    groups: dict[str, str] | None,
     of_training: bool,
 ) -> Bundle:
     """Publish the bundle that the config asks for.
@@ -109,7 +111,7 @@ def publish(
         target: folder of the new bundle.
         first: what the engine of the evaluation gave.
         others: from `predict_with_other_engines`.
-        images, of_training: see `published_info`.
+        images, groups, of_training: see `published_info`.
 
     Returns:
         The new bundle.
@@ -121,14 +123,20 @@ def publish(
     for name, run in others.items():
         rows, probabilities = read_rows(run.output)
         all_measured.append(measured(name, rows, probabilities, make_predictions(rows, probabilities, bundle)))
-    info = published_info(config, bundle, all_measured, images, of_training=of_training)
+    info = published_info(config, bundle, all_measured, images, groups=groups, of_training=of_training)
     published = bundles.publish(bundle, info, target, overwrite=config.overwrite)
     log.info("published %s as %s", published.version, published.uri)
     return published
 
 
 def published_info(
-    config: EvaluateConfig, bundle: Bundle, all_measured: Sequence[Measured], images: int, *, of_training: bool
+    config: EvaluateConfig,
+    bundle: Bundle,
+    all_measured: Sequence[Measured],
+    images: int,
+    *,
+    groups: dict[str, str] | None = None,
+    of_training: bool,
 ) -> BundleInfo:
     """The metadata of the bundle to publish.
 
@@ -137,6 +145,7 @@ def published_info(
         bundle: from which it is published.
         all_measured: of the engine of the evaluation, and of `other_engines`.
         images: number of images in the manifest of the evaluation.
+        groups: by class, its group; None: there are none.
         of_training: whether the images are those by which the training chose its weights.
 
     Raises:
@@ -154,7 +163,7 @@ def published_info(
         if info.decision is not None:
             log.warning("With another temperature, the thresholds of %s are void: the bundle that is published "
                         "answers for every image. Give --target-precision, too.", bundle.uri)  # fmt: skip
-        return dataclasses.replace(info, decision=None)
+        return dataclasses.replace(info, decision=None, groups=None)
     thresholds = {}
     for one in all_measured:
         threshold = selective.find_threshold(
@@ -165,6 +174,7 @@ def published_info(
             precision=config.target_precision,
             certainty=config.certainty,
             learnt=learnt[one.ids],
+            groups=Groups.of(groups, info.class_names) if groups else None,
         )
         if threshold is not None:
             export = engines.export_id(bundle, one.engine)
@@ -173,6 +183,13 @@ def published_info(
                 "%s answers from a confidence of %.6g on: %.1f %% of the images, of whose answers %.2f %% are right",
                 one.engine, threshold.confidence, 100 * threshold.coverage, 100 * threshold.observed_precision,
             )  # fmt: skip
+            if groups and threshold.group is None:
+                log.warning(
+                    "%s names no groups: these images show no such precision for them, as too few are left without a "
+                    "class, or their groups are wrong too often", one.engine,
+                )  # fmt: skip
+            elif groups:
+                log.info("%s names the group of %.1f %% of the others", one.engine, 100 * threshold.group_coverage)
         elif one is first:
             raise EvaluationError(
                 f"No threshold shows a precision of {config.target_precision:g} on these {len(one.targets)} images "
@@ -187,7 +204,7 @@ def published_info(
         candidate_coverage=config.certainty,
         thresholds=thresholds,
     )
-    return dataclasses.replace(info, decision=decision)
+    return dataclasses.replace(info, decision=decision, groups=groups)
 
 
 def _calibrated(bundle: Bundle, predictions: Predictions, fitted: Predictions, of_training: bool) -> BundleInfo:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from cnnray.models.answers import Probabilities, Threshold
+from cnnray.models.answers import Probabilities, Rules, Threshold
+from cnnray.models.groups import Groups
 
 CERTAINTY = 0.95
 """Default certainty of a guarantee."""
@@ -46,6 +47,8 @@ class Guarantee:
     """Share of these that were right."""
     images: int
     """Number of images tested."""
+    lowest_tested: float
+    """Lowest threshold that was tested: the first that failed, or this one."""
 
 
 def images_needed(precision: float, certainty: float = CERTAINTY) -> int:
@@ -115,6 +118,7 @@ def find_guarantee(
         coverage=float(kept[last] / tested.sum()),
         observed_precision=float(1 - wrong[last] / kept[last]),
         images=int(tested.sum()),
+        lowest_tested=float(candidates[min(shown, len(candidates) - 1)]),
     )
 
 
@@ -132,12 +136,16 @@ def find_threshold(
     precision: float,
     certainty: float,
     learnt: npt.NDArray[np.bool_] | None = None,
+    groups: Groups | None = None,
 ) -> Threshold | None:
     """Find thresholds with a guarantee: see `find_guarantee`, and for the candidates `candidate_threshold`.
 
     The candidates are calibrated as if the confidence threshold had been given: that it was chosen by the same images
     is left out of account. Confidences above `SATURATED` are alike: where a network is that sure, the order of its
     sums decides.
+
+    Groups are named with a guarantee of their own, of the same precision and certainty, below the lowest confidence
+    threshold that was tested: the images there had no part in choosing one.
 
     Args:
         probabilities: float32 (N, classes), as the engine gives them: they are compared with the thresholds.
@@ -146,10 +154,12 @@ def find_threshold(
         certainty: of it, above 0 and below 1; and the share of the images without an answer whose class is to be
             among the candidates.
         learnt: see `find_guarantee`.
+        groups: of the classes; None: there are none.
 
     Returns:
-        None where no threshold has the guarantee.
+        None where no confidence threshold has the guarantee.
     """
+    learnt = split(len(targets)) if learnt is None else learnt
     guarantee = find_guarantee(
         np.minimum(probabilities.max(1), SATURATED).astype(np.float64),
         probabilities.argmax(1) == targets,
@@ -168,7 +178,23 @@ def find_threshold(
     )
     unsure = threshold.is_unsure(probabilities)
     of_target = probabilities[unsure, targets[unsure]]
-    return dataclasses.replace(threshold, candidate=candidate_threshold(of_target, certainty))
+    threshold = dataclasses.replace(threshold, candidate=candidate_threshold(of_target, certainty))
+    if groups is None:
+        return threshold
+    below = np.minimum(probabilities.max(1), SATURATED) < guarantee.lowest_tested
+    of_groups = groups.probabilities(probabilities[below])
+    named = find_guarantee(
+        np.minimum(of_groups.max(1, initial=0), SATURATED).astype(np.float64),
+        of_groups.argmax(1) == np.asarray(groups.of_classes)[targets[below]],
+        precision=precision,
+        certainty=certainty,
+        learnt=learnt[below],
+    )
+    if named is None:
+        return threshold
+    return dataclasses.replace(
+        threshold, group=named.threshold, group_below=guarantee.lowest_tested, group_coverage=named.coverage
+    )
 
 
 def candidate_threshold(of_target: npt.NDArray[np.float32], coverage: float) -> float:
@@ -189,26 +215,39 @@ def candidate_threshold(of_target: npt.NDArray[np.float32], coverage: float) -> 
 
 
 def measure_answers(
-    threshold: Threshold, probabilities: Probabilities, targets: npt.NDArray[np.int64]
+    rules: Rules, probabilities: Probabilities, targets: npt.NDArray[np.int64]
 ) -> dict[str, float | int | None]:
     """What the answers with a threshold are on labelled images.
 
     Args:
-        threshold: of the engine that gave the probabilities.
+        rules: of the engine that gave the probabilities, with a threshold.
         probabilities: float32 (N, classes).
         targets: int64 (N,), the true classes.
 
     Returns:
         `threshold`; `unsure`, the number of images without an answer; `coverage`, the share of the others, and
         `precision`, the share of their answers that are right; of the images without an answer, `candidate_coverage`,
-        the share whose class is among the candidates, and `mean_candidates`, their number. None where there are no
-        such images.
+        the share whose class is among the candidates, and `mean_candidates`, their number; and, of a bundle with
+        groups, `group_coverage`, the share whose group is named, and `group_precision`, the share of these whose
+        group is right. None where there are no such images.
     """
+    threshold = rules.threshold
+    assert threshold is not None
     unsure = threshold.is_unsure(probabilities)
     correct = (probabilities.argmax(1) == targets)[~unsure]
     candidates = [threshold.candidates(row) for row in probabilities[unsure]]
     hits = [target in found for target, found in zip(targets[unsure], candidates, strict=True)]
-    return {
+    groups: dict[str, float | int | None] = {}
+    if rules.groups is not None:
+        of_classes, found_groups = rules.groups.of_classes, rules.find_groups(probabilities[unsure])
+        named = [
+            group == of_classes[target]
+            for group, target in zip(found_groups, targets[unsure], strict=True)
+            if group is not None
+        ]
+        groups["group_coverage"] = len(named) / len(found_groups) if found_groups else None
+        groups["group_precision"] = float(np.mean(named)) if named else None
+    return groups | {
         "threshold": threshold.confidence,
         "unsure": int(unsure.sum()),
         "coverage": float((~unsure).mean()),

@@ -28,12 +28,12 @@ from cnnray.models.answers import Decision
 if TYPE_CHECKING:
     import keras
 
-FORMAT_VERSION = 4
-"""Format 4 has several labels for an image, format 3 has a decision, format 2 images that are not square, or cut; a
-bundle has the lowest that it needs."""
+FORMAT_VERSION = 5
+"""Format 5 has groups of classes, or averages networks, format 4 several labels for an image, format 3 a decision,
+format 2 images that are not square, or cut; a bundle has the lowest that it needs."""
 MODEL = "model.keras"
-_INFO = "bundle.json"
-_NEWER = {"decision": 3, "thresholds": 4, "training_images": 4}
+INFO = "bundle.json"
+_NEWER = {"decision": 3, "thresholds": 4, "training_images": 4, "groups": 5, "averaged": 5}
 """Fields that a bundle has only where they are not None, and the format that they need."""
 _SAVED_MODEL = "saved_model"
 _LIBRARIES = ("keras", "numpy", "pillow")
@@ -78,6 +78,11 @@ class BundleInfo:
     """Divisor of the logits before the softmax or sigmoid; 1: not calibrated."""
     decision: Decision | None = None
     """Below which confidence it is unsure, and with what guarantee; None: it answers for every image."""
+    groups: dict[str, str] | None = None
+    """By class, its group, which the bundle may name where it is unsure of the class; None: there are none."""
+    averaged: dict[str, Any] | None = None
+    """Where the network averages others (see `averaging`): the addresses of their `bundles`, their `versions`, the
+    folders of their `trainings`, and the `views` of an image. None: it does not."""
     parent: str = ""
     """Version of the bundle from which this one was published; empty: a training wrote it."""
     training: str = ""
@@ -160,7 +165,10 @@ class Bundle:
             BundleError: the bundle holds no model.
             OSError: the storage cannot be read.
         """
-        return _version(self.info, self.digest(MODEL))
+        averaged = self.info.averaged
+        # The file of an average has the time in it, and is made anew in each output.
+        network = json.dumps([averaged["versions"], averaged["views"]]) if averaged else self.digest(MODEL)
+        return _version(self.info, network)
 
     def digest(self, name: str) -> str:
         """The SHA-256 of a file of the bundle, in hexadecimal.
@@ -180,6 +188,11 @@ class Bundle:
         """The folder of the training, which holds its manifest and its history if nobody deleted them."""
         return self.info.training or self.uri.rpartition("/")[0]
 
+    @property
+    def trainings(self) -> list[str]:
+        """The folders of the trainings of all networks that it averages, or of its own."""
+        return list(self.info.averaged["trainings"]) if self.info.averaged else [self.training]
+
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         """A local path of a file or folder of the bundle; a copy from a bucket is deleted when the context ends."""
@@ -188,7 +201,7 @@ class Bundle:
 
 
 def _version(info: BundleInfo, network: str) -> str:
-    """See `Bundle.version`; `network` is the digest of the model."""
+    """See `Bundle.version`; `network` is the digest of the model, or says what it averages."""
     settings: list[Any] = [info.class_names, info.image_size, info.resize, info.temperature]
     if info.decode_size is not None:
         settings.append(info.decode_size)
@@ -196,6 +209,8 @@ def _version(info: BundleInfo, network: str) -> str:
         settings.append(info.decision.settings)
     if info.thresholds is not None:
         settings.append(info.thresholds)
+    if info.groups is not None:
+        settings.append(info.groups)
     digest = hashlib.sha256(json.dumps([*settings, network]).encode())
     return f"{info.architecture or 'model'}-{digest.hexdigest()[:12]}"
 
@@ -207,14 +222,14 @@ def read_info(uri: str) -> BundleInfo:
         BundleError: the file is missing, its format is newer than this cnnray, or its content is invalid.
     """
     try:
-        content = json.loads(storage.read_bytes(storage.join(uri, _INFO)))
+        content = json.loads(storage.read_bytes(storage.join(uri, INFO)))
     except (FileNotFoundError, NotADirectoryError):
-        reason = f"it holds no {_INFO}" if storage.exists(uri) else "it does not exist"
+        reason = f"it holds no {INFO}" if storage.exists(uri) else "it does not exist"
         raise BundleError(f"{uri} is not a bundle: {reason}.") from None
     except ValueError as error:
-        raise BundleError(f"{uri}: {_INFO} is not JSON ({error}).") from None
+        raise BundleError(f"{uri}: {INFO} is not JSON ({error}).") from None
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
-        raise BundleError(f"{uri}: {_INFO} has no format_version.")
+        raise BundleError(f"{uri}: {INFO} has no format_version.")
     if content["format_version"] > FORMAT_VERSION:
         raise BundleError(
             f"{uri} has format {content['format_version']}; this cnnray reads up to {FORMAT_VERSION}: update it."
@@ -224,27 +239,31 @@ def read_info(uri: str) -> BundleInfo:
         content["decision"] = Decision.from_dict(content.get("decision"))
         info = BundleInfo(**{key: value for key, value in content.items() if key not in unknown})
     except ValueError as error:
-        raise BundleError(f"{uri}: decision in {_INFO} {error}.") from None
+        raise BundleError(f"{uri}: decision in {INFO} {error}.") from None
     except TypeError as error:
-        raise BundleError(f"{uri}: {_INFO} is incomplete: {error}.") from None
+        raise BundleError(f"{uri}: {INFO} is incomplete: {error}.") from None
     names = info.class_names
     fewest = 1 if info.is_multi_label else 2
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) >= fewest):
-        raise BundleError(f"{uri}: class_names in {_INFO} is not a list of at least {fewest} names.")
+        raise BundleError(f"{uri}: class_names in {INFO} is not a list of at least {fewest} names.")
     if len(set(names)) != len(names):
-        raise BundleError(f"{uri}: class_names in {_INFO} holds a name twice.")
+        raise BundleError(f"{uri}: class_names in {INFO} holds a name twice.")
     if info.resize not in RESIZE_RULES:
-        raise BundleError(f"{uri}: resize in {_INFO} is {info.resize!r}; expected one of {RESIZE_RULES}.")
+        raise BundleError(f"{uri}: resize in {INFO} is {info.resize!r}; expected one of {RESIZE_RULES}.")
     try:
         _ = info.geometry
     except ValueError as error:
-        raise BundleError(f"{uri}: image_size and decode_size in {_INFO}: {error}.") from None
+        raise BundleError(f"{uri}: image_size and decode_size in {INFO}: {error}.") from None
     if not (isinstance(info.temperature, int | float) and info.temperature > 0):
-        raise BundleError(f"{uri}: temperature in {_INFO} is {info.temperature!r}; expected more than 0.")
+        raise BundleError(f"{uri}: temperature in {INFO} is {info.temperature!r}; expected more than 0.")
     if info.thresholds is not None and not _are_thresholds(info.thresholds, len(names)):
-        raise BundleError(f"{uri}: thresholds in {_INFO} is not a list of a number from 0 to 1 for each class.")
+        raise BundleError(f"{uri}: thresholds in {INFO} is not a list of a number from 0 to 1 for each class.")
+    if info.averaged is not None and not _are_averages(info.averaged):
+        raise BundleError(f"{uri}: averaged in {INFO} does not say what the network averages.")
+    if info.groups is not None and not _are_groups(info.groups, names):
+        raise BundleError(f"{uri}: groups in {INFO} is not a table with the name of a group for each class.")
     if not (isinstance(info.exports, dict) and all(isinstance(report, dict) for report in info.exports.values())):
-        raise BundleError(f"{uri}: exports in {_INFO} is not a table of formats.")
+        raise BundleError(f"{uri}: exports in {INFO} is not a table of formats.")
     return info
 
 
@@ -253,6 +272,21 @@ def _are_thresholds(values: Any, classes: int) -> bool:
         isinstance(values, list)
         and len(values) == classes
         and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+    )
+
+
+def _are_averages(values: Any) -> bool:
+    lists = ("bundles", "versions", "trainings")
+    return (
+        isinstance(values, dict) and "views" in values and all(isinstance(values.get(name), list) for name in lists)
+    )
+
+
+def _are_groups(values: Any, class_names: list[str]) -> bool:
+    return (
+        isinstance(values, dict)
+        and sorted(values) == sorted(class_names)
+        and all(isinstance(value, str) for value in values.values())
     )
 
 
@@ -276,7 +310,7 @@ def write_info(uri: str, info: BundleInfo) -> None:
     content = {name: value for name, value in asdict(info).items() if name not in _NEWER or value is not None}
     is_plain = isinstance(info.image_size, int) and info.decode_size is None
     content["format_version"] = max([1 if is_plain else 2, *(_NEWER[name] for name in _NEWER if name in content)])
-    storage.write_bytes(storage.join(uri, _INFO), (json.dumps(content, indent=2) + "\n").encode())
+    storage.write_bytes(storage.join(uri, INFO), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def replace(target: str, source: str) -> None:
@@ -286,12 +320,12 @@ def replace(target: str, source: str) -> None:
     exports of other weights.
     """
     _clear(target)
-    storage.copy_folder(source, target, last=[_INFO])
+    storage.copy_folder(source, target, last=[INFO])
 
 
 def _clear(target: str) -> None:
     """Delete the files of a bundle, `bundle.json` first."""
-    storage.delete_file(storage.join(target, _INFO))
+    storage.delete_file(storage.join(target, INFO))
     if storage.exists(target):
         # File by file, because the lease in the folder must stay.
         for folder in storage.folders(target):
@@ -320,20 +354,22 @@ def publish(bundle: Bundle, info: BundleInfo, target: str, *, overwrite: bool = 
         OSError: the storage cannot be read or written.
     """
     info = dataclasses.replace(info, parent=bundle.version, training=bundle.training)
-    stale = _SAVED_MODEL if info.decision != bundle.info.decision and _SAVED_MODEL in info.exports else ""
+    changed = (info.decision, info.groups) != (bundle.info.decision, bundle.info.groups)
+    stale = _SAVED_MODEL if changed and _SAVED_MODEL in info.exports else ""
     if stale:
         exports = {name: report for name, report in info.exports.items() if name != stale}
         info = dataclasses.replace(info, exports=exports)
         log.warning("the %s is left out, since it has no such thresholds: export the new bundle again", stale)
-    if storage.is_file(storage.join(target, _INFO)):
+    if storage.is_file(storage.join(target, INFO)):
         other = Bundle.load(target)
-        answers = other.version, other.info.decision
-        if (other.info.parent, *answers) == (info.parent, _version(info, other.digest(MODEL)), info.decision):
+        if (other.info.parent, other.version) == (info.parent, Bundle(target, info).version) and (
+            other.info.decision == info.decision
+        ):
             return other
         if not overwrite:
             raise BundleError(f"{target} holds another bundle, {other.version}, which may be in use.")
     _clear(target)
-    storage.copy_folder(bundle.uri, target, skip=[_INFO])
+    storage.copy_folder(bundle.uri, target, skip=[INFO])
     if stale:
         storage.delete_folder(storage.join(target, stale))
     if (Bundle(target, bundle.info).version, read_info(bundle.uri)) != (bundle.version, bundle.info):

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from cnnray.cpus import usable_cpus
-from cnnray.models.answers import FLOAT32, Threshold
+from cnnray.models.answers import FLOAT32, Rules, Threshold
 from cnnray.models.bundle import MODEL, Bundle, BundleError
 from cnnray.models.formats import FORMATS
+from cnnray.models.groups import Groups
 from cnnray.models.runtimes import (
     Engine,
     FileEngine,
@@ -172,6 +173,26 @@ def find_threshold(bundle: Bundle, name: str) -> Threshold | None:
             "of its exports."
         )
     return threshold
+
+
+def find_rules(bundle: Bundle, name: str, *, withholds: bool = True) -> Rules:
+    """How the probabilities of an engine become answers.
+
+    Args:
+        bundle: that it runs.
+        name: of the engine.
+        withholds: False: each image gets its most probable class, also below the threshold of the bundle.
+
+    Raises:
+        BundleError: see `find_threshold`.
+    """
+    threshold = find_threshold(bundle, name) if withholds else None
+    groups = bundle.info.groups
+    return Rules(
+        threshold=threshold,
+        label_thresholds=bundle.info.thresholds,
+        groups=Groups.of(groups, bundle.info.class_names) if groups and threshold else None,
+    )
 
 
 def _threshold(bundle: Bundle, name: str) -> Threshold | None:

@@ -20,8 +20,8 @@ from cnnray.images import labels, reading, storage
 from cnnray.images import manifest as manifests
 from cnnray.images.lease import lease
 from cnnray.images.manifest import ManifestError
+from cnnray.models import averaging, engines, runtimes, startup, verification
 from cnnray.models import bundle as bundles
-from cnnray.models import engines, runtimes, startup, verification
 from cnnray.models.bundle import Bundle
 from cnnray.models.formats import FORMATS, Images, Network
 from cnnray.models.verification import Report
@@ -50,6 +50,14 @@ class ExportConfig:
     verification: str | None = None
     """Other images to compare on; null: images of --calibration that were not used for the ranges, or its validation
     split."""
+    merge: list[str] = field(default_factory=list)
+    """Other bundles of the same classes and image sizes: addresses with commas between them. --output becomes one
+    bundle whose probabilities are the mean of theirs and those of --bundle, and that one is exported."""
+    tta: averaging.Views | None = None
+    """Test-time augmentation inside --output: its probabilities are means over an image and other views of it. flips:
+    mirrored left to right; crops: the four corners, each 7/8 of the height and width, enlarged."""
+    output: str | None = None
+    """With --merge or --tta: folder or s3:// prefix of the new bundle. Otherwise the exports go into --bundle."""
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
     """Formats to export: saved_model, onnx, onnx-int8, litert, litert-float16, litert-int8; and, if it is named,
     keras-bfloat16, which is no file: the Keras model is verified in bfloat16, in which GPUs then run it."""
@@ -83,7 +91,14 @@ class ExportConfig:
         labels.check_flags(self.multi_label, self.label_separator)
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {self.seed}.")
-        flags.make_absolute(self, "bundle", "calibration", "verification")
+        flags.make_absolute(self, "bundle", "calibration", "verification", "output")
+        object.__setattr__(self, "merge", averaging.split_uris("merge", self.bundle, self.merge))
+        if (self.output is not None) != (bool(self.merge) or self.tta is not None):
+            raise ValueError("--merge and --tta need --output, and --output needs one of them.")
+        if self.output is not None:
+            for uri in (self.bundle, *self.merge, self.calibration, self.verification or ""):
+                if f"{uri}/".startswith(f"{self.output}/"):
+                    raise ValueError(f"--output {self.output} holds {uri}: give another folder.")
 
 
 def _normalize_formats(formats: list[str] | str) -> list[str]:
@@ -115,9 +130,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
         OSError: the storage failed; the formats that were finished before are in the bundle.
         ExportError: a format was refused, with the reason; the other formats are in the bundle.
     """
-    Bundle.load(config.bundle)  # fails before a lease is taken where there is no bundle
-    with lease(config.bundle):
-        bundle = Bundle.load(config.bundle)
+    first = Bundle.load(config.bundle)  # fails before a lease is taken where there is no bundle
+    planned = averaging.plan(first, config.merge, config.tta, config.output) if config.output else first
+    with lease(planned.uri):
+        bundle = averaging.write(planned) if config.output else Bundle.load(config.bundle)
         calibration_rows, rows = _choose_images(config, bundle)
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(startup.load_tensorflow, gpus=False)  # takes seconds

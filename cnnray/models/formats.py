@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from cnnray.models.answers import FLOAT32
 from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.groups import Groups
 
 METADATA = "cnnray.json"
 """Name of the metadata file: in LiteRT, a member of the zip archive appended to the file (as the associated files of
@@ -118,6 +119,7 @@ def metadata(bundle: Bundle) -> dict[str, Any]:
         "temperature": info.temperature,
         **({"decision": asdict(info.decision)} if info.decision else {}),
         **({"thresholds": info.thresholds} if info.is_multi_label else {}),
+        **({"groups": info.groups} if info.groups else {}),
         "architecture": info.architecture,
     }
 
@@ -134,6 +136,7 @@ def _write_saved_model(network: Network, path: Path) -> None:
     threshold = info.decision.thresholds.get(FLOAT32) if info.decision else None
     if info.decision and threshold is None:
         raise BundleError("the bundle has no confidence threshold for float32")
+    groups = Groups.of(info.groups, info.class_names) if info.groups and threshold else None
     module.weights = [variable.value for variable in network.bundle.model.variables]
     predict = network.tf_function()
 
@@ -145,6 +148,11 @@ def _write_saved_model(network: Network, path: Path) -> None:
             best = tf.one_hot(tf.argmax(probabilities, 1), len(info.class_names), True, False, dtype=tf.bool)
             masks = best | (unsure[:, None] & (probabilities >= threshold.candidate))
             outputs |= {"unsure": unsure, "candidates": masks}
+            if groups:
+                of_groups = probabilities @ tf.constant(groups.membership)
+                is_named = tf.reduce_max(probabilities, 1) < threshold.group_below
+                is_named &= tf.reduce_max(of_groups, 1) >= (2.0 if threshold.group is None else threshold.group)
+                outputs["group"] = tf.where(is_named, tf.gather([*groups.names], tf.argmax(of_groups, 1)), "")
         if info.thresholds is not None:
             outputs["labels"] = probabilities >= tf.constant([info.thresholds])
         return outputs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cnnray.models import averaging
 from cnnray.models.bundle import Bundle, BundleError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def heat_maps(
 def _features_and_logits(bundle: Bundle) -> "keras.Model":
     import keras
 
-    model = bundle.model
+    model = averaging.explained_network(bundle.model)
     if not any(isinstance(layer, keras.layers.Conv2D) for layer in model._flatten_layers()):
         raise BundleError(f"{bundle.uri}: the network has no convolutional features.")
     (features,) = [

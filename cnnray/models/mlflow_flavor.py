@@ -46,13 +46,13 @@ class BundleModel:
             One row per image, in order, with the columns `prediction`, `confidence`, `probabilities` (in the order of
             the bundle's class names) and `error`. If an image cannot be decoded, only `error` is not null. If the
             bundle is unsure, `prediction` is null; a bundle that may be has the column `candidates`, too, a list
-            of classes where it is. A bundle with several labels has the column `labels`, and `prediction` is the most
-            probable of them, or null.
+            of classes where it is, and with groups of classes the column `group`. A bundle with several labels has
+            the column `labels`, and `prediction` is the most probable of them, or null.
         """
         import pandas as pd
 
         names = ["prediction", "confidence", "probabilities", "error"]
-        names += _lists(self._predictor.bundle)
+        names += _of_some(self._predictor.bundle)
         images = model_input if isinstance(model_input, list) else list(model_input[IMAGE])
         rows: list[dict[str, Any]] = []
         for answer in self._predictor([bytes(image) for image in images]):
@@ -67,14 +67,19 @@ class BundleModel:
                         "error": None,
                         "candidates": [*answer.candidates] or None,
                         "labels": [*answer.labels],
+                        "group": answer.group,
                     }
                 )
         return pd.DataFrame(rows, columns=names)
 
 
-def _lists(bundle: Bundle) -> list[str]:
-    """The columns of classes that the predictions of a bundle have."""
-    return ["labels"] if bundle.info.is_multi_label else ["candidates"] if bundle.info.decision else []
+def _of_some(bundle: Bundle) -> dict[str, bool]:
+    """The columns that the predictions of some bundles have, and whether each is a list."""
+    if bundle.info.is_multi_label:
+        return {"labels": True}
+    if bundle.info.decision is None:
+        return {}
+    return {"candidates": True} | ({"group": False} if bundle.info.groups else {})
 
 
 def _load_pyfunc(path: str) -> BundleModel:
@@ -114,7 +119,10 @@ def log(bundle: Bundle, *, run_id: str, name: str) -> tuple[str, str]:
                 ColSpec(DataType.double, "confidence", required=False),
                 ColSpec(Array(DataType.double), "probabilities", required=False),
                 ColSpec(DataType.string, "error", required=False),
-                *(ColSpec(Array(DataType.string), name, required=False) for name in _lists(bundle)),
+                *(
+                    ColSpec(Array(DataType.string) if is_list else DataType.string, name, required=False)
+                    for name, is_list in _of_some(bundle).items()
+                ),
             ]
         ),
     )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.models import engines
-from cnnray.models.answers import find_labels, find_unusable, rank_classes
+from cnnray.models.answers import Answer, find_unusable, rank_classes
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.runtimes import KerasEngine, NetworkOutputs
 
@@ -32,10 +32,17 @@ class Prediction:
     """Of a bundle with several labels, those that the image has, most probable first."""
     candidates: tuple[str, ...] = ()
     """Where the bundle is unsure, classes that the image may have, most probable first."""
+    group: str | None = None
+    """Where the bundle is unsure of the class, and not of its group, that group."""
 
 
 class Predictor:
-    """Classifies encoded images with a bundle."""
+    """Classifies encoded images with a bundle.
+
+    Attributes:
+        bundle: the bundle.
+        rules: make answers of the probabilities.
+    """
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class Predictor:
                 for it.
         """
         self.bundle = bundle
-        self._threshold = engines.find_threshold(bundle, engine) if withholds else None
+        self.rules = engines.find_rules(bundle, engine, withholds=withholds)
         self._top_k = top_k
         self._engine = engines.load_engine(bundle, engine, threads)
         self._batch_size = batch_size
@@ -86,8 +93,11 @@ class Predictor:
         if not readable:
             return [image for image in decoded if isinstance(image, BadImage)]
         probabilities = self.probabilities(np.stack(readable))
-        errors = find_unusable(probabilities, multi_label=self.bundle.info.is_multi_label)
-        answers = iter([errors.get(index) or self._make_prediction(row) for index, row in enumerate(probabilities)])
+        errors = find_unusable(probabilities, multi_label=self.rules.multi_label)
+        answers = (
+            errors.get(index) or self._make_prediction(answer)
+            for index, answer in enumerate(self.rules(probabilities))
+        )
         return [image if isinstance(image, BadImage) else next(answers) for image in decoded]
 
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -114,16 +124,15 @@ class Predictor:
             raise BundleError("Only the engine keras gives logits and embeddings.")
         return self._engine.outputs_in_batches(images, self._batch_size)
 
-    def _make_prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        names = self.bundle.info.class_names
+    def _make_prediction(self, answer: Answer) -> Prediction:
+        names, probabilities = self.bundle.info.class_names, answer.probabilities
         (order,) = rank_classes(probabilities[None], self._top_k)
-        top_k = tuple((names[index], float(probabilities[index])) for index in order)
-        label, confidence = top_k[0]
-        if (thresholds := self.bundle.info.thresholds) is not None:
-            (found,) = find_labels(probabilities[None], thresholds)
-            labels = tuple(names[index] for index in found)
-            return Prediction(labels[0] if labels else None, confidence, top_k, probabilities, labels)
-        if self._threshold and self._threshold.is_unsure(probabilities[None])[0]:
-            candidates = tuple(names[index] for index in self._threshold.candidates(probabilities))
-            return Prediction(None, confidence, top_k, probabilities, candidates=candidates)
-        return Prediction(label, confidence, top_k, probabilities)
+        return Prediction(
+            label=None if answer.prediction is None else names[answer.prediction],
+            confidence=answer.confidence,
+            top_k=tuple((names[index], float(probabilities[index])) for index in order),
+            probabilities=probabilities,
+            labels=tuple(names[index] for index in answer.labels) if self.rules.multi_label else (),
+            candidates=tuple(names[index] for index in answer.candidates),
+            group=self.rules.group_name(answer),
+        )

@@ -74,7 +74,7 @@ class KerasEngine:
         network = keras.Model(model.inputs, [last.output, last.input])
         if policy != "float32":
             for layer in network._flatten_layers():
-                if layer is not last and not isinstance(layer, keras.layers.InputLayer):
+                if layer.name != last.name and not isinstance(layer, keras.layers.InputLayer):
                     layer.dtype_policy = policy
         temperature, size = bundle.info.temperature, bundle.info.geometry.image_size
         activation = getattr(tf.nn, bundle.info.activation)

@@ -11,7 +11,8 @@ from cnnray import configs, flags
 from cnnray.configs import rules
 from cnnray.errors import BadInputError
 from cnnray.images import storage
-from cnnray.models import engines
+from cnnray.models import averaging, engines
+from cnnray.models.bundle import Bundle
 
 Format = Literal["parquet", "csv", "jsonl", "delta"]
 FileFormat = Literal["parquet", "csv", "jsonl"]
@@ -19,6 +20,51 @@ Decoding = Literal["auto", "workers", "tasks"]
 
 DELTA_FOLDER = "table"
 """In the output of `--format delta`: the Delta table, whose files are the parts."""
+
+
+@configs.group(resumable=False)
+@dataclass(frozen=True, kw_only=True)
+class AveragingOptions:
+    """Whether the probabilities of several networks, or of several views of an image, are averaged."""
+
+    ensemble: list[str] = field(default_factory=list)
+    """Other bundles, whose probabilities are averaged with those of --bundle: addresses with commas between them. All
+    have the same classes and image sizes. jobs/export.py --merge makes one bundle of them, for faster engines."""
+    tta: averaging.Views | None = None
+    """Test-time augmentation: average the probabilities of an image and of other views of it. flips: mirrored left to
+    right; crops: the four corners, each 7/8 of the height and width, enlarged."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether anything is averaged."""
+        return bool(self.ensemble) or self.tta is not None
+
+    def check_averaging(self, bundle: str | None, engine: str) -> None:
+        """Check the flags, and make the addresses absolute.
+
+        Raises:
+            ValueError, OSError: an invalid value; the message is one sentence that names the flag.
+        """
+        object.__setattr__(self, "ensemble", averaging.split_uris("ensemble", bundle, self.ensemble))
+        if self.averages and engine not in ("auto", engines.KERAS):
+            raise ValueError(
+                f"--engine {engine} has no file of what --ensemble and --tta average: make one by jobs/export.py "
+                "--merge or --tta, or leave out --engine."
+            )
+
+    def averaged_bundle(self, bundle: Bundle, output: str) -> Bundle:
+        """The bundle that runs: `bundle`, or the mean that the flags ask for, which `averaging.write` writes.
+
+        Args:
+            bundle: of the flag --bundle.
+            output: of the job; the mean gets a folder in it.
+
+        Raises:
+            BundleError, OSError: see `averaging.plan`.
+        """
+        if not self.averages:
+            return bundle
+        return averaging.plan(bundle, self.ensemble, self.tta, storage.join(output, averaging.FOLDER))
 
 
 @configs.group(resumable=True)
@@ -115,7 +161,7 @@ def _without_shards(shards: object) -> dict[str, object]:
 
 @configs.group(resumable=False)
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(PredictOptions):
+class PredictConfig(PredictOptions, AveragingOptions):
     """Classify images with a bundle. Each image gives one output row: a prediction, or an error with its reason."""
 
     bundle: str = field(metadata=rules(resumable=True))
@@ -174,6 +220,7 @@ class PredictConfig(PredictOptions):
         flags.check_at_least_one(self, "limit", "rows_per_part")
         flags.check_share(self, "threshold", "max_error_fraction")
         flags.make_absolute(self, "bundle", "input", "output")
+        self.check_averaging(self.bundle, self.engine)
         if self.format == "delta" and "\\" in self.output:
             raise ValueError(f"--output {self.output}: the path of a Delta table has no backslash.")
         if self.format == "delta" and importlib.util.find_spec("deltalake") is None:

@@ -1,9 +1,11 @@
 """A prediction job from end to end: list, plan, ranges, receipts, reconcile, summary."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -12,7 +14,7 @@ from cnnray import cluster, paths, waiting
 from cnnray.images import containers, storage
 from cnnray.images.lease import Lease, lease
 from cnnray.images.shards import Range
-from cnnray.models import engines
+from cnnray.models import averaging, engines
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.prediction import delta, resume, summary, verify
 from cnnray.prediction import earlier as earlier_versions
@@ -85,6 +87,8 @@ def run(config: PredictConfig, *, withholds: bool = True) -> dict[str, Any]:
             resume.set_generation(config, manifest.generation)
         else:
             # A run that was not finished goes on with Ray: perhaps an image has ended the process that did the work.
+            if config.averages:
+                averaging.write(bundle)
             is_few = left is not None and (earlier is None or result is not None)
             make_plan = functools.partial(_make_plan, config, bundle, engine or None, withholds)
             with _planned(config, manifest, make_plan, left if is_few else None) as plan:
@@ -124,6 +128,13 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
         ValueError, OSError, ClusterError, PredictionError: as `run`.
     """
     bundle = _load_bundle(config)
+    with tempfile.TemporaryDirectory(prefix="cnnray-averaged-") as folder:
+        if config.averages:
+            bundle = averaging.write(dataclasses.replace(bundle, uri=storage.join(folder, "bundle")))
+        return _dry_run(config, bundle)
+
+
+def _dry_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     earlier = resume.earlier_run(config, bundle)
     count, sample = manifests.sample(config)
     resumed = resume.row_count(config, earlier) if earlier else 0
@@ -154,14 +165,15 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
 
 
 def _load_bundle(config: PredictConfig) -> Bundle:
-    """
+    """The bundle that runs.
+
     Raises:
         BundleError, OSError: the bundle cannot be read, or has another version than is asked for.
     """
     bundle = Bundle.load(config.bundle)
     if config.bundle_version not in (None, bundle.version):
         raise BundleError(f"{config.bundle} holds {bundle.version}, and --bundle-version is {config.bundle_version}.")
-    return bundle
+    return config.averaged_bundle(bundle, config.output)
 
 
 def list_images(config: PredictConfig, earlier: dict[str, Any] | None) -> Manifest:

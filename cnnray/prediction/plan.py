@@ -7,7 +7,7 @@ from cnnray.cluster import Resources
 from cnnray.cpus import usable_cpus
 from cnnray.images.reading import FEW_IMAGES
 from cnnray.models import engines
-from cnnray.models.answers import Threshold
+from cnnray.models.answers import Rules
 from cnnray.models.bundle import Bundle
 from cnnray.prediction.config import InferenceOptions, PredictConfig, PredictOptions
 from cnnray.prediction.pool import Pool, plan_pool
@@ -21,8 +21,8 @@ class Plan:
     engine: str
     options: PredictOptions
     pool: Pool
-    threshold: Threshold | None = None
-    """Below which the prediction is withheld; None: it never is."""
+    rules: Rules
+    """Make answers of what the engine gives."""
     digest: str
     """`engines.digest` of the file that the engine runs. A worker that finds another file fails."""
     output: str = ""
@@ -131,7 +131,7 @@ def _plan(
         engine=engine,
         options=options,
         pool=pool,
-        threshold=engines.find_threshold(bundle, engine) if withholds else None,
+        rules=engines.find_rules(bundle, engine, withholds=withholds),
         digest=engines.digest(bundle, engine),
         output=options.output if isinstance(options, PredictConfig) else "",
         in_process=in_process,

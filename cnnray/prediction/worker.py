@@ -10,13 +10,14 @@ Output rows come in the order of the input. A row has the manifest's columns and
   probabilities; null for errors. `prediction` is the first of them, or null, and `confidence` the highest probability
   of all classes;
 - `candidates`, of a bundle that may be unsure: a list of classes where it is, else null;
+- `group`, of such a bundle with groups of classes: where it is unsure of the class and not of its group, that group;
 - `model`: `Bundle.version` of the network;
 - `probabilities`, `embedding`: float32 lists of fixed size, if the options ask for them; null for errors.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,10 @@ from cnnray.tracking.prometheus import PredictionMetrics
 
 COLUMNS = (
     "status", "error", "prediction", "confidence", "labels", "scores", "top_k_labels", "top_k_scores", "candidates",
-    "model", "probabilities", "embedding",
+    "group", "model", "probabilities", "embedding",
 )  # fmt: skip
 """The columns that predictions add, in their order."""
-_OF_SOME = frozenset({"labels", "scores", "candidates"})
+_OF_SOME = frozenset({"labels", "scores", "candidates", "group"})
 """Those that predictions of some bundles add."""
 RESERVED = frozenset(COLUMNS) - _OF_SOME
 """The others."""
@@ -98,7 +99,7 @@ class Worker:
         if plan.engine in engines.KERAS_POLICIES:
             startup.load_tensorflow(gpus=plan.pool.gpus > 0)
         self._options, self._info, self._model = plan.options, plan.bundle.info, plan.bundle.version
-        self._threshold = plan.threshold
+        self._rules = plan.rules
         self._predictor = Predictor(
             plan.bundle,
             engine=plan.engine,
@@ -204,7 +205,7 @@ class Worker:
                 probabilities, _, embeddings = self._predictor.all_outputs(images[decoded])
             else:
                 probabilities = self._predictor.probabilities(images[decoded])
-        if unusable := find_unusable(probabilities, multi_label=self._info.is_multi_label):
+        if unusable := find_unusable(probabilities, multi_label=self._rules.multi_label):
             errors = [*errors]
             for index, error in unusable.items():
                 errors[decoded[index]] = str(error)
@@ -218,9 +219,7 @@ class Worker:
         scores = np.take_along_axis(probabilities, order, 1)
         offsets = np.arange(0, order.size + 1, order.shape[1], dtype=np.int32)
         labels = self._names.take(pa.array(order.ravel()))
-        unsure = np.zeros(len(order), np.bool_)
-        if self._threshold:
-            unsure = self._threshold.is_unsure(probabilities)
+        unsure = self._rules.is_unsure(probabilities)
         columns = {
             "status": pa.array(np.where(unsure, "unsure", "ok").tolist(), pa.string()),
             "prediction": self._names.take(pa.array(order[:, 0], mask=unsure)),
@@ -228,20 +227,27 @@ class Worker:
             "top_k_labels": pa.ListArray.from_arrays(offsets, labels),
             "top_k_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.ravel(), pa.float32())),
         }
-        if self._info.thresholds is not None:
-            columns |= self._label_columns(probabilities, self._info.thresholds)
-        if self._threshold:
+        if self._rules.label_thresholds is not None:
+            columns |= self._label_columns(probabilities, self._rules.label_thresholds)
+        if self._rules.threshold:
             columns["candidates"] = pa.array(
                 [self._candidates(row) if no else None for row, no in zip(probabilities, unsure, strict=True)],
                 pa.list_(pa.string()),
             )
+        if self._rules.groups:
+            places = np.full(len(unsure), -1)
+            places[unsure] = [
+                -1 if group is None else group for group in self._rules.find_groups(probabilities[unsure])
+            ]
+            names = pa.array(self._rules.groups.names, pa.string())
+            columns["group"] = names.take(pa.array(places, mask=places < 0))
         if options.probabilities:
             columns["probabilities"] = _fixed_size_lists(probabilities)
         if embeddings is not None:
             columns["embedding"] = _fixed_size_lists(embeddings)
         return columns
 
-    def _label_columns(self, probabilities: Floats, thresholds: list[float]) -> dict[str, pa.Array]:
+    def _label_columns(self, probabilities: Floats, thresholds: Sequence[float]) -> dict[str, pa.Array]:
         found = find_labels(probabilities, thresholds)
         counts = np.asarray([len(labels) for labels in found], np.int64)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -255,8 +261,8 @@ class Worker:
         }
 
     def _candidates(self, row: Floats) -> list[str]:
-        assert self._threshold
-        return [self._info.class_names[index] for index in self._threshold.candidates(row)]
+        assert self._rules.threshold
+        return [self._info.class_names[index] for index in self._rules.threshold.candidates(row)]
 
 
 def _fixed_size_lists(values: npt.NDArray[np.float32]) -> pa.Array:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import reprlib
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -19,16 +20,14 @@ from starlette.websockets import WebSocketClose
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import rank_classes
-from cnnray.models.runtimes import Probabilities
-from cnnray.serving import jobs, open_inference, repository, tensorflow_serving
+from cnnray.models.answers import Answer, rank_classes
+from cnnray.serving import jobs, open_inference, repository, schema, tensorflow_serving
 from cnnray.serving.bodies import RequestError, parse_images
 from cnnray.serving.gate import Gate
 from cnnray.serving.keys import Keys
 from cnnray.serving.models import ServedModel
 from cnnray.serving.operations import BINARY, USUAL_FAILURES, Bodies, Operation, describe
 from cnnray.serving.schema import (
-    Answer,
     ExplainQuery,
     ImageFailure,
     JsonImages,
@@ -138,7 +137,7 @@ def _version_info(served: ServedModel, share: float, verdict: str | None) -> Ver
     info = served.bundle.info
     return VersionInfo(
         version=served.version, share=share, verdict=verdict, engine=served.engine, digest=served.digest,
-        class_names=info.class_names, thresholds=info.thresholds,
+        class_names=info.class_names, thresholds=info.thresholds, groups=info.groups,
         image_size=info.image_size, resize=info.resize, decode_size=info.decode_size,
         architecture=info.architecture, metrics=info.metrics,
     )  # fmt: skip
@@ -149,32 +148,33 @@ async def _predict(service: Service, request: Request) -> Response | dict[str, A
     query = _NO_QUERY if not request.url.query else _parse_query(PredictQuery, request)
     served = service.choose_model(query.model, query.version, canary_key(request))
     images, several = await _read_images(service, request)
-    rows = await service.classify(served, images)
+    answers = await service.classify(served, images)
     request_id = request.state.request_id
-    answers = [
-        _failure(row, request_id) if isinstance(row, BadImage) else _answer(served, row, query, request_id)
-        for row in rows
+    described = [
+        _failure(answer, request_id)
+        if isinstance(answer, BadImage)
+        else _describe(served, answer, query) | {"request_id": request_id}
+        for answer in answers
     ]
     if query.explain:
-        await _add_heat_maps(service, served, images, rows, answers)
+        await _add_heat_maps(service, served, images, answers, described)
     if several:
-        return answers
-    ((row, answer),) = zip(rows, answers, strict=True)
-    if isinstance(row, BadImage):
-        raise RequestError(answer["status"], answer["error"])
-    return answer
+        return described
+    if isinstance(answers[0], BadImage):
+        raise RequestError(described[0]["status"], described[0]["error"])
+    return described[0]
 
 
 async def _add_heat_maps(
     service: Service,
     served: ServedModel,
     images: list[bytes | BadImage],
-    rows: list[Probabilities | BadImage],
-    answers: list[dict[str, Any]],
+    answers: list[Answer | BadImage],
+    described: list[dict[str, Any]],
 ) -> None:
     """Add the heat maps to the answers, or why there are none: the answers are there, and are not thrown away."""
-    good = [(image, int(row.argmax()), answer) for image, row, answer in zip(images, rows, answers, strict=True)
-            if isinstance(image, bytes) and not isinstance(row, BadImage)]  # fmt: skip
+    good = [(image, answer.best, content) for image, answer, content in zip(images, answers, described, strict=True)
+            if isinstance(image, bytes) and not isinstance(answer, BadImage)]  # fmt: skip
     if not good:
         return
     problem, pictures = None, [b""] * len(good)
@@ -182,9 +182,9 @@ async def _add_heat_maps(
         pictures = await service.explain(served, [image for image, _, _ in good], [index for _, index, _ in good])
     except RequestError as error:
         problem = str(error)
-    for (_, _, answer), picture in zip(good, pictures, strict=True):
-        answer["heat_map"] = base64.b64encode(picture).decode() or None
-        answer["heat_map_problem"] = problem
+    for (_, _, content), picture in zip(good, pictures, strict=True):
+        content["heat_map"] = base64.b64encode(picture).decode() or None
+        content["heat_map_problem"] = problem
 
 
 async def _explain(service: Service, request: Request) -> Response:
@@ -199,15 +199,13 @@ async def _explain(service: Service, request: Request) -> Response:
     if query.label is not None and query.label not in names:
         raise RequestError(404, f"There is no class {reprlib.repr(query.label)}.")
     (image,) = images
-    (row,) = await service.classify_all(served, images)
-    index = int(row.argmax()) if query.label is None else names.index(query.label)
+    (answer,) = await service.classify_all(served, images)
+    index = answer.best if query.label is None else names.index(query.label)
     assert isinstance(image, bytes)
     (picture,) = await service.explain(served, [image], [index])
-    unsure = served.threshold is not None and bool(served.threshold.is_unsure(row[None])[0])
-    status = {"x-status": "unsure" if unsure else "ok"} if served.threshold else {}
-    headers = status | {
+    headers = ({"x-status": answer.status} if served.rules.threshold else {}) | {
         "x-class": quote(names[index]),
-        "x-confidence": f"{float(row[index]):.6f}",
+        "x-confidence": f"{float(answer.probabilities[index]):.6f}",
         "x-model": served.version,
     }
     return Response(picture, media_type="image/png", headers=headers)
@@ -238,31 +236,29 @@ def _failure(error: BadImage, request_id: str) -> dict[str, Any]:
     }
 
 
-def _answer(served: ServedModel, row: Probabilities, query: PredictQuery, request_id: str) -> dict[str, Any]:
-    names = served.bundle.info.class_names
+def _describe(served: ServedModel, answer: Answer, query: PredictQuery) -> dict[str, Any]:
+    names, row = served.bundle.info.class_names, answer.probabilities
+
+    def scores(classes: Iterable[int]) -> list[dict[str, Any]]:
+        return [{"class": names[index], "confidence": float(row[index])} for index in classes]
+
     (order,) = rank_classes(row[None], query.top_k)
-    scores = [_score(names, row, index) for index in order if row[index] >= query.threshold]
-    best, threshold = float(row[order[0]]), served.threshold
-    answer = {
-        "prediction": names[order[0]] if best >= query.threshold else None,
-        "confidence": best,
-        "all_predictions": scores,
+    prediction = answer.prediction
+    content = {
+        "prediction": None if prediction is None or row[prediction] < query.threshold else names[prediction],
+        "confidence": answer.confidence,
+        "all_predictions": scores(index for index in order if row[index] >= query.threshold),
         "model": served.version,
-        "request_id": request_id,
     }
-    if served.label_thresholds is not None:
-        found = [_score(names, row, index) for index in served.labels(row) if row[index] >= query.threshold]
-        answer |= {"prediction": found[0]["class"] if found else None, "labels": found}
-    if threshold:
-        answer["status"] = "ok"
-        if threshold.is_unsure(row[None])[0]:
-            answer |= {"status": "unsure", "prediction": None}
-            answer["candidates"] = [_score(names, row, index) for index in threshold.candidates(row)]
-    return answer
-
-
-def _score(names: list[str], row: Probabilities, index: int) -> dict[str, Any]:
-    return {"class": names[index], "confidence": float(row[index])}
+    if served.rules.multi_label:
+        content["labels"] = scores(index for index in answer.labels if row[index] >= query.threshold)
+    if served.rules.threshold:
+        content["status"] = answer.status
+        if answer.status == "unsure":
+            content["candidates"] = scores(answer.candidates)
+            if served.rules.groups:
+                content["group"] = served.rules.group_name(answer)
+    return content
 
 
 _IMAGES: Bodies = {
@@ -271,7 +267,8 @@ _IMAGES: Bodies = {
 }  # fmt: skip
 _OPERATIONS = [
     Operation(
-        "POST", "/predict", _predict, query=PredictQuery, answer=Answer | list[Answer | ImageFailure], bodies=_IMAGES,
+        "POST", "/predict", _predict, query=PredictQuery, answer=schema.Answer | list[schema.Answer | ImageFailure],
+        bodies=_IMAGES,
     ),
     Operation(
         "POST", "/explain", _explain, query=ExplainQuery, answer={"image/png": BINARY}, bodies=_IMAGES,

@@ -6,7 +6,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 
 from cnnray.images.decode import BadImage
-from cnnray.models.runtimes import Images, Probabilities
+from cnnray.models.answers import Answer
+from cnnray.models.runtimes import Images
 from cnnray.serving.admission import Admission, Held
 from cnnray.serving.bodies import RequestError
 from cnnray.serving.coordinator import Coordination
@@ -27,7 +28,7 @@ from cnnray.tracking.prometheus import ServingMetrics
 
 log = logging.getLogger(__name__)
 
-Answers = list[Probabilities | BadImage]
+Answers = list[Answer | BadImage]
 
 _REPORT_SECONDS = 2.0
 """Between two reports to the coordinator."""
@@ -127,7 +128,7 @@ class Canaries:
         release: Release,
         served: ServedModel,
         image: Encoded | Images,
-        answer: Probabilities,
+        answer: Answer,
         settings: Settings,
     ) -> None:
         held = Held(self._admission)
@@ -147,7 +148,7 @@ class Canaries:
             held.release()
         comparison = self._comparisons.get(release)
         if comparison is not None and not isinstance(shadowed, BadImage):
-            agree = _labels(served, answer) == _labels(shadow, shadowed)
+            agree = {*served.names(answer.labels)} == {*shadow.names(shadowed.labels)}
             comparison.compared += 1
             comparison.agreed += agree
             self._metrics.record_comparison(release.name, release.canary, agree=agree)
@@ -165,7 +166,3 @@ class Canaries:
                 if release in self.verdicts:
                     self.verdicts[release] = verdict
                     self._metrics.record_verdict(release.name, release.canary, _NUMBERS.get(verdict.action, 0))
-
-
-def _labels(served: ServedModel, row: Probabilities) -> set[str]:
-    return {served.bundle.info.class_names[index] for index in served.labels(row)}

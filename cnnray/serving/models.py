@@ -12,11 +12,11 @@ import numpy as np
 from cnnray.errors import BadInputError
 from cnnray.images.decode import BadImage
 from cnnray.models import engines, startup
-from cnnray.models.answers import Threshold, find_labels
+from cnnray.models.answers import Answer, Rules
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.drift import Distribution, SlidingWindow
 from cnnray.models.predictor import Predictor
-from cnnray.models.runtimes import Images, Probabilities
+from cnnray.models.runtimes import Images
 from cnnray.serving.batching import Batcher, batch_sizes
 from cnnray.serving.pipeline import Encoded, Pipeline
 from cnnray.serving.settings import ModelSettings, Settings
@@ -38,13 +38,11 @@ class ServedModel:
     """`Bundle.version`."""
     bundle: Bundle
     engine: str
-    threshold: Threshold | None
-    """Below which it withholds its prediction; None: it never does."""
     digest: str
     """SHA-256 of the engine's file, in hexadecimal."""
     compute: Pipeline
     """Decodes and classifies a micro-batch."""
-    batcher: Batcher[Encoded | Images, Probabilities | BadImage]
+    batcher: Batcher[Encoded | Images, Answer | BadImage]
     """Collects the images of all requests into micro-batches for it."""
     recent: SlidingWindow | None = None
     """The answers of the last hour; None: the bundle does not say what they are to be compared with."""
@@ -55,20 +53,13 @@ class ServedModel:
         return self.name, self.version
 
     @property
-    def label_thresholds(self) -> list[float] | None:
-        """The thresholds of its labels; None: an image has one label."""
-        return self.bundle.info.thresholds
+    def rules(self) -> Rules:
+        """How it answers."""
+        return self.compute.rules
 
-    def labels(self, row: Probabilities) -> list[int]:
-        """The labels of an image: its class, or, of several, those from their thresholds on, most probable first.
-
-        Args:
-            row: float32 (classes,).
-        """
-        if self.label_thresholds is None:
-            return [int(row.argmax())]
-        (found,) = find_labels(row[None], self.label_thresholds)
-        return [int(index) for index in found]
+    def names(self, classes: Iterable[int]) -> list[str]:
+        """The names of classes, from their indices."""
+        return [self.bundle.info.class_names[index] for index in classes]
 
 
 class Models:
@@ -289,8 +280,8 @@ class Loader:
                 raise BundleError(f"{bundle.uri}: the probabilities of a black image are not finite with {engine}.")
         log.info("serving %s %s from %s with %s", name, bundle.version, bundle.uri, engine)
         compute = Pipeline(
-            predictor.probabilities, bundle.info.geometry, self._metrics.record_stage, threads=self._threads,
-            multi_label=bundle.info.is_multi_label,
+            predictor.probabilities, predictor.rules, bundle.info.geometry, self._metrics.record_stage,
+            threads=self._threads,
         )  # fmt: skip
         reference = Distribution.from_dict(bundle.info.reference, len(bundle.info.class_names))
         # While the network runs on one micro-batch, other threads decode the next.
@@ -300,7 +291,6 @@ class Loader:
             version=bundle.version,
             bundle=bundle,
             engine=engine,
-            threshold=engines.find_threshold(bundle, engine),
             digest=digest,
             compute=compute,
             batcher=Batcher(compute, batch_size, self._metrics.record_batch, threads=at_once),

@@ -4,7 +4,9 @@ The input is either `image`, UINT8 [N, height, width, 3], or `image_bytes`, BYTE
 JSON).
 The outputs are `probabilities`, FP32 [N, classes], and `label`, BYTES [N]. With the parameter `classification`: k,
 `probabilities` is BYTES [N, k] of `probability:index:name`. A model that may be unsure has two more: `unsure`, BOOL
-[N], where `label` is empty, and `candidates`, BOOL [N, classes], which for the other images are their class alone.
+[N], where `label` is empty, and `candidates`, BOOL [N, classes], which for the other images are their class alone;
+with groups of classes also `group`, BYTES [N], empty where none is named. One with several labels has `labels`, BOOL
+[N, classes], too.
 """
 
 import itertools
@@ -22,11 +24,12 @@ from starlette.responses import JSONResponse, Response
 
 import cnnray
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import label_masks, rank_classes
-from cnnray.models.runtimes import Images, Probabilities
+from cnnray.models.answers import Answer, rank_classes
+from cnnray.models.runtimes import Images
 from cnnray.serving.bodies import RequestError, decode_base64, parse_model
 from cnnray.serving.models import ServedModel
 from cnnray.serving.operations import BINARY, Bodies, Operation
+from cnnray.serving.outputs import outputs_of
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
@@ -111,13 +114,17 @@ async def _model_metadata(service: Service, request: Request) -> dict[str, Any]:
 def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
     """Metadata of a model."""
     size, classes = served.bundle.info.geometry.image_size, len(served.bundle.info.class_names)
-    masks = {"datatype": "BOOL", "shape": [-1, classes]}
-    described = {
+    others = outputs_of(served.rules).items()
+    described: dict[str, dict[str, Any]] = {
         "probabilities": {"datatype": "FP32", "shape": [-1, classes]},
         "label": {"datatype": "BYTES", "shape": [-1]},
-        "unsure": {"datatype": "BOOL", "shape": [-1]},
-        "candidates": masks,
-        "labels": masks,
+        **{
+            name: {
+                "datatype": "BYTES" if output.is_text else "BOOL",
+                "shape": [-1, classes] if output.is_per_class else [-1],
+            }
+            for name, output in others
+        },
     }
     return {
         "name": served.name,
@@ -127,15 +134,13 @@ def describe_model(service: Service, served: ServedModel) -> dict[str, Any]:
             {"name": "image", "datatype": "UINT8", "shape": [-1, *size.shape]},
             {"name": "image_bytes", "datatype": "BYTES", "shape": [-1]},
         ],
-        "outputs": [{"name": name, **described[name]} for name in _outputs(served)],
+        "outputs": [{"name": name, **output} for name, output in described.items()],
     }
 
 
 def _outputs(served: ServedModel) -> tuple[str, ...]:
     """The names of a model's outputs."""
-    if served.label_thresholds is not None:
-        return "probabilities", "label", "labels"
-    return ("probabilities", "label", *(("unsure", "candidates") if served.threshold else ()))
+    return "probabilities", "label", *outputs_of(served.rules)
 
 
 async def _model_ready(service: Service, request: Request) -> dict[str, Any]:
@@ -163,8 +168,8 @@ def check_outputs(infer_request: InferRequest, served: ServedModel) -> None:
             raise RequestError(400, f"There is no output {reprlib.repr(output.name)}; there are {', '.join(names)}.")
 
 
-async def classify(service: Service, served: ServedModel, images: list[bytes | BadImage] | Images) -> Probabilities:
-    """The probabilities, float32 (N, classes), of a request's images.
+async def classify(service: Service, served: ServedModel, images: list[bytes | BadImage] | Images) -> list[Answer]:
+    """The answers to a request's images.
 
     Raises:
         RequestError: pixels have another shape than the network takes, or see `Service.classify_all`.
@@ -314,16 +319,16 @@ def _image_from_lists(values: Any, index: int) -> Images:
 
 
 def requested_outputs(
-    request: InferRequest, served: ServedModel, rows: Probabilities
+    request: InferRequest, served: ServedModel, answers: Sequence[Answer]
 ) -> Iterator[tuple[InferOutput, Any]]:
     """The outputs that a request asks for, each with its values: a float32, bool, or object array of str."""
     for output in request.outputs or [InferOutput(name=name) for name in _outputs(served)]:
-        yield output, _output_values(output, served, rows)
+        yield output, _output_values(output, served, answers)
 
 
-def _create_response(request: InferRequest, served: ServedModel, rows: Probabilities) -> Response:
+def _create_response(request: InferRequest, served: ServedModel, answers: Sequence[Answer]) -> Response:
     outputs, binary = [], b""
-    for output, values in requested_outputs(request, served, rows):
+    for output, values in requested_outputs(request, served, answers):
         tensor: dict[str, Any] = {
             "name": output.name,
             "datatype": datatype(values),
@@ -355,19 +360,14 @@ def datatype(values: Any) -> str:
     return {"float32": "FP32", "bool": "BOOL"}.get(values.dtype.name, "BYTES")
 
 
-def _output_values(output: InferOutput, served: ServedModel, rows: Probabilities) -> Any:
-    names, threshold, several = served.bundle.info.class_names, served.threshold, served.label_thresholds
-    if several is not None and output.name == "labels":
-        return label_masks(rows, several)
-    if threshold and output.name == "candidates":
-        return threshold.candidate_masks(rows)
-    unsure = threshold.is_unsure(rows) if threshold else np.zeros(len(rows), np.bool_)
-    if output.name == "unsure":
-        return unsure
+def _output_values(output: InferOutput, served: ServedModel, answers: Sequence[Answer]) -> Any:
+    names, others = served.bundle.info.class_names, outputs_of(served.rules)
+    if output.name in others:
+        return others[output.name].values(answers, len(names))
     if output.name == "label":
-        first = [served.labels(row)[:1] for row in rows]
-        labels = ["" if no or not found else names[found[0]] for found, no in zip(first, unsure, strict=True)]
-        return np.asarray(labels, object)
+        given = [answer.prediction for answer in answers]
+        return np.asarray(["" if index is None else names[index] for index in given], object)
+    rows = np.stack([answer.probabilities for answer in answers])
     count = output.parameters.classification
     if count is None:
         return rows

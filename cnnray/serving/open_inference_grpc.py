@@ -131,9 +131,9 @@ class GrpcGate:
         key = metadata.get(CANARY_KEY.lower())
         served = service.choose_model(asked.model_name, asked.model_version or None, key)
         open_inference.check_outputs(infer_request, served)
-        rows = await open_inference.classify(service, served, images)
+        answers = await open_inference.classify(service, served, images)
         outputs, contents = [], []
-        for output, values in open_inference.requested_outputs(infer_request, served, rows):
+        for output, values in open_inference.requested_outputs(infer_request, served, answers):
             shape, kind = list(values.shape), open_inference.datatype(values)
             outputs.append({"name": output.name, "datatype": kind, "shape": shape})
             contents.append(open_inference.to_binary(values))

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnray.images.decode import BadImage, decode
 from cnnray.images.geometry import Geometry
-from cnnray.models.answers import find_unusable
+from cnnray.models.answers import Answer, Rules, find_unusable
 from cnnray.models.runtimes import Images, Probabilities
 
 
@@ -44,21 +44,21 @@ class Pipeline:
     def __init__(
         self,
         predict: Callable[[Images], Probabilities],
+        rules: Rules,
         geometry: Geometry,
         observe: Callable[[str, Sequence[float]], None],
         *,
         threads: int,
-        multi_label: bool = False,
     ) -> None:
         """
         Args:
             predict: the network: uint8 (N, height, width, 3) to float32 (N, classes).
+            rules: make the answers of them.
             geometry: sizes that images are decoded for.
             observe: called with a stage, `decode` or `predict`, and its time in seconds for each image.
             threads: number of images decoded at once.
-            multi_label: see `find_unusable`.
         """
-        self.predict, self._multi_label = predict, multi_label
+        self.predict, self.rules = predict, rules
         self._geometry, self._observe = geometry, observe
         self._decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._predicting = threading.Lock()
@@ -70,21 +70,21 @@ class Pipeline:
         """How long a micro-batch has been at one image, or at the network; 0 where there is none."""
         return max((time.monotonic() - moment for moment in list(self._calls.values())), default=0.0)
 
-    def __call__(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
+    def __call__(self, images: Sequence[Encoded | Images]) -> list[Answer | BadImage]:
         """Classify a micro-batch.
 
         Args:
             images: encoded, or pixels, uint8 (height, width, 3) as the network takes them.
 
         Returns:
-            In order, the probabilities, float32 (classes,), or why an image has none.
+            In order, the answers, or why an image has none.
         """
         try:
             return self._classify(images)
         finally:
             self._calls.pop(threading.get_ident(), None)
 
-    def _classify(self, images: Sequence[Encoded | Images]) -> list[Probabilities | BadImage]:
+    def _classify(self, images: Sequence[Encoded | Images]) -> list[Answer | BadImage]:
         decoded: list[Images | BadImage] = []
         self._report_progress()
         mapped = self._decoders.map if self._decoders and len(images) > 1 else map
@@ -105,10 +105,10 @@ class Pipeline:
         if len(rows) != len(pixels):
             raise ValueError(f"The engine gave {len(rows)} rows for {len(pixels)} images.")
         self._observe("predict", [seconds] * len(usable))
-        unusable = find_unusable(rows, multi_label=self._multi_label)
+        unusable = find_unusable(rows, multi_label=self.rules.multi_label)
         return [
-            image if isinstance(image, BadImage) else unusable.get(index, row)
-            for index, (image, row) in enumerate(zip(decoded, rows, strict=True))
+            image if isinstance(image, BadImage) else unusable.get(index, answer)
+            for index, (image, answer) in enumerate(zip(decoded, self.rules(rows), strict=True))
         ]
 
     def _report_progress(self) -> None:

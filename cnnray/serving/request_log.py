@@ -28,8 +28,7 @@ from PIL import Image as PillowImage
 
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import Threshold, find_labels, rank_classes
-from cnnray.models.runtimes import Probabilities
+from cnnray.models.answers import Answer, Rules, rank_classes
 from cnnray.serving.models import ServedModel
 from cnnray.serving.pipeline import Encoded, Image, size_of
 from cnnray.serving.settings import LogSettings
@@ -49,6 +48,7 @@ SCHEMA = pa.schema(
         ("top_k_scores", pa.list_(pa.float32())),
         ("labels", pa.list_(pa.string())),
         ("unsure", pa.bool_()),
+        ("group", pa.string()),
         ("error", pa.string()),
         ("seconds", pa.float32()),
         ("sha256", pa.string()),
@@ -56,12 +56,12 @@ SCHEMA = pa.schema(
     ]
 )
 """`index` is the image's place in its request. `prediction` is the most probable class, and `unsure` whether it was
-withheld. Of a bundle with several labels, `labels` are those that the image has, and `prediction` is the first of
-them, or null. (`unsure` and `labels` are null of other bundles, and left out of files of only such.) `seconds` is the
-time from the request's body to its answers, `sha256` that of the bytes that were sent (of pixels, for those). `image`
-holds these bytes (pixels as PNG) if they are kept, else null. An image without a prediction has an `error`,
-`REASON: explanation`."""
-_OF_SOME = ("labels", "unsure")
+withheld; `group` is the one that was named then, if the model has groups of classes. Of a bundle with several labels,
+`labels` are those that the image has, and `prediction` is the first of them, or null. (`unsure`, `group` and `labels`
+are null of other bundles, and left out of files of only such.) `seconds` is the time from the request's body to its
+answers, `sha256` that of the bytes that were sent (of pixels, for those). `image` holds these bytes (pixels as PNG)
+if they are kept, else null. An image without a prediction has an `error`, `REASON: explanation`."""
+_OF_SOME = ("labels", "unsure", "group")
 """Columns that not all models have."""
 _TOP_K = 5
 _MOST_ROWS, _MOST_SECONDS, _MOST_BYTES = 20_000, 60.0, 16 * 2**20
@@ -95,10 +95,9 @@ class _Answered:
     model: str
     version: str
     class_names: list[str]
-    threshold: Threshold | None
-    label_thresholds: list[float] | None
+    rules: Rules
     images: Sequence[Image]
-    answers: Sequence[Probabilities | BadImage]
+    answers: Sequence[Answer | BadImage]
     seconds: float
 
     @property
@@ -193,7 +192,7 @@ class RequestLog:
         self,
         served: ServedModel,
         images: Sequence[Image],
-        answers: Sequence[Probabilities | BadImage],
+        answers: Sequence[Answer | BadImage],
         seconds: float,
     ) -> None:
         """Log the answers to the request of this task, if it belongs to the share that is logged.
@@ -208,8 +207,8 @@ class RequestLog:
             return
         answered = _Answered(
             moment=time.time(), request_id=request_id.get(), model=served.name, version=served.version,
-            class_names=served.bundle.info.class_names, threshold=served.threshold,
-            label_thresholds=served.label_thresholds, images=images, answers=answers, seconds=seconds,
+            class_names=served.bundle.info.class_names, rules=served.rules, images=images, answers=answers,
+            seconds=seconds,
         )  # fmt: skip
         with self._lock:
             fits = self._held + answered.size <= _MOST_HELD
@@ -282,16 +281,19 @@ class RequestLog:
             if isinstance(answer, BadImage):
                 row["error"] = str(answer)
             else:
-                (order,) = rank_classes(answer[None], _TOP_K)
-                labels, scores = [answered.class_names[place] for place in order], answer[order]
-                row |= {"top_k_labels": labels, "top_k_scores": scores}
-                row |= {"prediction": labels[0], "confidence": scores[0]}
-                if answered.label_thresholds is not None:
-                    (found,) = find_labels(answer[None], answered.label_thresholds)
-                    names = [answered.class_names[place] for place in found]
-                    row |= {"prediction": names[0] if names else None, "labels": names}
-                if answered.threshold:
-                    row["unsure"] = bool(answered.threshold.is_unsure(answer[None])[0])
+                names = answered.class_names
+                (order,) = rank_classes(answer.probabilities[None], _TOP_K)
+                labels = [names[place] for place in answer.labels]
+                row |= {
+                    "top_k_labels": [names[place] for place in order], "top_k_scores": answer.probabilities[order],
+                    "prediction": labels[0] if labels else None, "confidence": answer.confidence,
+                }  # fmt: skip
+                if answered.rules.multi_label:
+                    row["labels"] = labels
+                if answered.rules.threshold:
+                    row["unsure"] = answer.status == "unsure"
+                if answered.rules.groups:
+                    row["group"] = answered.rules.group_name(answer)
             rows.append(row)
         return rows
 

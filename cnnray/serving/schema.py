@@ -45,6 +45,9 @@ class Answer(BaseModel):
     candidates: list[ClassScore] | None = Field(
         None, description="If the model is unsure: the classes that the image may have, highest first."
     )
+    group: str | None = Field(
+        None, description="If the model is unsure of the class, and not of its group: that group."
+    )
     heat_map: str | None = Field(
         None, description="With `explain`: a PNG file in base64, the image with the regions that support the class."
     )
@@ -112,6 +115,9 @@ class VersionInfo(BaseModel):
         None,
         exclude_if=lambda value: value is None,
         description="With several labels: the smallest probability with which an image has each class.",
+    )
+    groups: dict[str, str] | None = Field(
+        None, exclude_if=lambda value: value is None, description="Groups of classes: by class, its group."
     )
     image_size: int | str = Field(description="What the network takes, in pixels: 224, or 224x320 (height x width).")
     resize: str = Field(description="How images of other shapes are resized.")

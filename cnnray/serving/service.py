@@ -12,8 +12,8 @@ import numpy as np
 from starlette.requests import Request
 
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import NO_PROBABILITIES
-from cnnray.models.runtimes import Images, Probabilities
+from cnnray.models.answers import NO_PROBABILITIES, Answer
+from cnnray.models.runtimes import Images
 from cnnray.serving.access_log import AccessLog
 from cnnray.serving.admission import Admission, read_body
 from cnnray.serving.bodies import LARGE_BODY, NOT_BASE64, RequestError, declared_length
@@ -269,8 +269,8 @@ class Service:
 
     async def classify(
         self, served: ServedModel, images: Iterable[bytes | Images | BadImage]
-    ) -> list[Probabilities | BadImage]:
-        """Classify images: in order, the probabilities, float32 (classes,), or why an image has none.
+    ) -> list[Answer | BadImage]:
+        """Classify images: in order, the answers, or why an image has none.
 
         Args:
             served: the version of a model.
@@ -287,22 +287,20 @@ class Service:
         self.admission.check_images(settings, len(values))
         if len(self.ready_models().all) > 1:
             self.admission.check_version(settings, served.key, len(values))
-        rows = await self._answer(served, values, settings)
-        names = served.bundle.info.class_names
-        for row in rows:
-            if not isinstance(row, BadImage):
-                best = int(row.argmax())
-                unsure = served.threshold is not None and bool(served.threshold.is_unsure(row[None])[0])
+        answers = await self._answer(served, values, settings)
+        for answer in answers:
+            if not isinstance(answer, BadImage):
+                confidence = answer.confidence
                 self.metrics.record_prediction(
-                    served.name, served.version, [names[index] for index in served.labels(row)], float(row[best]),
-                    unsure=unsure,
+                    served.name, served.version, served.names(answer.labels), confidence,
+                    unsure=answer.status == "unsure",
                 )  # fmt: skip
                 if served.recent:
-                    served.recent.add(best, float(row[best]))
+                    served.recent.add(answer.best, confidence)
         if self._log:
-            self._log.add(served, values, rows, time.perf_counter() - start)
-        self.canaries.compare_later(served, values, rows)
-        return rows
+            self._log.add(served, values, answers, time.perf_counter() - start)
+        self.canaries.compare_later(served, values, answers)
+        return answers
 
     def check_explains(self) -> None:
         """Check that answers can be explained, before they are computed.
@@ -329,7 +327,7 @@ class Service:
 
     async def _answer(
         self, served: ServedModel, values: Sequence[Image], settings: Settings
-    ) -> list[Probabilities | BadImage]:
+    ) -> list[Answer | BadImage]:
         """The answers to images: those that are known, and the others computed."""
         if not settings.max_cache_bytes:
             return await self._compute(served, values)
@@ -339,14 +337,14 @@ class Service:
         missing = [value for value, answer in zip(values, known, strict=True) if answer is None]
         self.metrics.record_cache(hits=len(values) - len(missing), misses=len(missing))
         computed = iter(await self._compute(served, missing) if missing else [])
-        rows = []
+        answers = []
         for key, answer in zip(keys, known, strict=True):
-            rows.append(next(computed) if answer is None else answer)
+            answers.append(next(computed) if answer is None else answer)
             if answer is None and key is not None:
-                cache.put(key, rows[-1], settings.max_cache_bytes)
-        return rows
+                cache.put(key, answers[-1], settings.max_cache_bytes)
+        return answers
 
-    async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Probabilities | BadImage]:
+    async def _compute(self, served: ServedModel, values: Sequence[Image]) -> list[Answer | BadImage]:
         """The answers to images, and the record of how long they took."""
         futures = [served.batcher.submit(value) for value in values if not isinstance(value, BadImage)]
         self.admission.add_images(served.key, len(futures))
@@ -354,8 +352,8 @@ class Service:
         try:
             async with self._answer_timeout():
                 computed = await asyncio.gather(*futures)
-            usable = sum(not isinstance(row, BadImage) or row.reason == NO_PROBABILITIES for row in computed)
-            failed = any(isinstance(row, BadImage) and row.reason == NO_PROBABILITIES for row in computed)
+            usable = sum(not isinstance(one, BadImage) or one.reason == NO_PROBABILITIES for one in computed)
+            failed = any(isinstance(one, BadImage) and one.reason == NO_PROBABILITIES for one in computed)
         except asyncio.CancelledError:  # the client has left: so long it took at least
             failed = False
             raise
@@ -375,20 +373,21 @@ class Service:
         seconds = self.settings.timeout_seconds
         return _timeout(seconds, 503, f"The answer takes longer than {seconds:g} seconds.")
 
-    async def classify_all(self, served: ServedModel, images: Iterable[bytes | Images | BadImage]) -> Probabilities:
-        """Classify images, all of which must be usable: probabilities, float32 (N, classes).
+    async def classify_all(self, served: ServedModel, images: Iterable[bytes | Images | BadImage]) -> list[Answer]:
+        """Classify images, all of which must be usable.
 
         Raises:
             RequestError: an image cannot be used, the message says at which index; 503, it takes longer than the
                 settings allow.
         """
-        rows = await self.classify(served, images)
-        for index, row in enumerate(rows):
-            if isinstance(row, BadImage):
+        answers = []
+        for index, answer in enumerate(await self.classify(served, images)):
+            if isinstance(answer, BadImage):
                 raise RequestError(
-                    STATUS_BY_REASON.get(row.reason, 422), f"The image at index {index} cannot be used: {row}."
+                    STATUS_BY_REASON.get(answer.reason, 422), f"The image at index {index} cannot be used: {answer}."
                 )
-        return np.stack([row for row in rows if not isinstance(row, BadImage)])
+            answers.append(answer)
+        return answers
 
 
 def canary_key(request: Request) -> str | None:

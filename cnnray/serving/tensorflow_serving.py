@@ -2,7 +2,8 @@
 
 The signature `serving_default` takes `image`, pixels [N, height, width, 3]; `encoded` takes `image_bytes`,
 `{"b64": ...}`. The content of the request selects the signature. The outputs of both are `probabilities` and
-`class_names`, each [N, classes]; those of a model that may be unsure also `unsure` [N] and `candidates` [N, classes].
+`class_names`, each [N, classes]; those of a model that may be unsure also `unsure` [N] and `candidates` [N, classes],
+and, with groups of classes, `group` [N].
 """
 
 import reprlib
@@ -12,11 +13,11 @@ import numpy as np
 from starlette.requests import Request
 
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import label_masks
 from cnnray.models.runtimes import Images
 from cnnray.serving.bodies import RequestError, decode_base64, parse_json
 from cnnray.serving.open_inference import pixels_from_lists
 from cnnray.serving.operations import Bodies, Operation
+from cnnray.serving.outputs import outputs_of
 from cnnray.serving.service import Service
 from cnnray.serving.settings import Settings
 
@@ -40,13 +41,13 @@ async def _predict(service: Service, request: Request) -> dict[str, Any]:
     info = served.bundle.info
     shape = info.geometry.image_size.shape
     images, by_row = await service.read(request, lambda body, settings: _parse(body, shape, settings))
-    rows, threshold = await service.classify_all(served, images), served.threshold
-    outputs: dict[str, list[Any]] = {"probabilities": rows.tolist(), "class_names": [info.class_names] * len(rows)}
-    if served.label_thresholds is not None:
-        outputs["labels"] = label_masks(rows, served.label_thresholds).tolist()
-    if threshold:
-        masks = threshold.candidate_masks(rows)
-        outputs |= {"unsure": threshold.is_unsure(rows).tolist(), "candidates": masks.tolist()}
+    answers = await service.classify_all(served, images)
+    outputs: dict[str, list[Any]] = {
+        "probabilities": [answer.probabilities.tolist() for answer in answers],
+        "class_names": [info.class_names] * len(answers),
+    }
+    for name, output in outputs_of(served.rules).items():
+        outputs[name] = output.values(answers, len(info.class_names)).tolist()
     if by_row:
         return {"predictions": [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]}
     return {"outputs": outputs}
@@ -73,10 +74,9 @@ async def _metadata(service: Service, request: Request) -> dict[str, Any]:
         return {name: {"dtype": kind, "tensor_shape": {"dim": dimensions, "unknown_rank": False}, "name": name}}
 
     outputs = tensor("probabilities", "DT_FLOAT", -1, classes) | tensor("class_names", "DT_STRING", -1, classes)
-    if served.threshold:
-        outputs |= tensor("unsure", "DT_BOOL", -1) | tensor("candidates", "DT_BOOL", -1, classes)
-    if served.label_thresholds is not None:
-        outputs |= tensor("labels", "DT_BOOL", -1, classes)
+    for name, output in outputs_of(served.rules).items():
+        kind = "DT_STRING" if output.is_text else "DT_BOOL"
+        outputs |= tensor(name, kind, *([-1, classes] if output.is_per_class else [-1]))
     method = "tensorflow/serving/predict"
     signatures = {
         name: {"inputs": inputs, "outputs": outputs, "method_name": method}

@@ -221,12 +221,19 @@ def test_a_calibrated_bundle_is_published_and_its_temperature_applied_everywhere
 
 
 def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle, labelled, tmp_path):
+    groups = {"red": "warm", "green": "cold", "blue": "cold"}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
     config = EvaluateConfig(
         bundle=onnx_bundle, data=str(labelled), output=str(tmp_path / "out"), target_precision=0.7,
-        data_checks=False,
+        hierarchy=str(tmp_path / "groups.json"), data_checks=False,
     )  # fmt: skip
     line = evaluate(config)
     bundle = Bundle.load(line["bundle"])
+    assert bundle.info.groups == groups
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert line["group_accuracy"] == measured["group_accuracy"] >= line["accuracy"]
+    assert [(row["name"], row["classes"]) for row in measured["groups"]] == [("cold", 2), ("warm", 1)]
+    assert "accuracy of the class" in (tmp_path / "out" / "report.html").read_text()
     decision = bundle.info.decision
     assert (decision.precision, decision.certainty, decision.candidate_coverage) == (0.7, 0.95, 0.95)
     assert decision.thresholds.keys() == {"float32"}
@@ -238,7 +245,7 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
     assert Bundle.load(bundle.uri).version == bundle.version
 
     # A threshold that more images miss, to see both kinds of rows.
-    strict = dataclasses.replace(threshold, confidence=0.9, candidate=0.05)
+    strict = dataclasses.replace(threshold, confidence=0.9, candidate=0.05, group=0.6, group_below=0.9)
     write_info(
         bundle.uri,
         dataclasses.replace(bundle.info, decision=dataclasses.replace(decision, thresholds={"float32": strict})),
@@ -260,6 +267,9 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
         for row in rows:
             assert (row["prediction"] is None) == (row["status"] != "ok")
             assert (row["candidates"] is None) == (row["status"] != "unsure")
+            assert row["group"] is None or row["status"] == "unsure"
+        named = sum(row["group"] is not None for row in rows)
+        assert 0 < named <= states["unsure"]
     # An evaluation measures the network, and says what its answers are.
     again = evaluate(
         EvaluateConfig(bundle=bundle.uri, data=str(labelled), output=str(tmp_path / "again"), data_checks=False)
@@ -267,6 +277,8 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
     assert again["accuracy"] == line["accuracy"]
     answers = json.loads((tmp_path / "again" / "metrics.json").read_text())["answers"]
     assert (answers["unsure"], answers["guaranteed_precision"]) == (summary["unsure"], 0.7)
+    assert answers["group_coverage"] == named / answers["unsure"]
+    assert "It names the group of" in (tmp_path / "again" / "report.html").read_text()
     assert "The bundle answers from a confidence of 0.9 on" in (tmp_path / "again" / "report.html").read_text()
     # Another temperature makes the thresholds void.
     line = evaluate(

@@ -9,7 +9,7 @@ import pytest
 
 from cnnray.models import bundle as bundles
 from cnnray.models import engines
-from cnnray.models.answers import FLOAT32, Decision, Threshold
+from cnnray.models.answers import FLOAT32, Decision, Rules, Threshold
 from cnnray.models.bundle import Bundle, BundleError
 from cnnray.models.predictor import Predictor
 from tests.awkward import awkward_images
@@ -36,16 +36,34 @@ def test_unsure_images_have_candidates():
     threshold = make_threshold()
     assert threshold.is_unsure(ROWS).tolist() == [False, True, True, True]
     assert [threshold.candidates(row).tolist() for row in ROWS[1:]] == [[0, 1], [0, 1], [0, 2]]
-    assert threshold.candidate_masks(ROWS).tolist() == [
-        [True, False, False], [True, True, False], [True, True, False], [True, False, True],
-    ]  # fmt: skip
     assert threshold.is_unsure(np.zeros((0, 3), np.float32)).shape == (0,)
+    answers = Rules(threshold=threshold)(ROWS)
+    assert [answer.status for answer in answers] == ["ok", "unsure", "unsure", "unsure"]
+    assert [answer.prediction for answer in answers] == [0, None, None, None]
+    assert [answer.labels for answer in answers] == [(0,)] * 4
+    assert [answer.candidates for answer in answers] == [(), (0, 1), (0, 1), (0, 2)]
+    assert [answer.confidence for answer in answers] == ROWS.max(1).tolist()
 
 
 def test_there_is_always_a_candidate():
     threshold = make_threshold(candidate=0.9)
     assert [threshold.candidates(row).tolist() for row in ROWS] == [[0]] * 4
-    assert (threshold.candidate_masks(ROWS).sum(1) == 1).all()
+    assert [answer.candidates for answer in Rules(threshold=threshold)(ROWS)] == [(), (0,), (0,), (0,)]
+
+
+def test_without_a_threshold_there_is_always_an_answer():
+    answers = Rules()(ROWS)
+    assert [(answer.status, answer.prediction, answer.candidates) for answer in answers] == [("ok", 0, ())] * 4
+    assert not Rules().is_unsure(ROWS).any()
+    assert Rules()(ROWS[:0]) == []
+
+
+def test_of_several_labels_an_image_may_have_none():
+    answers = Rules(label_thresholds=[0.5, 0.25, 0.2])(ROWS)
+    assert [answer.labels for answer in answers] == [(0,), (0, 1, 2), (1, 2), (0, 2)]
+    assert [answer.prediction for answer in answers] == [0, 0, 1, 0]
+    (none,) = Rules(label_thresholds=[0.9, 0.9, 0.9])(ROWS[:1])
+    assert (none.labels, none.prediction, none.best, none.status) == ((), None, 0, "ok")
 
 
 @pytest.fixture

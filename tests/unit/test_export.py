@@ -527,11 +527,20 @@ def test_a_saved_model_says_of_which_images_the_bundle_is_unsure(data, copy):
     probabilities = Predictor(bundle).probabilities(images)
     middle = np.sort(probabilities.max(1))[20:22].mean()
     threshold = Threshold(confidence=float(middle), candidate=0.2, images=40, coverage=0.5, observed_precision=1.0)
+    threshold = dataclasses.replace(threshold, group=float(middle), group_below=float(middle))
     decision = Decision(precision=0.9, certainty=0.95, candidate_coverage=0.95, thresholds={"float32": threshold})
-    bundles.write_info(str(copy), dataclasses.replace(bundle.info, decision=decision))
+    groups = {name: "first" if name == NAMES[0] else "others" for name in NAMES}
+    bundles.write_info(str(copy), dataclasses.replace(bundle.info, decision=decision, groups=groups))
     export(ExportConfig(bundle=str(copy), calibration=str(data), formats=["saved_model"]))
     outputs = tf.saved_model.load(str(copy / "saved_model")).signatures["serving_default"](image=images)
     assert outputs["unsure"].numpy().tolist() == threshold.is_unsure(probabilities).tolist()
     assert outputs["unsure"].numpy().sum() == 21
-    assert outputs["candidates"].numpy().tolist() == threshold.candidate_masks(probabilities).tolist()
+    candidates = [np.flatnonzero(row) for row in outputs["candidates"].numpy()]
+    rules = engines.find_rules(Bundle.load(str(copy)), "keras")
+    answers = rules(probabilities)
+    for answer, found in zip(answers, candidates, strict=True):
+        assert sorted(answer.candidates or answer.labels) == found.tolist()
+    named = [rules.group_name(answer) or "" for answer in answers]
+    assert [name.decode() for name in outputs["group"].numpy()] == named
+    assert set(named) == {"", "first", "others"}
     assert formats.metadata(Bundle.load(str(copy)))["decision"]["thresholds"]["float32"]["candidate"] == 0.2

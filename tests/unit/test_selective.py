@@ -17,7 +17,7 @@ from cnnray.evaluation.selective import (
     measure_answers,
     split,
 )
-from cnnray.models.answers import Threshold
+from cnnray.models.answers import Rules, Threshold
 
 _DRAWS, _POPULATION = 200, 200_000
 
@@ -131,7 +131,7 @@ def test_the_promise_of_answers_and_candidates_is_kept():
         if threshold is None:
             continue
         found += 1
-        seen = measure_answers(threshold, probabilities[test], targets[test])
+        seen = measure_answers(Rules(threshold=threshold), probabilities[test], targets[test])
         broken += seen["precision"] < 0.95
         coverages.append(seen["coverage"])
         candidate_coverages.append(seen["candidate_coverage"])
@@ -152,11 +152,12 @@ def test_what_answers_are_on_labelled_images():
     threshold = Threshold(
         confidence=float(np.float32(0.8)), candidate=0.28, images=4, coverage=0.5, observed_precision=1.0
     )
-    assert measure_answers(threshold, probabilities, np.asarray([0, 1, 1, 2])) == {
+    assert measure_answers(Rules(threshold=threshold), probabilities, np.asarray([0, 1, 1, 2])) == {
         "threshold": threshold.confidence, "unsure": 2, "coverage": 0.5, "precision": 0.5, "candidate_coverage": 0.5,
         "mean_candidates": 2.0,
     }  # fmt: skip
-    sure = measure_answers(dataclasses.replace(threshold, confidence=0.0), probabilities, np.asarray([0, 0, 0, 0]))
+    always = Rules(threshold=dataclasses.replace(threshold, confidence=0.0))
+    sure = measure_answers(always, probabilities, np.asarray([0, 0, 0, 0]))
     assert (sure["unsure"], sure["precision"], sure["candidate_coverage"], sure["mean_candidates"]) == (
         0,
         1,

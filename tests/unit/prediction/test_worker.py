@@ -15,8 +15,9 @@ from PIL import Image
 
 from cnnray.images.decode import decode
 from cnnray.images.manifest import manifest_from_uris
-from cnnray.models.answers import Threshold
+from cnnray.models.answers import Rules, Threshold
 from cnnray.models.bundle import BundleError
+from cnnray.models.groups import Groups
 from cnnray.models.predictor import Predictor
 from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.plan import plan_on_cluster
@@ -147,6 +148,7 @@ def test_malformed_files_neither_crash_a_worker_nor_fill_its_memory(bundle, tmp_
     program = f"""
 import json, resource
 from cnnray.images.manifest import manifest_from_uris
+from cnnray.models.answers import Rules
 from cnnray.models.bundle import Bundle
 from cnnray.prediction.config import PredictOptions
 from cnnray.prediction.plan import Plan
@@ -156,7 +158,7 @@ from pathlib import Path
 pool = Pool(smallest=1, first=1, largest=1)
 bundle = Bundle.load({bundle.uri!r})
 digest = bundle.digest("model.keras")
-plan = Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, digest=digest)
+plan = Plan(bundle=bundle, engine="keras", options=PredictOptions(), pool=pool, rules=Rules(), digest=digest)
 worker = Worker(plan)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 manifest = manifest_from_uris([str(path) for path in Path({str(tmp_path)!r}).iterdir()])
@@ -185,7 +187,8 @@ def test_rows_of_which_the_bundle_is_unsure(bundle, files):
     threshold = Threshold(
         confidence=confidences[len(confidences) // 2], candidate=0.2, images=9, coverage=0.5, observed_precision=1.0
     )
-    table = pa.concat_tables(Worker(dataclasses.replace(plan, threshold=threshold))(manifest))
+    unsure = dataclasses.replace(plan, rules=Rules(threshold=threshold))
+    table = pa.concat_tables(Worker(unsure)(manifest))
     assert table.schema.field("candidates").type == pa.list_(pa.string())
     for row, before in zip(table.to_pylist(), plain, strict=True):
         candidates = row.pop("candidates")
@@ -199,12 +202,19 @@ def test_rows_of_which_the_bundle_is_unsure(bundle, files):
         assert candidates[0] == before["prediction"]
     # A column of the user's of that name is renamed, and only then.
     named = manifest.append_column("candidates", pa.array([7] * len(manifest)))
-    for changed, column in (
-        (plan, "candidates"),
-        (dataclasses.replace(plan, threshold=threshold), "original_candidates"),
-    ):
+    for changed, column in ((plan, "candidates"), (unsure, "original_candidates")):
         rows = pa.concat_tables(Worker(changed)(named))
         assert rows[column].to_pylist() == [7] * len(manifest)
+    groups = {name: "first" if name == names[0] else "others" for name in names}
+    rules = Rules(
+        threshold=dataclasses.replace(threshold, group=0.0, group_below=1.0), groups=Groups.of(groups, names)
+    )
+    grouped = pa.concat_tables(Worker(dataclasses.replace(plan, rules=rules))(manifest)).to_pylist()
+    for row, before in zip(grouped, table.to_pylist(), strict=True):
+        first, *others = before["probabilities"] or [0]
+        named = "first" if first > sum(others) else "others"
+        assert row.pop("group") == (named if before["status"] == "unsure" else None)
+        assert row == before
     tally = Tally.of(table, 0.0)
     bad = sum(row["status"] == "error" for row in plain)
     assert (tally.rows, tally.errors) == (len(plain), bad)

@@ -4,32 +4,32 @@ import numpy as np
 import pytest
 
 from cnnray.images.decode import BadImage
-from cnnray.models.answers import NO_PROBABILITIES
+from cnnray.models.answers import NO_PROBABILITIES, Answer
 from cnnray.serving.cache import Cache
 from tests.awkward import bad_images
 from tests.unit.serving.conftest import GOOD
 
-ROW = np.arange(100, dtype=np.float32)
-SIZE = ROW.nbytes + 400
+ANSWER = Answer(np.arange(100, dtype=np.float32), (99,))
+SIZE = ANSWER.nbytes + 600
 
 
 def test_the_least_recently_used_answers_go_first():
     cache = Cache()
     for key in (b"a", b"b", b"c"):
-        cache.put(key, ROW, 3 * SIZE)
+        cache.put(key, ANSWER, 3 * SIZE)
     assert cache.get(b"a") is not None
-    cache.put(b"d", ROW, 3 * SIZE)
+    cache.put(b"d", ANSWER, 3 * SIZE)
     assert [cache.get(key) is not None for key in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
     assert cache.bytes == 3 * SIZE
-    cache.put(b"a", ROW, 3 * SIZE)  # it is there
+    cache.put(b"a", ANSWER, 3 * SIZE)  # it is there
     assert (len(cache), cache.bytes) == (3, 3 * SIZE)
 
 
 def test_an_answer_does_not_hold_its_micro_batch_and_failures_are_not_kept():
     cache = Cache()
     batch = np.zeros((32, 100), np.float32)
-    cache.put(b"a", batch[3], 10**6)
-    assert cache.get(b"a").base is None
+    cache.put(b"a", Answer(batch[3], (0,)), 10**6)
+    assert cache.get(b"a").probabilities.base is None
     cache.put(b"b", BadImage(NO_PROBABILITIES), 10**6)
     assert cache.get(b"b") is None
     try:
@@ -41,7 +41,7 @@ def test_an_answer_does_not_hold_its_micro_batch_and_failures_are_not_kept():
         None,
     )  # it would hold the image
     cache = Cache()
-    cache.put(b"c", ROW, SIZE - 1)  # larger than everything that may be kept
+    cache.put(b"c", ANSWER, SIZE - 1)  # larger than everything that may be kept
     assert (len(cache), cache.bytes) == (0, 0)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cnnray.images import storage
 from cnnray.images.decode import BadImage
+from cnnray.models.answers import Answer, Rules
 from cnnray.serving import request_log
 from cnnray.serving.pipeline import Encoded
 from cnnray.serving.request_log import SCHEMA, RequestLog
@@ -22,11 +23,9 @@ from cnnray.serving.settings import LogSettings
 from tests.unit.serving.conftest import GOOD, settings
 
 INFO = SimpleNamespace(class_names=["red", "green", "blue"])
-SERVED = SimpleNamespace(
-    name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO), threshold=None, label_thresholds=None
-)
+SERVED = SimpleNamespace(name="colours", version="cnn-1", bundle=SimpleNamespace(info=INFO), rules=Rules())
 IMAGE = Encoded(GOOD, 10**6)
-ROW = np.asarray([0.2, 0.7, 0.1], np.float32)
+ANSWER = Answer(np.asarray([0.2, 0.7, 0.1], np.float32), (1,))
 
 
 class Counted:
@@ -43,7 +42,7 @@ def read(folder):
     return [row for file in files for row in pyarrow.parquet.read_table(file, partitioning=None).to_pylist()]
 
 
-def add(log, number, images=(IMAGE,), answers=(ROW,)):
+def add(log, number, images=(IMAGE,), answers=(ANSWER,)):
     request_log.request_id.set(f"request-{number}")
     log.add(SERVED, images, answers, 0.25)
 
@@ -65,7 +64,8 @@ def test_each_image_has_a_row_and_by_default_no_image_is_kept(tmp_path):
     counted = Counted()
     log = RequestLog(LogSettings(place=str(tmp_path)), counted)
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    add(log, 1, [IMAGE, BadImage("empty"), pixels], [ROW, BadImage("empty"), ROW[::-1]])
+    reversed_scores = Answer(ANSWER.probabilities[::-1], (1,))
+    add(log, 1, [IMAGE, BadImage("empty"), pixels], [ANSWER, BadImage("empty"), reversed_scores])
     log.close()
     first, second, third = read(tmp_path)
     # Of a bundle without thresholds, and with one label for each image.
@@ -89,7 +89,7 @@ def test_each_image_has_a_row_and_by_default_no_image_is_kept(tmp_path):
 def test_images_are_kept_where_that_is_asked_for(tmp_path):
     log = RequestLog(LogSettings(place=str(tmp_path), images=True), Counted())
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    add(log, 1, [IMAGE, pixels], [ROW, ROW])
+    add(log, 1, [IMAGE, pixels], [ANSWER, ANSWER])
     log.close()
     sent, drawn = read(tmp_path)
     assert sent["image"] == GOOD
@@ -152,7 +152,8 @@ def test_rows_that_are_all_dropped_are_counted_and_the_log_goes_on(tmp_path, mon
 def test_what_waits_is_bounded(tmp_path, monkeypatch):
     counted, blocked = Counted(), threading.Event()
     monkeypatch.setattr(storage, "write_bytes", lambda uri, data: blocked.wait(30))
-    monkeypatch.setattr(request_log, "_MOST_HELD", 10 * (len(GOOD) + ROW.nbytes + request_log._BYTES_OF_A_ROW))
+    most = 10 * (len(GOOD) + ANSWER.nbytes + request_log._BYTES_OF_A_ROW)
+    monkeypatch.setattr(request_log, "_MOST_HELD", most)
     monkeypatch.setattr(request_log, "_MOST_SECONDS", 0.0)
     log = RequestLog(LogSettings(place=str(tmp_path), images=True), counted)
     start = time.monotonic()
@@ -222,7 +223,7 @@ def test_a_file_that_is_tried_again_keeps_its_name(tmp_path, monkeypatch, quick)
 def test_a_request_that_cannot_be_logged_does_not_end_the_log(tmp_path):
     counted = Counted()
     log = RequestLog(LogSettings(place=str(tmp_path)), counted)
-    add(log, 1, answers=(ROW, ROW))
+    add(log, 1, answers=(ANSWER, ANSWER))
     add(log, 2)
     log.close()
     assert [row["request_id"] for row in read(tmp_path)] == ["request-2"]

@@ -157,7 +157,10 @@ def test_faults_under_constant_load(start, start_steady, bundle, photo, tmp_path
     logged = ["--log-requests", log, "--log-share", "0.1"]
     service = Service(start, "--bundle", bundle, *TWO, *logged)
     address = f"{service.address}/predict"
-    peak = load.measure_peak(address, photo, tmp_path, connections=16, seconds=10).rate
+    # The highest load varies by a third from one ten seconds to the next.
+    peak = statistics.median(
+        load.measure_peak(address, photo, tmp_path, connections=16, seconds=10).rate for _ in range(5)
+    )
     process = start_steady(address, photo, peak / 2, SECONDS)
     started, moments, numbers, nonsense = time.monotonic(), [], iter(range(10**9)), Counter()
     memory = Memory(service)
@@ -383,6 +386,7 @@ def test_malformed_json(small, capsys):
 
 def test_memory_stays_flat(small, start_steady, photo, capsys):
     (replica,), sizes, requests_each = small.replicas(), [], 2000
+    _burst(f"{small.address}/predict", photo.read_bytes())
     for _ in range(11):
         process = start_steady(f"{small.address}/predict", photo, 100, requests_each / 100)
         assert load.read_steady(process).statuses == {"200": requests_each}

@@ -69,7 +69,7 @@ def test_each_image_has_a_row_and_by_default_no_image_is_kept(tmp_path):
     log.close()
     first, second, third = read(tmp_path)
     # Of a bundle without thresholds, and with one label for each image.
-    assert list(first) == [name for name in SCHEMA.names if name not in ("unsure", "labels")]
+    assert list(first) == [name for name in SCHEMA.names if name not in ("unsure", "group", "labels")]
     assert first.pop("time") > datetime.now(UTC) - timedelta(minutes=1)
     assert first.pop("confidence") == pytest.approx(0.7)
     assert first.pop("top_k_scores") == pytest.approx([0.7, 0.2, 0.1])

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from cnnray.evaluation import label_metrics, paired
 from cnnray.evaluation.config import PREDICTIONS, EvaluateConfig
-from cnnray.evaluation.rows import make_label_predictions, read_rows
+from cnnray.evaluation.rows import make_label_predictions, read_rows, without_errors
 from cnnray.models.bundle import Bundle
 from cnnray.models.runtimes import Probabilities
 from cnnray.prediction.job import run as predict
@@ -41,6 +41,9 @@ def predict_alone(config: EvaluateConfig, manifest: str, engine: str, *, multi_l
 
 def measure(config: EvaluateConfig, bundle: Bundle, averaged: Run, alone: Run) -> dict[str, Any]:
     """Compare the averaged network with the first of its networks alone.
+
+    Raises:
+        EvaluationError: all images have errors.
 
     Returns:
         `members`, the number of networks; `views`; `metric`, accuracy or mean average precision, its `value`, that of
@@ -79,4 +82,4 @@ def _mean_average_precision(run: Run, bundle: Bundle) -> float:
 
 
 def _good(run: Run) -> pa.Table:
-    return run.rows.filter(pc.is_null(run.rows["error"])).select(["id", "label", "prediction"])
+    return without_errors(run.rows).select(["id", "label", "prediction"])

@@ -52,8 +52,9 @@ def read_rows(folder: str, *, multi_label: bool = False) -> tuple[pa.Table, Any]
     return pa.concat_tables(tables), np.concatenate(probabilities) if probabilities else np.zeros((0, 1), np.float32)
 
 
-def _without_errors(rows: pa.Table) -> pa.Table:
-    """
+def without_errors(rows: pa.Table) -> pa.Table:
+    """The rows of images with a prediction.
+
     Raises:
         EvaluationError: all images have errors.
     """
@@ -73,7 +74,7 @@ def make_label_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -
     """
     assert bundle.info.thresholds is not None
     names = bundle.info.class_names
-    truth = labels.multi_hot(_without_errors(rows)["label"], names) > 0
+    truth = labels.multi_hot(without_errors(rows)["label"], names) > 0
     return LabelPredictions(names, truth, probabilities.astype(np.float64), bundle.info.thresholds)
 
 
@@ -83,7 +84,7 @@ def make_predictions(rows: pa.Table, probabilities: Any, bundle: Bundle) -> Pred
         EvaluationError: all images have errors, or an earlier version of cnnray wrote predictions without
             probabilities.
     """
-    names, good = bundle.info.class_names, _without_errors(rows)
+    names, good = bundle.info.class_names, without_errors(rows)
     if unusable := find_unusable(probabilities):
         error = next(iter(unusable.values()))
         raise EvaluationError(

@@ -15,7 +15,7 @@ from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp
 
-from cnnray.serving import direct
+from cnnray.serving import direct, free_memory
 from cnnray.serving.application import create_application
 from cnnray.serving.coordinator import Coordination
 from cnnray.serving.job_queue import JobQueue
@@ -40,6 +40,7 @@ class Classifier:
             coordination=Coordination(context.app_name, context.deployment, context.replica_id.unique_id),
             queue=JobQueue(),
         )
+        free_memory.return_regularly()
         self._keys = Keys(read_keys())
         self._grpc = GrpcGate(self._service, self._keys)
 

@@ -129,7 +129,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     """
     bundle = _load_bundle(config)
     with tempfile.TemporaryDirectory(prefix="cnnray-averaged-") as folder:
-        if config.averages:
+        if config.averages and not storage.exists(bundle.uri):
             bundle = averaging.write(dataclasses.replace(bundle, uri=storage.join(folder, "bundle")))
         return _dry_run(config, bundle)
 

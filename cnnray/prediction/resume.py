@@ -57,7 +57,12 @@ def earlier_run(config: PredictConfig, bundle: Bundle) -> dict[str, Any] | None:
         differences.append(f"--engine {earlier['engine']} (now {config.engine})")
     if earlier[_MODEL] != bundle.version:
         differences.append(f"the model {earlier[_MODEL]} (now {bundle.version})")
-    elif not differences and earlier[_FILE] != engines.digest(bundle, earlier["engine"]):
+    # The file of an average may be made anew, and then is another one of the same version.
+    elif (
+        not differences
+        and not (bundle.info.averaged and earlier["engine"] in engines.KERAS_POLICIES)
+        and earlier[_FILE] != engines.digest(bundle, earlier["engine"])
+    ):
         differences.append(f"another export to {earlier['engine']}")
     if differences and not config.overwrite:
         raise PredictionError(

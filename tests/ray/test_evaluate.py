@@ -244,8 +244,10 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
     assert evaluate(config)["bundle"] == bundle.uri
     assert Bundle.load(bundle.uri).version == bundle.version
 
-    # A threshold that more images miss, to see both kinds of rows.
-    strict = dataclasses.replace(threshold, confidence=0.9, candidate=0.05, group=0.6, group_below=0.9)
+    # A threshold that half of the images miss, to see both kinds of rows.
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "predictions.parquet")
+    middle = float(np.sort(rows["confidence"].drop_null().to_numpy())[IMAGES // 2 :][:2].mean())
+    strict = dataclasses.replace(threshold, confidence=middle, candidate=0.05, group=0.5, group_below=middle)
     write_info(
         bundle.uri,
         dataclasses.replace(bundle.info, decision=dataclasses.replace(decision, thresholds={"float32": strict})),
@@ -263,13 +265,14 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
         assert {state: states[state] for state in ("ok", "unsure", "error")} == {
             "ok": summary["ok"], "unsure": summary["unsure"], "error": summary["errors"],
         }  # fmt: skip
-        assert min(states.values()) > 0
+        assert states["ok"] > 40
+        assert states["unsure"] > 40
         for row in rows:
             assert (row["prediction"] is None) == (row["status"] != "ok")
             assert (row["candidates"] is None) == (row["status"] != "unsure")
             assert row["group"] is None or row["status"] == "unsure"
         named = sum(row["group"] is not None for row in rows)
-        assert 0 < named <= states["unsure"]
+        assert named == states["unsure"]  # of two groups one has at least 0.5
     # An evaluation measures the network, and says what its answers are.
     again = evaluate(
         EvaluateConfig(bundle=bundle.uri, data=str(labelled), output=str(tmp_path / "again"), data_checks=False)
@@ -279,7 +282,8 @@ def test_a_bundle_that_is_unsure_is_published_and_keeps_its_promise(onnx_bundle,
     assert (answers["unsure"], answers["guaranteed_precision"]) == (summary["unsure"], 0.7)
     assert answers["group_coverage"] == named / answers["unsure"]
     assert "It names the group of" in (tmp_path / "again" / "report.html").read_text()
-    assert "The bundle answers from a confidence of 0.9 on" in (tmp_path / "again" / "report.html").read_text()
+    sentence = f"The bundle answers from a confidence of {middle:.6g} on"
+    assert sentence in (tmp_path / "again" / "report.html").read_text()
     # Another temperature makes the thresholds void.
     line = evaluate(
         EvaluateConfig(

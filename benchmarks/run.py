@@ -9,7 +9,6 @@ from benchmarks import (
     export,
     few_images,
     ingest,
-    limits,
     load,
     manifest_rows,
     pixels,
@@ -38,7 +37,6 @@ _STUDIES = {
     "causes": causes.measure,
     "few-images": few_images.measure,
     "small-networks": small_networks.measure,
-    "limits": limits.measure,
 }
 _NEEDS_CLUSTER = ("ingest", "train", "predict", "scale", "all")
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from cnnray import commandline, flags
 from cnnray.images import storage
 
-_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks", "limits")
+_STUDIES = ("start", "formats", "recipes", "causes", "few-images", "small-networks")
 MEASURES = ("pixels", "ingest", "train", "predict", "export", "serve", "scale", *_STUDIES, "all")
-_WITH_OWN_IMAGES = (
-    "start", "pixels", "export", "serve", "formats", "causes", "few-images", "small-networks", "limits",
-)  # fmt: skip
+_WITH_OWN_IMAGES = ("start", "pixels", "export", "serve", "formats", "causes", "few-images", "small-networks")
 """Measurements that always use their own images."""
 
 
@@ -25,8 +23,8 @@ def main() -> None:
         default="all",
         choices=MEASURES,
         help="scale: increasing numbers of workers, and a projection; all: everything except "
-        f"{', '.join(_STUDIES)}, which take ten minutes to eight hours each; recipes, causes, few-images and limits "
-        "go on with the results in --folder",
+        f"{', '.join(_STUDIES)}, which take ten minutes to eight hours each; recipes, causes and few-images go on "
+        "with the results in --folder",
     )
     parser.add_argument(
         "--data",

@@ -44,7 +44,7 @@ def plan(first: Bundle, others: Sequence[str], views: Views | None, target: str)
             confidence thresholds and groups do not go over, and thresholds of labels become their means.
         views: None: the images as they are; flips: also mirrored left to right; crops: also the four corners, each
             7/8 of the height and width, enlarged.
-        target: folder of the new bundle; if it ends with `FOLDER`, the bundle gets a folder in it.
+        target: folder of the new bundle.
 
     Raises:
         BundleError: the bundles do not fit each other.
@@ -72,8 +72,7 @@ def plan(first: Bundle, others: Sequence[str], views: Views | None, target: str)
         class_counts=info.class_counts,
         training_images=info.training_images,
     )
-    bundle = Bundle(target, planned)
-    return Bundle(storage.join(target, bundle.version), planned) if storage.name(target) == FOLDER else bundle
+    return Bundle(target, planned)
 
 
 def write(bundle: Bundle) -> Bundle:
@@ -122,10 +121,10 @@ def _some_names(folder: str) -> set[str]:
 
 def explained_network(model: "keras.Model") -> "keras.Model":
     """The network that heat maps are made of: of several, the first."""
+    import keras
+
     while any(layer.name == _MEMBER.format(0) for layer in model.layers):
         member = model.get_layer(_MEMBER.format(0))
-        import keras
-
         # Without the list that a network inside another one takes its inputs as.
         model = keras.Model(member.inputs[0], member.outputs[0])
     return model

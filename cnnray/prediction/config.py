@@ -64,7 +64,9 @@ class AveragingOptions:
         """
         if not self.averages:
             return bundle
-        return averaging.plan(bundle, self.ensemble, self.tta, storage.join(output, averaging.FOLDER))
+        folder = storage.join(output, averaging.FOLDER)
+        planned = averaging.plan(bundle, self.ensemble, self.tta, folder)
+        return Bundle(storage.join(folder, planned.version), planned.info)
 
 
 @configs.group(resumable=True)

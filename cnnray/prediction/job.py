@@ -15,7 +15,7 @@ from cnnray.images import containers, storage
 from cnnray.images.lease import Lease, lease
 from cnnray.images.shards import Range
 from cnnray.models import averaging, engines
-from cnnray.models.bundle import Bundle, BundleError
+from cnnray.models.bundle import INFO, Bundle, BundleError
 from cnnray.prediction import delta, resume, summary, verify
 from cnnray.prediction import earlier as earlier_versions
 from cnnray.prediction import manifest as manifests
@@ -129,7 +129,7 @@ def dry_run(config: PredictConfig) -> dict[str, Any]:
     """
     bundle = _load_bundle(config)
     with tempfile.TemporaryDirectory(prefix="cnnray-averaged-") as folder:
-        if config.averages and not storage.exists(bundle.uri):
+        if config.averages and not storage.is_file(storage.join(bundle.uri, INFO)):
             bundle = averaging.write(dataclasses.replace(bundle, uri=storage.join(folder, "bundle")))
         return _dry_run(config, bundle)
 

@@ -106,9 +106,13 @@ def test_a_mean_is_written_once_and_nothing_else_is_overwritten(members, tmp_pat
     assert (target / "model.keras").stat().st_mtime_ns == before.st_mtime_ns
     with pytest.raises(BundleError, match=r"holds another bundle, averaged-\w+: give another --output"):
         averaging.write(averaging.plan(first, [], "flips", str(target)))
-    # Each mean has a folder of its own in the output of a job.
-    in_output = averaging.plan(first, [], "flips", str(tmp_path / averaging.FOLDER))
-    assert in_output.uri == str(tmp_path / averaging.FOLDER / in_output.version)
+    # Each mean has a folder of its own in the output of a job, and the one that is asked for otherwise.
+    output = str(tmp_path / "job")
+    config = PredictConfig(bundle=first.uri, input="/i", output=output, tta="flips")
+    in_output = config.averaged_bundle(first, output)
+    assert in_output.uri == f"{output}/{averaging.FOLDER}/{in_output.version}"
+    named = averaging.plan(first, [], "flips", str(tmp_path / averaging.FOLDER))
+    assert named.uri == str(tmp_path / averaging.FOLDER)
     # What was not completed is made again, and a folder of something else is left alone.
     (target / "bundle.json").unlink()
     assert averaging.write(planned).version == written.version
